@@ -1,0 +1,20 @@
+"""Per-channel moments and in-place corrections of activations: tensors in, tensors out.
+
+Three backends behind one face: Triton kernels on a GPU, a bandwidth-bound PyTorch path elsewhere, and a plain float64
+reference that both are tested against.
+"""
+
+from .factors import repair_factors
+from .moments import ChannelMoments, PairedMoments
+from .ops import affine_, channel_moments, paired_moments, repair_, use_backend
+
+__all__ = [
+    "ChannelMoments",
+    "PairedMoments",
+    "affine_",
+    "channel_moments",
+    "paired_moments",
+    "repair_",
+    "repair_factors",
+    "use_backend",
+]

@@ -1,0 +1,100 @@
+"""Per-channel moments that merge: count, mean and sum of squared deviations, kept in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class ChannelMoments:
+    """First two moments of C channels, each over the same `count` values.
+
+    `mean` and `m2` (the sum of squared deviations from the mean) are float64 of shape (C,). A count of 0 stands for
+    nothing seen yet. Merging follows Chan, Golub and LeVeque (1979), so any split of the data gives the same answer to
+    rounding.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | str | None = None) -> ChannelMoments:
+        """Moments of no values at all, the neutral element of `merge`."""
+        zeros = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(0, zeros, zeros.clone())
+
+    @property
+    def channels(self) -> int:
+        """Number of channels, C."""
+        return self.mean.numel()
+
+    @property
+    def var(self) -> Tensor:
+        """Population variance, float64 (C,); NaN while nothing was seen."""
+        return self.m2 / self.count if self.count else torch.full_like(self.m2, torch.nan)
+
+    def merge(self, other: ChannelMoments) -> ChannelMoments:
+        """Moments of both sets of values together, as a new object. Raises ValueError when C differs."""
+        return merge_weighted(self, other)[0]
+
+    def update_(self, x: Tensor, channel_dim: int = 1) -> ChannelMoments:
+        """Take in the values of `x`, shape (N, C, ...), in place; returns self. Errors as `channel_moments`."""
+        from .ops import channel_moments
+
+        merged = self.merge(channel_moments(x, channel_dim))
+        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
+        return self
+
+
+def merge_weighted(a: ChannelMoments, b: ChannelMoments) -> tuple[ChannelMoments, Tensor, float]:
+    """Chan's merge, with the two numbers that a merge of co-moments needs too: the step between the means, its weight.
+
+    Returns (merged, delta, weight): delta = mean_b - mean_a, float64 (C,), and weight = n_a * n_b / (n_a + n_b).
+    """
+    if a.channels != b.channels:
+        raise ValueError(f"moments of {a.channels} and of {b.channels} channels do not merge")
+    delta = b.mean - a.mean
+    if not a.count or not b.count:
+        seen = a if a.count else b
+        return ChannelMoments(seen.count, seen.mean.clone(), seen.m2.clone()), delta, 0.0
+    count = a.count + b.count
+    weight = a.count * (b.count / count)
+    mean = a.mean + delta * (b.count / count)
+    return ChannelMoments(count, mean, a.m2 + b.m2 + delta.square() * weight), delta, weight
+
+
+@dataclass(eq=False)
+class PairedMoments:
+    """Moments of two tensors of one shape, and how their channels move together.
+
+    `comoment` is sum((d - mean_d) * (p - mean_p)), float64 (C,), over the same `count` values as the moments.
+    """
+
+    dense: ChannelMoments
+    pruned: ChannelMoments
+    comoment: Tensor
+
+    @property
+    def cov(self) -> Tensor:
+        """Population covariance, float64 (C,); NaN while nothing was seen."""
+        return self.comoment / self.dense.count if self.dense.count else torch.full_like(self.comoment, torch.nan)
+
+    @property
+    def corr(self) -> Tensor:
+        """Pearson correlation, float64 (C,); 0 where either channel is constant, for a constant explains nothing."""
+        scale = (self.dense.m2 * self.pruned.m2).sqrt()
+        return torch.where(scale == 0, 0.0, self.comoment / scale).clamp(-1.0, 1.0)
+
+    def merge(self, other: PairedMoments) -> PairedMoments:
+        """Paired moments of both sets of values together, as a new object."""
+        dense, step_dense, weight = merge_weighted(self.dense, other.dense)
+        pruned, step_pruned, _ = merge_weighted(self.pruned, other.pruned)
+        if weight:
+            comoment = self.comoment + other.comoment + step_dense * step_pruned * weight
+        else:
+            comoment = (self if self.dense.count else other).comoment.clone()
+        return PairedMoments(dense, pruned, comoment)

@@ -1,0 +1,112 @@
+"""The algebra of the repair rules, on C numbers (arXiv 2605.21426)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import asr_kernels as ak
+
+variances = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9)
+
+
+def moments(var, mean=0.0, count=100):
+    var = torch.tensor(var, dtype=torch.float64)
+    return ak.ChannelMoments(count, torch.as_tensor(mean, dtype=torch.float64).expand_as(var), var * count)
+
+
+def gains(vd, vp, **options):
+    return ak.repair_factors(moments(vd), moments(vp), **options)[0].tolist()
+
+
+def test_layerwise_is_one_gain_from_the_mean_variances():
+    assert gains([4.0, 12.0], [1.0, 3.0], rule="layerwise", eps=0.0) == [2.0, 2.0]
+
+
+def test_channelwise_is_the_root_of_each_ratio():
+    assert gains([4.0, 9.0], [1.0, 1.0], rule="channelwise", eps=0.0) == [2.0, 3.0]
+
+
+def test_asr_by_hand():
+    # lam = median(1, 3, 4) = 3; trust = 1/4, 3/6, 4/7; raw = 2, 1, 1/2
+    wanted = [0.25 * 2 + 0.75, 1.0, 4 / 7 * 0.5 + 3 / 7]
+    assert gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], eps=0.0) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("prior", "lam"), [("median", 2.0), ("mean", 3.75), (0.5, 0.5)], ids=str)
+def test_the_prior_is_the_lower_median_the_mean_or_a_number(prior, lam):
+    vp = [1.0, 2.0, 4.0, 8.0]
+    wanted = [v / (v + lam) * math.sqrt(9 / v) + lam / (v + lam) for v in vp]
+    assert gains([9.0] * 4, vp, prior=prior, eps=0.0) == pytest.approx(wanted, rel=1e-12)
+
+
+@given(st.data(), variances)
+def test_asr_lies_between_one_and_raw(data, vp):
+    vd = data.draw(st.lists(st.floats(1e-6, 1e6), min_size=len(vp), max_size=len(vp)))
+    for gain, raw in zip(gains(vd, vp), gains(vd, vp, rule="channelwise"), strict=True):
+        assert min(1, raw) * (1 - 1e-12) <= gain <= max(1, raw) * (1 + 1e-12)
+
+
+@given(variances, st.sampled_from(["layerwise", "channelwise", "asr"]))
+def test_equal_moments_need_no_repair(var, rule):
+    gain, shift = ak.repair_factors(moments(var, 3.0), moments(var, 3.0), rule=rule, eps=0.0)
+    torch.testing.assert_close(gain, torch.ones_like(gain), rtol=1e-12, atol=0)
+    torch.testing.assert_close(shift, torch.zeros_like(shift), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
+def test_gain_and_shift_bring_the_mean_to_the_dense_one(rule):
+    dense, pruned = moments([4.0, 1.0], [2.0, -3.0]), moments([1.0, 0.5], [0.5, 7.0])
+    gain, shift = ak.repair_factors(dense, pruned, rule=rule)
+    torch.testing.assert_close(gain * pruned.mean + shift, dense.mean)
+    assert not ak.repair_factors(dense, pruned, rule=rule, bias=False)[1].any()
+
+
+@pytest.mark.parametrize("rule", ["channelwise", "asr"])
+def test_a_dead_channel_keeps_its_gain(rule):
+    assert gains([1.0, 1.0, 1.0], [0.0, 1.0, 2.0], rule=rule)[0] == 1.0
+
+
+def test_half_the_channels_dead_is_a_zero_median_and_the_identity_for_the_layer():
+    assert gains([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.5, 2.0]) == [1.0] * 4
+
+
+@pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
+def test_a_wholly_dead_layer_keeps_its_gains_and_is_given_the_dense_mean(rule):
+    gain, shift = ak.repair_factors(moments([1.0, 2.0], [3.0, 4.0]), moments([0.0, 0.0]), rule=rule)
+    assert gain.tolist() == [1.0, 1.0]
+    assert shift.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("prior", ["median", "mean"])
+def test_a_bad_channel_does_not_touch_the_others(bad, prior):
+    clean = gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], prior=prior)
+    assert gains([4.0, 3.0, 1.0, 2.0], [1.0, 3.0, 4.0, bad], prior=prior)[:3] == clean
+    layerwise = gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], rule="layerwise")
+    assert gains([4.0, 3.0, 1.0, bad], [1.0, 3.0, 4.0, bad], rule="layerwise")[:3] == layerwise
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "best"}, "unknown rule 'best'; there are layerwise, channelwise, asr"),
+        ({"prior": "mode"}, "prior must be"),
+        ({"prior": 0.0}, "prior must be"),
+        ({"prior": -1.0}, "prior must be"),
+        ({"eps": -1.0}, "eps must not be negative"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gains([1.0], [1.0], **options)
+
+
+def test_moments_of_nothing_or_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match="no values"):
+        ak.repair_factors(moments([1.0]), ak.ChannelMoments.empty(1))
+    with pytest.raises(ValueError, match="2 dense channels cannot repair 1"):
+        ak.repair_factors(moments([1.0, 1.0]), moments([1.0]))

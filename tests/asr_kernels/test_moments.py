@@ -1,0 +1,285 @@
+"""Moments are those of float64, in any layout, at any offset and however the data are split."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import asr_kernels as ak
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# a kernel takes about 10 ms a program in the interpreter
+PROPERTY = settings(
+    max_examples=6 if INTERPRETED else 30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def exact(x: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations in float64, two passes, on the values that x holds after its own rounding."""
+    x = x.double().movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1)
+    mean = x.mean(1)
+    return mean, (x - mean[:, None]).square().sum(1)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far a variance may be off, relative.
+
+    Below float64 the sums are float32 (unit roundoff 6e-8), added in trees or in short pieces, the squares rounded as
+    well: a few units, and up to two bits more where the torch backend lets a small mean stand. The promise is 1e-6.
+    In float64 the same steps have a roundoff of 1.1e-16; 1e-13 leaves room for plain running sums.
+    """
+    return 1e-13 if dtype == torch.float64 else 1e-6
+
+
+def assert_moments(moments: ak.ChannelMoments, x: Tensor, channel_dim: int = 1, rtol: float | None = None) -> None:
+    """Moments of x, to `rtol` of the variance, and to the same part of the deviation in the mean."""
+    rtol = tolerance(x.dtype) if rtol is None else rtol
+    mean, m2 = exact(x, channel_dim)
+    assert moments.count == x.numel() // x.shape[channel_dim]
+    assert moments.mean.dtype == moments.m2.dtype == torch.float64
+    assert moments.mean.shape == moments.m2.shape == (x.shape[channel_dim],)
+    assert moments.mean.device == x.device
+    # 4 roundings of float64 where there is no deviation to measure by
+    floor = 2**-51 * mean.abs()
+    assert ((moments.mean - mean).abs() <= rtol * (m2 / moments.count).sqrt() + floor).all()
+    assert ((moments.m2 - m2).abs() <= rtol * m2 + moments.count * floor**2).all()
+    assert (moments.m2 >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_are_those_of_float64(backend, device, layout, dtype):
+    x, _ = layout.place(dtype, device)
+    assert_moments(ak.channel_moments(x, layout.channel_dim), x, layout.channel_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_paired_moments_are_those_of_float64(backend, device, layout, dtype):
+    dense, _ = layout.place(dtype, device)
+    # its own values, plus noise: neither independent of them nor a copy
+    noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    pruned = layout.place(dtype, device)[0].mul_(0.5).add_(noise)
+    assert_paired(ak.paired_moments(dense, pruned, layout.channel_dim), dense, pruned, layout.channel_dim)
+
+
+@pytest.mark.parametrize("dense_last", [False, True], ids=["dense contiguous", "dense channels_last"])
+def test_paired_tensors_may_differ_in_layout(backend, device, dense_last):
+    dense = torch.randn(3, 4, 5, 6, device=device)
+    pruned = torch.randn(3, 4, 5, 6, device=device) + dense
+    if dense_last:
+        dense = dense.contiguous(memory_format=torch.channels_last)
+    else:
+        pruned = pruned.contiguous(memory_format=torch.channels_last)
+    assert_paired(ak.paired_moments(dense, pruned), dense, pruned)
+
+
+def assert_paired(paired: ak.PairedMoments, dense: Tensor, pruned: Tensor, channel_dim: int = 1) -> None:
+    assert_moments(paired.dense, dense, channel_dim)
+    assert_moments(paired.pruned, pruned, channel_dim)
+    count = paired.dense.count
+    d, p = (x.double().movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1) for x in (dense, pruned))
+    cov = ((d - d.mean(1, keepdim=True)) * (p - p.mean(1, keepdim=True))).mean(1)
+    # Cauchy and Schwarz: rounding of the products is at most that of the two squares
+    scale = (exact(dense, channel_dim)[1] * exact(pruned, channel_dim)[1]).sqrt() / count
+    assert ((paired.cov - cov).abs() <= tolerance(dense.dtype) * scale + 2**-100).all()
+    assert ((paired.corr - torch.where(scale > 0, cov / scale, 0.0)).abs() <= 4 * tolerance(dense.dtype)).all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rtol"),
+    # at 1e4 a float32 value holds its deviation to 2^-24 * 1e4 = 6e-4 only; the sums must add nothing of that order
+    [(1, 1e-6), (1e2, 1e-6), (1e3, 1e-6), (1e4, 1e-4), (-1e4, 1e-4)],
+    ids=lambda v: f"{v:g}",
+)
+@pytest.mark.parametrize("std", [1e-3, 1.0], ids=lambda v: f"std={v:g}")
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_variance_survives_a_mean_far_above_it(backend, device, ratio, rtol, std, last):
+    x = torch.randn(2, 2, 35, 41, device=device, generator=generator(device)).mul_(std).add_(ratio * std)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_moments(ak.channel_moments(x), x, rtol=rtol)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_outliers_in_front_do_not_set_the_scale(backend, device, last):
+    # a shift by the first value would leave 1e4^2 in every term, and 1e-4 of error in the variance. Beside the square
+    # of an outlier the other squares of its plane, about 1 each, may vanish from a float32 sum: 35 * 41 / 1e8 of it
+    x = torch.randn(2, 2, 35, 41, device=device, generator=generator(device))
+    x[0, :, 0, 0] = 1e4
+    x[1, :, 0, 0] = -1e4
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_moments(ak.channel_moments(x), x, rtol=1.5e-5)
+
+
+@pytest.fixture(params=["usual blocks", "small blocks"])
+def blocks(request, backend, monkeypatch):
+    """Blocks so small that a tensor which the interpreter can afford has many pieces of many tiles, some of them cut.
+
+    Small blocks are for the kernels alone.
+    """
+    if request.param == "small blocks":
+        if backend != "triton":
+            pytest.skip("the other backends know no blocks")
+        kernels = pytest.importorskip("asr_kernels.triton_moments")
+        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}
+        for name, value in small.items():
+            monkeypatch.setattr(kernels, name, value)
+    return request.param
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4, 1e-7], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_constant_channel_has_no_variance(backend, device, blocks, value, last):
+    # counts that divide nothing evenly: a sum which leaves the constant behind by one rounding shows here
+    x = torch.full((3, 2, 7, 11), value, device=device)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    m = ak.channel_moments(x)
+    if backend == "triton":
+        assert (m.mean == x[0, 0, 0, 0]).all()
+        assert (m.m2 == 0).all()
+    # elsewhere a mean may be one rounding off, of the working precision
+    assert (m.var <= (2**-23 * value) ** 2).all()
+
+
+# what NumPy says of inf - inf in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", [(0, 2, 0, 0), (1, 2, 3, 4), (2, 2, 6, 6)], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_nonfinite_value_stays_in_its_channel(backend, device, value, where, last):
+    x = torch.randn(3, 4, 7, 7, device=device, generator=generator(device))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y = x.clone(memory_format=torch.preserve_format)
+    y[where] = value
+    others = [0, 1, 3]
+    for m in (ak.channel_moments(y), ak.paired_moments(x, y).pruned):
+        assert not m.mean[2].isfinite()
+        assert not m.var[2].isfinite()
+        assert_moments(ak.ChannelMoments(m.count, m.mean[others], m.m2[others]), x[:, others])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0,)], ids=str)
+def test_empty_tensor_is_an_error(backend, device, shape):
+    x = torch.empty(shape, device=device)
+    channel_dim = min(1, x.dim() - 1)
+    with pytest.raises(ValueError, match="empty"):
+        ak.channel_moments(x, channel_dim)
+    with pytest.raises(ValueError, match="empty"):
+        ak.paired_moments(x, x, channel_dim)
+
+
+def test_bad_arguments_are_errors(backend, device):
+    x = torch.zeros(2, 3, 4, device=device)
+    with pytest.raises(TypeError, match="int64"):
+        ak.channel_moments(x.long())
+    with pytest.raises(ValueError, match="channel axis 3"):
+        ak.channel_moments(x, channel_dim=3)
+    with pytest.raises(ValueError, match="one shape, dtype and device"):
+        ak.paired_moments(x, x[:1])
+    with pytest.raises(ValueError, match="one shape, dtype and device"):
+        ak.paired_moments(x, x.double())
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels can run in this process")
+def test_kernels_without_a_gpu_are_a_plain_error():
+    pytest.importorskip("triton")
+    with ak.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        ak.channel_moments(torch.zeros(2, 3))
+
+
+def test_offsets_pass_2_to_the_31(backend, vast):
+    m = ak.channel_moments(vast)
+    assert_moments(m, vast)
+    assert_paired(ak.paired_moments(vast, vast), vast, vast)
+
+
+def test_expanded_tensor_counts_every_value(backend, device):
+    x = torch.randn(2, 3, 1, device=device, generator=generator(device)).expand(2, 3, 50)
+    assert_moments(ak.channel_moments(x), x)
+    assert_paired(ak.paired_moments(x, x.contiguous()), x, x)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", [(7, 2, 3, 5), (2, 3, 11, 13), (1, 2, 1, 131)], ids=str)
+def test_many_pieces_of_many_tiles(backend, device, blocks, shape, last):
+    x = torch.randn(shape, device=device, generator=generator(device)).add_(100)
+    y = x + torch.randn(shape, device=device, generator=generator(device, 1))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_moments(ak.channel_moments(x), x)
+    assert_paired(ak.paired_moments(x, y), x, y)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_rerun_is_bit_identical(backend, device, blocks, last):
+    x = torch.randn(3, 2, 7, 11, device=device, generator=generator(device))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    first, second = (ak.paired_moments(x, x) for _ in range(2))
+    assert torch.equal(first.dense.mean, second.dense.mean)
+    assert torch.equal(first.dense.m2, second.dense.m2)
+    assert torch.equal(first.comoment, second.comoment)
+    assert torch.equal(ak.channel_moments(x).m2, ak.channel_moments(x).m2)
+
+
+@PROPERTY
+@given(
+    cuts=st.lists(st.integers(1, 8), max_size=3, unique=True),
+    offset=st.sampled_from([0.0, 1.0, 1e3]),
+    seed=st.integers(0, 99),
+)
+def test_merging_any_split_equals_the_whole(backend, device, cuts, offset, seed):
+    x = torch.randn(9, 2, 5, 3, device=device, generator=generator(device, seed)).add_(offset)
+    merged, running = ak.ChannelMoments.empty(2, device), ak.ChannelMoments.empty(2, device)
+    paired = None
+    for part in x.tensor_split(sorted(cuts)):
+        merged = merged.merge(ak.channel_moments(part))
+        assert running.update_(part) is running
+        piece = ak.paired_moments(part, part)
+        paired = piece if paired is None else paired.merge(piece)
+    assert_moments(merged, x)
+    assert_moments(running, x)
+    assert_paired(paired, x, x)
+
+
+@PROPERTY
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    order=st.permutations(range(4)),
+    seed=st.integers(0, 99),
+)
+def test_layout_does_not_matter(backend, device, shape, order, seed):
+    x = torch.randn(shape, device=device, generator=generator(device, seed))
+    # the same values, with the axes in another order in memory
+    y = x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+    assert torch.equal(x, y)
+    assert_moments(ak.channel_moments(y), x)
+    assert_paired(ak.paired_moments(x, y), x, y)
+
+
+def test_merging_with_nothing_changes_nothing():
+    m = ak.channel_moments(torch.randn(4, 3))
+    nothing = ak.ChannelMoments.empty(3)
+    for merged in (m.merge(nothing), nothing.merge(m)):
+        assert merged.count == m.count
+        assert torch.equal(merged.mean, m.mean)
+        assert torch.equal(merged.m2, m.m2)
+    assert nothing.merge(nothing).count == 0
+    assert nothing.var.isnan().all()
+    with pytest.raises(ValueError, match="3 and of 2 channels"):
+        m.merge(ak.ChannelMoments.empty(2))
+
+
+def generator(device: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,111 @@
+"""Shared by the tests: each backend on its device, tensors in every memory layout, and one that spans 2^31 elements."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import asr_kernels as ak
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["reference", "torch", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend in turn, in force while the test runs."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not INTERPRETED and not torch.cuda.is_available():
+            pytest.skip("kernels need a GPU, or Triton's interpreter (TRITON_INTERPRET=1)")
+    with ak.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> str:
+    """The GPU where there is one; the interpreter works on CPU tensors."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A view of a tensor: `shape` in memory, then `view`; its channels lie on `channel_dim`."""
+
+    shape: tuple[int, ...]
+    view: Callable[[Tensor], Tensor] = lambda x: x
+    channel_dim: int = 1
+
+    def place(self, dtype: torch.dtype, device: str, mean: float = 0.5, std: float = 2.0) -> tuple[Tensor, Tensor]:
+        """(view, memory): normal values in the view, NaN in all of the memory that the view leaves out."""
+        memory = torch.full((torch.Size(self.shape).numel() + 32,), torch.nan, dtype=dtype, device=device)
+        # one element in: no 16-byte alignment to lean on
+        view = self.view(memory[1:-31].view(self.shape))
+        values = torch.randn(view.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        view.copy_(values.mul_(std).add_(mean))
+        return view, memory
+
+
+LAYOUTS = {
+    # 49 elements: planes that no vector divides, several to a tile
+    "7x7": Layout((4, 3, 7, 7)),
+    # planes of whole 4-element vectors
+    "14x14": Layout((3, 2, 14, 14)),
+    # planes of whole 16-element vectors
+    "16x16": Layout((2, 3, 16, 16)),
+    # a prime number of elements, and more of them than one tile holds
+    "53x59": Layout((2, 2, 53, 59)),
+    "1x1": Layout((6, 5, 1, 1)),
+    "one image": Layout((1, 3, 11, 13)),
+    "one channel": Layout((3, 1, 8, 8)),
+    "single value": Layout((1, 1, 1, 1)),
+    "channels_last": Layout((4, 7, 7, 5), lambda x: x.movedim(-1, 1)),
+    # more channels than one tile of rows, and not a multiple of it
+    "channels_last, 67 channels": Layout((2, 3, 3, 67), lambda x: x.movedim(-1, 1)),
+    "every other channel": Layout((4, 6, 5, 5), lambda x: x[:, ::2]),
+    "every other channel, channels_last": Layout((4, 5, 5, 6), lambda x: x.movedim(-1, 1)[:, ::2]),
+    # rows with gaps on two axes: no (N, C, L) view of them exists
+    "cut planes": Layout((3, 2, 8, 9), lambda x: x[:, :, 1:, ::2]),
+    "cut to 1x1": Layout((6, 3, 4, 4), lambda x: x[:, :, :1, :1]),
+    "transposed planes": Layout((3, 2, 5, 7), lambda x: x.transpose(2, 3)),
+    "channel_dim=-1": Layout((4, 5, 6, 3), channel_dim=-1),
+    "channel_dim=0": Layout((3, 4, 5, 6), channel_dim=0),
+    "linear": Layout((17, 5)),
+    "linear, one row": Layout((1, 5)),
+    "one axis": Layout((7,), channel_dim=0),
+    "sequence": Layout((2, 3, 31)),
+    "volume": Layout((2, 3, 3, 4, 5)),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Every layout in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["images", "channels", "positions"])
+def vast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: str) -> Tensor:
+    """(5, 5, 5) float16 values, 2^29 + 1 elements apart on one axis: a stride that fits 32 bits, but not its multiples.
+
+    On a CPU they lie in a sparse file, of which only their own pages exist. An offset that wrapped around would still
+    hit the file, 2^31 elements lower, and read a zero.
+    """
+    size, start = 2**32 + 2**10, 2**31
+    if device == "cuda":
+        if torch.cuda.mem_get_info()[0] < 2 * size + 2**30:
+            pytest.skip("needs 9.6 GB of free GPU memory")
+        memory = torch.zeros(size, dtype=torch.float16, device=device)
+    else:
+        path = tmp_path_factory.mktemp("vast") / "memory"
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+        # mapped until the tensor goes, but the file is no one else's
+        path.unlink()
+    strides = {"images": (2**29 + 1, 5, 1), "channels": (5, 2**29 + 1, 1), "positions": (5, 1, 2**29 + 1)}
+    x = memory.as_strided((5, 5, 5), strides[request.param], start)
+    return x.copy_(torch.arange(1.0, 126.0).view(5, 5, 5) / 8)
