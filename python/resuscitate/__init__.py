@@ -1,0 +1,22 @@
+"""resuscitate: bring a collapsed pruned network back from a few unlabelled images. No labels, no gradients.
+
+report = resuscitate.repair(model, dense, calibration, method="asr")
+"""
+
+from .batchnorm import fold_batchnorm, recalibrate_batchnorm
+from .masks import Masks
+from .repair import repair
+from .report import LayerReport, RepairReport
+from .sparsify import allocate, sparsify
+
+__version__ = "0.1.0"
+__all__ = [
+    "LayerReport",
+    "Masks",
+    "RepairReport",
+    "allocate",
+    "fold_batchnorm",
+    "recalibrate_batchnorm",
+    "repair",
+    "sparsify",
+]

@@ -1,0 +1,33 @@
+"""Every error this package raises on purpose. Each message names the layer (or the batch) and the remedy."""
+
+
+class ResuscitateError(Exception):
+    """Root of the errors raised on purpose; the model is as it was when one of these arrives."""
+
+
+class CalibrationError(ResuscitateError, ValueError):
+    """The images cannot be used: none, too few, of an unknown kind, or impossible to read again."""
+
+
+class LayerError(ResuscitateError, ValueError):
+    """A layer cannot be repaired, pruned or folded; `layer` is its name in `model.named_modules()`."""
+
+    def __init__(self, layer: str, problem: str) -> None:
+        super().__init__(f"layer {layer!r}: {problem}")
+        self.layer = layer
+
+
+class NonFiniteError(LayerError):
+    """A NaN or an infinity among the activations of `layer`, in batch number `batch` (from 0)."""
+
+    def __init__(self, layer: str, batch: int, problem: str) -> None:
+        super().__init__(layer, f"batch {batch}: {problem}")
+        self.batch = batch
+
+
+class MaskError(LayerError):
+    """A pruned weight is no longer zero, or a mask does not fit its layer."""
+
+
+class ModelMismatchError(ResuscitateError, ValueError):
+    """The pruned and the dense model do not have the same layers, or are one and the same object."""

@@ -1,0 +1,134 @@
+"""How a network is wired: which modules run in which order, which BatchNorm alone reads a layer, when a value dies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .layers import LAYERS
+
+# functions that read a tensor's description, not its values
+DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
+
+
+@dataclass
+class Wiring:
+    """What one real forward pass showed.
+
+    `calls` counts the calls of every module that ran, by name, in the order of their first calls. `batchnorm_of` names,
+    for a layer, the one BatchNorm that alone reads its output, where both are called once.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    batchnorm_of: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Output:
+    layer: str
+    readers: int = 0
+    batchnorm: str | None = None
+
+
+class _CountReaders(TorchFunctionMode):
+    """Counts the torch functions that read the values of the tensors it watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in DESCRIPTIONS:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and leaf in self.watched:
+                    self.watched[leaf].readers += 1
+        return func(*args, **(kwargs or {}))
+
+
+def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
+    """Note how `model` is wired while `forward` runs it once, by the identity of the tensors that flow.
+
+    Works whatever the control flow. A layer is paired with a BatchNorm when the BatchNorm is the only function that
+    reads its output: the output is neither returned nor used by anything else.
+    """
+    wiring, outputs = Wiring(), list[_Output]()
+    watch = _CountReaders()
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        wiring.calls[name] += 1
+        if isinstance(module, _BatchNorm) and args and args[0] in watch.watched:
+            watch.watched[args[0]].batchnorm = name
+
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        if isinstance(module, LAYERS) and isinstance(output, Tensor):
+            outputs.append(_Output(name))
+            watch.watched[output] = outputs[-1]
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(name, m, a)))
+        handles.append(module.register_forward_hook(lambda m, a, out, name=name: after(name, m, out)))
+    try:
+        with watch:
+            result = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf in watch.watched:
+            watch.watched[leaf].readers += 1
+    wiring.batchnorm_of = {
+        out.layer: out.batchnorm
+        for out in outputs
+        if out.readers == 1 and out.batchnorm and wiring.calls[out.layer] == wiring.calls[out.batchnorm] == 1
+    }
+    return wiring
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The model as a torch.fx graph in which layers and BatchNorms stay modules.
+
+    Raises whatever torch.fx or the model's own code raises when the control flow depends on the data.
+    """
+    return _Tracer().trace(model)
+
+
+def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
+    """The same as `observe`, read off a traced graph instead of a run (`calls` counts layers and BatchNorms alone)."""
+    modules = dict(model.named_modules())
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    wiring = Wiring(Counter(str(node.target) for node in called))
+    for node in called:
+        source = node.args[0] if node.args else None
+        if (
+            isinstance(modules[node.target], _BatchNorm)
+            and isinstance(source, fx.Node)
+            and source.op == "call_module"
+            and isinstance(modules[str(source.target)], LAYERS)
+            and len(source.users) == wiring.calls[node.target] == wiring.calls[str(source.target)] == 1
+        ):
+            wiring.batchnorm_of[str(source.target)] = str(node.target)
+    return wiring
+
+
+def last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing reads after it."""
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        dying[node] = [source for source in [*node.all_input_nodes, node] if source not in read]
+        read.update(node.all_input_nodes, [node])
+    return dying

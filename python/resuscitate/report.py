@@ -1,0 +1,93 @@
+"""What a repair did, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass
+class LayerReport:
+    """One layer, or one BatchNorm, that the walk came by.
+
+    `variance_before` and `variance_after` are the pruned outputs' variance over the dense ones', both summed over
+    channels, just before and just after this layer's own correction (1 is ideal; None for a BatchNorm). `dead` counts
+    the channels whose weights are all zero. `gain` is the least and the greatest gain. `shift_into` says what took
+    the shift.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    action: str
+    dead: int = 0
+    variance_before: float | None = None
+    variance_after: float | None = None
+    gain: tuple[float, float] | None = None
+    shift_into: str | None = None
+
+
+@dataclass
+class RepairReport:
+    """The outcome of `repair`: the settings in force, what became of every layer, images used, seconds taken.
+
+    `images` counts the images behind the gains, `batchnorm_images` those behind the BatchNorm statistics, `skipped`
+    those left out for non-finite activations. `walk` is "node" (one pass), "prefix" (one pass per layer) or "none".
+    """
+
+    method: str
+    schedule: str
+    recalibrate: str | None
+    layers: list[LayerReport] = field(default_factory=list)
+    images: int = 0
+    batchnorm_images: int = 0
+    skipped: int = 0
+    walk: str = "none"
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    _undo: Callable[[], None] | None = field(default=None, repr=False)
+
+    def undo(self) -> None:
+        """Put the model back as it was before the repair, bit for bit. Raises RuntimeError the second time."""
+        if self._undo is None:
+            raise RuntimeError("this repair has been undone already")
+        self._undo()
+        self._undo = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        undo, self._undo = self._undo, None
+        try:
+            plain = asdict(self)
+        finally:
+            self._undo = undo
+        del plain["_undo"]
+        return plain
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        schedule = "" if self.method == "bn" else f", {self.schedule}"
+        yield f"[bold]{self.method}[/]{schedule}, BatchNorm: {self.recalibrate or 'kept as the dense model has it'}"
+        table = Table("layer", "kind", "action", box=None, header_style="bold")
+        for title in ("channels", "dead", "variance before", "after", "gain from", "to"):
+            table.add_column(title, justify="right")
+        for layer in self.layers:
+            low, high = layer.gain or (None, None)
+            numbers = (layer.variance_before, layer.variance_after, low, high)
+            table.add_row(
+                layer.name,
+                layer.kind,
+                layer.action,
+                str(layer.channels),
+                str(layer.dead),
+                *("" if number is None else f"{number:.3f}" for number in numbers),
+            )
+        yield table
+        yield (
+            f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped; "
+            f"{self.walk} walk; {self.seconds:.2f} s"
+        )
+        yield from self.notes

@@ -1,0 +1,117 @@
+"""Leaving no trace: a snapshot that can be put back, and a context in which measuring disturbs nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .layers import find_layers, refresh_weight
+
+
+class Snapshot:
+    """A copy of every parameter and buffer of a model, and of which layers have no bias."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.copies = {id(tensor): (module, name, tensor.detach().clone()) for module, name, tensor in _slots(model)}
+        self.without_bias = [module for module in find_layers(model).values() if module.bias is None]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every tensor back, bit for bit and in place, and take away the biases that have appeared since."""
+        for module, name, copy in self.copies.values():
+            getattr(module, name).copy_(copy)
+        for module in self.without_bias:
+            module._parameters["bias"] = None
+        for module in find_layers(self.model).values():
+            refresh_weight(module)
+
+    def forget_unchanged(self) -> None:
+        """Keep only the copies that differ from the model as it is now."""
+        self.copies = {
+            key: (module, name, copy)
+            for key, (module, name, copy) in self.copies.items()
+            if not torch.equal(getattr(module, name), copy)
+        }
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Where each tensor lives: `Module.to` may put a new one into a buffer's place, so the place is what is kept."""
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                yield module, name, tensor
+
+
+@contextmanager
+def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
+    """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
+
+    Kept: every module's train/eval flag; the random state of Python, NumPy and torch; the TF32 and cuDNN settings.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_full_precision())
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """TF32 off and cuDNN deterministic, for a while."""
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    found = [setting.fp32_precision for setting in settings]
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        for setting, precision in zip(settings, found, strict=True):
+            setting.fp32_precision = precision
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+
+
+@contextmanager
+def moved_to(device: torch.device | str | None, models: Sequence[nn.Module]) -> Iterator[None]:
+    """Have the models on `device` for a while."""
+    if device is None:
+        yield
+        return
+    homes: list[tuple[nn.Module, torch.device]] = []
+    for model in models:
+        places = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        if len(places) > 1:
+            raise ValueError(
+                f"the model is spread over {sorted(map(str, places))}; move it to one device, or leave device out"
+            )
+        homes.extend((model, place) for place in places)
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, home in homes:
+            model.to(home)

@@ -1,0 +1,122 @@
+"""Small networks, each with one thing about its wiring that a repair can trip over."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def seeded(build, seed: int = 0) -> nn.Module:
+    """A network in eval mode with reproducible weights and BatchNorm statistics that are not the initial ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.normal_(module.bias, 0, 0.2)
+    return model.eval()
+
+
+def pruned_copy(dense: nn.Module, sparsity: float = 0.6) -> nn.Module:
+    """A deep copy with the smallest weights of every layer set to zero."""
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() > 1:
+                order = weight.abs().flatten().argsort()[: int(sparsity * weight.numel())]
+                weight[torch.unravel_index(order, weight.shape)] = 0
+    return model
+
+
+def images(count: int = 24, channels: int = 3, size: int = 9, seed: int = 1) -> Tensor:
+    """Smooth random images, no two channels alike."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, channels, size, size, generator=generator)
+    smooth = nn.functional.avg_pool2d(noise, 3, 1, 1)
+    return smooth * torch.linspace(1, 2, channels).view(1, -1, 1, 1) + torch.linspace(-1, 1, channels).view(1, -1, 1, 1)
+
+
+def chain(bias: bool = False, batchnorm: bool = True, width: int = 8) -> nn.Module:
+    """conv, BatchNorm, ReLU three times over, then a linear head."""
+    stages: list[nn.Module] = []
+    for c_in, c_out in ((3, width), (width, width), (width, 2 * width)):
+        stages += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)]
+        stages += [nn.BatchNorm2d(c_out)] if batchnorm else []
+        stages += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+
+
+class Residual(nn.Module):
+    """A residual block around a pre-activation BatchNorm that reads a sum, not a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x)).relu()
+        x = self.bn2(x + self.conv2(self.bn1(self.conv1(x)).relu_()))
+        return self.head(x.mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """One convolution used twice, without a BatchNorm of its own."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = self.conv(x).relu() * self.scale
+        return self.last(self.conv(x).relu())
+
+
+class Untraceable(nn.Module):
+    """Control flow that depends on the data, which torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.abs().sum() > 0 else self.body(x + 1)
+
+
+class Zoo(nn.Module):
+    """Conv1d, Conv3d, grouped, depthwise and transposed convolutions, an unused layer, a dict as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.bn = nn.BatchNorm2d(12)
+        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2, groups=2, bias=False)
+        self.line = nn.Conv1d(6, 5, 3)
+        self.volume = nn.Conv3d(1, 4, 2)
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.bn(self.depthwise(self.grouped(self.stem(x)).relu())).relu()
+        x = self.up(x).relu()
+        line = self.line(x.flatten(2)).relu()
+        volume = self.volume(x[:, None, :, :4, :4]).relu()
+        return {"logits": self.head(volume.mean((2, 3, 4))), "line": line}

@@ -1,0 +1,73 @@
+"""Which BatchNorm alone reads a layer, found in a run and in a trace alike."""
+
+import pytest
+import torch
+from resuscitate.graph import last_reads, observe, trace, wiring_of
+from torch import nn
+
+from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, seeded
+
+
+def both_wirings(model, x):
+    return observe(model, lambda: model(x)), wiring_of(trace(model), model)
+
+
+def test_a_chain_pairs_every_convolution():
+    for wiring in both_wirings(seeded(chain), images()):
+        assert wiring.batchnorm_of == {"0": "1", "3": "4", "6": "7"}
+
+
+def test_a_batchnorm_behind_a_sum_belongs_to_no_layer():
+    for wiring in both_wirings(seeded(Residual), images()):
+        assert wiring.batchnorm_of == {"stem": "bn0", "conv1": "bn1"}
+
+
+class ReadTwice(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn, self.how = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), how
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        return {
+            "sum": lambda: y + z,
+            "return": lambda: (y, z),
+            "view": lambda: z * y[:, :1],
+            "shape": lambda: z * y.shape[0],
+        }[self.how]()
+
+
+@pytest.mark.parametrize(("how", "alone"), [("sum", False), ("return", False), ("view", False), ("shape", True)])
+def test_a_second_reader_unpairs(how, alone):
+    model = seeded(lambda: ReadTwice(how))
+    assert observe(model, lambda: model(images())).batchnorm_of == ({"conv": "bn"} if alone else {})
+
+
+def test_calls_are_counted_in_order_of_execution():
+    model = seeded(Shared)
+    calls = observe(model, lambda: model(images())).calls
+    assert [name for name in calls if name] == ["stem", "conv", "last"]
+    assert calls["conv"] == 2
+
+
+def test_data_dependent_control_flow_is_observed_though_it_cannot_be_traced():
+    model = seeded(Untraceable)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        trace(model)
+    assert observe(model, lambda: model(images())).batchnorm_of["body.0"] == "body.1"
+
+
+def test_no_hook_stays_behind():
+    model = seeded(Zoo)
+    observe(model, lambda: model(images()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_value_dies_after_its_last_reader():
+    graph = trace(seeded(Residual))
+    dying = last_reads(graph)
+    relu = next(node for node in graph.nodes if node.op == "call_method" and node.target == "relu")
+    readers = [str(node) for node in graph.nodes if relu in node.all_input_nodes]
+    assert [str(node) for node, gone in dying.items() if relu in gone] == readers[-1:]
+    assert sorted(map(str, graph.nodes)) == sorted(str(value) for gone in dying.values() for value in gone)

@@ -1,0 +1,108 @@
+"""Two walks, one answer."""
+
+import logging
+
+import pytest
+import resuscitate
+import torch
+from resuscitate.graph import observe
+from resuscitate.sweep import Network, Stop, measure, node_walk, prefix_walk, traceable
+
+from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+
+
+@pytest.mark.parametrize("build", [chain, Residual, Zoo], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("recalibrate", [None, "exact"])
+def test_the_prefix_walk_and_the_node_walk_agree(build, recalibrate):
+    dense = seeded(build)
+    by_node, by_prefix = pruned_copy(dense), pruned_copy(dense)
+    options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": 10}
+    report = resuscitate.repair(by_node, dense, images(), **options)
+    # a forward_fn hides the input from the trace
+    fallback = resuscitate.repair(
+        by_prefix,
+        dense,
+        list(images().split(10)),
+        forward_fn=lambda m, x: m(x),
+        method="channelwise",
+        recalibrate=recalibrate,
+    )
+    assert (report.walk, fallback.walk) == ("node", "prefix")
+    torch.testing.assert_close(by_node.state_dict(), by_prefix.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_walk_sees_repaired_inputs():
+    """After a channelwise repair of every layer, each layer's own outputs have the dense moments."""
+    dense = seeded(lambda: chain(batchnorm=False, bias=True))
+    model = pruned_copy(dense)
+    resuscitate.repair(model, dense, images(), method="channelwise", skip_first=False, eps=0.0)
+    names = ["0", "2", "4", "8"]
+    with torch.no_grad():
+        found, wanted = (measure(Network(m), [images()], names) for m in (model, dense))
+    for name in names:
+        torch.testing.assert_close(found[name][0].mean, wanted[name][0].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name][0].var, wanted[name][0].var, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "cause"),
+    [(Untraceable, "torch.fx cannot trace it"), (Shared, "conv is called 2 times")],
+    ids=["control flow", "shared module"],
+)
+def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
+    dense = seeded(build)
+    with caplog.at_level(logging.WARNING, logger="resuscitate"):
+        report = resuscitate.repair(pruned_copy(dense), dense, images(), method="layerwise")
+    assert report.walk == "prefix"
+    assert [cause in record.message for record in caplog.records] == [True]
+
+
+def test_a_hook_on_a_container_forces_the_prefix_walk():
+    model = seeded(Residual)
+    net = Network(model)
+    wiring = observe(model, lambda: net.run(images()))
+    stops = [Stop("conv1", 1)]
+    assert traceable(net, images(), wiring, stops) is not None
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    assert traceable(net, images(), wiring, stops) is None
+
+
+def test_both_walks_stop_in_order_and_early():
+    model = seeded(Residual)
+    net, x = Network(model), images()
+    wiring = observe(model, lambda: net.run(x))
+    stops = [Stop("bn0", 2), Stop("conv1", 1), Stop("bn2", 2)]
+    ran = []
+    model.head.register_forward_hook(lambda *_: ran.append(1))
+    batches = x.split(12)
+    with torch.no_grad():
+        prefix = list(prefix_walk(net, batches, stops, wiring))
+        node = list(node_walk(net, traceable(net, x[:2], wiring, stops), batches, stops))
+    assert [v.name for v in prefix] == [v.name for v in node] == ["bn0", "conv1", "bn2"]
+    for a, b in zip(prefix, node, strict=True):
+        assert a.moments.count == b.moments.count
+        torch.testing.assert_close(a.moments.var, b.moments.var)
+    assert len(ran) <= 2  # the trace is compared with one real forward; neither walk runs on to the head
+
+
+def test_a_shared_module_is_measured_over_all_uses_and_corrected_once():
+    dense = seeded(Shared)
+    model = pruned_copy(dense)
+    before = model.conv.weight.detach().clone()
+    row = {r.name: r for r in resuscitate.repair(model, dense, images(), method="channelwise").layers}["conv"]
+    assert row.action == "repaired"
+    gain = model.conv.weight.detach().flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    assert float(gain.min()) == pytest.approx(row.gain[0], rel=1e-4)
+    assert float(gain.max()) == pytest.approx(row.gain[1], rel=1e-4)
+
+
+def test_a_shared_module_whose_uses_disagree_is_left_alone_and_reported():
+    dense = seeded(Shared)
+    model = pruned_copy(dense, 0.0)
+    with torch.no_grad():
+        model.conv.weight.mul_(0.5)  # the first use is too weak ...
+    model.scale = 40.0  # ... the second too strong
+    before = model.conv.weight.detach().clone()
+    report = resuscitate.repair(model, dense, images(), method="channelwise", include="conv")
+    assert report.layers[-1].action == "left alone: its 2 uses disagree"
+    assert torch.equal(model.conv.weight, before)
