@@ -1,0 +1,51 @@
+# Needs only a clone, make and Python 3.11 or newer (make PYTHON=python3.12 to choose one). Every target first makes the
+# environment where it is missing or older than pyproject.toml or constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+ARGS :=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCHMARKS := benchmarks/moments_cpu.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test accuracy bench lint format clean
+
+help: ## list the targets
+	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: $(READY) ## a network collapses and comes back, in about a minute
+	@$(BIN)/resuscitate demo $(ARGS)
+
+test: lint ## lint, then every test, then the Triton kernels in Triton's interpreter
+	@$(BIN)/python -m pytest $(ARGS)
+	@echo "the kernels again, in Triton's interpreter"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/asr_kernels -k triton
+
+accuracy: $(READY) ## the accuracy table on real networks and images
+	@$(BIN)/python benchmarks/accuracy.py $(ARGS)
+
+bench: $(READY) ## the kernels against PyTorch's own
+	@set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script $(ARGS); done
+
+lint: $(READY) ## ruff and mypy, changing nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(READY) ## put every file into its form
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove what these targets made, the environment too
+	@rm -rf $(VENV) build dist demo.png .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"the pinned environment needs Python 3.11 or newer; name one with: make PYTHON=python3.11")'
+	@echo "installing the development environment into $(VENV), once; this takes a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
