@@ -15,6 +15,9 @@ import asr_kernels as ak
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", "torch", "triton"]
 
+# the tests' tensors are small: threads would only wait for one another
+torch.set_num_threads(1)
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:

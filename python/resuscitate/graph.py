@@ -15,6 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .layers import LAYERS
 
+# layers called as functions, outside any layer module: they run, and nothing can repair them
+FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 # functions that read a tensor's description, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
@@ -24,11 +26,13 @@ class Wiring:
     """What one real forward pass showed.
 
     `calls` counts the calls of every module that ran, by name, in the order of their first calls. `batchnorm_of` names,
-    for a layer, the one BatchNorm that alone reads its output, where both are called once.
+    for a layer, the one BatchNorm that alone reads its output, where both are called once. `functional` counts the
+    convolutions and linear maps that ran as functions, outside a layer module.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
+    functional: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -39,14 +43,19 @@ class _Output:
 
 
 class _CountReaders(TorchFunctionMode):
-    """Counts the torch functions that read the values of the tensors it watches."""
+    """Counts the torch functions that read the values of the tensors it watches, and the layers called as functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.watched = WeakIdKeyDictionary()
+        self.within_layers = 0
+        self.functional: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in DESCRIPTIONS:
+        name = getattr(func, "__name__", "")
+        if name in FUNCTIONAL_LAYERS and not self.within_layers:
+            self.functional[name] += 1
+        if name not in DESCRIPTIONS:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and leaf in self.watched:
                     self.watched[leaf].readers += 1
@@ -64,10 +73,12 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
+        watch.within_layers += isinstance(module, LAYERS)
         if isinstance(module, _BatchNorm) and args and args[0] in watch.watched:
             watch.watched[args[0]].batchnorm = name
 
     def after(name: str, module: nn.Module, output: Any) -> None:
+        watch.within_layers -= isinstance(module, LAYERS)
         if isinstance(module, LAYERS) and isinstance(output, Tensor):
             outputs.append(_Output(name))
             watch.watched[output] = outputs[-1]
@@ -85,6 +96,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and leaf in watch.watched:
             watch.watched[leaf].readers += 1
+    wiring.functional = watch.functional
     wiring.batchnorm_of = {
         out.layer: out.batchnorm
         for out in outputs

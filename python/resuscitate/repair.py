@@ -143,6 +143,8 @@ def repair(
         report.images, report.batchnorm_images = (sum(map(count_images, b)) for b in (for_gains, for_batchnorm))
 
         wiring = observe(model, lambda: net.run(first_images(batches[0])))
+        if layers:
+            report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         rule = "asr" if method == "bn" else method
         work = _Repair(net, wiring, partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps), report)
         layers = work.reached(layers, skip_first, bool(batchnorms) if skip_last is None else skip_last)

@@ -185,9 +185,13 @@ def traceable(net: Network, batch: Any, wiring: Wiring, stops: Sequence[Stop]) -
     else:
         try:
             graph = trace(net.model)
-            if _same_output(fx.GraphModule(net.model, graph)(net.place(batch)), net.run(batch)):
+            called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+            if hidden := [stop.name for stop in stops if called.count(stop.name) != 1]:
+                cause = f"{hidden[0] or 'the model itself'} does not show in the trace"
+            elif _same_output(fx.GraphModule(net.model, graph)(net.place(batch)), net.run(batch)):
                 return graph
-            cause = "the traced network's output differs from the model's"
+            else:
+                cause = "the traced network's output differs from the model's"
         except Exception as error:
             cause = f"torch.fx cannot trace it ({type(error).__name__}: {error})"
     log.warning("walking by prefixes, one pass over the images per layer: %s", cause)

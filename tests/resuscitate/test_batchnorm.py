@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-import resuscitate
 import torch
-from resuscitate.errors import LayerError
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import resuscitate
+from resuscitate.errors import LayerError
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 

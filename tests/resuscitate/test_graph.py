@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from resuscitate.graph import last_reads, observe, trace, wiring_of
 from torch import nn
 
-from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, seeded
+import resuscitate
+from resuscitate.graph import last_reads, observe, trace, wiring_of
+from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
 def both_wirings(model, x):
@@ -71,3 +72,18 @@ def test_a_value_dies_after_its_last_reader():
     readers = [str(node) for node in graph.nodes if relu in node.all_input_nodes]
     assert [str(node) for node, gone in dying.items() if relu in gone] == readers[-1:]
     assert sorted(map(str, graph.nodes)) == sorted(str(value) for gone in dying.values() for value in gone)
+
+
+def test_layers_called_as_functions_are_counted_and_reported():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.kernel = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(2, 4, 1, 1))
+
+        def forward(self, x):
+            return nn.functional.conv2d(self.conv(x), self.kernel)
+
+    model = seeded(Functional)
+    assert observe(model, lambda: model(images())).functional == {"conv2d": 1}
+    report = resuscitate.repair(pruned_copy(model), model, images(), skip_first=False)
+    assert "1 calls of functional conv2d run unrepaired" in report.notes

@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
-import resuscitate
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+import resuscitate
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
 METHODS = ["bn", "layerwise", "channelwise", "asr"]

@@ -3,11 +3,11 @@
 import logging
 
 import pytest
-import resuscitate
 import torch
+
+import resuscitate
 from resuscitate.graph import observe
 from resuscitate.sweep import Network, Stop, measure, node_walk, prefix_walk, traceable
-
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -106,3 +106,27 @@ def test_a_shared_module_whose_uses_disagree_is_left_alone_and_reported():
     report = resuscitate.repair(model, dense, images(), method="channelwise", include="conv")
     assert report.layers[-1].action == "left alone: its 2 uses disagree"
     assert torch.equal(model.conv.weight, before)
+
+
+def test_a_layer_inside_one_of_torchs_own_modules_is_reached_all_the_same():
+    def build():
+        return torch.nn.Sequential(
+            torch.nn.Flatten(2),
+            torch.nn.Linear(81, 8),
+            torch.nn.TransformerEncoderLayer(8, 2, 16),
+            torch.nn.Linear(8, 4),
+        )
+
+    dense = seeded(build)
+    report = resuscitate.repair(pruned_copy(dense), dense, images(), method="channelwise")
+    rows = {row.name: row.action for row in report.layers}
+    assert report.walk == "prefix"
+    assert rows["2.linear1"] == rows["2.linear2"] == "repaired"
+
+
+def test_a_model_that_is_one_layer():
+    dense = seeded(lambda: torch.nn.Conv2d(3, 4, 3))
+    model = pruned_copy(dense)
+    resuscitate.repair(model, dense, images(), method="channelwise", skip_first=False, eps=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()).var((0, 2, 3)), dense(images()).var((0, 2, 3)))
