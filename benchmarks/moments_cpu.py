@@ -77,6 +77,11 @@ def channel_moments(inputs: Inputs) -> Candidates:
     }
 
 
+def off_centre_moments(inputs: Inputs) -> Candidates:
+    """The same where the mean is ten standard deviations off, so that plain sums would cancel."""
+    return channel_moments(inputs._replace(x=inputs.x + 9))
+
+
 def paired_moments(inputs: Inputs) -> Candidates:
     """Each gives (mean, variance, mean, variance, covariance)."""
     x, y, *_ = inputs
@@ -104,7 +109,8 @@ def affine_(inputs: Inputs) -> Candidates:
 
 
 mean_and_var = attrgetter("mean", "var")
-OPERATIONS: dict[Operation, int] = {channel_moments: 1, paired_moments: 2, affine_: 2}  # tensors read and written
+# tensors read and written
+OPERATIONS: dict[Operation, int] = {channel_moments: 1, off_centre_moments: 1, paired_moments: 2, affine_: 2}
 
 
 def worst_errors(operation: Operation, case: Case, ratios: Iterable[float]) -> dict[str, Any]:
@@ -162,6 +168,18 @@ def render(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The float32 rows of the first two shapes, for the README."""
+    lines = ["| operation | tensor | threads | ms | GB/s | times as fast as |", "|" + " --- |" * 6]
+    for row in rows:
+        if row["dtype"] == "fp32" and row["shape"] in SHAPES[:2]:
+            peers = ", ".join(f"{peer} {ratio:.1f}" for peer, ratio in (row["speedup"] or {}).items())
+            tensor = f"{'x'.join(map(str, row['shape']))} {row['layout']}"
+            numbers = f"{row['threads']} | {row['ms_p20_p50_p80']['ours'][1]:.2f} | {row['gb_per_s']:.1f}"
+            lines.append(f"| `{row['operation']}` | {tensor} | {numbers} | {peers or 'wrong result'} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Run every case; 0 when all our results are right, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -189,6 +207,7 @@ def main() -> int:
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(markdown(rows))
     return 0 if all(row["speedup"] for row in rows) else 1
 
 
