@@ -229,7 +229,7 @@ def _read_arrays(path: Path, names: Sequence[str], only_one: bool = False) -> di
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return {names[0]: loaded}
+            return {names[0]: np.atleast_1d(loaded)}
         with loaded as archive:
             stored = list(archive.keys())
             found = [name for name in names if name in stored] or (stored if only_one and len(stored) == 1 else [])

@@ -95,9 +95,9 @@ def repair(
         prior, bias, eps: see `asr_kernels.repair_factors`.
         include, exclude: layers to repair, as globs over their names or as module types.
         skip_first: leave the first convolution alone, as published: its input is the image.
-        skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: where BatchNorm is
-            re-estimated, for there the features no longer are the dense ones, and matching the dense logits costs
-            accuracy; with the dense statistics kept it gains some.
+        skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: in the "parallel"
+            schedule and where BatchNorm is re-estimated, for there its inputs are not the dense ones, and matching
+            the dense logits costs accuracy; where they were matched too it gains some.
         frozen: "keep" leaves a BatchNorm alone that is in eval mode while the model trains.
         on_nonfinite: "raise", or "skip" the images (with `forward_fn`: batches) that give NaN or infinite activations.
         forward_fn: `forward_fn(model, batch)` runs one batch as it came, for models that take more than one tensor.
@@ -147,7 +147,8 @@ def repair(
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         rule = "asr" if method == "bn" else method
         work = _Repair(net, wiring, partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps), report)
-        layers = work.reached(layers, skip_first, bool(batchnorms) if skip_last is None else skip_last)
+        unmatched = bool(batchnorms) or schedule == "parallel"
+        layers = work.reached(layers, skip_first, unmatched if skip_last is None else skip_last)
         zeros = Masks({name: effective_weight(name, layer) != 0 for name, layer in layers.items()})
         snapshot = Snapshot(model)
         try:
@@ -194,7 +195,7 @@ class _Repair:
         convolutions = [name for name in run if isinstance(self.net.modules[name], _ConvNd)]
         left_out = {name: "left alone: no forward pass reaches it" for name in layers if name not in run}
         if skip_last and run and run[-1] not in self.wiring.batchnorm_of:
-            left_out[run[-1]] = "skipped: the last layer, with BatchNorm re-estimated"
+            left_out[run[-1]] = "skipped: the last layer, whose inputs are not matched"
         if skip_first and convolutions:
             left_out[convolutions[0]] = "skipped: its input is the image"
         for name, layer in layers.items():

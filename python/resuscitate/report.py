@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass
@@ -69,6 +69,8 @@ class RepairReport:
         return plain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table  # here, for it takes longer to import than all the rest
+
         schedule = "" if self.method == "bn" else f", {self.schedule}"
         yield f"[bold]{self.method}[/]{schedule}, BatchNorm: {self.recalibrate or 'kept as the dense model has it'}"
         table = Table("layer", "kind", "action", box=None, header_style="bold")

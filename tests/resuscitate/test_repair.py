@@ -109,13 +109,14 @@ def test_the_first_convolution_is_skipped_unless_asked_for():
     assert not torch.equal(model[0].weight, first)
 
 
-def test_the_last_layer_is_skipped_where_batchnorm_is_re_estimated():
+def test_the_last_layer_is_skipped_where_its_inputs_are_not_matched():
     dense = seeded(chain)
     actions = {}
-    for recalibrate in (None, "exact"):
-        report = resuscitate.repair(pruned_copy(dense), dense, images(), recalibrate=recalibrate)
-        actions[recalibrate] = {row.name: row.action for row in report.layers}["11"]
-    assert actions == {None: "repaired", "exact": "skipped: the last layer, with BatchNorm re-estimated"}
+    for options in ({"schedule": "sequential"}, {"schedule": "parallel"}, {"recalibrate": "exact"}):
+        report = resuscitate.repair(pruned_copy(dense), dense, images(), **options)
+        actions[tuple(options.values())] = {row.name: row.action for row in report.layers}["11"]
+    skipped = "skipped: the last layer, whose inputs are not matched"
+    assert actions == {("sequential",): "repaired", ("parallel",): skipped, ("exact",): skipped}
 
 
 def test_include_and_exclude_select_by_glob_and_type():
@@ -201,7 +202,7 @@ def test_parallel_measures_the_unrepaired_network():
     assert {row.name: row for row in rows}["3"].gain[0] == pytest.approx(
         float((variances[0] / variances[1]).sqrt()), rel=1e-4
     )
-    assert rows[-1].variance_after == pytest.approx(1.0, rel=1e-4)
+    assert {row.name: row for row in rows}["6"].variance_after == pytest.approx(1.0, rel=1e-4)
 
 
 def test_the_report_is_plain_data_and_a_table():

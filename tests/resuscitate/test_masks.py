@@ -1,0 +1,165 @@
+"""Masks: read from a model's zeros, applied again, checked, counted."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from resuscitate import Masks
+from resuscitate.errors import LayerError, MaskError
+from resuscitate.masks import tied_layers
+from tests.networks import Shared, Zoo, chain, pruned_copy, seeded
+
+
+def perturb(model):
+    """What an optimizer step does: every weight moves, pruned ones too."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return model
+
+
+class TestFromZeros:
+    def test_kept_is_what_is_not_zero_in_every_kind_of_layer(self):
+        model = pruned_copy(seeded(Zoo))
+        masks = Masks.from_zeros(model)
+        assert set(masks) == {"stem", "grouped", "depthwise", "up", "line", "volume", "unused", "head"}
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert torch.equal(mask, model.get_submodule(name).weight != 0)
+
+    def test_a_module_used_twice_has_one_mask(self):
+        assert set(Masks.from_zeros(pruned_copy(seeded(Shared)))) == {"stem", "conv", "last"}
+
+    def test_a_prune_mask_counts_as_zeros(self):
+        model = seeded(chain)
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        assert torch.equal(Masks.from_zeros(model)["0"], model[0].weight_mask.bool())
+
+    def test_include_and_exclude_choose_the_layers(self):
+        assert set(Masks.from_zeros(seeded(Zoo), include=nn.Conv2d, exclude="stem")) == {"grouped", "depthwise"}
+
+    def test_names_are_those_inside_a_wrapper(self):
+        model = seeded(chain)
+        assert set(Masks.from_zeros(nn.DataParallel(model))) == set(Masks.from_zeros(model))
+
+    def test_a_weight_recomputed_in_each_forward_is_refused_by_name(self):
+        model = seeded(chain)
+        parametrizations.weight_norm(model[3])
+        with pytest.raises(LayerError, match="layer '3'"):
+            Masks.from_zeros(model)
+        assert "3" not in Masks.from_zeros(model, exclude="3")
+
+
+class TestApply:
+    def test_pruned_weights_are_zeroed_again_and_kept_ones_keep_their_bits(self):
+        model = pruned_copy(seeded(Zoo))
+        masks = Masks.from_zeros(model)
+        perturb(model)
+        before = {name: model.get_submodule(name).weight.detach().clone() for name in masks}
+        masks.apply_(model)
+        for name, mask in masks.items():
+            weight = model.get_submodule(name).weight
+            assert torch.equal(weight[mask], before[name][mask])
+            assert weight[~mask].eq(0).all()
+
+    def test_a_pruned_weight_that_became_nan_is_zero_again(self):
+        model = pruned_copy(seeded(chain))
+        masks = Masks.from_zeros(model)
+        with torch.no_grad():
+            model[0].weight[~masks["0"]] = torch.nan
+        masks.apply_(model)
+        masks.check(model)
+
+    def test_it_is_all_or_nothing(self):
+        model = seeded(chain)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        masks = Masks({"0": torch.zeros_like(model[0].weight, dtype=torch.bool), "3": torch.ones(1, dtype=torch.bool)})
+        with pytest.raises(MaskError, match=r"layer '3'.*shape"):
+            masks.apply_(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_prune_mask_takes_the_zeros_in_and_stays_a_parametrisation(self):
+        model = seeded(chain)
+        prune.l1_unstructured(model[0], "weight", 0.25)
+        original, first = model[0].weight_orig.detach().clone(), model[0].weight_mask.bool()
+        mask = torch.rand(first.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        Masks({"0": mask}).apply_(model)
+        assert torch.equal(model[0].weight_mask.bool(), first & mask)
+        assert torch.equal(model[0].weight_orig, original)
+        assert model[0].weight[~mask].eq(0).all()
+        model(torch.randn(1, 3, 8, 8))
+        assert model[0].weight[~mask].eq(0).all()
+        prune.remove(model[0], "weight")
+        assert torch.equal(model[0].weight, original * (first & mask))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtype_memory_format_and_frozen_parameters_stay(self, dtype):
+        model = seeded(chain).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        Masks({"3": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}).apply_(model)
+        weight = model[3].weight
+        assert (weight.dtype, weight.requires_grad) == (dtype, False)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert weight.eq(0).all()
+
+
+class TestCheck:
+    def test_a_model_that_kept_its_zeros_passes(self):
+        model = pruned_copy(seeded(Zoo))
+        Masks.from_zeros(model).check(model)
+
+    def test_a_revived_weight_is_reported_with_layer_count_and_remedy(self):
+        model = pruned_copy(seeded(chain))
+        masks = Masks.from_zeros(model)
+        with torch.no_grad():
+            model[3].weight[~masks["3"]] = 1
+        count = int((~masks["3"]).sum())
+        with pytest.raises(MaskError, match=rf"layer '3': {count} pruned weights are not zero; masks\.apply_\(model\)"):
+            masks.check(model)
+        masks.apply_(model)
+        masks.check(model)
+
+    def test_a_mask_for_another_model_is_refused_by_name(self):
+        with pytest.raises(MaskError, match="layer 'elsewhere'"):
+            Masks({"elsewhere": torch.ones(1, dtype=torch.bool)}).check(seeded(chain))
+
+    def test_a_mask_that_is_not_boolean_is_refused(self):
+        with pytest.raises(MaskError, match=r"layer '0'.*boolean.*torch\.float32"):
+            Masks({"0": torch.ones(3)})
+
+
+class TestCounting:
+    @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=5))
+    def test_sparsity_is_the_pruned_fraction_of_all_weights(self, layers):
+        masks = Masks({str(i): torch.tensor(mask) for i, mask in enumerate(layers)})
+        assert masks.sparsity == sum(mask.count(False) for mask in layers) / sum(map(len, layers))
+
+    def test_the_table_has_a_row_a_layer(self):
+        masks = Masks({"a": torch.tensor([[True, False], [False, False]]), "b": torch.tensor([True])})
+        assert [tuple(row) for row in masks.table()] == [("a", (2, 2), 1, 4, 0.75), ("b", (1,), 1, 1, 0.0)]
+
+    def test_a_shared_weight_counts_once(self):
+        model = tied()
+        with torch.no_grad():
+            model[0].weight.zero_()
+        masks = Masks.from_zeros(model)
+        assert masks["0"] is masks["2"]
+        assert masks.sparsity == 16 / 24
+
+    def test_tied_layers_are_grouped_under_the_first_name(self):
+        model = tied()
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert tied_layers(layers) == {"0": ["0", "2"], "3": ["3"]}
+
+    def test_masks_are_equal_when_every_layer_agrees(self):
+        model = pruned_copy(seeded(chain))
+        assert Masks.from_zeros(model) == Masks.from_zeros(model)
+        assert Masks.from_zeros(model) != Masks.from_zeros(seeded(chain))
+        assert Masks.from_zeros(model) != Masks.from_zeros(model, exclude="0")
