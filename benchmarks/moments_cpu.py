@@ -78,8 +78,8 @@ def channel_moments(inputs: Inputs) -> Candidates:
 
 
 def off_centre_moments(inputs: Inputs) -> Candidates:
-    """The same where the mean is ten standard deviations off, so that plain sums would cancel."""
-    return channel_moments(inputs._replace(x=inputs.x + 9))
+    """The same, timed where the mean is ten standard deviations off, so that plain sums would cancel."""
+    return channel_moments(inputs)
 
 
 def paired_moments(inputs: Inputs) -> Candidates:
@@ -139,7 +139,8 @@ def measure(candidates: Candidates, rounds: int) -> dict[str, list[float]]:
 def run_case(operation: Operation, threads: int, case: Case, rounds: int) -> dict[str, Any]:
     """One row of the result: errors first, then times, then ratios where ours is right."""
     torch.set_num_threads(threads)
-    inputs, eps = make_inputs(case), torch.finfo(DTYPES[case[2]]).eps
+    inputs = make_inputs(case, 10.0 if operation is off_centre_moments else 1.0)
+    eps = torch.finfo(DTYPES[case[2]]).eps
     # a mean that leaves the dtype no digits for the deviations has no variance to get right
     limits = {1.0: eps} if operation is affine_ else {ratio: e for ratio, e in LIMITS.items() if ratio * eps < 0.1}
     errors = worst_errors(operation, case, limits)
@@ -169,10 +170,10 @@ def render(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The float32 rows of the first two shapes, for the README."""
+    """The float32 rows of the first shape, for the README."""
     lines = ["| operation | tensor | threads | ms | GB/s | times as fast as |", "|" + " --- |" * 6]
     for row in rows:
-        if row["dtype"] == "fp32" and row["shape"] in SHAPES[:2]:
+        if row["dtype"] == "fp32" and row["shape"] == SHAPES[0]:
             peers = ", ".join(f"{peer} {ratio:.1f}" for peer, ratio in (row["speedup"] or {}).items())
             tensor = f"{'x'.join(map(str, row['shape']))} {row['layout']}"
             numbers = f"{row['threads']} | {row['ms_p20_p50_p80']['ours'][1]:.2f} | {row['gb_per_s']:.1f}"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import ResuscitateError
+from .errors import CheckpointError
 from .layers import LAYERS, out_channels, unwrap
 
 log = logging.getLogger("resuscitate")
@@ -31,10 +31,6 @@ log = logging.getLogger("resuscitate")
 # where training scripts keep the state dict in a checkpoint that holds more than that
 NESTED_UNDER = ("state_dict", "model")
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
-
-
-class CheckpointError(ResuscitateError, ValueError):
-    """A checkpoint cannot be read, or does not fit the model."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """The command line: `resuscitate demo | prune | repair`, every option named like its Python keyword.
 
 Results go to standard output; progress, where it is a terminal, and errors to standard error. Exit codes: 0 done,
-1 it could not be done (a message of one line says why), 2 the command makes no sense. What is heavy to import waits
-until a command needs it.
+1 it could not be done (a message of one line says why), 2 the command makes no sense.
 """
 
 from __future__ import annotations
@@ -21,17 +20,14 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .errors import CalibrationError, ResuscitateError
+from .repair import Method, OnNonfinite, Schedule
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import Tensor, nn
 
-# a test holds these equal to the library's own choices, for importing those would import torch
-Method = Literal["asr", "channelwise", "layerwise", "bn"]
-Schedule = Literal["sequential", "parallel"]
 Recalibrate = Literal["auto", "exact", "ema", "none"]
 Allocation = Literal["global", "uniform"]
-OnNonfinite = Literal["raise", "skip"]
 
 
 class _PlainErrors(TyperGroup):
@@ -191,7 +187,7 @@ def repair(
     include: Include = None,
     exclude: Exclude = None,
     skip_first: Annotated[bool, _opt("Leave the first convolution alone.")] = True,
-    skip_last: Annotated[bool | None, _opt("Leave the classifier alone; default: if BatchNorm changes.")] = None,
+    skip_last: Annotated[bool | None, _opt("Leave the classifier alone; default: if its inputs differ.")] = None,
     ema_batches: Annotated[int, _opt("Batches of an ema recalibration.", min=1)] = 20,
     ema_batch_size: Annotated[int, _opt("Their size.", min=1)] = 128,
     ema_momentum: Annotated[float, _opt("Its momentum.")] = 0.1,
@@ -225,8 +221,7 @@ def repair(
     done = run(network, original, images, **keywords)
     made_by = provenance(method, options)
     document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
-    # by way of a second reading, because JSON knows no NaN
-    text = json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=2)
+    text = json.dumps(document, indent=2)
     with ExitStack() as stack:
         if report is not None:
             stack.enter_context(atomic(report)).write_text(f"{text}\n")

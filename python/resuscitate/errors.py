@@ -9,6 +9,10 @@ class CalibrationError(ResuscitateError, ValueError):
     """The images cannot be used: none, too few, of an unknown kind, or impossible to read again."""
 
 
+class CheckpointError(ResuscitateError, ValueError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
 class LayerError(ResuscitateError, ValueError):
     """A layer cannot be repaired, pruned or folded; `layer` is its name in `model.named_modules()`."""
 

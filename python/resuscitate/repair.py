@@ -234,16 +234,17 @@ class _Repair:
         gain, shift = self.factors(dense, pruned)
         row = LayerReport(name, type(layer).__name__, out_channels(layer), "repaired", dead=int(dead.sum()))
         self.report.layers.append(row)
-        row.variance_before = row.variance_after = _ratio(pruned, dense)
-        if uses > 1 and not all(_nearer(gain, p, d) for p, d in zip(visit.calls, dense_calls, strict=True)):
+        varies = float(dense.m2.sum()) > 0
+        row.variance_before = row.variance_after = _ratio(pruned, dense) if varies else None
+        if uses > 1 and varies and not all(_nearer(gain, p, d) for p, d in zip(visit.calls, dense_calls, strict=True)):
             row.action = f"left alone: its {uses} uses disagree"
             return
-        row.variance_after = _ratio(pruned, dense, gain)
+        row.variance_after = _ratio(pruned, dense, gain) if varies else None
         row.gain = float(gain.min()), float(gain.max())
         behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
         row.shift_into = write_correction(name, layer, gain, shift, behind if isinstance(behind, _BatchNorm) else None)
         visit.correct(gain, torch.zeros_like(shift) if row.shift_into == "running_mean" else shift)
-        log.info("%s: variance %.3g of the dense one, now %.3g", name, row.variance_before, row.variance_after)
+        log.info("%s: variance %s of the dense one, now %s", name, row.variance_before, row.variance_after)
 
     def recalibrate(self, visit: Visit) -> None:
         """Give one BatchNorm the statistics of what reaches it."""

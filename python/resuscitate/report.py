@@ -15,7 +15,8 @@ class LayerReport:
     """One layer, or one BatchNorm, that the walk came by.
 
     `variance_before` and `variance_after` are the pruned outputs' variance over the dense ones', both summed over
-    channels, just before and just after this layer's own correction (1 is ideal; None for a BatchNorm). `dead` counts
+    channels, just before and just after this layer's own correction (1 is ideal; None for a BatchNorm, and where the
+    dense layer's outputs are constant). `dead` counts
     the channels whose weights are all zero. `gain` is the least and the greatest gain. `shift_into` says what took
     the shift.
     """
@@ -69,7 +70,8 @@ class RepairReport:
         return plain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table  # here, for it takes longer to import than all the rest
+        from rich.markup import escape  # here, for it takes longer to import than all the rest
+        from rich.table import Table
 
         schedule = "" if self.method == "bn" else f", {self.schedule}"
         yield f"[bold]{self.method}[/]{schedule}, BatchNorm: {self.recalibrate or 'kept as the dense model has it'}"
@@ -80,9 +82,9 @@ class RepairReport:
             low, high = layer.gain or (None, None)
             numbers = (layer.variance_before, layer.variance_after, low, high)
             table.add_row(
-                layer.name,
-                layer.kind,
-                layer.action,
+                escape(layer.name),
+                escape(layer.kind),
+                escape(layer.action),
                 str(layer.channels),
                 str(layer.dead),
                 *("" if number is None else f"{number:.3f}" for number in numbers),
@@ -92,4 +94,4 @@ class RepairReport:
             f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped; "
             f"{self.walk} walk; {self.seconds:.2f} s"
         )
-        yield from self.notes
+        yield from map(escape, self.notes)

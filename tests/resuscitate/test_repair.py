@@ -140,7 +140,6 @@ def test_layers_that_never_run_are_left_alone_and_named():
     assert {row.name: row.action for row in report.layers}["unused"] == "left alone: no forward pass reaches it"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
 def test_wrapped_models_are_unwrapped(wrap):
     dense = seeded(chain)

@@ -1,0 +1,41 @@
+"""What the README says is so: its Python runs, its tables are the committed results, its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from resuscitate.models import digitnet
+from tests.networks import pruned_copy, seeded
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_every_python_block_runs(block, capsys):
+    dense = seeded(digitnet)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(320, 1, 8, 8, generator=generator)
+    names = {"dense": dense, "model": pruned_copy(dense), "images": images, "loader": DataLoader(images, 16)}
+    names |= {"dense_x": images[:, :, :4], "pruned_x": images[:, :, 4:].clone()}
+    exec("import resuscitate\n" + block, names)
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
+def test_every_table_is_the_committed_result(table):
+    assert table.read_text().strip() in README
+
+
+def test_every_make_target_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_linked_file_exists():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
