@@ -117,6 +117,9 @@ def repair(
     _check_options(method, schedule, recalibrate, frozen, on_nonfinite)
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None):
         raise ValueError("recalibrate='ema' cuts its own batches: it takes no recalibrate_samples and no forward_fn")
+    for option, count in (("gain_samples", gain_samples), ("recalibrate_samples", recalibrate_samples)):
+        if count is not None and count < 1:
+            raise ValueError(f"{option} must be a whole number of at least 1, not {count!r}")
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
     report = RepairReport(method, schedule, recalibrate)
@@ -224,6 +227,12 @@ class _Repair:
         """Bring one layer's outputs to the dense ones, in its weights and in the walk."""
         name, layer = visit.name, self.net.modules[visit.name]
         uses = len(visit.calls)
+        if not uses and not dense_calls:
+            row = LayerReport(
+                name, type(layer).__name__, out_channels(layer), "left alone: these images never reach it"
+            )
+            self.report.layers.append(row)
+            return
         if len(dense_calls) != uses:
             raise ModelMismatchError(
                 f"layer {name!r} runs {uses} times in the model, {len(dense_calls)} in the dense one"
@@ -248,6 +257,9 @@ class _Repair:
 
     def recalibrate(self, visit: Visit) -> None:
         """Give one BatchNorm the statistics of what reaches it."""
+        if not visit.calls:
+            self.report.notes.append(f"BatchNorm {visit.name!r} is never reached by these images: kept")
+            return
         write_statistics(visit.name, self.net.modules[visit.name], visit.moments)
         self.note_batchnorm(visit.name)
 

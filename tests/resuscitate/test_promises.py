@@ -243,6 +243,11 @@ class TestPlainErrors:
         self.run("schedule='never' is unknown", schedule="never")
         self.run("recalibrate='often' is unknown", recalibrate="often")
 
+    def test_counts_below_one(self):
+        self.run("gain_samples must be", gain_samples=0)
+        self.run("recalibrate_samples must be", recalibrate="exact", recalibrate_samples=-1)
+        self.run("max_samples must be", max_samples=0)
+
     def test_an_unknown_layer_name_comes_with_close_matches(self):
         model = seeded(Residual)
         self.run("'conv3'.*did you mean conv", model=pruned_copy(model), dense=model, include="conv3")
