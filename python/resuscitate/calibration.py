@@ -48,7 +48,7 @@ def read_batches(
     samples = 0
     for batch in _iterate(source, batch_size, max_samples):
         try:
-            images = _first_tensor(batch) if raw else input_of(batch)
+            images = first_tensor(batch) if raw else input_of(batch)
             count = 0 if images is None else _count(images)
         except CalibrationError as error:
             raise CalibrationError(f"batch {len(batches)}: {error}") from None
@@ -176,12 +176,12 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     return iter(source)
 
 
-def _first_tensor(batch: Any) -> Tensor | np.ndarray | None:
+def first_tensor(batch: Any) -> Tensor | np.ndarray | None:
     """The first tensor with a batch axis in a nest of tuples, lists and dicts."""
     if isinstance(batch, Tensor | np.ndarray):
         return batch if batch.ndim else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
 
 
 def _count(tensor: Tensor | np.ndarray) -> int:

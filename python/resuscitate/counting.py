@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from .calibration import first_tensor
 
 
 def count_images(batch: Any) -> int:
     """How many images a batch holds: the length of its first tensor."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    tensor = first_tensor(batch)
+    return 1 if tensor is None else len(tensor)
 
 
 def most_images(wanted: Sequence[int | None], max_samples: int | None) -> int | None:
@@ -45,4 +47,5 @@ def batches_for(batches: list[Any], images: int | None) -> int:
 
 
 def first_images(batch: Any, images: int = 2) -> Any:
+    """A small batch to look at a network with; an opaque one goes whole."""
     return batch[:images] if isinstance(batch, Tensor) else batch

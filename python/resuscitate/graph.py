@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -62,6 +63,11 @@ class _CountReaders(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _on_sequences(module: nn.Module, output: Tensor) -> bool:
+    """Is this a linear layer whose features are not axis 1, the channels of a BatchNorm behind it?"""
+    return isinstance(module, nn.Linear) and output.dim() != 2
+
+
 def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     """Note how `model` is wired while `forward` runs it once, by the identity of the tensors that flow.
 
@@ -79,7 +85,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
 
     def after(name: str, module: nn.Module, output: Any) -> None:
         watch.within_layers -= isinstance(module, LAYERS)
-        if isinstance(module, LAYERS) and isinstance(output, Tensor):
+        if isinstance(module, LAYERS) and isinstance(output, Tensor) and not _on_sequences(module, output):
             outputs.append(_Output(name))
             watch.watched[output] = outputs[-1]
 
@@ -119,7 +125,10 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
-    """The same as `observe`, read off a traced graph instead of a run (`calls` counts layers and BatchNorms alone)."""
+    """The same as `observe`, read off a traced graph instead of a run, as far as that goes without shapes.
+
+    `calls` counts the modules of the graph, and a linear layer is never paired: see `_on_sequences`.
+    """
     modules = dict(model.named_modules())
     called = [node for node in graph.nodes if node.op == "call_module"]
     wiring = Wiring(Counter(str(node.target) for node in called))
@@ -129,7 +138,7 @@ def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
             isinstance(modules[node.target], _BatchNorm)
             and isinstance(source, fx.Node)
             and source.op == "call_module"
-            and isinstance(modules[str(source.target)], LAYERS)
+            and isinstance(modules[str(source.target)], _ConvNd)
             and len(source.users) == wiring.calls[node.target] == wiring.calls[str(source.target)] == 1
         ):
             wiring.batchnorm_of[str(source.target)] = str(node.target)

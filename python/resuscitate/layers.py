@@ -30,8 +30,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution (1-3 d, transposed too) and linear layer by name; a shared module once, under its first
-    name."""
+    """Every convolution (1-3 d, transposed too) and linear layer by name; a shared one under its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
@@ -76,8 +75,7 @@ def _matches(layers: dict[str, nn.Module], selectors: Iterable[Selector] | Selec
 
 
 def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
-    """The parameter that a change of weight must be written to: `weight`, or `weight_orig` under
-    `torch.nn.utils.prune`.
+    """The parameter to write a change of weight to: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
 
     Raises LayerError where the weight is recomputed in each forward (weight norm, parametrizations): what is written
     there would be lost.

@@ -141,10 +141,9 @@ def node_walk(net: Network, graph: fx.Graph, batches: Sequence[Tensor], stops: S
 
 
 def screen(nets: Sequence[Network], batches: Sequence[Any]) -> tuple[list[Any], int]:
-    """The batches without those images for which any network, as it is, has a NaN or infinite activation; how many
-    those were.
+    """The batches without the images that give a NaN or infinite activation in any network; how many those were.
 
-    An opaque batch (not a tensor) goes whole.
+    The networks are taken as they are. An opaque batch (not a tensor) goes whole.
     """
     kept, skipped = [], 0
     for batch in batches:

@@ -87,3 +87,15 @@ def test_layers_called_as_functions_are_counted_and_reported():
     assert observe(model, lambda: model(images())).functional == {"conv2d": 1}
     report = resuscitate.repair(pruned_copy(model), model, images(), skip_first=False)
     assert "1 calls of functional conv2d run unrepaired" in report.notes
+
+
+@pytest.mark.parametrize("length", [5, 7], ids=["as long as wide", "of another length"])
+def test_a_linear_layer_on_sequences_is_no_batchnorms_own(length):
+    """BatchNorm's channels are axis 1, the steps of the sequence, even where there are as many of them as features."""
+    x = torch.randn(16, length, 4, generator=torch.Generator().manual_seed(0))
+    dense = seeded(lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(length)))
+    assert observe(dense, lambda: dense(x)).batchnorm_of == {}
+    report = resuscitate.repair(pruned_copy(dense), dense, x, method="channelwise")
+    assert report.layers[0].shift_into == "new bias"
+    for example in (None, x):
+        torch.testing.assert_close(resuscitate.fold_batchnorm(dense, example)(x), dense(x))
