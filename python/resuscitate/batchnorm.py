@@ -93,8 +93,8 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
     class and attributes stay. Left alone, with the reason logged (LayerError when `strict`): a BatchNorm behind a
     layer that is called twice or read elsewhere, without running statistics, or of a class of its own. `example` (an
     input for the model) finds the pairs by one real forward, which works for any control flow, and checks the
-    outputs: LayerError where they differ by more than 1e-3 of their scale. Without it the pairs come from torch.fx;
-    ValueError where that fails.
+    outputs: LayerError where they differ by more than 1e-3 of their scale. Without it the pairs come from torch.fx,
+    which knows no shapes: linear layers then keep their BatchNorm; ValueError where it fails.
     """
     for module in find_layers(model).values():
         refresh_weight(module)
