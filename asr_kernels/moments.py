@@ -41,6 +41,10 @@ class ChannelMoments:
         """Moments of both sets of values together, as a new object. Raises ValueError when C differs."""
         return merge_weighted(self, other)[0]
 
+    def affine(self, gain: Tensor, shift: Tensor) -> ChannelMoments:
+        """Moments of gain * x + shift, channel by channel; gain and shift float64 (C,), on the same device."""
+        return ChannelMoments(self.count, gain * self.mean + shift, gain.square() * self.m2)
+
     def update_(self, x: Tensor, channel_dim: int = 1) -> ChannelMoments:
         """Take in the values of `x`, shape (N, C, ...), in place; returns self. Errors as `channel_moments`."""
         from .ops import channel_moments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +20,8 @@ from .graph import observe, trace, wiring_of
 from .layers import find_layers, refresh_weight
 
 if TYPE_CHECKING:
+    from .network import Network
     from .report import RepairReport
-    from .sweep import Network
 
 log = logging.getLogger("resuscitate")
 FOLDABLE_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -47,7 +47,7 @@ def recalibrate_batchnorm(
 
 
 def estimate_by_momentum(
-    net: Network, batchnorms: Mapping[str, _BatchNorm], batches: Sequence[Tensor], momentum: float
+    net: Network, batchnorms: Mapping[str, _BatchNorm], batches: Iterable[Tensor], momentum: float
 ) -> None:
     """Reset the given BatchNorms and run the batches with those alone in training mode, as PyTorch itself updates them.
 

@@ -29,42 +29,54 @@ def read_batches(
     max_batches: int | None = None,
     batch_size: int = 128,
     raw: bool = False,
-) -> list[Any]:
-    """The batches' input tensors, (n, ...) each, in memory: never changed and not copied.
+    allow_empty: bool = False,
+) -> Iterator[Any]:
+    """The batches' input tensors, (n, ...) each, one after the other: never changed and not copied.
 
     calibration: a tensor or array (N, ...), split into `batch_size`; an iterable, sized or not, of batches that
         `input_of` understands; or a function of no arguments that returns one of these.
     max_samples, max_batches: limits, both always honoured. The last tensor is cut so that exactly `max_samples` images
         are used, and nothing is read beyond the batch that reaches a limit.
-    raw: return the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
+    raw: yield the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
         that reaches `max_samples`, counted along the first tensor found in each.
-    Raises CalibrationError: no batches, a batch of an unknown kind or without images, a limit below 1.
+    allow_empty: have no batches at all without an error, as one of several ranks may.
+    Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
     for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
-    batches: list[Any] = []
-    samples = 0
-    for batch in _iterate(source, batch_size, max_samples):
+    return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty)
+
+
+def is_held(calibration: Any) -> bool:
+    """Are the batches in the caller's hands, so that keeping them takes no memory?"""
+    return isinstance(calibration, Tensor | np.ndarray | list | tuple)
+
+
+def _read(
+    source: Any, batches: Iterator[Any], max_samples: int | None, max_batches: int | None, raw: bool, allow_empty: bool
+) -> Iterator[Any]:
+    samples, dimensions = 0, set()
+    for index, batch in enumerate(batches):
         try:
             images = first_tensor(batch) if raw else input_of(batch)
             count = 0 if images is None else _count(images)
         except CalibrationError as error:
-            raise CalibrationError(f"batch {len(batches)}: {error}") from None
+            raise CalibrationError(f"batch {index}: {error}") from None
+        dimensions.add(0 if images is None else images.ndim)
+        if not raw and len(dimensions) > 1:
+            raise CalibrationError(
+                f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
+                "an (images, labels) pair is one batch: put it in a list"
+            )
         left = count if max_samples is None else max_samples - samples
-        batches.append(batch if raw else images if images is None or count <= left else images[:left])
+        yield batch if raw else images if images is None or count <= left else images[:left]
         samples += count
-        if len(batches) == max_batches or (max_samples is not None and samples >= max_samples):
-            break
-    if not batches:
+        if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
+            return
+    if not dimensions and not allow_empty:
         raise CalibrationError(_nothing_read(source))
-    if not raw and len({batch.ndim for batch in batches}) > 1:
-        raise CalibrationError(
-            f"the batches differ in their number of dimensions ({', '.join(str(b.ndim) for b in batches[:4])}, ...); "
-            "an (images, labels) pair is one batch: put it in a list"
-        )
-    return batches
 
 
 def input_of(batch: Any) -> Tensor:
@@ -88,34 +100,6 @@ def input_of(batch: Any) -> Tensor:
     )
 
 
-def rebatch(batches: Sequence[Tensor], size: int, count: int | None = None) -> list[Tensor]:
-    """The same images in the same order, cut again into exactly `count` batches of `size` (None: all whole batches).
-
-    For what depends on its batches, such as a momentum (EMA) recalibration. What is left over is unused; a new batch
-    that lies within an old one is a view of it. Raises CalibrationError if there are too few images, or if images of
-    different shapes would have to share a batch.
-    """
-    available = sum(len(batch) for batch in batches)
-    needed = size * (1 if count is None else count)
-    if size < 1 or (count is not None and count < 1):
-        raise CalibrationError(f"a number of batches and their size must be at least 1, not {count} of {size}")
-    if available < needed:
-        raise CalibrationError(
-            f"{1 if count is None else count} batches of {size} need {needed} images and there are {available}; "
-            "pass more calibration images, fewer batches or a smaller batch size"
-        )
-    starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
-    result = []
-    for begin in range(0, available // size * size if count is None else needed, size):
-        spans = [(b, max(begin - s, 0), begin + size - s) for b, s in zip(batches, starts, strict=False)]
-        pieces = [batch[low:high] for batch, low, high in spans if low < len(batch) and high > 0]
-        if len({piece.shape[1:] for piece in pieces}) > 1:
-            shapes = " and ".join(str(tuple(piece.shape[1:])) for piece in pieces)
-            raise CalibrationError(f"images of shapes {shapes} cannot share a batch of {size}; bring them to one size")
-        result.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-    return result
-
-
 def load_images(
     path: str | Path,
     *,
@@ -124,6 +108,7 @@ def load_images(
     size: int | tuple[int, int] | None = None,
     max_samples: int | None = None,
     seed: int | None = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Images from disk as one float32 tensor (N, C, H, W): shuffled, then at most `max_samples` of them.
 
@@ -135,23 +120,25 @@ def load_images(
     size: image files are resized and cropped about their centre to this height and width; None: they must agree.
     seed: of the shuffle, which comes before the limit because folders and many arrays are sorted by class. None keeps
         the order of the array, or of the sorted file names.
+    shard: (k, n) for the k-th of n ranks, from 0: of all those images the k-th and every n-th after it. May be none.
     Raises CalibrationError, naming the file, for what cannot be read. Nothing is ever unpickled.
     """
-    path = Path(path)
+    path, (rank, ranks) = Path(path), shard
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-        images = _decode([(files[i], files[i]) for i in _order(path, len(files), max_samples, seed)], size)
-        return _normalise(path, images, mean, std)
+        mine = _order(path, len(files), max_samples, seed)[rank::ranks]
+        return _normalise(path, _decode([(files[i], files[i]) for i in mine], size), mean, std)
     arrays = _read_arrays(path, ("images", "x", "data", "jpeg", "offsets"), only_one=True)
     if {"jpeg", "offsets"} <= arrays.keys():
         data, offsets = arrays["jpeg"], arrays["offsets"]
-        order = _order(path, len(offsets) - 1, max_samples, seed)
-        jpegs = [(f"{path}, image {i}", io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes())) for i in order]
+        mine = _order(path, len(offsets) - 1, max_samples, seed)[rank::ranks]
+        jpegs = [(f"{path}, image {i}", io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes())) for i in mine]
         return _normalise(path, _decode(jpegs, size), mean, std)
     if size is not None:
         raise CalibrationError(f"{path}: size is for image files; arrays are used at the size they have")
     array = next(iter(arrays.values()))
-    return _normalise(path, _channels_first(path, array[_order(path, len(array), max_samples, seed)]), mean, std)
+    mine = _order(path, len(array), max_samples, seed)[rank::ranks]
+    return _normalise(path, _channels_first(path, array[mine]), mean, std)
 
 
 def load_labels(path: str | Path, *, max_samples: int | None = None, seed: int | None = 0) -> Tensor:
@@ -272,7 +259,7 @@ def _decode(sources: Sequence[tuple[object, Any]], size: int | tuple[int, int] |
                 f"{name}: {image.height}x{image.width} pixels, but {sources[0][0]} has {images[0].shape[0]}x"
                 f"{images[0].shape[1]}; pass size= to bring all images to one size"
             )
-    return np.stack(images).transpose(0, 3, 1, 2)
+    return np.stack(images).transpose(0, 3, 1, 2) if images else np.empty((0, 3, 1, 1), dtype=np.uint8)
 
 
 def _normalise(

@@ -1,7 +1,11 @@
-"""Writing a correction into a model: gains into weights, shifts into a bias or the BatchNorm behind, statistics."""
+"""Deciding on corrections and writing them: gains into weights, shifts into a bias or a BatchNorm, statistics."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -10,10 +14,91 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
-from .errors import LayerError
-from .layers import along_weight, refresh_weight, stored_bias, stored_weight
+from .errors import LayerError, ModelMismatchError
+from .graph import Wiring
+from .journal import Journal
+from .layers import along_weight, dead_channels, out_channels, refresh_weight, stored_bias, stored_weight
+from .network import Network, pool
+from .report import LayerReport, RepairReport
+from .stops import Calls, Visit
 
+log = logging.getLogger("resuscitate")
 ShiftInto = Literal["bias", "new bias", "running_mean"]
+
+
+@dataclass
+class Corrector:
+    """Makes the corrections of one repair: what to run, how it is wired, the rule in force, the report, the journal."""
+
+    net: Network
+    wiring: Wiring
+    factors: Callable[[ak.ChannelMoments, ak.ChannelMoments], tuple[Tensor, Tensor]]
+    report: RepairReport
+    journal: Journal
+
+    def correct(self, visit: Visit, wanted: Calls) -> None:
+        """Bring one layer's outputs to what is wanted, in its weights and in the walk."""
+        name, layer = visit.name, self.net.modules[visit.name]
+        if name in self.journal.entries:
+            tensors, plain = self.journal.entries[name]
+            row = LayerReport.from_dict(plain)
+        else:
+            row, tensors = self._decide(visit, wanted)
+            self.journal.add(name, tensors, asdict(row))
+        self.report.layers.append(row)
+        if not tensors:
+            return
+        gain, shift = (tensors[factor].to(self.net.device) for factor in ("gain", "shift"))
+        behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
+        row.shift_into = write_correction(name, layer, gain, shift, behind if isinstance(behind, _BatchNorm) else None)
+        visit.correct(gain, torch.zeros_like(shift) if row.shift_into == "running_mean" else shift)
+        log.info("%s: variance %s of the dense one, now %s", name, row.variance_before, row.variance_after)
+
+    def recalibrate(self, visit: Visit) -> None:
+        """Give one BatchNorm the statistics of what reaches it."""
+        name = visit.name
+        if name in self.journal.entries:
+            tensors, plain = self.journal.entries[name]
+            moments = ak.ChannelMoments(int(str(plain["count"])), tensors["mean"], tensors["m2"])
+        elif visit.calls:
+            moments = pool(visit.calls)
+            self.journal.add(name, {"mean": moments.mean, "m2": moments.m2}, {"count": moments.count})
+        else:
+            self.report.notes.append(f"BatchNorm {name!r} is never reached by these images: kept")
+            return
+        write_statistics(name, self.net.modules[name], moments)
+        self.note_batchnorm(name)
+
+    def note_batchnorm(self, name: str) -> None:
+        """Report one BatchNorm as re-estimated."""
+        module = self.net.modules[name]
+        assert isinstance(module, _BatchNorm)
+        self.report.layers.append(LayerReport(name, type(module).__name__, module.num_features, "re-estimated"))
+
+    def _decide(self, visit: Visit, wanted: Calls) -> tuple[LayerReport, dict[str, Tensor]]:
+        """The layer's row in the report, and its gain and shift; no tensors where it is left alone."""
+        name, layer, uses = visit.name, self.net.modules[visit.name], len(visit.calls)
+        row = LayerReport(name, type(layer).__name__, out_channels(layer), "repaired")
+        if not uses and not wanted:
+            row.action = "left alone: these images never reach it"
+            return row, {}
+        if len(wanted) != uses:
+            raise ModelMismatchError(f"layer {name!r} runs {uses} times in the model, {len(wanted)} in the dense one")
+        dead = dead_channels(name, layer)
+        dense, pruned = pool(wanted), pool(visit.calls)
+        pruned.m2[dead] = 0.0  # what variance a dead channel has left is rounding
+        gain, shift = self.factors(dense, pruned)
+        row.dead = int(dead.sum())
+        varies = float(dense.m2.sum()) > 0
+        row.variance_before = row.variance_after = _ratio(pruned, dense) if varies else None
+        if visit.pairs and varies:
+            row.explained = _explained(visit.pairs)
+        if uses > 1 and varies and not all(_nearer(gain, p, d) for p, d in zip(visit.calls, wanted, strict=True)):
+            row.action = f"left alone: its {uses} uses disagree"
+            return row, {}
+        row.variance_after = _ratio(pruned, dense, gain) if varies else None
+        row.gain = float(gain.min()), float(gain.max())
+        return row, {"gain": gain, "shift": shift}
 
 
 @torch.no_grad()
@@ -61,3 +146,21 @@ def write_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments
     var.copy_(moments.m2 / (moments.count - 1))
     if not (mean.isfinite() & var.isfinite()).all():
         raise LayerError(name, f"its statistics do not fit into {var.dtype}; call .float() on the BatchNorm layers")
+
+
+def _ratio(pruned: ak.ChannelMoments, dense: ak.ChannelMoments, gain: Tensor | float = 1.0) -> float:
+    """The pruned variance over the dense one, both summed over channels."""
+    return float((pruned.var * gain**2).sum() / dense.var.sum())
+
+
+def _explained(pairs: list[ak.PairedMoments]) -> float:
+    """The share of the dense variance that the best affine map of each channel's pruned output explains: corr^2."""
+    variances = [pair.dense.m2 for pair in pairs]
+    shares = [pair.corr.square() * m2 for pair, m2 in zip(pairs, variances, strict=True)]
+    return float(torch.stack(shares).sum() / torch.stack(variances).sum())
+
+
+def _nearer(gain: Tensor, pruned: ak.ChannelMoments, dense: ak.ChannelMoments) -> bool:
+    """Does the gain bring this use of a layer nearer to its dense variance, or leave it where it is?"""
+    before, after = (abs(math.log(max(_ratio(pruned, dense, g), 1e-30))) for g in (1.0, gain))
+    return after <= before + 1e-9

@@ -35,3 +35,11 @@ class MaskError(LayerError):
 
 class ModelMismatchError(ResuscitateError, ValueError):
     """The pruned and the dense model do not have the same layers, or are one and the same object."""
+
+
+class DistributedError(ResuscitateError, RuntimeError):
+    """Another rank failed, no longer answers, or holds something else; every rank's model is as it was."""
+
+
+class JournalError(ResuscitateError, ValueError):
+    """A journal cannot be read, or belongs to another model, other data or another method."""

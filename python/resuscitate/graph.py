@@ -26,12 +26,14 @@ DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point
 class Wiring:
     """What one real forward pass showed.
 
-    `calls` counts the calls of every module that ran, by name, in the order of their first calls. `batchnorm_of` names,
-    for a layer, the one BatchNorm that alone reads its output, where both are called once. `functional` counts the
+    `calls` counts the calls of every module that ran, by name, in the order of their first calls; `layers` has the
+    types of the layers among them. `batchnorm_of` names, for a layer, the one BatchNorm that alone reads its output,
+    where both are called once. `functional` counts the
     convolutions and linear maps that ran as functions, outside a layer module.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
+    layers: dict[str, type[nn.Module]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     functional: Counter[str] = field(default_factory=Counter)
 
@@ -79,6 +81,8 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
+        if isinstance(module, LAYERS):
+            wiring.layers[name] = type(module)
         watch.within_layers += isinstance(module, LAYERS)
         if isinstance(module, _BatchNorm) and args and args[0] in watch.watched:
             watch.watched[args[0]].batchnorm = name
@@ -143,13 +147,3 @@ def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
         ):
             wiring.batchnorm_of[str(source.target)] = str(node.target)
     return wiring
-
-
-def last_reads(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nothing reads after it."""
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    read: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        dying[node] = [source for source in [*node.all_input_nodes, node] if source not in read]
-        read.update(node.all_input_nodes, [node])
-    return dying

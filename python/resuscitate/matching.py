@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import ModelMismatchError, ResuscitateError
-from .layers import LAYERS, Selector, effective_weight, find_batchnorms, select_layers, stored_bias
-from .report import RepairReport
+from .graph import Wiring
+from .layers import LAYERS, Selector, effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
+from .report import LayerReport, RepairReport
+from .targets import DenseStatistics
 
 log = logging.getLogger("resuscitate")
 
 
 def matching_layers(
     model: nn.Module,
-    dense: nn.Module | None,
+    dense: nn.Module | DenseStatistics | Literal["running"] | None,
     include: Iterable[Selector] | Selector | None,
     exclude: Iterable[Selector] | Selector | None,
     report: RepairReport,
 ) -> dict[str, nn.Module]:
-    """The selected layers, each checked against its dense counterpart."""
-    if dense is None:
-        raise ModelMismatchError(
-            f"method {report.method!r} matches the dense model's outputs: pass dense, or use method 'bn'"
-        )
+    """The selected layers, each checked against its dense counterpart as far as one is there."""
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
-    layers, originals = select_layers(model, include, exclude), dict(dense.named_modules())
+    layers = select_layers(model, include, exclude)
     if not layers:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
+    for name, layer in layers.items():
+        effective_weight(name, layer), stored_bias(name, layer)
+    if isinstance(dense, nn.Module):
+        _check_layers(layers, dict(dense.named_modules()), report)
+    elif isinstance(dense, DenseStatistics):
+        for name, layer in layers.items():
+            if name not in dense.layers:
+                raise ModelMismatchError(f"{dense.path}: nothing is known of layer {name!r}; measure its dense model")
+            for moments in dense.layers[name]:
+                if moments.channels != out_channels(layer):
+                    raise ModelMismatchError(
+                        f"{dense.path}: layer {name!r} had {moments.channels} channels, the model has "
+                        f"{out_channels(layer)}; measure the dense model of this very network"
+                    )
+    return layers
+
+
+def _check_layers(layers: dict[str, nn.Module], originals: dict[str, nn.Module], report: RepairReport) -> None:
     same = True
     for name, layer in layers.items():
-        weight, _ = effective_weight(name, layer), stored_bias(name, layer)
         if name not in originals:
             raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
         kind, dense_kind = type(layer).__name__, type(originals[name]).__name__
         if not isinstance(originals[name], LAYERS) or kind != dense_kind:
             raise ModelMismatchError(f"layer {name!r} is {kind} in the pruned model and {dense_kind} in the dense one")
-        original = effective_weight(name, originals[name])
+        weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
         if weight.shape != original.shape:
             shapes = f"{tuple(weight.shape)} in the pruned model and {tuple(original.shape)} in the dense one"
             raise ModelMismatchError(f"the weight of layer {name!r} is {shapes}")
@@ -50,22 +67,59 @@ def matching_layers(
     if same:
         report.notes.append("the two models' weights are equal: nothing was pruned")
         log.warning(report.notes[-1])
-    return layers
 
 
-def copy_statistics(model: nn.Module, dense: nn.Module, report: RepairReport) -> None:
+def layers_to_repair(
+    layers: dict[str, nn.Module],
+    wiring: Wiring,
+    report: RepairReport,
+    skip_first: bool,
+    skip_last: bool,
+    need_batchnorm: bool,
+) -> dict[str, nn.Module]:
+    """The layers to repair that a forward pass comes by, in its order; what is left out goes into the report."""
+    run = [name for name in wiring.calls if name in wiring.layers]
+    first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
+    left_out = {name: "left alone: no forward pass reaches it" for name in layers if name not in run}
+    if need_batchnorm:
+        left_out |= {
+            name: "left alone: no BatchNorm alone reads it, to say what its output was"
+            for name in layers
+            if name in run and name not in wiring.batchnorm_of
+        }
+    if skip_last and run and run[-1] not in wiring.batchnorm_of:
+        left_out[run[-1]] = "skipped: the last layer, whose inputs are not matched"
+    if skip_first and first is not None:
+        left_out[first] = "skipped: its input is the image"
+    for name, layer in layers.items():
+        if name in left_out:
+            report.layers.append(LayerReport(name, type(layer).__name__, out_channels(layer), left_out[name]))
+    chosen = {name: layers[name] for name in run if name in layers and name not in left_out}
+    if layers and not chosen and not skip_last and not need_batchnorm:
+        raise ResuscitateError("no layer is left to repair: the first convolution needs skip_first=False")
+    return chosen
+
+
+def copy_statistics(model: nn.Module, dense: nn.Module | DenseStatistics, report: RepairReport) -> None:
     """Take over the dense model's BatchNorm statistics where they differ: the corrected outputs match its outputs."""
-    originals = find_batchnorms(dense)
-    copied = []
+    if isinstance(dense, nn.Module):
+        originals = {name: (module.running_mean, module.running_var) for name, module in find_batchnorms(dense).items()}
+    else:
+        originals = dict(dense.batchnorms)
+    copied = 0
     for name, batchnorm in find_batchnorms(model).items():
-        if name not in originals or originals[name].num_features != batchnorm.num_features:
+        theirs = originals.get(name, (None, None))
+        if theirs[0] is None or len(theirs[0]) != batchnorm.num_features:
             raise ModelMismatchError(
                 f"the dense model has no BatchNorm {name!r} with {batchnorm.num_features} channels"
             )
-        for buffer in ("running_mean", "running_var"):
-            mine, theirs = getattr(batchnorm, buffer), getattr(originals[name], buffer)
-            if not torch.equal(mine, theirs.to(mine)):
-                mine.copy_(theirs)
-                copied.append(name)
+        differ = False
+        for mine, original in zip((batchnorm.running_mean, batchnorm.running_var), theirs, strict=True):
+            assert mine is not None
+            assert original is not None
+            if not torch.equal(mine, original.to(mine)):
+                mine.copy_(original)
+                differ = True
+        copied += differ
     if copied:
-        report.notes.append(f"{len(set(copied))} BatchNorms had other statistics than the dense model: copied from it")
+        report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")

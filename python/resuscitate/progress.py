@@ -1,15 +1,60 @@
-"""A progress bar on a terminal, silence in a pipe."""
+"""Progress on a terminal, silence in a pipe."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
+class Bar:
+    """Progress on standard error: which stop of how many, which image of how many, images per second, time left.
+
+    `show=None`: only where standard error is a terminal. A context manager; silent ones cost nothing.
+    """
+
+    def __init__(self, title: str, stops: Sequence[str], images: int, show: bool | None = None) -> None:
+        self.title, self.images = title, max(images, 1)
+        self.place = {name: index for index, name in enumerate(stops)}
+        self.shown = sys.stderr.isatty() if show is None else show
+        self.at, self.here, self.seen, self.started = "", 0, 0, time.perf_counter()
+        self._progress: Any = None
+
+    def __enter__(self) -> Bar:
+        if self.shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            text = TextColumn("{task.description}")
+            self._progress = Progress(
+                text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self.title, total=len(self.place))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def advance(self, stop: str, images: int) -> None:
+        """So many more images have come to this stop."""
+        if self._progress is None:
+            return
+        if stop != self.at:
+            self.at, self.here = stop, 0
+        self.here += images
+        self.seen += images
+        rate = self.seen / max(time.perf_counter() - self.started, 1e-9)
+        where = f"{self.place[stop] + 1}/{len(self.place)} {stop}, image {self.here:,}/{self.images:,}"
+        completed = self.place[stop] + min(self.here / self.images, 1.0)
+        self._progress.update(self._task, completed=completed, description=f"{self.title}: {where}, {rate:,.0f}/s")
+
+
+def track(items: Iterable[T], title: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
     """Yield the items behind a progress bar on standard error; `show=None`: only where that is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
         yield from items
@@ -17,4 +62,4 @@ def track(items: Iterable[T], description: str, total: int | None = None, show: 
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)
+    yield from rich_track(items, title, total=total, console=Console(stderr=True), transient=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ class LayerReport:
     channels, just before and just after this layer's own correction (1 is ideal; None for a BatchNorm, and where the
     dense layer's outputs are constant). `dead` counts
     the channels whose weights are all zero. `gain` is the least and the greatest gain. `shift_into` says what took
-    the shift.
+    the shift. `explained`, where correlations were asked for, is the share of the dense variance that any gain and
+    shift per channel could bring back: the squared correlation before the correction, weighted by the dense variance.
     """
 
     name: str
@@ -30,6 +31,13 @@ class LayerReport:
     variance_after: float | None = None
     gain: tuple[float, float] | None = None
     shift_into: str | None = None
+    explained: float | None = None
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
+        """The row again, from `dataclasses.asdict` by way of JSON."""
+        gain = plain.get("gain")
+        return cls(**{**plain, "gain": None if gain is None else (gain[0], gain[1])})
 
 
 @dataclass
@@ -37,7 +45,9 @@ class RepairReport:
     """The outcome of `repair`: the settings in force, what became of every layer, images used, seconds taken.
 
     `images` counts the images behind the gains, `batchnorm_images` those behind the BatchNorm statistics, `skipped`
-    those left out for non-finite activations. `walk` is "node" (one pass), "prefix" (one pass per layer) or "none".
+    those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "node" (one
+    pass), "prefix" (one pass per layer) or "none"; `scratch` counts the bytes that did not fit the memory budget, and
+    `resumed` the layers whose correction came from a journal. Under ranks, images are those of all ranks together.
     """
 
     method: str
@@ -47,7 +57,11 @@ class RepairReport:
     images: int = 0
     batchnorm_images: int = 0
     skipped: int = 0
+    target: str = "none"
     walk: str = "none"
+    scratch: int = 0
+    ranks: int = 1
+    resumed: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     _undo: Callable[[], None] | None = field(default=None, repr=False)
@@ -76,11 +90,13 @@ class RepairReport:
         schedule = "" if self.method == "bn" else f", {self.schedule}"
         yield f"[bold]{self.method}[/]{schedule}, BatchNorm: {self.recalibrate or 'kept as the dense model has it'}"
         table = Table("layer", "kind", "action", box=None, header_style="bold")
-        for title in ("channels", "dead", "variance before", "after", "gain from", "to"):
+        paired = any(layer.explained is not None for layer in self.layers)
+        titles = ("channels", "dead", "variance before", "after", "gain from", "to", *["explained"] * paired)
+        for title in titles:
             table.add_column(title, justify="right")
         for layer in self.layers:
             low, high = layer.gain or (None, None)
-            numbers = (layer.variance_before, layer.variance_after, low, high)
+            numbers = (layer.variance_before, layer.variance_after, low, high, *[layer.explained] * paired)
             table.add_row(
                 escape(layer.name),
                 escape(layer.kind),
@@ -90,8 +106,12 @@ class RepairReport:
                 *("" if number is None else f"{number:.3f}" for number in numbers),
             )
         yield table
-        yield (
+        extras = [f"target: {self.target}"] if self.target != "none" else []
+        extras += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        extras += [f"{self.scratch / 2**20:,.0f} MiB through scratch"] if self.scratch else []
+        extras += [f"{self.resumed} layers from the journal"] if self.resumed else []
+        yield escape(
             f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped; "
-            f"{self.walk} walk; {self.seconds:.2f} s"
+            f"{'; '.join([*extras, f'{self.walk} walk', f'{self.seconds:.2f} s'])}"
         )
         yield from map(escape, self.notes)

@@ -15,12 +15,22 @@ from .layers import find_layers, refresh_weight
 
 
 class Snapshot:
-    """A copy of every parameter and buffer of a model, and of which layers have no bias."""
+    """A copy of every parameter and buffer of a model, and of which layers have no bias.
+
+    As a context it puts all back when an error, or an interrupt, leaves it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copies = {id(tensor): (module, name, tensor.detach().clone()) for module, name, tensor in _slots(model)}
         self.without_bias = [module for module in find_layers(model).values() if module.bias is None]
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -59,6 +69,7 @@ def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_full_precision())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from resuscitate.calibration import input_of, load_images, load_labels, read_batches, rebatch
+from resuscitate.calibration import input_of, load_images, load_labels, read_batches
 from resuscitate.errors import CalibrationError
 
 DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -22,6 +22,10 @@ JPEG_TEST = DATA / "cifar10_jpeg_test.npz"
 IMAGES = torch.arange(10.0 * 3 * 2 * 2).view(10, 3, 2, 2)
 LABELS = torch.arange(10)
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=8)
+
+
+def _read(*args, **options):
+    return list(read_batches(*args, **options))
 
 
 class Stream(IterableDataset):
@@ -72,7 +76,7 @@ KINDS = {
 class TestWhatABatchMayBe:
     @pytest.mark.parametrize("calibration", KINDS.values(), ids=KINDS)
     def test_every_usual_kind_gives_the_input_tensors(self, calibration):
-        batches = read_batches(calibration, batch_size=4)
+        batches = _read(calibration, batch_size=4)
         assert [len(batch) for batch in batches] == [4, 4, 2]
         assert torch.equal(torch.cat(batches), IMAGES)
 
@@ -82,33 +86,33 @@ class TestWhatABatchMayBe:
 
     def test_nothing_is_copied(self):
         batches = list(IMAGES.split(4))
-        assert all(a is b for a, b in zip(read_batches(batches), batches, strict=True))
-        assert read_batches(IMAGES)[0].data_ptr() == IMAGES.data_ptr()
+        assert all(a is b for a, b in zip(_read(batches), batches, strict=True))
+        assert _read(IMAGES)[0].data_ptr() == IMAGES.data_ptr()
         array = np.zeros((3, 2), np.float32)
-        assert read_batches(array)[0].data_ptr() == array.ctypes.data
+        assert _read(array)[0].data_ptr() == array.ctypes.data
 
     def test_arrays_that_torch_cannot_share_are_read_all_the_same(self):
         array = IMAGES.numpy().copy()
         array.flags.writeable = False
-        assert torch.equal(read_batches(array)[0], IMAGES)
-        assert torch.equal(read_batches(array[::-1])[0], IMAGES.flip(0))
+        assert torch.equal(_read(array)[0], IMAGES)
+        assert torch.equal(_read(array[::-1])[0], IMAGES.flip(0))
 
     def test_images_of_different_sizes_are_allowed_between_batches(self):
-        assert len(read_batches([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])) == 2
+        assert len(_read([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])) == 2
 
 
 class TestLimits:
     @given(sizes=SIZES, max_samples=st.none() | st.integers(1, 40), max_batches=st.none() | st.integers(1, 10))
     def test_both_always_hold_and_nothing_is_read_beyond_them(self, sizes, max_samples, max_batches):
         source = Counted(numbered(sizes))
-        batches = read_batches(source, max_samples=max_samples, max_batches=max_batches)
+        batches = _read(source, max_samples=max_samples, max_batches=max_batches)
         expected = min(sum(sizes[:max_batches]), max_samples or sum(sizes))
         assert torch.cat(batches).flatten().tolist() == list(range(expected))
         assert source.pulled == len(batches)
 
     @given(count=st.integers(1, 50), size=st.integers(1, 12), max_samples=st.none() | st.integers(1, 60))
     def test_a_lone_tensor_is_cut_into_batches(self, count, size, max_samples):
-        batches = read_batches(torch.arange(count).view(-1, 1), batch_size=size, max_samples=max_samples)
+        batches = _read(torch.arange(count).view(-1, 1), batch_size=size, max_samples=max_samples)
         assert torch.cat(batches).flatten().tolist() == list(range(min(count, max_samples or count)))
         assert all(len(batch) == size for batch in batches[:-1])
         assert 1 <= len(batches[-1]) <= size
@@ -117,73 +121,73 @@ class TestLimits:
     @pytest.mark.parametrize("limit", [0, -1, 2.5, True])
     def test_a_limit_is_a_whole_number_of_at_least_one(self, option, limit):
         with pytest.raises(CalibrationError, match=f"{option} must be a whole number of at least 1, not {limit}"):
-            read_batches(IMAGES, **{option: limit})
+            _read(IMAGES, **{option: limit})
 
 
 class TestRaw:
     def test_batches_come_untouched_and_whole(self):
         batches = [{"a": x, "b": [x + 1]} for x in IMAGES.split(4)]
         source = Counted(batches)
-        read = read_batches(source, raw=True, max_samples=5)
+        read = _read(source, raw=True, max_samples=5)
         assert source.pulled == 2
         assert all(a is b for a, b in zip(read, batches, strict=False))
 
     def test_images_are_counted_along_the_first_tensor_with_a_batch_axis(self):
         batches = [{"step": torch.tensor(7), "meta": "text", "pair": (x, LABELS)} for x in IMAGES.split(4)]
-        assert len(read_batches(batches, raw=True, max_samples=8)) == 2
+        assert len(_read(batches, raw=True, max_samples=8)) == 2
 
     def test_max_batches_holds_without_any_tensor(self):
-        assert read_batches(["a", "b", "c"], raw=True, max_batches=2) == ["a", "b"]
+        assert _read(["a", "b", "c"], raw=True, max_batches=2) == ["a", "b"]
 
 
 class TestRefusals:
     def test_a_used_up_generator_is_named(self):
         generator = (x for x in IMAGES.split(4))
-        read_batches(generator)
+        _read(generator)
         with pytest.raises(CalibrationError, match=r"no batches: the iterator is used up.*function that returns a new"):
-            read_batches(generator)
+            _read(generator)
 
     @pytest.mark.parametrize("empty", [[], IMAGES[:0], np.zeros((0, 3))], ids=["list", "tensor", "array"])
     def test_no_batches(self, empty):
         with pytest.raises(CalibrationError, match="no batches: the calibration data is empty"):
-            read_batches(empty)
+            _read(empty)
 
     @pytest.mark.parametrize("raw", [False, True])
     def test_a_batch_without_images_is_named(self, raw):
         with pytest.raises(CalibrationError, match=r"batch 1: there are no images in it \(shape \(0, 3, 2, 2\)\)"):
-            read_batches([IMAGES, IMAGES[:0]], raw=raw)
+            _read([IMAGES, IMAGES[:0]], raw=raw)
 
     def test_a_tensor_without_dimensions(self):
         with pytest.raises(CalibrationError, match="batch 0: its images are a tensor without dimensions"):
-            read_batches([torch.tensor(1.0)])
+            _read([torch.tensor(1.0)])
         with pytest.raises(CalibrationError, match="tensor without dimensions"):
-            read_batches(torch.tensor(1.0))
+            _read(torch.tensor(1.0))
 
     def test_an_unknown_kind_is_named_with_its_keys_and_the_way_out(self):
         with pytest.raises(
             CalibrationError, match=r"batch 0: .*dict with keys 'left', 'right'.*forward_fn=lambda model"
         ):
-            read_batches([{"left": IMAGES, "right": IMAGES}])
+            _read([{"left": IMAGES, "right": IMAGES}])
         with pytest.raises(CalibrationError, match=r"batch 1: .*kind str"):
-            read_batches([IMAGES, "cat.jpg"])
+            _read([IMAGES, "cat.jpg"])
         with pytest.raises(CalibrationError, match="of kind list"):
             input_of([])
 
     def test_common_slips_are_answered(self):
         with pytest.raises(CalibrationError, match=r"is a path, 'images\.npz'; read it with calibration\.load_images"):
-            read_batches("images.npz")
+            _read("images.npz")
         with pytest.raises(CalibrationError, match="is one batch of kind dict with keys 'image'; put it in a list"):
-            read_batches({"image": IMAGES})
+            _read({"image": IMAGES})
         with pytest.raises(CalibrationError, match=r"an \(images, labels\) pair is one batch: put it in a list"):
-            read_batches((IMAGES, LABELS))
+            _read((IMAGES, LABELS))
         with pytest.raises(CalibrationError, match=r"pass DataLoader\(dataset, 128, shuffle=True\)"):
-            read_batches(TensorDataset(IMAGES, LABELS))
+            _read(TensorDataset(IMAGES, LABELS))
         with pytest.raises(CalibrationError, match="not int"):
-            read_batches(5)
+            _read(5)
 
     def test_arrays_of_objects_are_refused(self):
         with pytest.raises(CalibrationError, match="an array of object holds no images"):
-            read_batches(np.array([None, None]))
+            _read(np.array([None, None]))
 
     def test_an_error_of_the_loader_itself_is_passed_on(self):
         def loader():
@@ -191,33 +195,7 @@ class TestRefusals:
             raise OSError("disk gone")
 
         with pytest.raises(OSError, match="disk gone"):
-            read_batches(loader())
-
-
-class TestRebatch:
-    @given(sizes=SIZES, size=st.integers(1, 9), count=st.none() | st.integers(1, 9))
-    def test_the_same_images_in_the_same_order_in_equal_batches(self, sizes, size, count):
-        batches, available = numbered(sizes), sum(sizes)
-        if available < size * (count or 1):
-            with pytest.raises(CalibrationError, match=f"need {size * (count or 1)} images and there are {available}"):
-                rebatch(batches, size, count)
-            return
-        cut = rebatch(batches, size, count)
-        assert len(cut) == (count or available // size)
-        assert all(len(batch) == size for batch in cut)
-        assert torch.cat(cut).flatten().tolist() == list(range(size * len(cut)))
-
-    def test_a_batch_within_a_batch_is_a_view(self):
-        assert rebatch([IMAGES], 5)[1].data_ptr() == IMAGES[5:].data_ptr()
-
-    def test_images_of_different_sizes_cannot_share_a_batch(self):
-        with pytest.raises(CalibrationError, match=r"\(3, 8, 8\) and \(3, 9, 9\) cannot share a batch of 4"):
-            rebatch([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], 4)
-
-    @pytest.mark.parametrize(("size", "count"), [(0, 1), (4, 0), (-1, None)])
-    def test_no_batches_or_empty_ones_are_refused(self, size, count):
-        with pytest.raises(CalibrationError, match="must be at least 1"):
-            rebatch([IMAGES], size, count)
+            _read(loader())
 
 
 @pytest.fixture

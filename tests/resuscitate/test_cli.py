@@ -330,9 +330,9 @@ def test_the_command_line_has_the_choices_of_the_library():
     [
         (
             resuscitate.repair,
-            {"pruned", "output", "report", "json_", "mean", "std", "size"},
+            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "mean", "std", "size"},
             # what only a program can give, what a batch of files does not have, and what a terminal decides
-            {"forward_fn", "max_batches", "frozen", "progress"},
+            {"forward_fn", "max_batches", "frozen", "group", "progress"},
         ),
         (resuscitate.sparsify, {"dense", "output"}, set()),
     ],

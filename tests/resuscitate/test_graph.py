@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import resuscitate
-from resuscitate.graph import last_reads, observe, trace, wiring_of
+from resuscitate.graph import observe, trace, wiring_of
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -63,15 +63,6 @@ def test_no_hook_stays_behind():
     model = seeded(Zoo)
     observe(model, lambda: model(images()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_value_dies_after_its_last_reader():
-    graph = trace(seeded(Residual))
-    dying = last_reads(graph)
-    relu = next(node for node in graph.nodes if node.op == "call_method" and node.target == "relu")
-    readers = [str(node) for node in graph.nodes if relu in node.all_input_nodes]
-    assert [str(node) for node, gone in dying.items() if relu in gone] == readers[-1:]
-    assert sorted(map(str, graph.nodes)) == sorted(str(value) for gone in dying.values() for value in gone)
 
 
 def test_layers_called_as_functions_are_counted_and_reported():

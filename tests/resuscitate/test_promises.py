@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import resuscitate
+from resuscitate import corrections
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
 METHODS = ["bn", "layerwise", "channelwise", "asr"]
@@ -46,14 +47,14 @@ class TestAllOrNothing:
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
         written = []
-        write = resuscitate.repair.__globals__["write_correction"]
+        write = vars(corrections)["write_correction"]
 
         def fail_at_the_second(*args):
             if written:
                 raise RuntimeError("out of memory")
             written.append(write(*args))
 
-        monkeypatch.setitem(resuscitate.repair.__globals__, "write_correction", fail_at_the_second)
+        monkeypatch.setitem(vars(corrections), "write_correction", fail_at_the_second)
         with pytest.raises(RuntimeError, match="out of memory"):
             resuscitate.repair(model, dense, images(), recalibrate=recalibrate)
         assert written
@@ -67,7 +68,7 @@ class TestAllOrNothing:
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setitem(resuscitate.repair.__globals__, "write_statistics", interrupted)
+        monkeypatch.setitem(vars(corrections), "write_statistics", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resuscitate.repair(model, dense, images(), recalibrate="exact")
         assert same(model, before)

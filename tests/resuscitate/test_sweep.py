@@ -6,8 +6,13 @@ import pytest
 import torch
 
 import resuscitate
+from resuscitate.batches import Batches
 from resuscitate.graph import observe
-from resuscitate.sweep import Network, Stop, measure, node_walk, prefix_walk, traceable
+from resuscitate.network import Network
+from resuscitate.prefix import measure
+from resuscitate.stops import Stop
+from resuscitate.storage import Store
+from resuscitate.walk import Walker
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -57,32 +62,38 @@ def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
     assert [cause in record.message for record in caplog.records] == [True]
 
 
+def walker(model, dense=None, example=None, budget=1 << 30):
+    net, x = Network(model), images() if example is None else example
+    wiring = observe(model, lambda: net.run(x))
+    return Walker(net, dense and Network(dense), wiring, Store(budget, net.device), x[:2])
+
+
 def test_a_hook_on_a_container_forces_the_prefix_walk():
     model = seeded(Residual)
-    net = Network(model)
-    wiring = observe(model, lambda: net.run(images()))
-    stops = [Stop("conv1", 1)]
-    assert traceable(net, images(), wiring, stops) is not None
-    model.register_forward_hook(lambda module, args, output: output * 2)
-    assert traceable(net, images(), wiring, stops) is None
+    for expected in ("node", "prefix"):
+        walk = walker(model)
+        with torch.no_grad():
+            assert len(list(walk.walk(Batches([images()]), [Stop("conv1", 1)]))) == 1
+        assert walk.taken == expected
+        model.register_forward_hook(lambda module, args, output: output * 2)
 
 
 def test_both_walks_stop_in_order_and_early():
     model = seeded(Residual)
-    net, x = Network(model), images()
-    wiring = observe(model, lambda: net.run(x))
-    stops = [Stop("bn0", 2), Stop("conv1", 1), Stop("bn2", 2)]
+    stops = [Stop("bn2", 2), Stop("conv1", 1), Stop("bn0", 2)]
     ran = []
     model.head.register_forward_hook(lambda *_: ran.append(1))
-    batches = x.split(12)
+    batches = Batches(images().split(12))
     with torch.no_grad():
-        prefix = list(prefix_walk(net, batches, stops, wiring))
-        node = list(node_walk(net, traceable(net, x[:2], wiring, stops), batches, stops))
+        node = list(walker(model).walk(batches, stops))
+        model.register_forward_hook(lambda module, args, output: None)
+        prefix = list(walker(model).walk(batches, stops))
     assert [v.name for v in prefix] == [v.name for v in node] == ["bn0", "conv1", "bn2"]
     for a, b in zip(prefix, node, strict=True):
-        assert a.moments.count == b.moments.count
-        torch.testing.assert_close(a.moments.var, b.moments.var)
-    assert len(ran) <= 2  # the trace is compared with one real forward; neither walk runs on to the head
+        assert a.calls[0].count == b.calls[0].count
+        torch.testing.assert_close(a.calls[0].var, b.calls[0].var)
+    # two observations, one trace and one forward to compare it with; no walk goes on to the head
+    assert len(ran) == 4
 
 
 def test_a_shared_module_is_measured_over_all_uses_and_corrected_once():

@@ -1,0 +1,48 @@
+"""Short names for contents: is this the model, and are these the images, that a file or another rank speaks of?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .storage import view_bytes
+
+MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
+
+
+def digest_model(model: nn.Module) -> str:
+    """Of every parameter and buffer, with its name, dtype and shape, wherever the model lies."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()[:32]
+
+
+def digest_images(batches: Iterable[Any]) -> int:
+    """Of a set of images: a sum over them, so that neither their order nor their split into batches matters.
+
+    A batch that is no tensor counts as one image.
+    """
+    total = 0
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            parts = [[image] for image in batch]
+        else:
+            parts = [[leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]]
+        for tensors in parts:
+            found = hashlib.blake2b(digest_size=8)
+            for tensor in tensors:
+                found.update(_bytes(tensor))
+            total += int.from_bytes(found.digest(), "big")
+    return total % MODULUS
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return view_bytes(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")

@@ -1,0 +1,184 @@
+"""Ranks: each process walks its own images; at every stop they merge what they measured, or all give up together.
+
+Every meeting begins with the same small message, in which a rank that has failed says so in place of joining in. So the
+failure of one is the failure of all, and no rank waits for another that will not come.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import asr_kernels as ak
+
+from .errors import DistributedError
+from .stops import Calls, Visit, merge_calls
+
+
+@dataclass
+class Ranks:
+    """The processes of a `torch.distributed` group; without one, this process alone, for which all is trivial."""
+
+    group: Any = None
+    rank: int = field(init=False, default=0)
+    size: int = field(init=False, default=1)
+
+    def __post_init__(self) -> None:
+        self._told = False
+        if self.group is not None:
+            self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+            if self.rank < 0:
+                raise DistributedError("this process is no member of the group; only its members may call")
+            backend = dist.get_backend(self.group)
+            self._device = (
+                torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+            )
+
+    def share(self, images: int | None) -> int | None:
+        """This rank's part of a number of images that are dealt out one by one; None for all stays None."""
+        return None if images is None else len(range(self.rank, images, self.size))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave only when every rank has come this far; raise, on all, when one has not.
+
+        Raises DistributedError on the ranks that did not fail themselves.
+        """
+        try:
+            yield
+            self.gather(torch.empty(0))
+        except BaseException:
+            if self.size > 1 and not self._told:
+                self._told = True
+                with suppress(Exception):
+                    self._all_gather(torch.tensor([1, 0]))
+            raise
+
+    def gather(self, vector: Tensor) -> list[Tensor]:
+        """Every rank's vector, in the order of the ranks: one dtype, any lengths. On the CPU.
+
+        Raises DistributedError when a rank has failed or does not answer.
+        """
+        if self.size == 1:
+            return [vector.cpu()]
+        lengths = [(int(failed), int(length)) for failed, length in self._all_gather(torch.tensor([0, len(vector)]))]
+        if failed := [rank for rank, (failure, _) in enumerate(lengths) if failure]:
+            self._told = True
+            raise DistributedError(f"rank {failed[0]} failed, and its own message says why; nothing was changed")
+        longest = max(length for _, length in lengths)
+        if not longest:
+            return [vector.cpu()] * self.size
+        padded = torch.cat([vector.cpu(), vector.new_zeros(longest - len(vector), device="cpu")])
+        return [part[:length] for part, (_, length) in zip(self._all_gather(padded), lengths, strict=True)]
+
+    def total(self, *numbers: int) -> list[int]:
+        """Sums over the ranks."""
+        return torch.stack(self.gather(torch.tensor(numbers))).sum(0).tolist()
+
+    def broadcast(self, content: bytes, source: int = 0) -> bytes:
+        """One rank's bytes, on all of them."""
+        own = content if self.rank == source or self.size == 1 else b""
+        return self.gather(_bytes(own))[source if self.size > 1 else 0].numpy().tobytes()
+
+    def lend(self, example: Any) -> Any:
+        """A small batch for a rank that has none of its own, None, from the first rank that has one."""
+        if self.size == 1:
+            return example
+        buffer = io.BytesIO()
+        if example is not None:
+            torch.save(example, buffer)
+        found = next((part for part in self.gather(_bytes(buffer.getvalue())) if len(part)), None)
+        if example is not None or found is None:
+            return example
+        return torch.load(io.BytesIO(found.numpy().tobytes()), weights_only=True)
+
+    def check_same(self, what: str, digest: str) -> None:
+        """Raise DistributedError where the ranks do not hold the same."""
+        digests = self.gather(_bytes(digest.encode()))
+        for rank, other in enumerate(digests):
+            if not torch.equal(other, digests[0]):
+                raise DistributedError(f"rank {rank} has {what} other than rank 0; give all ranks the same")
+
+    def merge(self, visit: Visit, device: torch.device) -> Visit:
+        """The visit with the moments of all ranks, merged in the order of the ranks: the same bits on each."""
+        if self.size == 1:
+            return visit
+        merged = Visit(visit.name, correct=visit.correct)
+        for vector in self.gather(_pack(visit)):
+            calls, dense, pairs = _unpack(vector.to(device))
+            merged.calls = merge_calls(merged.calls, calls)
+            merged.dense = merge_calls(merged.dense, dense)
+            merged.pairs = merge_calls(merged.pairs, pairs)
+        return merged
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        mine = tensor.to(self._device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(found, mine, group=self.group)
+            return [part.cpu() for part in found]
+        except RuntimeError as error:
+            self._told = True
+            reason = str(error).splitlines()[0]
+            raise DistributedError(
+                f"another rank no longer answers rank {self.rank}, and nothing was changed; look at its own output "
+                f"({reason})"
+            ) from error
+
+
+@contextmanager
+def launched(timeout: float) -> Iterator[Any]:
+    """The group of the processes that `torchrun` started, for as long as the context lasts; None without it.
+
+    NCCL where there are GPUs, one for each local rank, else Gloo. `timeout`: seconds to wait for another rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def _pack(visit: Visit) -> Tensor:
+    """The visit's numbers as one float64 vector."""
+    numbers: list[Tensor] = [torch.tensor([len(visit.calls), len(visit.dense), len(visit.pairs)], dtype=torch.float64)]
+    pairs = [part for pair in visit.pairs for part in (pair.dense, pair.pruned)]
+    for moments in [*visit.calls, *visit.dense, *pairs]:
+        numbers += [torch.tensor([moments.count, moments.channels], dtype=torch.float64), moments.mean, moments.m2]
+    numbers += [pair.comoment for pair in visit.pairs]
+    return torch.cat([part.cpu() for part in numbers])
+
+
+def _unpack(vector: Tensor) -> tuple[Calls, Calls, list[ak.PairedMoments]]:
+    calls, dense, pairs = (int(number) for number in vector[:3])
+    moments, at = Calls(), 3
+    for _ in range(calls + dense + 2 * pairs):
+        count, channels = (int(number) for number in vector[at : at + 2])
+        mean, m2 = vector[at + 2 : at + 2 + 2 * channels].split(channels)
+        moments.append(ak.ChannelMoments(count, mean, m2))
+        at += 2 + 2 * channels
+    paired = []
+    for index in range(calls + dense, len(moments), 2):
+        channels = moments[index].channels
+        paired.append(ak.PairedMoments(moments[index], moments[index + 1], vector[at : at + channels]))
+        at += channels
+    return moments[:calls], moments[calls : calls + dense], paired

@@ -1,0 +1,80 @@
+"""What the commands are given: a model by its name, images by their path; and whether the one runs on the other."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .errors import CalibrationError, ResuscitateError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def build_model(name: str) -> nn.Module:
+    """A new model in eval mode, by its name in `models.py` or as what `package.module:factory` returns."""
+    from torch import nn
+
+    from .models import build
+
+    module, _, factory = name.partition(":")
+    if not factory:
+        try:
+            return build(name).eval()
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}, or package.module:factory") from None
+    sys.path.insert(0, os.getcwd())
+    try:
+        network = getattr(importlib.import_module(module), factory)()
+    except Exception as error:  # the factory is the user's own code, which may raise anything
+        raise ResuscitateError(f"--model {name} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ResuscitateError(f"--model {name} gave a {type(network).__name__}, not a torch.nn.Module")
+    return network.eval()
+
+
+def read_images(
+    path: Path, mean: Any, std: Any, size: Any, limit: int | None, seed: int, shard: tuple[int, int]
+) -> tuple[Tensor, dict[str, Any]]:
+    """This rank's images, and what they are like, for a wrong normalisation is easier to see than to find."""
+    import asr_kernels as ak
+
+    from .calibration import load_images
+
+    images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed, shard=shard)
+    moments = ak.channel_moments(images) if len(images) else ak.ChannelMoments.empty(images.shape[1])
+    measured = {"mean": moments.mean.tolist(), "std": moments.var.sqrt().tolist()}
+    described = {"path": str(path), "images": len(images), "shape": list(images.shape[1:])}
+    return images, described | {"normalised_with": {"mean": mean, "std": std}, "per_channel": measured}
+
+
+def describe_images(measured: dict[str, Any]) -> str:
+    shape = "x".join(map(str, measured["shape"]))
+    used, found = (
+        ", ".join(f"{name} {' '.join(f'{v:.3g}' for v in values)}" for name, values in measured[key].items() if values)
+        for key in ("normalised_with", "per_channel")
+    )
+    text = f"calibration: {measured['images']} images of {shape} from {measured['path']}"
+    return f"{text}, {f'normalised with {used}' if used else 'not normalised'}; per channel {found}"
+
+
+def check_runs(network: nn.Module, images: Tensor, path: Path, device: str | None) -> None:
+    """Raise CalibrationError if the network cannot run on the images there."""
+    import torch
+
+    from .network import Network
+    from .state import moved_to
+
+    if not len(images):
+        return
+    try:
+        with torch.no_grad(), moved_to(device, [network]):
+            Network(network).run(images[:2])
+    except Exception as error:  # the network is the user's own code, which may raise anything
+        where = f"{path}: the model cannot run on its images of {'x'.join(map(str, images.shape[1:]))}"
+        raise CalibrationError(f"{where}{f' on {device}' if device else ''}: {error}") from error

@@ -1,0 +1,106 @@
+"""A journal of a repair: what each layer was given, appended as it happens, so that a killed run can go on.
+
+A file of records, each with its length and checksum before it; the first says which model, images and options the rest
+belong to. A record that a kill left half written is cut off. Nothing is pickled: records are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import load as decode
+from safetensors.torch import save as encode
+from torch import Tensor
+
+from .distributed import Ranks
+from .errors import JournalError
+
+MAGIC = b"resuscitate journal 1\n"
+HEAD = struct.Struct("<QI")  # length, crc32
+Entry = tuple[dict[str, Tensor], dict[str, object]]  # the tensors and the row of the report
+
+
+class Journal:
+    """What is known of a run: entries by the name of the layer or BatchNorm. Without a path, for this run only.
+
+    Rank 0 reads and writes the file; the others know what it knows. Raises JournalError for a file that is no journal,
+    or the journal of something else: `identity` says, part by part, of what it must be.
+    """
+
+    def __init__(self, path: str | Path | None, identity: Mapping[str, object], ranks: Ranks) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._file = None
+        if path is None:
+            return
+        content = ranks.broadcast(_content(Path(path)) if ranks.rank == 0 else b"")
+        records = list(_records(content))
+        if records:
+            _check_identity(path, json.loads(records[0]), identity)
+        for record in records[1:]:
+            self._remember(record)
+        if ranks.rank == 0:
+            self._file = open(path, "r+b" if os.path.exists(path) else "w+b")  # noqa: SIM115
+            self._file.truncate(len(MAGIC) + sum(HEAD.size + len(record) for record in records) if records else 0)
+            self._file.seek(0, os.SEEK_END)
+            if not records:
+                self._file.write(MAGIC)
+                self._append(json.dumps(identity).encode())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, name: str, tensors: Mapping[str, Tensor], row: Mapping[str, object]) -> None:
+        """Append what became of one layer: tensors (on any device) and plain values."""
+        if self._file is not None:
+            plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            self._append(encode(plain, {"name": name, "row": json.dumps(row)}))
+
+    def _append(self, record: bytes) -> None:
+        assert self._file is not None
+        self._file.write(HEAD.pack(len(record), zlib.crc32(record)) + record)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _remember(self, record: bytes) -> None:
+        length = int.from_bytes(record[:8], "little")
+        metadata = json.loads(record[8 : 8 + length])["__metadata__"]
+        self.entries[metadata["name"]] = decode(record), json.loads(metadata["row"])
+
+
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        return b""
+    content = path.read_bytes()
+    if not content.startswith(MAGIC) and not MAGIC.startswith(content):
+        raise JournalError(f"{path} is not a journal; name a file that does not exist yet")
+    return content
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """The whole records, up to the first that a kill cut short or that does not match its checksum."""
+    at = len(MAGIC)
+    while at + HEAD.size <= len(content):
+        length, checksum = HEAD.unpack_from(content, at)
+        record = content[at + HEAD.size : at + HEAD.size + length]
+        if len(record) < length or zlib.crc32(record) != checksum:
+            return
+        yield record
+        at += HEAD.size + length
+
+
+def _check_identity(path: str | Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    plain = json.loads(json.dumps(wanted))
+    differ = [key for key in {**found, **plain} if found.get(key) != plain.get(key)]
+    if differ:
+        raise JournalError(
+            f"{path} is the journal of another run: {', '.join(differ)} differ; give the same again, or another file"
+        )

@@ -1,0 +1,105 @@
+"""A model and how to run it on a batch; what its modules put out on the way, caught by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import asr_kernels as ak
+
+from .errors import LayerError, NonFiniteError
+from .layers import LAYERS, channel_dim
+
+
+@dataclass
+class Network:
+    """A model, and how to run it on a batch: with `dtype` under autocast to that precision."""
+
+    model: nn.Module
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    autocast: torch.dtype | None = None
+    modules: dict[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+    def place(self, batch: Tensor) -> Tensor:
+        """A copy of the batch on the model's device and in its dtype; the caller's own is never written to."""
+        return batch.detach().to(self.device, self.dtype if batch.is_floating_point() else None, copy=True)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that every part of a forward pass runs in. No cast is cached, for weights change on the way."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
+    def run(self, batch: Any) -> Any:
+        """The model's output for one batch."""
+        with self.precision():
+            return self.forward_fn(self.model, batch) if self.forward_fn else self.model(self.place(batch))
+
+    @contextmanager
+    def hooked(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Hand what each named BatchNorm reads, and what each named layer puts out, to `take` as it comes by."""
+        handles = []
+        for name in names:
+            module = self.modules[name]
+            if isinstance(module, _BatchNorm):
+                handles.append(module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0])))
+            else:
+                handles.append(module.register_forward_hook(lambda m, args, out, name=name: take(name, out)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observed(self) -> list[str]:
+        """Every layer and every BatchNorm, by name."""
+        return [name for name, module in self.modules.items() if isinstance(module, (*LAYERS, _BatchNorm))]
+
+    def axis(self, name: str) -> int:
+        """Where the channels lie in what is measured at this module."""
+        module = self.modules[name]
+        return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
+
+    def check_tensor(self, name: str, x: Any) -> None:
+        """Raise LayerError where a layer's output is not one tensor."""
+        if not isinstance(x, Tensor):
+            raise LayerError(name, f"its output is a {type(x).__name__}, not a tensor; exclude it")
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The precision for autocast. Raises ValueError for other than bfloat16 and float16, by any of their names."""
+    names = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+    found = names.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in names.values():
+        raise ValueError(f"dtype={dtype!r} is unknown; there are 'bf16', 'fp16' and None, the model's own")
+    return found
+
+
+def pool(calls: Iterable[ak.ChannelMoments]) -> ak.ChannelMoments:
+    """Merge moments, in order."""
+    return reduce(lambda a, b: a.merge(b), calls)
+
+
+def check_finite(name: str, batches: Iterable[tuple[int, ak.ChannelMoments]]) -> None:
+    """Raise NonFiniteError, naming the layer and the first batch whose moments are NaN or infinite."""
+    for index, moments in batches:
+        if not (moments.mean.isfinite() & moments.m2.isfinite()).all():
+            raise NonFiniteError(
+                name,
+                index,
+                "activations are NaN or infinite, or their squares overflow; look at the images, try a wider dtype, or "
+                "leave such images out with on_nonfinite='skip'",
+            )

@@ -1,0 +1,60 @@
+"""What the commands have in common: how options are declared, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def parse_numbers(text: str) -> list[float]:
+    """0.5 or 0.485,0.456,0.406"""
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor several such as 0.485,0.456,0.406") from None
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """224 or 224x160, height before width."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not a size such as 224 or 224x160 (height x width)")
+    return int(height), int(width or height)
+
+
+def parse_prior(text: str) -> str | float:
+    """A number, or a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def check_suffix(path: Path) -> Path:
+    """A name for safetensors."""
+    if path.suffix != ".safetensors":
+        raise typer.BadParameter(f"weights are written as safetensors: name it {path.with_suffix('.safetensors')}")
+    return path
+
+
+def opt(help: str, *names: str, **more: Any) -> Any:
+    """An option with its help."""
+    return typer.Option(*names, help=help, **more)
+
+
+Model = Annotated[str, opt("A name, such as resnet20, or package.module:factory.", "--model", "-m")]
+Include = Annotated[list[str] | None, opt("Layers to take, as a glob over names; repeatable.", metavar="GLOB")]
+Exclude = Annotated[list[str] | None, opt("Layers to leave out, likewise; repeatable.", metavar="GLOB")]
+Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_suffix)]
+Calibration = Annotated[Path, opt("Unlabelled images: an .npz, an .npy or a folder.", "--calibration", "-c")]
+MaxSamples = Annotated[int | None, opt("At most so many images.", min=1)]
+BatchSize = Annotated[int, opt("Images a step.", "--batch-size", "-b", min=1)]
+Mean = Annotated[Any, opt("To subtract per channel: 0.485,0.456,0.406.", parser=parse_numbers, metavar="LIST")]
+Std = Annotated[Any, opt("Then to divide by, per channel.", parser=parse_numbers, metavar="LIST")]
+Size = Annotated[Any, opt("Of image files: resize to 224 or 224x160.", parser=parse_size, metavar="PIXELS")]
+Precision = Annotated[str | None, opt("Autocast to bf16 or fp16; default: as the model is.")]
+Device = Annotated[str | None, opt("Where to run, such as cuda.")]
+Seed = Annotated[int, opt("Of the shuffle of the images.")]
+Timeout = Annotated[float, opt("Under torchrun: seconds to wait for another rank.", min=1)]

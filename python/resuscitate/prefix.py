@@ -1,0 +1,138 @@
+"""Measuring with hooks, whatever the control flow: all modules in one pass, or stop by stop, each pass ended early."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import asr_kernels as ak
+
+from .batches import Batches, count_images
+from .errors import ModelMismatchError
+from .graph import Wiring
+from .network import Network, check_finite
+from .progress import Bar
+from .stops import Calls, Stop, Visit, merge_calls
+
+
+class _ReachedError(BaseException):
+    """Ends a forward pass early. Not an Exception, lest a model's own handler take it."""
+
+
+def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[str, Calls]:
+    """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
+
+    Raises NonFiniteError.
+    """
+    found: dict[str, Calls] = {name: [] for name in names}
+    for index, batch in enumerate(batches):
+        for name, calls in _measure_batch(net, batch, index, found).items():
+            found[name] = merge_calls(found[name], calls)
+    return found
+
+
+def prefix_walk(
+    pruned: Network, dense: Network | None, batches: Batches, stops: Sequence[Stop], wiring: Wiring, bar: Bar
+) -> Iterator[Visit]:
+    """Visit `stops`, in the order of their first calls, by one early-stopped pass over the images for each.
+
+    The dense network is measured in one pass at the start or, for stops that are paired, beside the pruned one.
+    """
+    wanted: dict[str, Calls] = {}
+    if dense is not None:
+        unpaired = [stop for stop in stops if stop.dense and not stop.paired]
+        for count in {stop.batches for stop in unpaired}:
+            wanted |= measure(dense, batches.head(count), [stop.name for stop in unpaired if stop.batches == count])
+    for stop in stops:
+        visit, last = Visit(stop.name, dense=wanted.get(stop.name, [])), (stop.name, wiring.calls[stop.name])
+        for index, batch in enumerate(batches.head(stop.batches)):
+            if stop.paired and dense is not None:
+                pairs = _pair_batch(dense, pruned, batch, index, last)
+                visit.pairs = merge_calls(visit.pairs, pairs)
+            else:
+                calls = _measure_batch(pruned, batch, index, [stop.name], last)[stop.name]
+                visit.calls = merge_calls(visit.calls, calls)
+            bar.advance(stop.name, count_images(batch))
+        yield visit.take_pairs()
+
+
+def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:
+    """The batches without the images that give a NaN or infinite activation in any network; counts those as "images".
+
+    The networks are taken as they are. An opaque batch (not a tensor) goes whole.
+    """
+    for batch in batches:
+        images = count_images(batch)
+        good = torch.ones(images, dtype=torch.bool)
+
+        def take(name: str, x: Tensor, good: Tensor = good) -> None:
+            finite = x.isfinite().flatten(1).all(1).cpu() if x.dim() > 1 else x.isfinite().all().cpu()
+            good &= finite if finite.shape == good.shape else finite.all()
+
+        with ExitStack() as stack:
+            for net in nets:
+                stack.enter_context(net.hooked(net.observed(), take))
+            for net in nets:
+                net.run(batch)
+        if not isinstance(batch, Tensor):
+            good &= good.all()
+        skipped["images"] += images - int(good.sum())
+        if good.all():
+            yield batch
+        elif good.any():
+            yield batch[good.to(batch.device)]
+
+
+def _measure_batch(
+    net: Network, batch: Any, index: int, names: Iterable[str], last: tuple[str, int] | None = None
+) -> dict[str, Calls]:
+    """Moments of one batch at the named modules, call by call, taken at once: what follows may work in place."""
+    found: dict[str, Calls] = {name: [] for name in names}
+
+    def take(name: str, x: Tensor) -> None:
+        net.check_tensor(name, x)
+        found[name].append(ak.channel_moments(x, net.axis(name)))
+        check_finite(name, [(index, found[name][-1])])
+
+    _run(net, batch, found, take, last)
+    return found
+
+
+def _pair_batch(
+    dense: Network, pruned: Network, batch: Any, index: int, last: tuple[str, int]
+) -> list[ak.PairedMoments]:
+    """Paired moments of one batch at one layer, call by call."""
+    name, pairs = last[0], list[ak.PairedMoments]()
+    originals: list[Tensor] = []
+    _run(dense, batch, [name], lambda _, x: originals.append(x.clone()), last)
+
+    def take(name: str, x: Tensor) -> None:
+        pruned.check_tensor(name, x)
+        if len(pairs) == len(originals):
+            raise ModelMismatchError(f"layer {name!r} runs more often in the model than in the dense one")
+        pairs.append(ak.paired_moments(originals[len(pairs)], x, pruned.axis(name)))
+        check_finite(name, [(index, pairs[-1].pruned), (index, pairs[-1].dense)])
+
+    _run(pruned, batch, [name], take, last)
+    return pairs
+
+
+def _run(
+    net: Network, batch: Any, names: Iterable[str], take: Callable[[str, Tensor], None], last: tuple[str, int] | None
+) -> None:
+    """One pass with `take` hooked in, ended once the module `last[0]` has been called `last[1]` times."""
+    turns: Counter[str] = Counter()
+
+    def count(name: str, x: Tensor) -> None:
+        take(name, x)
+        turns[name] += 1
+        if last == (name, turns[name]):
+            raise _ReachedError
+
+    with net.hooked(names, count), suppress(_ReachedError):
+        net.run(batch)

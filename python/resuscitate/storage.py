@@ -1,0 +1,302 @@
+"""Values kept between uses: in memory up to a budget, beyond it in a scratch file (CPU) or in host memory (GPU).
+
+Kept are storages, not tensors, so that views of one memory stay views of one memory when they come back. A scratch file
+has no name: whatever ends the process, nothing is left behind. It is read and written, never mapped into memory, for a
+mapped file counts as memory in use.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import ResuscitateError
+
+log = logging.getLogger("resuscitate")
+
+UNITS = {unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")}
+UNITS |= {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+class Store:
+    """A budget of bytes, and a place for what exceeds it. A context: leaving it frees that place.
+
+    `away` is how many bytes were ever moved out.
+    """
+
+    def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
+        self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
+        self.resident, self.away = 0, 0
+        self._place: _Place = _HostMemory() if device.type == "cuda" else _ScratchFile(scratch)
+
+    @classmethod
+    def on_host(cls, scratch: str | Path | None) -> Store:
+        """A store in host memory, of half of what is free."""
+        host = torch.device("cpu")
+        return cls(parse_memory(None, host), host, scratch)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._place.close()
+
+    def set_aside(self, size: int) -> None:
+        """Leave so many bytes of the budget to whoever computes."""
+        self.reserve = size
+        if size > self.budget:
+            log.warning(
+                "memory: one batch alone needs about %d MiB, the budget is %d MiB; use smaller batches",
+                size >> 20,
+                self.budget >> 20,
+            )
+
+    def admit(self, size: int) -> bool:
+        """Take `size` more bytes into memory, if they fit."""
+        fits = self.resident + size <= self.budget - self.reserve
+        self.resident += size if fits else 0
+        return fits
+
+    def write(self, data: Tensor, at: _Region | None = None) -> _Region:
+        """Move bytes, uint8 (n,), out of memory, over those of a region of the same size or into a new one."""
+        self.away += data.numel()
+        return self._place.write(data, at)
+
+    def read(self, region: _Region) -> Tensor:
+        """The bytes back, in new memory."""
+        return self._place.read(region)
+
+    def free(self, region: _Region) -> None:
+        """Give up a region."""
+        self._place.free(region)
+
+
+class Frame:
+    """Values by key, such as the activations of one batch: opened for a while, changed or not, and closed again.
+
+    A value is any nest of tuples, lists and dicts; its tensors are what a `Store` may move out of memory.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._values: dict[Hashable, Any] = {}
+        self._resident: dict[int, int] = {}  # storage address -> bytes
+        self._opened: dict[_Region, tuple[Tensor, int]] = {}  # its bytes in memory, and their version when read
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def open(self, keys: Iterable[Hashable]) -> dict[Hashable, Any]:
+        """The values of these keys, as tensors again; `close` must follow."""
+        return {key: tree_map(self._fetch, self._values[key]) for key in keys}
+
+    def close(self, values: Mapping[Hashable, Any], keep: Collection[Hashable] = ()) -> None:
+        """Keep `values`, and of the older ones those in `keep`; what was changed in place stays changed."""
+        known = {data.untyped_storage().data_ptr(): region for region, (data, _) in self._opened.items()}
+        before = _regions(self._values)
+        kept = {key: value for key, value in self._values.items() if key in keep and key not in values}
+        self._values = kept | {key: tree_map(lambda x: self._stow(x, known), value) for key, value in values.items()}
+        for region in before - (after := _regions(self._values)):
+            self.store.free(region)
+        for region, (data, version) in self._opened.items():
+            if region in after and data._version != version:
+                self.store.write(data, region)
+        self._opened.clear()
+        alive = {x.untyped_storage().data_ptr() for x in tree_leaves(self._values) if isinstance(x, Tensor)}
+        for address in self._resident.keys() - alive:
+            self.store.resident -= self._resident.pop(address)
+
+    def _fetch(self, leaf: Any) -> Any:
+        if not isinstance(leaf, _Away):
+            return leaf
+        if leaf.region not in self._opened:
+            data = self.store.read(leaf.region)
+            self._opened[leaf.region] = data, data._version
+        data = self._opened[leaf.region][0]
+        whole = data[: len(data) // leaf.dtype.itemsize * leaf.dtype.itemsize].view(leaf.dtype)
+        return whole.as_strided(leaf.size, leaf.stride, leaf.offset)
+
+    def _stow(self, leaf: Any, known: dict[int, _Region]) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        storage = leaf.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._resident or not storage.nbytes():
+            return leaf
+        if address not in known:
+            if self.store.admit(storage.nbytes()):
+                self._resident[address] = storage.nbytes()
+                return leaf
+            data = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(storage)
+            known[address] = self.store.write(data)
+        return _Away(known[address], leaf.dtype, leaf.size(), leaf.stride(), int(leaf.storage_offset()))
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Bytes out of memory: where, how many, and of which device."""
+
+    offset: int
+    size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Away:
+    """A tensor over bytes that are out of memory."""
+
+    region: _Region
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Place(Protocol):
+    def write(self, data: Tensor, at: _Region | None) -> _Region: ...
+    def read(self, region: _Region) -> Tensor: ...
+    def free(self, region: _Region) -> None: ...
+    def close(self) -> None: ...
+
+
+class _ScratchFile:
+    """Regions of one nameless file, made when first needed; a freed region is used again."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        # /tmp often is memory; /var/tmp is where systems keep large temporary files on disk
+        large = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
+        self.folder = str(folder or large or tempfile.gettempdir())
+        self.file: IO[bytes] | None = None
+        self.end = 0
+        self.gaps: list[tuple[int, int]] = []  # (size, offset), sorted
+
+    def write(self, data: Tensor, at: _Region | None) -> _Region:
+        region = at or _Region(self._allocate(data.numel()), data.numel(), data.device)
+        try:
+            if self.file is None:
+                self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+            self.file.seek(region.offset)
+            left = view_bytes(data.cpu())
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise ResuscitateError(
+                f"scratch folder {self.folder}: {error.strerror}; free some space there, name another with scratch=, "
+                "or give more memory="
+            ) from error
+        return region
+
+    def read(self, region: _Region) -> Tensor:
+        assert self.file is not None
+        data = torch.empty(region.size, dtype=torch.uint8)
+        self.file.seek(region.offset)
+        left = view_bytes(data)
+        while left:
+            got = self.file.readinto(left)  # type: ignore[attr-defined]
+            if not got:
+                raise ResuscitateError(f"scratch file in {self.folder} was cut short")
+            left = left[got:]
+        return data.to(region.device)
+
+    def free(self, region: _Region) -> None:
+        bisect.insort(self.gaps, (region.size, region.offset))
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _allocate(self, size: int) -> int:
+        index = bisect.bisect_left(self.gaps, (size, -1))
+        if index == len(self.gaps):
+            self.end += size
+            return self.end - size
+        room, offset = self.gaps.pop(index)
+        if room > size:
+            bisect.insort(self.gaps, (room - size, offset + size))
+        return offset
+
+
+class _HostMemory:
+    """Pinned host memory, for what exceeds a GPU."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+        self.next = 0
+
+    def write(self, data: Tensor, at: _Region | None) -> _Region:
+        if at is None:
+            at = _Region(self.next, data.numel(), data.device)
+            self.next += 1
+            self.held[at.offset] = torch.empty(at.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.held[at.offset].copy_(data)
+        return at
+
+    def read(self, region: _Region) -> Tensor:
+        return self.held[region.offset].to(region.device, copy=True)
+
+    def free(self, region: _Region) -> None:
+        del self.held[region.offset]
+
+    def close(self) -> None:
+        self.held.clear()
+
+
+def parse_memory(memory: int | str | None, device: torch.device) -> int:
+    """A budget in bytes: as given, or written as "4GiB", "500MB", "2G"; None is half of what is free on the device.
+
+    Raises ValueError for anything else.
+    """
+    if memory is None:
+        return free_memory(device) // 2
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b?)\s*", str(memory).lower())
+    try:
+        assert match is not None
+        size = int(float(match[1]) * UNITS[match[2]])
+    except (AssertionError, KeyError, ValueError):
+        raise ValueError(f"memory={memory!r} is no amount such as '4GiB', '500MB' or a number of bytes") from None
+    if size < 1:
+        raise ValueError(f"memory={memory!r} leaves nothing to work with")
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device; of the host, what the system could give without swapping, within its cgroup's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = int(available[1]) * 1024 if available else 0
+    except OSError:
+        free = 0
+    if not free:
+        try:  # not Linux: half of the whole is the best that the standard library tells
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, ValueError, OSError):
+            free = 4 << 30
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free = free if limit == "max" else min(free, max(int(limit) - int(used), 0))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def view_bytes(data: Tensor) -> memoryview:
+    """The memory of a tensor uint8 (n,) in host memory."""
+    array: Any = data.numpy()
+    return memoryview(array)
+
+
+def _regions(values: Mapping[Hashable, Any]) -> set[_Region]:
+    return {leaf.region for leaf in tree_leaves(values) if isinstance(leaf, _Away)}

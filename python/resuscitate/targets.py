@@ -1,0 +1,203 @@
+"""What outputs should be like: those of a dense model, of one measured earlier, or as BatchNorm remembers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import asr_kernels as ak
+
+from .batches import count_images
+from .calibration import read_batches
+from .checkpoints import atomic
+from .digest import MODULUS, digest_images, digest_model
+from .distributed import Ranks
+from .errors import CalibrationError, CheckpointError
+from .graph import Wiring
+from .layers import find_batchnorms, find_layers, unwrap
+from .network import Network, as_dtype
+from .prefix import measure
+from .progress import Bar
+from .state import moved_to, undisturbed
+from .stops import Calls, Visit
+
+FORMAT = "resuscitate dense statistics 1"
+
+
+@dataclass
+class DenseStatistics:
+    """The moments of a dense model's layers over some images: enough to repair its pruned copies by a gain.
+
+    `layers`: by name, one set of moments (float64, (C,)) for each call in a forward pass. `batchnorms`: running mean
+    and variance by name. `images` and `digest` tell which images; `model` is the digest of the dense model.
+    """
+
+    layers: dict[str, Calls]
+    batchnorms: dict[str, tuple[Tensor, Tensor]]
+    images: int
+    digest: str
+    model: str
+    path: str = field(default="dense statistics", compare=False)
+
+    @classmethod
+    def measure(
+        cls,
+        dense: nn.Module,
+        calibration: Any,
+        *,
+        max_samples: int | None = None,
+        max_batches: int | None = None,
+        batch_size: int = 128,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        group: Any = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> DenseStatistics:
+        """Measure every layer of `dense` in one pass over the images, which are not kept; options as in `repair`.
+
+        Give it the images that the repairs will have, and as many. Raises CalibrationError, LayerError, NonFiniteError,
+        DistributedError.
+        """
+        dense, ranks, seen = unwrap(dense), Ranks(group), [0, 0]
+        limit = ranks.share(max_samples)
+        with ExitStack() as stack:
+            stack.enter_context(ranks.together())
+            stack.enter_context(moved_to(device, [dense]))
+            stack.enter_context(undisturbed([dense], seed))
+            net = Network(dense, forward_fn, as_dtype(dtype))
+            raw, bar = (
+                forward_fn is not None,
+                stack.enter_context(
+                    Bar("dense statistics", ["all layers"], limit or 0, progress if ranks.rank == 0 else False)
+                ),
+            )
+
+            def counted(batches: Iterable[Any]) -> Iterator[Any]:
+                for batch in batches:
+                    yield batch
+                    seen[0] += count_images(batch)
+                    seen[1] += digest_images([batch])
+                    bar.advance("all layers", count_images(batch))
+
+            source: Iterable[Any] = ()
+            if limit != 0:
+                source = read_batches(
+                    calibration,
+                    max_samples=limit,
+                    max_batches=max_batches,
+                    batch_size=batch_size,
+                    raw=raw,
+                    allow_empty=ranks.size > 1,
+                )
+            found = measure(net, counted(source), find_layers(dense))
+            layers = {name: ranks.merge(Visit(name, calls), net.device).calls for name, calls in found.items()}
+            images, digest = ranks.total(seen[0], seen[1] % MODULUS)
+            if not images:
+                raise CalibrationError("no rank has any images")
+            batchnorms = {}
+            for name, module in find_batchnorms(dense).items():
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                batchnorms[name] = module.running_mean.cpu().clone(), module.running_var.cpu().clone()
+            return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(dense))
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, list[int]] = {}
+        for name, calls in self.layers.items():
+            counts[name] = [moments.count for moments in calls]
+            for turn, moments in enumerate(calls):
+                tensors |= {f"{name}:{turn}:mean": moments.mean.cpu(), f"{name}:{turn}:m2": moments.m2.cpu()}
+        for name, (mean, var) in self.batchnorms.items():
+            tensors |= {f"{name}:running_mean": mean.cpu(), f"{name}:running_var": var.cpu()}
+        metadata = {"format": FORMAT, "counts": json.dumps(counts), "images": str(self.images)}
+        metadata |= {"digest": self.digest, "model": self.model}
+        metadata |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in (provenance or {}).items()}
+        with atomic(path) as temporary:
+            save_file({key: value.clone() for key, value in tensors.items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DenseStatistics:
+        """Read what `save` wrote. Raises OSError, or CheckpointError for a file of another kind."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: holds no dense statistics; make some with: resuscitate stats")
+        layers = {
+            name: [
+                ak.ChannelMoments(count, tensors[f"{name}:{turn}:mean"], tensors[f"{name}:{turn}:m2"])
+                for turn, count in enumerate(counts)
+            ]
+            for name, counts in json.loads(metadata["counts"]).items()
+        }
+        names = [key.removesuffix(":running_mean") for key in tensors if key.endswith(":running_mean")]
+        batchnorms = {name: (tensors[f"{name}:running_mean"], tensors[f"{name}:running_var"]) for name in names}
+        digest, model = metadata["digest"], metadata["model"]
+        return cls(layers, batchnorms, int(metadata["images"]), digest, model, str(path))
+
+
+Dense = nn.Module | DenseStatistics | str | Path
+
+
+def as_target(dense: Any) -> nn.Module | DenseStatistics | Literal["running"] | None:
+    """What `repair` takes as `dense`, wrappers taken off and files read. Raises TypeError, OSError, CheckpointError."""
+    if dense is None or isinstance(dense, DenseStatistics) or dense == "running":
+        return dense
+    if isinstance(dense, str | Path):
+        return DenseStatistics.load(dense)
+    if isinstance(dense, nn.Module):
+        return unwrap(dense)
+    raise TypeError(f"dense must be a module, a statistics file or 'running', not {type(dense).__name__}")
+
+
+def identify(target: nn.Module | DenseStatistics | str | None) -> str:
+    """A name for the contents of a target, to know it by later."""
+    if isinstance(target, nn.Module):
+        return digest_model(target)
+    return f"{target.model} on {target.digest}" if isinstance(target, DenseStatistics) else str(target)
+
+
+def wanted_by(
+    target: nn.Module | DenseStatistics | str | None, net: Network, wiring: Wiring
+) -> Callable[[Visit], Calls]:
+    """For a visit at a layer, the moments that its outputs should have, one for each call."""
+
+    def from_file(visit: Visit) -> Calls:
+        assert isinstance(target, DenseStatistics)
+        return [
+            ak.ChannelMoments(found.count, found.mean.to(net.device), found.m2.to(net.device))
+            for found in target.layers[visit.name]
+        ]
+
+    def from_batchnorm(visit: Visit) -> Calls:
+        behind = net.modules[wiring.batchnorm_of[visit.name]]
+        assert isinstance(behind, _BatchNorm)
+        return [remembered(behind, visit.calls[0].count)] if visit.calls else []
+
+    if isinstance(target, DenseStatistics):
+        return from_file
+    return from_batchnorm if target == "running" else lambda visit: visit.dense
+
+
+def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
+    """The running statistics as moments of `count` values: running_var is an unbiased variance, as torch's own."""
+    assert batchnorm.running_mean is not None
+    assert batchnorm.running_var is not None
+    mean, var = batchnorm.running_mean.double(), batchnorm.running_var.double()
+    return ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))

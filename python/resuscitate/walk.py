@@ -1,0 +1,130 @@
+"""Which walk to take: the node-major one where torch.fx gives a true picture of the network, else by prefixes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from .batches import Batches, count_images
+from .graph import Wiring, trace
+from .layers import LAYERS
+from .network import Network
+from .prefix import measure, prefix_walk
+from .progress import Bar
+from .stops import Stop, Visit
+from .storage import Store
+from .sweep import Track, follow, node_walk
+
+log = logging.getLogger("resuscitate")
+
+
+class _NoGraphError(Exception):
+    """Why torch.fx gives no true picture of a network."""
+
+
+@dataclass
+class Walker:
+    """Walks a pruned network, and beside it the dense one if there is one, over batches of images.
+
+    `example`: a small batch, to check a trace on. `taken` becomes "node", or "prefix" with a warning that says why.
+    """
+
+    pruned: Network
+    dense: Network | None
+    wiring: Wiring
+    store: Store
+    example: Any
+    taken: str = "none"
+
+    def walk(
+        self, batches: Batches, stops: Sequence[Stop], title: str = "", progress: bool | None = False
+    ) -> Generator[Visit]:
+        """Visit the stops that the network comes by, in the order of execution, each once all before it are final."""
+        order = {name: place for place, name in enumerate(self.wiring.calls)}
+        stops = sorted((stop for stop in stops if stop.name in order), key=lambda stop: order[stop.name])
+        if not stops:
+            return
+        with Bar(title, [stop.name for stop in stops], batches.images(), progress) as bar:
+            try:
+                visits = self._by_nodes(batches, stops, bar)
+                self.taken = "node"
+            except _NoGraphError as cause:
+                log.warning("walking by prefixes, one pass over the images per layer: %s", cause)
+                visits = prefix_walk(self.pruned, self.dense, batches, stops, self.wiring, bar)
+                self.taken = "prefix"
+            yield from visits
+
+    def _by_nodes(self, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
+        graph, peak = _graph(self.pruned, self.example, stops, self.wiring)
+        largest = max(batches.counts, default=0) / count_images(self.example)
+        self.store.set_aside(int(2 * peak * largest))
+        pruned = Track(self.pruned, graph, stops, self.store)
+        if self.dense is None or not any(stop.dense for stop in stops):
+            return node_walk(pruned, None, batches, stops, self.wiring, bar)
+        try:
+            original, _ = _graph(self.dense, self.example, stops, self.wiring)
+        except _NoGraphError as cause:
+            if any(stop.paired for stop in stops):
+                raise _NoGraphError(f"the dense model: {cause}") from None
+            log.warning("the dense model is measured in a pass of its own: %s", cause)
+            return self._with_dense_apart(pruned, batches, stops, bar)
+        dense = Track(self.dense, original, stops, self.store)
+        return node_walk(pruned, dense, batches, stops, self.wiring, bar)
+
+    def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
+        assert self.dense is not None
+        matched = [stop for stop in stops if stop.dense]
+        wanted = measure(self.dense, batches.head(max(s.batches for s in matched)), [s.name for s in matched])
+        for visit in node_walk(pruned, None, batches, stops, self.wiring, bar):
+            visit.dense = wanted.get(visit.name, [])
+            yield visit
+
+
+def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> tuple[fx.Graph, int]:
+    """The graph for `node_walk`, and the bytes of activations that `batch` needs at once in it.
+
+    Raises _NoGraphError where only `prefix_walk` is right: the trace must give the model's own output on `batch`.
+    """
+    if net.forward_fn is not None:
+        raise _NoGraphError("a forward_fn hides the network's input")
+    for stop in stops:
+        if wiring.calls[stop.name] > 1:
+            raise _NoGraphError(f"{stop.name} is called {wiring.calls[stop.name]} times in a forward pass")
+    for name, module in net.modules.items():
+        if _has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
+            raise _NoGraphError(f"{name or 'the model'} carries a forward hook")
+    try:
+        graph = trace(net.model)
+        called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        output, peak = follow(net, graph, batch)
+        expected = net.run(batch)
+    except Exception as error:
+        raise _NoGraphError(f"torch.fx cannot trace it ({type(error).__name__}: {error})") from error
+    for stop in stops:
+        if called.count(stop.name) != 1:
+            raise _NoGraphError(f"{stop.name or 'the model itself'} does not show in the trace")
+    names = {stop.name for stop in stops}
+    if [name for name in called if name in names] != [stop.name for stop in stops]:
+        raise _NoGraphError("the trace runs its layers in another order")
+    if not _same_output(output, expected):
+        raise _NoGraphError("the traced network's output differs from the model's")
+    return graph, peak
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _same_output(a: Any, b: Any) -> bool:
+    pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=False))
+    return len(tree_leaves(a)) == len(tree_leaves(b)) and all(
+        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) if isinstance(x, Tensor) else x == y
+        for x, y in pairs
+    )
