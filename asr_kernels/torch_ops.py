@@ -14,19 +14,20 @@ from torch import Tensor
 PIECE = 4096
 # values worked on at a time where a scratch copy is needed: it stays in the cache, and the threads meet seldom
 CHUNK = 1 << 20
-# mean square over variance up to which the plain sums stand: two bits lost, below 1e-6 of the variance
-CANCELLATION = 3.0
+# plain sums stand where mean square over variance is at most this many times the error allowed: each is good to 3e-7
+CANCELLATION = 3e6
+TOLERANCE = 1e-6
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments(x: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
     """mean and m2 of each channel of an (N, C, L) view, float64 (C,)."""
-    (mean,), (m2,) = _central_sums((x,))
+    (mean,), (m2,) = _central_sums((x,), tolerance)
     return mean, m2
 
 
 def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mean and m2 of a, of b, and their co-moment, float64 (C,), of two (N, C, L) views."""
-    (mean_a, mean_b), (m2_a, m2_b, comoment) = _central_sums((a, b))
+    (mean_a, mean_b), (m2_a, m2_b, comoment) = _central_sums((a, b), TOLERANCE)
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
@@ -43,14 +44,16 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
         part.copy_(part.to(gain.dtype).mul_(gain).add_(shift))
 
 
-def _central_sums(tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _central_sums(tensors: tuple[Tensor, ...], tolerance: float) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors' means, and their sums of centred products: (x, x) for one; (a, a), (b, b), (a, b) for two."""
     count = tensors[0].shape[0] * tensors[0].shape[2]
     by_plane = all(x.stride(2) == 1 and x.shape[2] > 1 for x in tensors)
     sums, products = _power_sums(tensors, by_plane)
     means = [s / count for s in sums]
     central = _centre(sums, products, count)
-    cancelled = torch.stack([~(q <= CANCELLATION * m2) for q, m2 in zip(products[: len(sums)], central, strict=False)])
+    cancelled = torch.stack(
+        [~(q <= CANCELLATION * tolerance * m2) for q, m2 in zip(products[: len(sums)], central, strict=False)]
+    )
     again = cancelled.any(0).nonzero().flatten()
     if not again.numel():
         return means, central

@@ -8,9 +8,11 @@ from .masks import Masks
 from .repair import repair
 from .report import LayerReport, RepairReport
 from .sparsify import allocate, sparsify
+from .targets import DenseStatistics
 
 __version__ = "0.1.0"
 __all__ = [
+    "DenseStatistics",
     "LayerReport",
     "Masks",
     "RepairReport",

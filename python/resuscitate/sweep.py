@@ -7,12 +7,14 @@ next stretch begin, again with the first batch. What one stretch leaves to the n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -20,12 +22,14 @@ import asr_kernels as ak
 
 from .batches import Batches
 from .graph import Wiring
-from .network import Network, check_finite, pool
+from .layers import LAYERS
+from .network import Network, check_finite, has_hooks, pool
 from .progress import Bar
 from .stops import Calls, Stop, Visit
 from .storage import Frame, Store
 
 Values = dict[Any, Any]
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def node_walk(
@@ -50,17 +54,18 @@ def node_walk(
             y = dense.advance(part, index, batches) if dense is not None and index < last_dense else None
             x = pruned.advance(part, index, batches)
             bar.advance(stop.name, batches.counts[index])
-            here, axis = index < stop.batches, pruned.net.axis(stop.name)
+            here = index < stop.batches
             if here and stop.paired and y is not None:
-                pair = ak.paired_moments(y, x, axis)
+                pruned.net.check_tensor(stop.name, x)
+                pair = ak.paired_moments(y, x, pruned.net.axis(stop.name))
                 visit.pairs = [visit.pairs[0].merge(pair) if visit.pairs else pair]
                 moments.append(pair.pruned)
                 originals.append(pair.dense)
                 continue
             if index < measured:
-                moments.append(ak.channel_moments(x, axis))
+                moments.append(pruned.net.moments(stop.name, x))
             if here and stop.dense and y is not None:
-                originals.append(ak.channel_moments(y, axis))
+                originals.append(pruned.net.moments(stop.name, y))
         visit.calls, visit.dense = (_pooled(stop.name, found) for found in (moments[: stop.batches], originals))
         if follower in batches_of:
             behind[follower] = moments
@@ -92,43 +97,73 @@ class Track:
         frame, todo, correction = self.frames[index], self.parts[part], self._due(part)
         wanted = todo.reads if correction is None else {*todo.reads, correction.source}
         values = frame.open(source for source in wanted if source in frame)
-        if correction is not None and correction.source in values:
+        merged = None if correction is None else correction.batchnorm
+        if correction is not None and merged is None and correction.source in values:
             ak.affine_(values[correction.source], correction.gain, correction.shift, correction.axis)
         with self.net.precision():
             for step in todo.steps:
-                run_step(self.net, step, values, lambda: batches[index])
+                if correction is not None and step.node is merged:
+                    values[merged] = correction.through_batchnorm(values.pop(correction.source))
+                else:
+                    run_step(self.net, step, values, lambda: batches[index])
         result = values[todo.source]
-        self.net.check_tensor(todo.name, result)
         frame.close({node: value for node, value in values.items() if node in todo.keep}, todo.keep)
         return result
 
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
         """Have the output that this part ends with become gain * output + shift, when each batch is next in hand."""
         stopped_at = self.parts[part]
-        self.pending = _Correction(stopped_at.source, gain, shift, self.net.axis(stopped_at.name))
+        self.pending = _Correction(self.net, stopped_at.source, gain, shift, self.net.axis(stopped_at.name))
 
     def _due(self, part: int) -> _Correction | None:
         """The correction to make in this part: the pending one, in the first part that runs after it."""
         if self.pending is not None and self.pending.part is None:
-            self.pending.part = part
+            self.pending.begin(part, self.parts[part])
         return self.pending if self.pending is not None and self.pending.part == part else None
 
 
 @dataclass
 class _Correction:
+    """A correction of stored outputs that is yet to be made: in place or, where a BatchNorm alone reads them, in it."""
+
+    net: Network
     source: fx.Node
     gain: Tensor
     shift: Tensor
     axis: int
     part: int | None = None
+    batchnorm: fx.Node | None = None
+
+    def begin(self, part: int, stretch: _Part) -> None:
+        """It is to be made in this part: see how. What the BatchNorm does then is one gain and one shift in all."""
+        self.part = part
+        readers = list(self.source.users)
+        module = self.net.modules.get(str(readers[0].target)) if len(readers) == 1 else None
+        if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm) or has_hooks(module):
+            return
+        if module.running_mean is None or module.running_var is None:
+            return
+        if readers[0] not in {step.node for step in stretch.steps}:
+            return
+        self.batchnorm = readers[0]
+        scale = (module.running_var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
+        shift = (self.shift - module.running_mean) * scale + (0.0 if module.bias is None else module.bias)
+        dtype = torch.float64 if module.running_mean.dtype == torch.float64 else torch.float32
+        self.scale, self.offset = (x.to(dtype) for x in (self.gain * scale, shift))
+        self.zero, self.one = torch.zeros_like(self.scale), torch.ones_like(self.scale)
+
+    def through_batchnorm(self, x: Tensor) -> Tensor:
+        """What the BatchNorm makes of the corrected outputs, in one pass over the uncorrected ones."""
+        return nn.functional.batch_norm(x, self.zero, self.one, self.scale, self.offset, training=False, eps=0.0)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A node to run, and the values that nothing reads after it."""
+    """A node to run, and the values that nothing reads after it; `over`: into the memory of what it reads."""
 
     node: fx.Node
     gone: list[fx.Node]
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +183,10 @@ class _Part:
 
 def run_step(net: Network, step: Step, values: Values, batch: Callable[[], Any]) -> None:
     """Put the node's value among `values`, and drop those that are read no more."""
-    values[step.node] = _evaluate(net, step.node, values, batch)
+    if step.over:
+        values[step.node] = torch.relu_(values[step.node.all_input_nodes[0]])
+    else:
+        values[step.node] = _evaluate(net, step.node, values, batch)
     for source in step.gone:
         values.pop(source, None)
 
@@ -159,7 +197,7 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     peak = 0
     nodes = list(graph.nodes)
     with net.precision():
-        for step in _steps(nodes, keep=nodes[-1:]):
+        for step in _steps(net, nodes, keep=nodes[-1:]):
             run_step(net, step, values, lambda: batch)
             peak = max(peak, _bytes(values))
     return values[nodes[-1]], peak
@@ -182,11 +220,11 @@ def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop]) -> list[_Part]:
         inside, earlier = nodes[begin:end], set(nodes[:begin])
         reads = {read for node in inside for read in node.all_input_nodes} | {source}
         keep = {node for node in nodes[:end] if last.get(node, 0) >= end}
-        parts.append(_Part(stop.name, source, _steps(inside, {*keep, source}), reads & earlier, keep))
+        parts.append(_Part(stop.name, source, _steps(net, inside, {*keep, source}), reads & earlier, keep))
     return parts
 
 
-def _steps(nodes: Sequence[fx.Node], keep: Collection[fx.Node]) -> list[Step]:
+def _steps(net: Network, nodes: Sequence[fx.Node], keep: Collection[fx.Node]) -> list[Step]:
     """The nodes, each with the values of which it is the last reader, but for those to keep."""
     read = set(keep)
     steps = []
@@ -194,8 +232,22 @@ def _steps(nodes: Sequence[fx.Node], keep: Collection[fx.Node]) -> list[Step]:
         gone = [source for source in [*node.all_input_nodes, node] if source not in read]
         read.update(gone)
         if node.op != "get_attr":
-            steps.append(Step(node, gone))
+            steps.append(Step(node, gone, over=_may_overwrite(net, node, gone)))
     return steps[::-1]
+
+
+def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool:
+    """Is this a ReLU of what a layer, a BatchNorm or a sum made for it alone, in memory that nothing shares?"""
+    module = net.modules.get(str(node.target)) if node.op == "call_module" else None
+    if not (type(module) is nn.ReLU or node.target in (nn.functional.relu, torch.relu)) or has_hooks(module):
+        return False
+    source = node.all_input_nodes[0]
+    if source not in gone or len(source.users) != 1 or len(node.all_input_nodes) != 1:
+        return False
+    maker = net.modules.get(str(source.target)) if source.op == "call_module" else None
+    return source.target in (operator.add, torch.add) or (
+        isinstance(maker, LAYERS + BATCHNORMS) and not has_hooks(maker)
+    )
 
 
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batches, count_images
 from .graph import Wiring, trace
 from .layers import LAYERS
-from .network import Network
+from .network import Network, has_hooks
 from .prefix import measure, prefix_walk
 from .progress import Bar
 from .stops import Stop, Visit
@@ -63,18 +63,18 @@ class Walker:
 
     def _by_nodes(self, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         graph, peak = _graph(self.pruned, self.example, stops, self.wiring)
+        paired = any(stop.paired for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
         pruned = Track(self.pruned, graph, stops, self.store)
         if self.dense is None or not any(stop.dense for stop in stops):
             return node_walk(pruned, None, batches, stops, self.wiring, bar)
+        if not paired:
+            return self._with_dense_apart(pruned, batches, stops, bar)
         try:
             original, _ = _graph(self.dense, self.example, stops, self.wiring)
         except _NoGraphError as cause:
-            if any(stop.paired for stop in stops):
-                raise _NoGraphError(f"the dense model: {cause}") from None
-            log.warning("the dense model is measured in a pass of its own: %s", cause)
-            return self._with_dense_apart(pruned, batches, stops, bar)
+            raise _NoGraphError(f"the dense model: {cause}") from None
         dense = Track(self.dense, original, stops, self.store)
         return node_walk(pruned, dense, batches, stops, self.wiring, bar)
 
@@ -98,7 +98,7 @@ def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> t
         if wiring.calls[stop.name] > 1:
             raise _NoGraphError(f"{stop.name} is called {wiring.calls[stop.name]} times in a forward pass")
     for name, module in net.modules.items():
-        if _has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
+        if has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
             raise _NoGraphError(f"{name or 'the model'} carries a forward hook")
     try:
         graph = trace(net.model)
@@ -116,10 +116,6 @@ def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> t
     if not _same_output(output, expected):
         raise _NoGraphError("the traced network's output differs from the model's")
     return graph, peak
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _same_output(a: Any, b: Any) -> bool:
