@@ -1,25 +1,32 @@
 """The whole repair against bare forward passes and against peers: `make bench-repair`, or this file.
 
-Sequential ASR and exact BatchNorm recalibration, all candidates of a case timed in turn in every round; medians. Peers:
-the bare forward passes that the job needs (dense and pruned, nothing else); a plain hook implementation (dense variances
-once, then one early-stopped pass of the pruned network per layer, `torch.var_mean`), in batches and with all images in
-one batch; `torch.optim.swa_utils.update_bn`. Then our time alone against the number of images and of layers.
+Sequential ASR and exact BatchNorm recalibration, all candidates of a case timed in turn in every round; medians.
+Peers: the bare forward passes that the job needs (dense and pruned, nothing else); a plain hook implementation (dense
+variances once, then one early-stopped pass of the pruned network per layer, `torch.var_mean`), in batches and with all
+images in one batch; `torch.optim.swa_utils.update_bn`. Then our time alone against the number of images and of layers.
 Writes repair.json, repair.md (the tables in the README) and repair.svg.
+
+malloc is told to keep what is freed, for all candidates alike: else pages that go back to the system and come again
+cost each of them up to half its time, more or less by chance.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch loads its OpenMP runtime
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
+if __name__ == "__main__" and not KEEP.keys() <= os.environ.keys():  # both are read before Python begins
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
 
+import contextlib
 import copy
 import json
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,16 +47,12 @@ class Reached(Exception):  # noqa: N818
     """Ends a forward pass at the layer that is measured."""
 
 
-def forwards(*models: nn.Module) -> Callable[[Tensor], None]:
+@torch.no_grad()
+def forwards(images: Tensor, *models: nn.Module) -> None:
     """Nothing but the forward passes."""
-
-    def run(images: Tensor) -> None:
-        with torch.no_grad():
-            for model in models:
-                for batch in images.split(BATCH):
-                    model(batch)
-
-    return run
+    for model in models:
+        for batch in images.split(BATCH):
+            model(batch)
 
 
 @torch.no_grad()
@@ -69,10 +72,8 @@ def moments(model: nn.Module, layers: list[nn.Module], batches: tuple[Tensor, ..
         for layer, seen in zip(layers, found, strict=True)
     ]
     for batch in batches:
-        try:
+        with contextlib.suppress(Reached):
             model(batch)
-        except Reached:
-            pass
     for handle in handles:
         handle.remove()
     pooled = []
@@ -101,54 +102,52 @@ def plain_hooks(model: nn.Module, dense: nn.Module, images: Tensor, batch_size: 
             layer.bias.mul_(gain).add_(shift)
 
 
-def candidates(dense: nn.Module, pruned: nn.Module) -> dict[str, dict[str, Callable[[Tensor], Any]]]:
-    """For each job, ours first; each works on a copy of its own."""
-
-    def fresh() -> nn.Module:
-        return copy.deepcopy(pruned)
-
-    def update_bn(images: Tensor) -> None:
-        torch.optim.swa_utils.update_bn(images.split(BATCH), fresh())
-
+def candidates(dense: nn.Module) -> dict[str, dict[str, Callable[[nn.Module, Tensor], Any]]]:
+    """For each job, ours first: what to do to a pruned model with the images."""
     quiet: dict[str, Any] = {"batch_size": BATCH, "progress": False}
     return {
         "sequential ASR": {
-            "ours": lambda x: resuscitate.repair(fresh(), dense, x, method="asr", **quiet),
-            "bare forwards": forwards(dense, pruned),
-            "hooks": lambda x: plain_hooks(fresh(), dense, x, BATCH),
-            "hooks, one batch": lambda x: plain_hooks(fresh(), dense, x, len(x)),
+            "ours": lambda model, x: resuscitate.repair(model, dense, x, method="asr", **quiet),
+            "bare forwards": lambda model, x: forwards(x, dense, model),
+            "hooks": lambda model, x: plain_hooks(model, dense, x, BATCH),
+            "hooks, one batch": lambda model, x: plain_hooks(model, dense, x, len(x)),
         },
         "exact BatchNorm": {
-            "ours": lambda x: resuscitate.recalibrate_batchnorm(fresh(), x, **quiet),
-            "bare forward": forwards(pruned),
-            "update_bn": update_bn,
+            "ours": lambda model, x: resuscitate.recalibrate_batchnorm(model, x, **quiet),
+            "bare forward": lambda model, x: forwards(x, model),
+            "update_bn": lambda model, x: torch.optim.swa_utils.update_bn(x.split(BATCH), model),
         },
     }
 
 
-def timed(run: Callable[[Tensor], Any], images: Tensor) -> float:
-    """Seconds of one call."""
+def timed(run: Callable[[nn.Module, Tensor], Any], pruned: nn.Module, images: Tensor) -> float:
+    """Seconds of one call, on a copy of the pruned model."""
+    model = copy.deepcopy(pruned)
     started = time.perf_counter()
-    run(images)
+    run(model, images)
     return time.perf_counter() - started
 
 
-def compare(name: str, images: Tensor, folder: Path, rounds: int, slow_rounds: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, images: Tensor, folder: Path, threads: int, rounds: int, slow_rounds: int
+) -> list[dict[str, Any]]:
     """One row for each job, the seconds of every candidate in it."""
+    torch.set_num_threads(threads)
     dense = network(name, folder, images)
-    rows = []
-    for job, runs in candidates(dense, pruned_copy(dense)).items():
+    rows: list[dict[str, Any]] = []
+    pruned = pruned_copy(dense)
+    for job, runs in candidates(dense).items():
         seconds: dict[str, list[float]] = {candidate: [] for candidate in runs}
         for run in runs.values():
-            if run not in (runs.get("hooks"), runs.get("hooks, one batch")):
-                run(images[:BATCH])  # warm
+            timed(run, pruned, images[:BATCH])  # warm
         for turn in range(rounds):
             for candidate, run in runs.items():
                 if turn < slow_rounds or "hooks" not in candidate:
-                    seconds[candidate].append(timed(run, images))
+                    seconds[candidate].append(timed(run, pruned, images))
         medians = {candidate: statistics.median(found) for candidate, found in seconds.items()}
-        console.print(name, len(images), job, {k: round(v, 2) for k, v in medians.items()})
-        row = {"network": name, "images": len(images), "job": job, "seconds": medians, "rounds": seconds}
+        console.print(name, len(images), threads, job, {k: round(v, 2) for k, v in medians.items()})
+        row = {"network": name, "images": len(images), "threads": threads, "job": job}
+        row |= {"seconds": medians, "rounds": seconds}
         rows.append({**row, "ratio": {k: v / medians["ours"] for k, v in medians.items() if k != "ours"}})
     return rows
 
@@ -159,8 +158,8 @@ def scaling(folder: Path, images: Tensor, rounds: int) -> dict[str, list[dict[st
     def ours(name: str, count: int) -> dict[str, Any]:
         dense = network(name, folder, images)
         pruned = pruned_copy(dense)
-        runs = [candidates(dense, pruned)["sequential ASR"][which] for which in ("ours", "bare forwards")]
-        found = [[timed(run, images[:count]) for run in runs] for _ in range(rounds)]
+        runs = [candidates(dense)["sequential ASR"][which] for which in ("ours", "bare forwards")]
+        found = [[timed(run, pruned, images[:count]) for run in runs] for _ in range(rounds)]
         seconds, bare = (statistics.median(column) for column in zip(*found, strict=True))
         layers = sum(isinstance(m, LAYERS) for m in dense.modules())
         return {"network": name, "layers": layers, "images": count, "seconds": seconds, "bare forwards": bare}
@@ -181,7 +180,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines += [f"| --- |{' --- |' * (len(peers) + 1)}"]
         for row in mine:
             cells = " | ".join(f"{row['ratio'][peer]:.2f}" for peer in peers)
-            lines.append(f"| {row['network']}, {row['images']:,} images | {row['seconds']['ours']:.2f} | {cells} |")
+            case = f"{row['network']}, {row['images']:,} images, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+            lines.append(f"| {case} | {row['seconds']['ours']:.2f} | {cells} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -209,6 +209,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of networks and images.")] = None,
     images: Annotated[list[int], typer.Option(help="Numbers of images; repeatable.")] = [512, 4096],  # noqa: B006
     networks: Annotated[list[str], typer.Option(help="Networks; repeatable.")] = ["resnet20", "resnet56"],  # noqa: B006
+    threads: Annotated[list[int], typer.Option(help="Numbers of threads; repeatable.")] = [1, 2],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Rounds for what takes seconds.")] = 5,
     slow_rounds: Annotated[int, typer.Option(help="Rounds for the hook implementations.")] = 1,
     scale: Annotated[bool, typer.Option(help="Measure growth with images and layers too.")] = True,
@@ -217,7 +218,11 @@ def main(
     """Time the whole repair against its peers."""
     folder = data_folder(data)
     pool = calibration_images(folder, max(images))
-    rows = [row for name in networks for n in images for row in compare(name, pool[:n], folder, rounds, slow_rounds)]
+    rows = [
+        row
+        for name, count, used in product(networks, images, threads)
+        for row in compare(name, pool[:count], folder, used, rounds, slow_rounds)
+    ]
     grown = scaling(folder, pool, rounds) if scale else {}
     about = machine(shlex.join(["python", "benchmarks/repair.py", *sys.argv[1:]]))
     output.write_text(json.dumps({**about, "rows": rows, "scaling": grown}, indent=1) + "\n")

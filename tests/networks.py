@@ -120,3 +120,71 @@ class Zoo(nn.Module):
         line = self.line(x.flatten(2)).relu()
         volume = self.volume(x[:, None, :, :4, :4]).relu()
         return {"logits": self.head(volume.mean((2, 3, 4))), "line": line}
+
+
+class Shuffled(nn.Module):
+    """Both halves of a split are read later, and one is changed in place: values that share memory across the walk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.branch, self.bn_branch = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.bn(self.stem(x))
+        left, right = whole.chunk(2, dim=1)
+        left.relu_()
+        right = self.bn_branch(self.branch(right))
+        return self.head(torch.cat([left, right], 1) + whole)
+
+
+class Dense(nn.Module):
+    """A dense block: every convolution reads the concatenation of all before it, through a BatchNorm of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6 + 4 * i) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(6 + 4 * i, 4, 3, padding=1, bias=False) for i in range(3))
+        self.norm, self.head = nn.BatchNorm2d(18), nn.Linear(18, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            features.append(conv(norm(torch.cat(features, 1)).relu()))
+        return self.head(self.norm(torch.cat(features, 1)).relu().mean((2, 3)))
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excite in nested residual blocks; one ReLU module in several places; a tuple as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.relu(self.bn(self.stem(x)))
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = y + self.bn2(self.conv2(y))
+        gate = self.excite(self.relu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        x = self.relu(x + y * gate)
+        return self.head(x.mean((2, 3))), {"features": x}
+
+
+class Functional(nn.Module):
+    """A convolution called as a function, beside one that is a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3, 3) / 9)
+        self.conv = nn.Conv2d(8, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.conv2d(self.bn(self.stem(x)).relu(), self.kernel, padding=1).relu())

@@ -20,6 +20,7 @@ class Bar:
         self.title, self.images = title, max(images, 1)
         self.place = {name: index for index, name in enumerate(stops)}
         self.shown = sys.stderr.isatty() if show is None else show
+        self.forced = show  # who asks for it gets it in a pipe too
         self.at, self.here, self.seen, self.started = "", 0, 0, time.perf_counter()
         self._progress: Any = None
 
@@ -30,7 +31,11 @@ class Bar:
 
             text = TextColumn("{task.description}")
             self._progress = Progress(
-                text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+                text,
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True, force_terminal=self.forced),
+                transient=True,
             )
             self._progress.start()
             self._task = self._progress.add_task(self.title, total=len(self.place))
@@ -62,4 +67,6 @@ def track(items: Iterable[T], title: str, total: int | None = None, show: bool |
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    yield from rich_track(items, title, total=total, console=Console(stderr=True), transient=True)
+    yield from rich_track(
+        items, title, total=total, console=Console(stderr=True, force_terminal=self.forced), transient=True
+    )

@@ -48,25 +48,28 @@ def node_walk(
         measured = 0 if known else max(stop.batches, batches_of.get(follower, 0))
         last = max(later.batches for later in stops[part:])
         last_dense = max((later.batches for later in stops[part:] if later.dense), default=0) if dense else 0
-        moments, visit = behind.pop(stop.name, []), Visit(stop.name)
-        originals: Calls = []
-        for index in range(last if measured or pruned.parts[part].steps else 0):
+        visit, found = Visit(stop.name), dict(enumerate(behind.pop(stop.name, [])))
+        originals: dict[int, ak.ChannelMoments] = {}
+        pairs: dict[int, ak.PairedMoments] = {}
+        order = range(last if measured or pruned.parts[part].steps else 0)
+        # there and back again: what one stretch wrote last is still in the cache when the next one reads it first
+        for index in order if part % 2 == 0 else reversed(order):
             y = dense.advance(part, index, batches) if dense is not None and index < last_dense else None
             x = pruned.advance(part, index, batches)
             bar.advance(stop.name, batches.counts[index])
-            here = index < stop.batches
-            if here and stop.paired and y is not None:
+            if index < stop.batches and stop.paired and y is not None:
                 pruned.net.check_tensor(stop.name, x)
-                pair = ak.paired_moments(y, x, pruned.net.axis(stop.name))
-                visit.pairs = [visit.pairs[0].merge(pair) if visit.pairs else pair]
-                moments.append(pair.pruned)
-                originals.append(pair.dense)
-                continue
+                pairs[index] = ak.paired_moments(y, x, pruned.net.axis(stop.name))
+                originals[index] = pairs[index].dense
+            elif index < stop.batches and stop.dense and y is not None:
+                originals[index] = pruned.net.moments(stop.name, y)
             if index < measured:
-                moments.append(pruned.net.moments(stop.name, x))
-            if here and stop.dense and y is not None:
-                originals.append(pruned.net.moments(stop.name, y))
-        visit.calls, visit.dense = (_pooled(stop.name, found) for found in (moments[: stop.batches], originals))
+                # not of the pair: a run that resumes between a layer and its BatchNorm has none, and must find the same
+                found[index] = pruned.net.moments(stop.name, x)
+        moments = [found[index] for index in sorted(found)]
+        visit.calls = _pooled(stop.name, moments[: stop.batches])
+        visit.dense = _pooled(stop.name, [originals[index] for index in sorted(originals)])
+        visit.pairs = [reduce(lambda a, b: a.merge(b), [pairs[index] for index in sorted(pairs)])] if pairs else []
         if follower in batches_of:
             behind[follower] = moments
 

@@ -1,6 +1,7 @@
 """Two walks, one answer."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -13,27 +14,104 @@ from resuscitate.prefix import measure
 from resuscitate.stops import Stop
 from resuscitate.storage import Store
 from resuscitate.walk import Walker
-from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+from tests.networks import (
+    Dense,
+    Excited,
+    Functional,
+    Residual,
+    Shared,
+    Shuffled,
+    Untraceable,
+    Zoo,
+    chain,
+    images,
+    pruned_copy,
+    seeded,
+)
+
+NODE = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional]
+PREFIX = [Shared, Untraceable]
 
 
-@pytest.mark.parametrize("build", [chain, Residual, Zoo], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", NODE, ids=lambda b: b.__name__)
 @pytest.mark.parametrize("recalibrate", [None, "exact"])
-def test_the_prefix_walk_and_the_node_walk_agree(build, recalibrate):
+@pytest.mark.parametrize("correlations", [False, True], ids=["", "paired"])
+def test_the_prefix_walk_and_the_node_walk_agree(build, recalibrate, correlations):
     dense = seeded(build)
     by_node, by_prefix = pruned_copy(dense), pruned_copy(dense)
-    options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": 10}
-    report = resuscitate.repair(by_node, dense, images(), **options)
+    options = {"method": "channelwise", "recalibrate": recalibrate, "correlations": correlations}
+    report = resuscitate.repair(by_node, dense, images(), batch_size=10, **options)
     # a forward_fn hides the input from the trace
-    fallback = resuscitate.repair(
-        by_prefix,
-        dense,
-        list(images().split(10)),
-        forward_fn=lambda m, x: m(x),
-        method="channelwise",
-        recalibrate=recalibrate,
-    )
+    batches = list(images().split(10))
+    fallback = resuscitate.repair(by_prefix, dense, batches, forward_fn=lambda m, x: m(x), **options)
     assert (report.walk, fallback.walk) == ("node", "prefix")
     torch.testing.assert_close(by_node.state_dict(), by_prefix.state_dict(), rtol=1e-4, atol=1e-6)
+    explained = [[row.explained or 0.0 for row in each.layers] for each in (report, fallback)]
+    assert explained[0] == pytest.approx(explained[1], rel=1e-4)
+    assert any(explained[0]) == (correlations and any(row.gain for row in report.layers))
+
+
+@pytest.mark.parametrize("build", [*NODE, *PREFIX], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("recalibrate", [None, "exact"])
+def test_the_result_is_the_same_for_batches_of_1_7_64_and_all(build, recalibrate):
+    dense, results = seeded(build), []
+    if recalibrate and build is Shared:
+        pytest.skip("that network has no BatchNorm to re-estimate")
+    for batch_size in (70, 1, 7, 64):
+        results.append(pruned_copy(dense))
+        options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": batch_size, "gain_samples": 66}
+        report = resuscitate.repair(results[-1], dense, images(70), **options)
+        assert report.walk == ("prefix" if build in PREFIX else "node")
+    for other in results[1:]:
+        torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=2e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("build", [chain, Residual, Dense, Excited], ids=lambda b: b.__name__)
+def test_batchnorm_statistics_by_arithmetic_are_those_that_a_pass_finds(build):
+    """After gains and an exact recalibration, every BatchNorm holds the moments of what reaches it in the end."""
+    dense = seeded(build)
+    model = pruned_copy(dense)
+    resuscitate.repair(model, dense, images(), method="channelwise", recalibrate="exact", batch_size=7)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        found = measure(Network(model), [images()], names)
+    for name in names:
+        moments, batchnorm = found[name][0], model.get_submodule(name)
+        torch.testing.assert_close(batchnorm.running_mean.double(), moments.mean, rtol=1e-4, atol=1e-5)
+        unbiased = moments.m2 / (moments.count - 1)
+        torch.testing.assert_close(batchnorm.running_var.double(), unbiased, rtol=1e-4, atol=1e-6)
+
+
+def test_every_node_runs_once_per_batch_and_model_however_many_layers(monkeypatch):
+    dense = seeded(Residual)
+    model, ran = pruned_copy(dense), []
+    forward = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: ran.append(len(x)) or forward(self, x))
+    resuscitate.repair(model, dense, images(), recalibrate="exact", batch_size=6)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert ran.count(6) == 2 * len(convolutions) * 4  # two networks, four batches; the rest are looks at two images
+    assert all(count in (2, 6) for count in ran)
+
+
+def test_values_are_dropped_after_their_last_reader():
+    model = seeded(Residual)
+    walk = walker(model)
+    stops = [Stop(name, 2) for name in ("stem", "conv1", "conv2", "bn2")]
+    with torch.no_grad():
+        for visit in walk.walk(Batches(images().split(12)), stops):
+            held = 24 * 8 * 9 * 9 * 4  # one activation of every image
+            # a layer's output and, within the block, the shortcut; nothing is read after the last stop
+            assert walk.store.resident == {"stem": 1, "conv1": 2, "conv2": 2, "bn2": 0}[visit.name] * held
+
+
+def test_progress_names_the_stop_the_images_and_the_rate(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    dense = seeded(chain)
+    resuscitate.repair(pruned_copy(dense), dense, images(), progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"repair \(asr\): 3/3 11, image 24/24, [\d,]+/s", shown)
+    resuscitate.repair(pruned_copy(dense), dense, images())
+    assert capsys.readouterr().err == ""
 
 
 def test_the_walk_sees_repaired_inputs():
