@@ -67,6 +67,4 @@ def track(items: Iterable[T], title: str, total: int | None = None, show: bool |
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    yield from rich_track(
-        items, title, total=total, console=Console(stderr=True, force_terminal=self.forced), transient=True
-    )
+    yield from rich_track(items, title, total=total, console=Console(stderr=True), transient=True)

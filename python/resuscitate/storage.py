@@ -8,11 +8,13 @@ mapped file counts as memory in use.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -28,6 +30,9 @@ log = logging.getLogger("resuscitate")
 UNITS = {unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")}
 UNITS |= {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
+# once half the budget is in use, freed pages are given back each time so large a part of the budget has passed
+TRIMS = 16
+
 
 class Store:
     """A budget of bytes, and a place for what exceeds it. A context: leaving it frees that place.
@@ -37,7 +42,7 @@ class Store:
 
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
-        self.resident, self.away = 0, 0
+        self.resident, self.away, self._passed = 0, 0, 0
         self._place: _Place = _HostMemory() if device.type == "cuda" else _ScratchFile(scratch)
 
     @classmethod
@@ -65,12 +70,15 @@ class Store:
     def admit(self, size: int) -> bool:
         """Take `size` more bytes into memory, if they fit."""
         fits = self.resident + size <= self.budget - self.reserve
-        self.resident += size if fits else 0
+        if fits:
+            self.resident += size
+            self._count(size)
         return fits
 
     def write(self, data: Tensor, at: _Region | None = None) -> _Region:
         """Move bytes, uint8 (n,), out of memory, over those of a region of the same size or into a new one."""
         self.away += data.numel()
+        self._count(data.numel())
         return self._place.write(data, at)
 
     def read(self, region: _Region) -> Tensor:
@@ -80,6 +88,13 @@ class Store:
     def free(self, region: _Region) -> None:
         """Give up a region."""
         self._place.free(region)
+
+    def _count(self, size: int) -> None:
+        """Once half the budget is in use, have what was freed given back every so many bytes."""
+        self._passed += size
+        if 2 * self.resident > self.budget and self._passed > self.budget // TRIMS:
+            self._passed = 0
+            give_back_freed()
 
 
 class Frame:
@@ -268,6 +283,15 @@ def parse_memory(memory: int | str | None, device: torch.device) -> int:
     if size < 1:
         raise ValueError(f"memory={memory!r} leaves nothing to work with")
     return size
+
+
+def give_back_freed() -> None:
+    """Have the C library return the pages of freed memory to the system, those between used ones too (glibc only).
+
+    A heap in which large values of several sizes come and go is full of holes, which count as memory in use.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int:
