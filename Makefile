@@ -6,14 +6,13 @@ ARGS :=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := benchmarks/moments_cpu.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test accuracy bench lint format clean
+.PHONY: help demo test accuracy bench bench-repair bench-memory lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 
 demo: $(READY) ## a network collapses and comes back, in about a minute
 	@$(BIN)/resuscitate demo $(ARGS)
@@ -27,7 +26,13 @@ accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy.py $(ARGS)
 
 bench: $(READY) ## the kernels against PyTorch's own
-	@set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script $(ARGS); done
+	@$(BIN)/python benchmarks/moments_cpu.py $(ARGS)
+
+bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about 20 minutes
+	@$(BIN)/python benchmarks/repair.py $(ARGS)
+
+bench-memory: $(READY) ## peak memory under a budget; two minutes
+	@$(BIN)/python benchmarks/memory.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check

@@ -209,8 +209,8 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of networks and images.")] = None,
     images: Annotated[list[int], typer.Option(help="Numbers of images; repeatable.")] = [512, 4096],  # noqa: B006
     networks: Annotated[list[str], typer.Option(help="Networks; repeatable.")] = ["resnet20", "resnet56"],  # noqa: B006
-    threads: Annotated[list[int], typer.Option(help="Numbers of threads; repeatable.")] = [1, 2],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds for what takes seconds.")] = 5,
+    threads: Annotated[list[int], typer.Option(help="Numbers of threads; repeatable.")] = [1],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Rounds for what takes seconds.")] = 3,
     slow_rounds: Annotated[int, typer.Option(help="Rounds for the hook implementations.")] = 1,
     scale: Annotated[bool, typer.Option(help="Measure growth with images and layers too.")] = True,
     output: Annotated[Path, typer.Option(help="The .json; .md and .svg go beside it.")] = RESULTS / "repair.json",

@@ -7,6 +7,7 @@ failure of one is the failure of all, and no rank waits for another that will no
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ import asr_kernels as ak
 from .errors import DistributedError
 from .stops import Calls, Visit, merge_calls
 
+log = logging.getLogger("resuscitate")
+
 
 @dataclass
 class Ranks:
@@ -34,6 +37,8 @@ class Ranks:
 
     def __post_init__(self) -> None:
         self._told = False
+        if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            log.warning("torch.distributed has %d ranks and group is None: this one works alone", dist.get_world_size())
         if self.group is not None:
             self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
             if self.rank < 0:

@@ -46,7 +46,7 @@ class Bar:
             self._progress.stop()
 
     def advance(self, stop: str, images: int) -> None:
-        """So many more images have come to this stop."""
+        """So many more images have come to this stop, or through what else is named."""
         if self._progress is None:
             return
         if stop != self.at:
@@ -54,8 +54,10 @@ class Bar:
         self.here += images
         self.seen += images
         rate = self.seen / max(time.perf_counter() - self.started, 1e-9)
-        where = f"{self.place[stop] + 1}/{len(self.place)} {stop}, image {self.here:,}/{self.images:,}"
-        completed = self.place[stop] + min(self.here / self.images, 1.0)
+        before = self.place.get(stop, 0)
+        where = f"{before + 1}/{len(self.place)} {stop}" if stop in self.place else stop
+        where += f", image {self.here:,}/{self.images:,}"
+        completed = before + min(self.here / self.images, 1.0)
         self._progress.update(self._task, completed=completed, description=f"{self.title}: {where}, {rate:,.0f}/s")
 
 

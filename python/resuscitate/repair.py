@@ -31,6 +31,7 @@ from .masks import Masks
 from .matching import copy_statistics, layers_to_repair, matching_layers
 from .network import Network, as_dtype
 from .prefix import measure, screen
+from .progress import track
 from .report import RepairReport
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
@@ -227,10 +228,12 @@ def repair(
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
         corrector = Corrector(net, wiring, factors, report, journal)
         matched = wanted_by(target, net, wiring)
+        show = progress if ranks.rank == 0 else False
         if schedule == "parallel":
             unknown = [name for name in layers if name not in journal.entries]
-            pruned = measure(net, batches.head(gains), unknown)
-            original = measure(others[0], batches.head(gains), unknown) if others else {}
+            passes = [track(batches.head(gains), f"repair ({method})", gains, show) for _ in range(2)]
+            pruned = measure(net, passes[0], unknown)
+            original = measure(others[0], passes[1], unknown) if others else {}
             visits = [Visit(name, pruned[name], original.get(name, [])) for name in unknown]
             visits = [ranks.merge(visit, net.device) for visit in visits]
             for visit in visits + [Visit(name) for name in layers if name not in unknown]:
@@ -242,7 +245,6 @@ def repair(
         ]
         stops += [Stop(name, 0 if name in journal.entries else exact) for name in batchnorms if recalibrate == "exact"]
         walker = Walker(net, others[0] if others else None, wiring, store, example)
-        show = progress if ranks.rank == 0 else False
         with closing(walker.walk(batches, stops, f"repair ({method})", show)) as walk:
             for visit in walk:
                 if visit.name not in journal.entries:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,23 +112,34 @@ class Frame:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 
-    def open(self, keys: Iterable[Hashable]) -> dict[Hashable, Any]:
-        """The values of these keys, as tensors again; `close` must follow."""
-        return {key: tree_map(self._fetch, self._values[key]) for key in keys}
+    def open(self, keys: Iterable[Hashable], keep: Collection[Hashable] | None = None) -> dict[Hashable, Any]:
+        """The values of these keys, as tensors again; `close` must follow.
+
+        What is not in `keep` is given away, so that its memory is free as soon as the caller drops it. None: all stays.
+        """
+        found = {key: map_leaves(self._fetch, self._values[key]) for key in keys}
+        if keep is not None:
+            self._values = {key: value for key, value in self._values.items() if key in keep or key not in found}
+            self._forget_dropped()
+        return found
 
     def close(self, values: Mapping[Hashable, Any], keep: Collection[Hashable] = ()) -> None:
         """Keep `values`, and of the older ones those in `keep`; what was changed in place stays changed."""
         known = {data.untyped_storage().data_ptr(): region for region, (data, _) in self._opened.items()}
-        before = _regions(self._values)
+        before = _regions(self._values) | self._opened.keys()
         kept = {key: value for key, value in self._values.items() if key in keep and key not in values}
-        self._values = kept | {key: tree_map(lambda x: self._stow(x, known), value) for key, value in values.items()}
+        self._values = kept | {key: map_leaves(lambda x: self._stow(x, known), value) for key, value in values.items()}
         for region in before - (after := _regions(self._values)):
             self.store.free(region)
         for region, (data, version) in self._opened.items():
             if region in after and data._version != version:
                 self.store.write(data, region)
         self._opened.clear()
-        alive = {x.untyped_storage().data_ptr() for x in tree_leaves(self._values) if isinstance(x, Tensor)}
+        self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        """Count what is no longer kept out of the budget."""
+        alive = {x.untyped_storage().data_ptr() for x in leaves(self._values.values()) if isinstance(x, Tensor)}
         for address in self._resident.keys() - alive:
             self.store.resident -= self._resident.pop(address)
 
@@ -316,6 +327,20 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+def leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """All leaves of some values; most are lone tensors, which need no search."""
+    for value in values:
+        if isinstance(value, Tensor | _Away):
+            yield value
+        else:
+            yield from tree_leaves(value)
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """The value with each leaf put through a function."""
+    return function(value) if isinstance(value, Tensor | _Away) else tree_map(function, value)
+
+
 def view_bytes(data: Tensor) -> memoryview:
     """The memory of a tensor uint8 (n,) in host memory."""
     array: Any = data.numpy()
@@ -323,4 +348,4 @@ def view_bytes(data: Tensor) -> memoryview:
 
 
 def _regions(values: Mapping[Hashable, Any]) -> set[_Region]:
-    return {leaf.region for leaf in tree_leaves(values) if isinstance(leaf, _Away)}
+    return {leaf.region for leaf in leaves(values.values()) if isinstance(leaf, _Away)}

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 import asr_kernels as ak
 
@@ -26,7 +25,7 @@ from .layers import LAYERS
 from .network import Network, check_finite, has_hooks, pool
 from .progress import Bar
 from .stops import Calls, Stop, Visit
-from .storage import Frame, Store
+from .storage import Frame, Store, leaves
 
 Values = dict[Any, Any]
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -99,7 +98,7 @@ class Track:
             self.frames.append(Frame(self.store))
         frame, todo, correction = self.frames[index], self.parts[part], self._due(part)
         wanted = todo.reads if correction is None else {*todo.reads, correction.source}
-        values = frame.open(source for source in wanted if source in frame)
+        values = frame.open([source for source in wanted if source in frame], todo.keep)
         merged = None if correction is None else correction.batchnorm
         if correction is not None and merged is None and correction.source in values:
             ak.affine_(values[correction.source], correction.gain, correction.shift, correction.axis)
@@ -281,5 +280,5 @@ def _pooled(name: str, moments: Calls) -> Calls:
 
 
 def _bytes(values: Values) -> int:
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    storages = [leaf.untyped_storage() for leaf in leaves(values.values()) if isinstance(leaf, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

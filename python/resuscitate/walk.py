@@ -80,8 +80,14 @@ class Walker:
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
-        matched = [stop for stop in stops if stop.dense]
-        wanted = measure(self.dense, batches.head(max(s.batches for s in matched)), [s.name for s in matched])
+        matched = [stop for stop in stops if stop.dense and stop.batches]
+
+        def passing() -> Iterator[Any]:
+            for batch in batches.head(max((stop.batches for stop in matched), default=0)):
+                yield batch
+                bar.advance("dense network", count_images(batch))
+
+        wanted = measure(self.dense, passing(), [stop.name for stop in matched])
         for visit in node_walk(pruned, None, batches, stops, self.wiring, bar):
             visit.dense = wanted.get(visit.name, [])
             yield visit
