@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
 import platform
 import shlex
 import sys
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import MEAN, STD, data_folder
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
@@ -31,21 +31,9 @@ import resuscitate
 from resuscitate.calibration import load_images, load_labels
 from resuscitate.models import build
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GAINS = ("layerwise", "channelwise", "asr")
 RECALIBRATIONS: tuple[str | None, ...] = (None, "exact", "ema")
 Row = dict[str, Any]
-
-
-def data_folder(given: Path | None) -> Path:
-    """The folder with the trained networks and images, or a clear way out."""
-    folder = given or Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (folder / "cifar10_resnet20.safetensors").exists():
-        sys.exit(
-            f"no data in {folder}: this benchmark needs cifar10_resnet20.safetensors, cifar10_resnet32.safetensors,\n"
-            "cifar10_jpeg_train.npz and cifar10_jpeg_test.npz; name their folder with --data or RESUSCITATE_DATA"
-        )
-    return folder
 
 
 @torch.no_grad()

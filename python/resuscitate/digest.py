@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .storage import view_bytes
+from .scratch import view_bytes
 
 MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
 

@@ -7,23 +7,21 @@ mapped file counts as memory in use.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import ResuscitateError
+from .scratch import HostMemory, Place, Region, ScratchFile
 
 log = logging.getLogger("resuscitate")
 
@@ -43,7 +41,7 @@ class Store:
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
         self.resident, self.away, self._passed = 0, 0, 0
-        self._place: _Place = _HostMemory() if device.type == "cuda" else _ScratchFile(scratch)
+        self._place: Place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
 
     @classmethod
     def on_host(cls, scratch: str | Path | None) -> Store:
@@ -75,17 +73,17 @@ class Store:
             self._count(size)
         return fits
 
-    def write(self, data: Tensor, at: _Region | None = None) -> _Region:
+    def write(self, data: Tensor, at: Region | None = None) -> Region:
         """Move bytes, uint8 (n,), out of memory, over those of a region of the same size or into a new one."""
         self.away += data.numel()
         self._count(data.numel())
         return self._place.write(data, at)
 
-    def read(self, region: _Region) -> Tensor:
+    def read(self, region: Region) -> Tensor:
         """The bytes back, in new memory."""
         return self._place.read(region)
 
-    def free(self, region: _Region) -> None:
+    def free(self, region: Region) -> None:
         """Give up a region."""
         self._place.free(region)
 
@@ -107,7 +105,7 @@ class Frame:
         self.store = store
         self._values: dict[Hashable, Any] = {}
         self._resident: dict[int, int] = {}  # storage address -> bytes
-        self._opened: dict[_Region, tuple[Tensor, int]] = {}  # its bytes in memory, and their version when read
+        self._opened: dict[Region, tuple[Tensor, int]] = {}  # its bytes in memory, and their version when read
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
@@ -153,7 +151,7 @@ class Frame:
         whole = data[: len(data) // leaf.dtype.itemsize * leaf.dtype.itemsize].view(leaf.dtype)
         return whole.as_strided(leaf.size, leaf.stride, leaf.offset)
 
-    def _stow(self, leaf: Any, known: dict[int, _Region]) -> Any:
+    def _stow(self, leaf: Any, known: dict[int, Region]) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         storage = leaf.untyped_storage()
@@ -170,112 +168,14 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class _Region:
-    """Bytes out of memory: where, how many, and of which device."""
-
-    offset: int
-    size: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class _Away:
     """A tensor over bytes that are out of memory."""
 
-    region: _Region
+    region: Region
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-
-
-class _Place(Protocol):
-    def write(self, data: Tensor, at: _Region | None) -> _Region: ...
-    def read(self, region: _Region) -> Tensor: ...
-    def free(self, region: _Region) -> None: ...
-    def close(self) -> None: ...
-
-
-class _ScratchFile:
-    """Regions of one nameless file, made when first needed; a freed region is used again."""
-
-    def __init__(self, folder: str | Path | None) -> None:
-        # /tmp often is memory; /var/tmp is where systems keep large temporary files on disk
-        large = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
-        self.folder = str(folder or large or tempfile.gettempdir())
-        self.file: IO[bytes] | None = None
-        self.end = 0
-        self.gaps: list[tuple[int, int]] = []  # (size, offset), sorted
-
-    def write(self, data: Tensor, at: _Region | None) -> _Region:
-        region = at or _Region(self._allocate(data.numel()), data.numel(), data.device)
-        try:
-            if self.file is None:
-                self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
-            self.file.seek(region.offset)
-            left = view_bytes(data.cpu())
-            while left:
-                left = left[self.file.write(left) :]
-        except OSError as error:
-            raise ResuscitateError(
-                f"scratch folder {self.folder}: {error.strerror}; free some space there, name another with scratch=, "
-                "or give more memory="
-            ) from error
-        return region
-
-    def read(self, region: _Region) -> Tensor:
-        assert self.file is not None
-        data = torch.empty(region.size, dtype=torch.uint8)
-        self.file.seek(region.offset)
-        left = view_bytes(data)
-        while left:
-            got = self.file.readinto(left)  # type: ignore[attr-defined]
-            if not got:
-                raise ResuscitateError(f"scratch file in {self.folder} was cut short")
-            left = left[got:]
-        return data.to(region.device)
-
-    def free(self, region: _Region) -> None:
-        bisect.insort(self.gaps, (region.size, region.offset))
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def _allocate(self, size: int) -> int:
-        index = bisect.bisect_left(self.gaps, (size, -1))
-        if index == len(self.gaps):
-            self.end += size
-            return self.end - size
-        room, offset = self.gaps.pop(index)
-        if room > size:
-            bisect.insort(self.gaps, (room - size, offset + size))
-        return offset
-
-
-class _HostMemory:
-    """Pinned host memory, for what exceeds a GPU."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, Tensor] = {}
-        self.next = 0
-
-    def write(self, data: Tensor, at: _Region | None) -> _Region:
-        if at is None:
-            at = _Region(self.next, data.numel(), data.device)
-            self.next += 1
-            self.held[at.offset] = torch.empty(at.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self.held[at.offset].copy_(data)
-        return at
-
-    def read(self, region: _Region) -> Tensor:
-        return self.held[region.offset].to(region.device, copy=True)
-
-    def free(self, region: _Region) -> None:
-        del self.held[region.offset]
-
-    def close(self) -> None:
-        self.held.clear()
 
 
 def parse_memory(memory: int | str | None, device: torch.device) -> int:
@@ -341,11 +241,5 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value) if isinstance(value, Tensor | _Away) else tree_map(function, value)
 
 
-def view_bytes(data: Tensor) -> memoryview:
-    """The memory of a tensor uint8 (n,) in host memory."""
-    array: Any = data.numpy()
-    return memoryview(array)
-
-
-def _regions(values: Mapping[Hashable, Any]) -> set[_Region]:
+def _regions(values: Mapping[Hashable, Any]) -> set[Region]:
     return {leaf.region for leaf in leaves(values.values()) if isinstance(leaf, _Away)}

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 import resuscitate
 from resuscitate.errors import ResuscitateError
-from resuscitate.storage import Frame, Store, _HostMemory, free_memory, parse_memory
+from resuscitate.scratch import HostMemory
+from resuscitate.storage import Frame, Store, free_memory, parse_memory
 from tests.networks import Residual, Shuffled, Zoo, chain, images, pruned_copy, seeded
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ class TestFrame:
             assert store._place.end <= 2 * 4000
 
     def test_host_memory_gives_back_what_it_was_given(self):
-        place = _HostMemory()
+        place = HostMemory()
         data = torch.arange(10, dtype=torch.uint8)
         region = place.write(data, None)
         place.write(data + 1, region)
