@@ -96,20 +96,20 @@ class Track:
         """Run the part before one stop for one batch; returns what is measured there."""
         if index == len(self.frames):
             self.frames.append(Frame(self.store))
-        frame, todo, correction = self.frames[index], self.parts[part], self._due(part)
-        wanted = todo.reads if correction is None else {*todo.reads, correction.source}
-        values = frame.open([source for source in wanted if source in frame], todo.keep)
+        frame, stretch, correction = self.frames[index], self.parts[part], self._due(part)
+        wanted = stretch.reads if correction is None else {*stretch.reads, correction.source}
+        values = frame.open([source for source in wanted if source in frame], stretch.keep)
         merged = None if correction is None else correction.batchnorm
         if correction is not None and merged is None and correction.source in values:
             ak.affine_(values[correction.source], correction.gain, correction.shift, correction.axis)
         with self.net.precision():
-            for step in todo.steps:
+            for step in stretch.steps:
                 if correction is not None and step.node is merged:
                     values[merged] = correction.through_batchnorm(values.pop(correction.source))
                 else:
                     run_step(self.net, step, values, lambda: batches[index])
-        result = values[todo.source]
-        frame.close({node: value for node, value in values.items() if node in todo.keep}, todo.keep)
+        result = values[stretch.source]
+        frame.close({node: value for node, value in values.items() if node in stretch.keep}, stretch.keep)
         return result
 
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
