@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import first_tensor
+from .calibration import check_count, first_tensor, read_batches
+from .distributed import Ranks
 from .errors import CalibrationError
 from .storage import Frame, Store
 
@@ -53,6 +54,21 @@ class Batches:
         if images is None:
             return len(self)
         return min(sum(seen < images for seen in accumulate([0, *self.counts[:-1]])), len(self))
+
+
+def read_share(
+    calibration: Any, ranks: Ranks, *, max_samples: int | None, max_batches: int | None, batch_size: int, raw: bool
+) -> Iterable[Any]:
+    """This rank's batches by `read_batches`: its share of `max_samples`, which may be none; `max_batches` is its own.
+
+    Raises CalibrationError.
+    """
+    check_count("max_samples", max_samples)
+    share = ranks.share(max_samples)
+    if share == 0:
+        return ()
+    options: dict[str, Any] = {"max_batches": max_batches, "batch_size": batch_size, "raw": raw}
+    return read_batches(calibration, max_samples=share, allow_empty=ranks.size > 1, **options)
 
 
 def count_images(batch: Any) -> int:

@@ -43,10 +43,15 @@ def read_batches(
     Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
     for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
+        check_count(option, limit)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
     return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty)
+
+
+def check_count(option: str, limit: int | None) -> None:
+    """Raise CalibrationError for a limit that is neither None nor a whole number of at least 1."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
 
 
 def is_held(calibration: Any) -> bool:

@@ -17,9 +17,9 @@ from torch import nn
 import asr_kernels as ak
 from asr_kernels.factors import Prior
 
-from .batches import Batches, cut, first_images, most_images, rebatch
+from .batches import Batches, cut, first_images, most_images, read_share, rebatch
 from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
-from .calibration import is_held, read_batches
+from .calibration import check_count, is_held
 from .corrections import Corrector
 from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
@@ -152,8 +152,7 @@ def repair(
         )
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
+        check_count(option, limit)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
     if correlations and not isinstance(target, nn.Module):
@@ -183,9 +182,9 @@ def repair(
         wanted = [gain_samples] if layers else []
         if recalibrate is not None:
             wanted.append(recalibrate_samples if recalibrate == "exact" else ema_batches * ema_batch_size)
-        limit, skipped = ranks.share(most_images(wanted, max_samples)), Counter[str]()
-        reading = partial(read_batches, max_batches=max_batches, batch_size=batch_size, raw=forward_fn is not None)
-        images = () if limit == 0 else reading(calibration, max_samples=limit, allow_empty=ranks.size > 1)
+        reading: dict[str, Any] = {"max_samples": most_images(wanted, max_samples), "max_batches": max_batches}
+        reading |= {"batch_size": batch_size, "raw": forward_fn is not None}
+        images, skipped = read_share(calibration, ranks, **reading), Counter[str]()
         images = screen([net, *others], images, skipped) if on_nonfinite == "skip" else images
         marks = ranks.share(gain_samples), ranks.share(recalibrate_samples)
         batches = Batches(cut(images, marks), None if is_held(calibration) else for_images)
@@ -213,13 +212,15 @@ def repair(
         if layers:
             report.target = _describe(target)
             if isinstance(target, DenseStatistics):
-                seen = sum(ranks.total(digest_images(batches.head(gains)))) % MODULUS
-                _compare_images(target, report, f"{seen:x}")
+                (digest,) = ranks.total(digest_images(batches.head(gains)))
+                _compare_images(target, report, f"{digest % MODULUS:x}")
             if not isinstance(target, str) and target is not None:
                 copy_statistics(model, target, report)
         identity: dict[str, object] = {}
         if resume is not None:
-            seen = sum(ranks.total(digest_images(batches.head()))) % MODULUS
+            # each step's images by themselves, for the digest of them all is the same in any order
+            seen = ranks.total(*(digest_images(batches.head(count)) for count in (gains, exact, None)))
+            seen = [digest % MODULUS for digest in seen]
             identity = {"model": digest_model(model), "dense": identify(target), "images": seen, "options": options}
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)

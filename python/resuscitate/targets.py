@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
-from .batches import count_images
-from .calibration import read_batches
+from .batches import count_images, read_share
 from .checkpoints import atomic
 from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
@@ -71,18 +70,16 @@ class DenseStatistics:
         DistributedError.
         """
         dense, ranks, seen = unwrap(dense), Ranks(group), [0, 0]
-        limit = ranks.share(max_samples)
+        show = progress if ranks.rank == 0 else False
         with ExitStack() as stack:
             stack.enter_context(ranks.together())
             stack.enter_context(moved_to(device, [dense]))
             stack.enter_context(undisturbed([dense], seed))
+            bar = stack.enter_context(Bar("dense statistics", ["all layers"], max_samples or 0, show))
             net = Network(dense, forward_fn, as_dtype(dtype))
-            raw, bar = (
-                forward_fn is not None,
-                stack.enter_context(
-                    Bar("dense statistics", ["all layers"], limit or 0, progress if ranks.rank == 0 else False)
-                ),
-            )
+            reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": max_batches}
+            reading |= {"batch_size": batch_size, "raw": forward_fn is not None}
+            source = read_share(calibration, ranks, **reading)
 
             def counted(batches: Iterable[Any]) -> Iterator[Any]:
                 for batch in batches:
@@ -91,16 +88,6 @@ class DenseStatistics:
                     seen[1] += digest_images([batch])
                     bar.advance("all layers", count_images(batch))
 
-            source: Iterable[Any] = ()
-            if limit != 0:
-                source = read_batches(
-                    calibration,
-                    max_samples=limit,
-                    max_batches=max_batches,
-                    batch_size=batch_size,
-                    raw=raw,
-                    allow_empty=ranks.size > 1,
-                )
             found = measure(net, counted(source), find_layers(dense))
             layers = {name: ranks.merge(Visit(name, calls), net.device).calls for name, calls in found.items()}
             images, digest = ranks.total(seen[0], seen[1] % MODULUS)

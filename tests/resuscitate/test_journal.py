@@ -135,6 +135,15 @@ def test_the_journal_of_another_run_is_refused_and_nothing_is_changed(change, pa
     assert all(torch.equal(value, before[key]) for key, value in given["model"].state_dict().items())
 
 
+def test_the_same_images_in_another_order_are_other_images_where_only_the_first_count(tmp_path):
+    journal, dense = tmp_path / "journal", seeded(chain)
+    resuscitate.repair(pruned_copy(dense), dense, images(), gain_samples=8, recalibrate="exact", resume=journal)
+    with pytest.raises(JournalError, match="journal of another run: images differ"):
+        resuscitate.repair(
+            pruned_copy(dense), dense, images().flip(0), gain_samples=8, recalibrate="exact", resume=journal
+        )
+
+
 def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("do not overwrite")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import resuscitate
 from resuscitate import DenseStatistics, cli
-from resuscitate.errors import CheckpointError, ModelMismatchError
+from resuscitate.errors import CalibrationError, CheckpointError, ModelMismatchError
 from resuscitate.models import digitnet
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
@@ -128,6 +128,12 @@ class TestRunningStatistics:
         assert "**exact recalibration by another name**, and no stronger" in resuscitate.repair.__doc__.replace(
             "\n", " "
         )
+
+
+@pytest.mark.parametrize("limit", [0, -1, True])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(CalibrationError, match="max_samples must be a whole number of at least 1"):
+        DenseStatistics.measure(seeded(chain), images(), max_samples=limit)
 
 
 def test_another_kind_of_dense_is_refused():
