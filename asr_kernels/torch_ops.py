@@ -1,94 +1,103 @@
 """The fast path without Triton. On a CPU, an order of magnitude faster than `torch.var_mean` over (0, 2, 3).
 
-`var_mean` over several dimensions runs one scalar Welford chain per channel. Sums of x and of x^2 along contiguous
-memory are vectorised, so this file asks for nothing else, in pieces short enough for float32, adds the pieces in
-float64, and takes the channels for which that cancels (mean^2 well above the variance) once more, centred.
+`var_mean` over several dimensions runs one scalar Welford chain per channel. What PyTorch does vectorise depends on the
+layout, and so does this file. Where channels lie side by side (channels_last, linear layers), and in planes of half
+precision, `batch_norm_update_stats` is vectorised: it is given pieces short enough for its float32 sums. In planes of
+float32 and float64 it is not: there, sums of x and of x^2. Pieces are merged in float64, and channels whose mean is so
+far above their deviation that either way cancels are measured once more, shifted by that mean.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 # values per float32 sum: for values of one size its rounding error stays below 3e-7; pieces are added in float64
-PIECE = 4096
+PIECE = 1024
 # values worked on at a time where a scratch copy is needed: it stays in the cache, and the threads meet seldom
 CHUNK = 1 << 20
-# plain sums stand where mean square over variance is at most this many times the error allowed: each is good to 3e-7
-CANCELLATION = 3e6
+# rows that batch_norm_update_stats adds one after the other in each lane, and lanes, for which few channels are folded
+ROWS, LANES = 512, 2048
+# values of a half-precision channel that it adds in one call; for which planes and how many values in all that pays
+PLANES, LARGEST_PLANE, WORTH_A_CALL = 1024, 1 << 14, 1 << 16
+# a result stands where mean^2 / variance is at most this many times the error allowed: plain sums are good to 3e-7
+# there; the others are centred before they are squared, and only the rounding of their means adds to the error
+PLAIN, PIECEWISE = 2e6, 1e7
 TOLERANCE = 1e-6
+
+Moments = tuple[list[Tensor], list[Tensor]]
 
 
 def channel_moments(x: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
     """mean and m2 of each channel of an (N, C, L) view, float64 (C,)."""
-    (mean,), (m2,) = _central_sums((x,), tolerance)
+    (mean,), (m2,) = _moments((x,), tolerance)
     return mean, m2
 
 
 def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mean and m2 of a, of b, and their co-moment, float64 (C,), of two (N, C, L) views."""
-    (mean_a, mean_b), (m2_a, m2_b, comoment) = _central_sums((a, b), TOLERANCE)
+    (mean_a, mean_b), (m2_a, m2_b, comoment) = _moments((a, b), TOLERANCE)
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
 def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
-    """x <- gain * x + shift in place on an (N, C, L) view of any strides; half precision is worked on in float32."""
-    gain, shift = gain[:, None], shift[:, None]
-    if x.dtype == gain.dtype and x.stride(1) == 1:
-        torch.addcmul(shift, x, gain, out=x)  # fast where the factors vary along the vectors, and only there
+    """x <- gain * x + shift in place on an (N, C, L) view of any strides.
+
+    As a BatchNorm of mean 0 and variance 1, written over its own input: the one map in PyTorch that takes a factor for
+    each channel, wide vectors and half precision in one pass. It would make a NaN of an infinite gain.
+    """
+    if not gain.isfinite().all():
+        for part in _chunks(x):
+            part.copy_(part.to(gain.dtype).mul_(gain[:, None]).add_(shift[:, None]))
         return
-    if x.dtype == gain.dtype:
-        x.mul_(gain).add_(shift)
-        return
-    for part in _chunks(x):
-        part.copy_(part.to(gain.dtype).mul_(gain).add_(shift))
+    zeros, ones, unused = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+    for part in [x] if _is_dense(x) else _chunks(x):
+        y = (part if _is_dense(part) else part.contiguous())[..., None]
+        torch.ops.aten.native_batch_norm.out(
+            y, gain, shift, zeros, ones, False, 0.0, 0.0, out=y, save_mean=unused, save_invstd=unused
+        )
+        if y.data_ptr() != part.data_ptr():
+            part.copy_(y[..., 0])
 
 
-def _central_sums(tensors: tuple[Tensor, ...], tolerance: float) -> tuple[list[Tensor], list[Tensor]]:
+def _moments(tensors: tuple[Tensor, ...], tolerance: float) -> Moments:
     """The tensors' means, and their sums of centred products: (x, x) for one; (a, a), (b, b), (a, b) for two."""
     count = tensors[0].shape[0] * tensors[0].shape[2]
-    by_plane = all(x.stride(2) == 1 and x.shape[2] > 1 for x in tensors)
-    sums, products = _power_sums(tensors, by_plane)
-    means = [s / count for s in sums]
-    central = _centre(sums, products, count)
-    cancelled = torch.stack(
-        [~(q <= CANCELLATION * tolerance * m2) for q, m2 in zip(products[: len(sums)], central, strict=False)]
-    )
-    again = cancelled.any(0).nonzero().flatten()
+    plain = _by_plane(tensors) and not (len(tensors) == 1 and _is_short_half(tensors[0]))
+    means, products = _plain_moments(tensors) if plain else _piecewise_moments(tensors)
+    limit = (PLAIN if plain else PIECEWISE) * tolerance / count
+    off = torch.stack([~(mean.square() <= limit * m2) for mean, m2 in zip(means, products, strict=False)])
+    again = off.any(0).nonzero().flatten()
     if not again.numel():
-        return means, central
-    if by_plane and 2 * again.numel() < cancelled.shape[1]:
+        return means, products
+    if 2 * again.numel() < off.shape[1]:
         tensors = tuple(x.index_select(1, again) for x in tensors)
     else:
-        again = torch.arange(cancelled.shape[1], device=again.device)
+        again = torch.arange(off.shape[1], device=again.device)
     shifts = [mean[again].to(_working_dtype(x)) for mean, x in zip(means, tensors, strict=True)]
-    sums, products = _power_sums(tensors, by_plane, shifts)
-    for mean, shift, s in zip(means, shifts, sums, strict=True):
-        mean[again] = shift.double() + s / count
-    for whole, part in zip(central, _centre(sums, products, count), strict=True):
+    rest, centred = (_plain_moments if _by_plane(tensors) else _piecewise_moments)(tensors, shifts)
+    for mean, shift, r in zip(means, shifts, rest, strict=True):
+        mean[again] = shift.double() + r
+    for whole, part in zip(products, centred, strict=True):
         whole[again] = part
-    return means, central
+    return means, products
 
 
-def _centre(sums: list[Tensor], products: list[Tensor], count: int) -> list[Tensor]:
-    """Products about the mean from products about the shift; a square never falls below zero."""
-    squares = [(q - s * (s / count)).clamp_(min=0) for s, q in zip(sums, products, strict=False)]
-    return squares if len(sums) == 1 else [*squares, products[2] - sums[0] * (sums[1] / count)]
-
-
-def _power_sums(
-    tensors: tuple[Tensor, ...], by_plane: bool, shifts: list[Tensor] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Sums of each tensor, less its shift, and of their products: float64 (C,) each."""
-    in_place = by_plane and len(tensors) == 1 and shifts is None and tensors[0].dtype == _working_dtype(tensors[0])
+def _plain_moments(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None = None) -> Moments:
+    """From sums of each tensor, less its shift, and of their products, over planes that are contiguous."""
+    in_place = len(tensors) == 1 and shifts is None and tensors[0].dtype == _working_dtype(tensors[0])
     totals: list[Tensor] = []
     for parts in [tensors] if in_place else zip(*(_chunks(x) for x in tensors), strict=True):
-        parts = tuple(part.to(_working_dtype(part)) for part in parts)
-        if shifts is not None:
-            parts = tuple(part - shift[:, None] for part, shift in zip(parts, shifts, strict=True))
-        sums = (_plane_sums if by_plane else _row_sums)(parts)
+        sums = _plane_sums(_shifted(parts, shifts))
         totals = sums if not totals else [total.add_(s) for total, s in zip(totals, sums, strict=True)]
-    return totals[: len(tensors)], totals[len(tensors) :]
+    count = tensors[0].shape[0] * tensors[0].shape[2]
+    means = [total / count for total in totals[: len(tensors)]]
+    products = totals[len(tensors) :]
+    # rounding must not make a square negative
+    centred = [(q - count * mean.square()).clamp_(min=0) for mean, q in zip(means, products, strict=False)]
+    return means, centred if len(means) == 1 else [*centred, products[2] - count * means[0] * means[1]]
 
 
 def _plane_sums(parts: tuple[Tensor, ...]) -> list[Tensor]:
@@ -102,20 +111,85 @@ def _plane_sums(parts: tuple[Tensor, ...]) -> list[Tensor]:
         return [s.add_(rest) for s, rest in zip(sums, _plane_sums(tuple(x[..., whole:] for x in parts)), strict=True)]
     sums = [x.sum(2) for x in parts] + [torch.linalg.vector_norm(x, dim=2).square_() for x in parts]
     if len(parts) == 2:
-        sums.append(torch.linalg.vecdot(*parts))
+        sums.append((parts[0] * parts[1]).sum(2))
     return [s.sum(0, dtype=torch.float64) for s in sums]
 
 
-def _row_sums(parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same for parts whose channels are contiguous (channels_last, linear layers), or of any other strides."""
-    products = [x.square() for x in parts] + ([parts[0] * parts[1]] if len(parts) == 2 else [])
-    return [x.sum(dim=(0, 2)).double() for x in (*parts, *products)]
+def _piecewise_moments(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None = None) -> Moments:
+    """From the statistics that PyTorch's BatchNorm finds in pieces, merged as Chan, Golub and LeVeque (1979) do."""
+    channels = tensors[0].shape[1]
+    counts: list[int] = []
+    found: list[list[Tensor]] = []
+    for pieces in _planes(tensors[0]) if _by_plane(tensors) else _rows(tensors, shifts):
+        statistics = [_batch_statistics(piece) for piece in pieces]
+        moments = [mean for mean, _ in statistics] + [variance for _, variance in statistics]
+        if len(pieces) == 2:
+            a, b = (piece.to(mean.dtype) - mean for piece, (mean, _) in zip(pieces, statistics, strict=True))
+            moments.append(a.mul_(b).mean(0))
+        counts += [pieces[0].numel() // moments[0].numel()] * (moments[0].numel() // channels)
+        found.append([m.view(-1, channels) for m in moments])
+    n = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)[:, None]
+    columns = [torch.cat(column).double() for column in zip(*found, strict=True)]
+    means, products = columns[: len(tensors)], columns[len(tensors) :]
+    whole = [(n * mean).sum(0) / n.sum() for mean in means]
+    steps = [mean - mean_of_all for mean, mean_of_all in zip(means, whole, strict=True)]
+    between = [step.square() for step in steps] + ([steps[0] * steps[1]] if len(steps) == 2 else [])
+    return whole, [(n * (within + b)).sum(0) for within, b in zip(products, between, strict=True)]
+
+
+def _batch_statistics(piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over all axes but the second; half precision gives float32."""
+    # where PyTorch leaves its running statistics: it finds the others in their precision
+    unused = torch.empty(piece.shape[1], dtype=_working_dtype(piece), device=piece.device)
+    piece = piece.view(*piece.shape, *[1] * (4 - piece.dim()))
+    return torch.batch_norm_update_stats(piece, unused, unused, 0.0)
+
+
+def _planes(x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few images at a time."""
+    yield from ((part,) for part in x.split(max(1, PLANES // x.shape[2])))
+
+
+def _rows(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None) -> Iterator[tuple[Tensor, ...]]:
+    """Rows that hold all channels side by side, several times over where they are few; copied where they lie apart."""
+    channels = tensors[0].shape[1]
+    for parts in zip(*(_chunks(x) for x in tensors), strict=True):
+        if shifts is not None:
+            parts = _shifted(parts, shifts)
+        rows = [part.movedim(1, 2).reshape(-1, channels) for part in parts]
+        times = max(1, min(LANES // channels, len(rows[0])))
+        whole = len(rows[0]) - len(rows[0]) % times
+        yield from zip(*(r[:whole].reshape(-1, times * channels).split(ROWS) for r in rows), strict=True)
+        if whole < len(rows[0]):
+            yield tuple(r[whole:] for r in rows)
+
+
+def _shifted(parts: tuple[Tensor, ...], shifts: list[Tensor] | None) -> tuple[Tensor, ...]:
+    """In the working precision, each less its shift, if there is one."""
+    if shifts is None:
+        return tuple(part.to(_working_dtype(part)) for part in parts)
+    return tuple(part - shift[:, None] for part, shift in zip(parts, shifts, strict=True))
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Cut into pieces of at most about CHUNK values, along the images or, where there is one image, the positions."""
     dim = 0 if x.shape[0] > 1 else 2
     return x.split(max(1, CHUNK * x.shape[dim] // x.numel()), dim)
+
+
+def _by_plane(tensors: tuple[Tensor, ...]) -> bool:
+    return all(x.stride(2) == 1 and x.shape[2] > 1 for x in tensors)
+
+
+def _is_short_half(x: Tensor) -> bool:
+    if x.dtype == _working_dtype(x) or not x.is_contiguous():
+        return False
+    values = min(x.numel(), max(PLANES, x.shape[2]) * x.shape[1])
+    return x.shape[2] <= LARGEST_PLANE and values >= WORTH_A_CALL
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.movedim(1, 2).is_contiguous()
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
