@@ -4,9 +4,8 @@ Three backends behind one face: Triton kernels on a GPU, a bandwidth-bound PyTor
 reference that both are tested against.
 """
 
-from .factors import repair_factors
 from .moments import ChannelMoments, PairedMoments
-from .ops import affine_, channel_moments, paired_moments, repair_, use_backend
+from .ops import affine_, channel_moments, paired_moments, repair_, repair_factors, use_backend
 
 __all__ = [
     "ChannelMoments",

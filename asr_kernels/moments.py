@@ -49,7 +49,7 @@ class ChannelMoments:
         """Take in the values of `x`, shape (N, C, ...), in place; returns self. Errors as `channel_moments`."""
         from .ops import channel_moments
 
-        merged = self.merge(channel_moments(x, channel_dim))
+        merged = channel_moments(x, channel_dim, running=self)
         self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
         return self
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .factors import Prior, Rule, repair_factors
+from . import compiled, factors
+from .factors import Prior, Rule
 from .moments import ChannelMoments, PairedMoments
 
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -37,20 +38,28 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def channel_moments(x: Tensor, channel_dim: int = 1, *, tolerance: float = 1e-6) -> ChannelMoments:
+def channel_moments(
+    x: Tensor, channel_dim: int = 1, *, running: ChannelMoments | None = None, tolerance: float = 1e-6
+) -> ChannelMoments:
     """Count, mean and sum of squared deviations of every channel of `x`, over all its other dimensions.
 
     `x`: float16, bfloat16, float32 or float64, of any strides, never empty; float64 moments of shape (C,) on the same
     device. Half precision is summed in float32, and every sum is shifted or checked against cancellation, so that the
-    variance holds at a mean of 1e4 standard deviations. `tolerance` is the relative error of the variance up to which
-    that check lets plain sums stand: a larger one saves the torch backend a second pass. Raises ValueError for an empty
-    tensor or a missing dimension, TypeError for another dtype.
+    variance holds at a mean of 1e4 standard deviations. `running`: moments of earlier values, merged with these (by the
+    kernel itself where there is one). `tolerance` is the relative error of the variance up to which that check lets
+    plain sums stand: a larger one saves the torch backend a second pass. Raises ValueError for an empty tensor, a
+    missing dimension or unlike C, TypeError for another dtype.
     """
     _check(x, channel_dim)
+    if running is not None and running.channels != x.shape[channel_dim]:
+        raise ValueError(f"moments of {running.channels} and of {x.shape[channel_dim]} channels do not merge")
+    count = x.numel() // x.shape[channel_dim]
+    if torch.compiler.is_compiling():
+        found = ChannelMoments(count, *compiled.channel_moments(x, channel_dim, tolerance))
+        return found if running is None else running.merge(found)
     with torch.no_grad(), _device_guard(x):
         view = _as_ncl(x, channel_dim=channel_dim) or _as_ncl(x.contiguous(), channel_dim=channel_dim)
-        mean, m2 = _backend(x, "moments").channel_moments(*view, tolerance)
-    return ChannelMoments(x.numel() // mean.numel(), mean, m2)
+        return _backend(x, "moments").channel_moments(*view, tolerance, running)
 
 
 def paired_moments(dense: Tensor, pruned: Tensor, channel_dim: int = 1) -> PairedMoments:
@@ -66,16 +75,58 @@ def paired_moments(dense: Tensor, pruned: Tensor, channel_dim: int = 1) -> Paire
             f"not {tuple(dense.shape)} {dense.dtype} on {dense.device} and "
             f"{tuple(pruned.shape)} {pruned.dtype} on {pruned.device}"
         )
-    with torch.no_grad(), _device_guard(dense):
-        views = _as_ncl(dense, pruned, channel_dim=channel_dim)
-        views = views or _as_ncl(dense.contiguous(), pruned.contiguous(), channel_dim=channel_dim)
-        mean_d, m2_d, mean_p, m2_p, comoment = _backend(dense, "moments").paired_moments(*views)
-    count = dense.numel() // mean_d.numel()
+    if torch.compiler.is_compiling():
+        mean_d, m2_d, mean_p, m2_p, comoment = compiled.paired_moments(dense, pruned, channel_dim)
+    else:
+        with torch.no_grad(), _device_guard(dense):
+            views = _as_ncl(dense, pruned, channel_dim=channel_dim)
+            views = views or _as_ncl(dense.contiguous(), pruned.contiguous(), channel_dim=channel_dim)
+            mean_d, m2_d, mean_p, m2_p, comoment = _backend(dense, "moments").paired_moments(*views)
+    count = dense.numel() // dense.shape[channel_dim]
     return PairedMoments(ChannelMoments(count, mean_d, m2_d), ChannelMoments(count, mean_p, m2_p), comoment)
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1) -> Tensor:
-    """x <- gain * x + shift, channel by channel, in place; returns x.
+def repair_factors(
+    dense: ChannelMoments,
+    pruned: ChannelMoments,
+    *,
+    rule: Rule = "asr",
+    prior: Prior = "median",
+    bias: bool = True,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """Gain and shift, float64 (C,), such that `y <- gain * y + shift` repairs the pruned outputs y.
+
+    With vd and vp the dense and pruned variance of a channel (arXiv 2605.21426, "Adaptive Signal Resuscitation"):
+
+    - `layerwise`: one gain, sqrt(mean(vd) / (mean(vp) + eps)), for all channels;
+    - `channelwise`: raw = sqrt(vd / (vp + eps));
+    - `asr`: s * raw + (1 - s) with s = vp / (vp + prior), so always between 1 and raw. `prior` is the layer's median
+      of vp (the lower of two middles), its mean, or a positive number.
+
+    The shift is mean_d - gain * mean_p, or 0 without `bias`. The gain is 1 for a dead channel (vp = 0), and for the
+    whole layer where the prior is 0 (half the channels dead). Statistics over channels take the finite ones; a NaN or
+    an infinity stays in its own channel. Nothing waits for the device. Raises ValueError for moments of nothing, unlike
+    C, an unknown rule or prior.
+    """
+    if dense.channels != pruned.channels:
+        raise ValueError(f"{dense.channels} dense channels cannot repair {pruned.channels} pruned ones")
+    if not dense.count or not pruned.count:
+        raise ValueError("cannot repair from moments of no values; call update_ or channel_moments first")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, not {eps}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}; there are {', '.join(get_args(Rule))}")
+    if prior not in ("median", "mean") and (isinstance(prior, str) or not 0 < prior < float("inf")):
+        raise ValueError(f"prior must be 'median', 'mean' or a positive variance, not {prior!r}")
+    if torch.compiler.is_compiling():
+        return factors.repair_factors(dense, pruned, rule, prior, bias, eps)
+    with torch.no_grad(), _device_guard(pruned.mean):
+        return _backend(pruned.mean, "factors").repair_factors(dense, pruned, rule, prior, bias, eps)
+
+
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1, *, relu: bool = False) -> Tensor:
+    """x <- gain * x + shift, channel by channel, in place; returns x. With `relu`, what is negative then becomes 0.
 
     `x` as in `channel_moments`, and it may be a view with gaps: its own memory is written and none beside it. `gain`
     and `shift`: shape (C,), any floating dtype and device. Computed in float32 (float64 for float64), rounded once to
@@ -89,6 +140,9 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1) -> Ten
             raise ValueError(
                 f"{name} has shape {tuple(factor.shape)}, but x has {channels} channels on axis {channel_dim}"
             )
+    if torch.compiler.is_compiling():
+        compiled.affine_(x, gain, shift, channel_dim, relu)
+        return x
     if _overlaps(x):
         raise ValueError("x overlaps itself in memory, or may (an expanded tensor?); clone it first")
     if x.numel() == 0:
@@ -98,7 +152,7 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1) -> Ten
     with torch.no_grad(), _device_guard(x):
         backend = _backend(x, "affine")
         for view in _ncl_parts(x, channel_dim):
-            backend.affine_(view, gain, shift)
+            backend.affine_(view, gain, shift, relu)
     return x
 
 
@@ -111,15 +165,17 @@ def repair_(
     bias: bool = True,
     eps: float = 1e-8,
     channel_dim: int = 1,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, ChannelMoments]:
     """Measure the pruned outputs `x`, decide by `repair_factors`, and correct them in place.
 
-    Returns the gain and the shift that were applied, float64 (C,), and the moments of `x` before. Errors as
-    `channel_moments`, `repair_factors` and `affine_`; `x` is unchanged when one is raised.
+    Returns the gain and the shift that were applied, float64 (C,), and the moments of `x` before. On a GPU that is four
+    launches and two conversions; none waits for the host, so a CUDA graph can hold them. Errors as `channel_moments`,
+    `repair_factors` and `affine_`; `x` is unchanged when one is raised.
     """
     pruned = channel_moments(x, channel_dim)
     gain, shift = repair_factors(dense_moments, pruned, rule=rule, prior=prior, bias=bias, eps=eps)
-    affine_(x, gain, shift, channel_dim)
+    affine_(x, gain, shift, channel_dim, relu=relu)
     return gain, shift, pruned
 
 
@@ -189,7 +245,7 @@ def _checked_backend(name: str) -> str:
     return name
 
 
-def _backend(x: Tensor, part: Literal["moments", "affine"]) -> ModuleType:
+def _backend(x: Tensor, part: Literal["moments", "factors", "affine"]) -> ModuleType:
     name = _chosen.get() or _checked_backend(os.environ.get("ASR_BACKEND", "auto"))
     if name == "auto":
         name = "triton" if x.is_cuda and find_spec("triton") else "torch"

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .factors import repair_factors as repair_factors
+from .moments import ChannelMoments
 
-def channel_moments(x: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """mean and m2 = sum((x - mean)^2) of each channel, as exact as float64 whatever the tolerance."""
-    x = x.double()
-    mean = x.mean(dim=(0, 2))
-    return mean, (x - mean[:, None]).square().sum(dim=(0, 2))
+
+def channel_moments(x: Tensor, tolerance: float, running: ChannelMoments | None) -> ChannelMoments:
+    """Mean and m2 = sum((x - mean)^2) of each channel, as exact as float64 whatever the tolerance."""
+    found = ChannelMoments(x.shape[0] * x.shape[2], *_moments(x.double()))
+    return found if running is None else running.merge(found)
 
 
 def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mean and m2 of a, of b, and sum((a - mean_a) * (b - mean_b))."""
-    mean_a, m2_a = channel_moments(a)
-    mean_b, m2_b = channel_moments(b)
-    comoment = ((a.double() - mean_a[:, None]) * (b.double() - mean_b[:, None])).sum(dim=(0, 2))
+    a, b = a.double(), b.double()
+    mean_a, m2_a = _moments(a)
+    mean_b, m2_b = _moments(b)
+    comoment = ((a - mean_a[:, None]) * (b - mean_b[:, None])).sum(dim=(0, 2))
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
-    """x <- gain * x + shift, rounded once."""
-    x.copy_(gain.double()[:, None] * x.double() + shift.double()[:, None])
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+    """x <- gain * x + shift, rounded once, and what is negative to 0 with `relu`."""
+    y = gain.double()[:, None] * x.double() + shift.double()[:, None]
+    x.copy_(y.relu() if relu else y)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(dim=(0, 2))
+    return mean, (x - mean[:, None]).square().sum(dim=(0, 2))

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .factors import repair_factors as repair_factors
+from .moments import ChannelMoments
+
 # values per float32 sum: for values of one size its rounding error stays below 3e-7; pieces are added in float64
 PIECE = 1024
 # values worked on at a time where a scratch copy is needed: it stays in the cache, and the threads meet seldom
@@ -30,10 +33,11 @@ TOLERANCE = 1e-6
 Moments = tuple[list[Tensor], list[Tensor]]
 
 
-def channel_moments(x: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
-    """mean and m2 of each channel of an (N, C, L) view, float64 (C,)."""
+def channel_moments(x: Tensor, tolerance: float, running: ChannelMoments | None) -> ChannelMoments:
+    """Moments of each channel of an (N, C, L) view, merged with those that are running."""
     (mean,), (m2,) = _moments((x,), tolerance)
-    return mean, m2
+    found = ChannelMoments(x.shape[0] * x.shape[2], mean, m2)
+    return found if running is None else running.merge(found)
 
 
 def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -42,8 +46,8 @@ def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
-    """x <- gain * x + shift in place on an (N, C, L) view of any strides.
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+    """x <- gain * x + shift in place on an (N, C, L) view of any strides, and what is negative to 0 with `relu`.
 
     As a BatchNorm of mean 0 and variance 1, written over its own input: the one map in PyTorch that takes a factor for
     each channel, wide vectors and half precision in one pass. It would make a NaN of an infinite gain.
@@ -51,6 +55,8 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
     if not gain.isfinite().all():
         for part in _chunks(x):
             part.copy_(part.to(gain.dtype).mul_(gain[:, None]).add_(shift[:, None]))
+        if relu:
+            x.relu_()
         return
     zeros, ones, unused = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
     for part in [x] if _is_dense(x) else _chunks(x):
@@ -60,6 +66,8 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
         )
         if y.data_ptr() != part.data_ptr():
             part.copy_(y[..., 0])
+    if relu:
+        x.relu_()
 
 
 def _moments(tensors: tuple[Tensor, ...], tolerance: float) -> Moments:

@@ -1,4 +1,4 @@
-"""Per-channel affine map in Triton, in place on a strided (N, C, L) view. Tiles as in triton_moments."""
+"""Per-channel affine map in Triton, in place on a strided (N, C, L) view. Tiles as in triton_tiles."""
 
 from __future__ import annotations
 
@@ -8,63 +8,87 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_moments import Launch, walk
+from .triton_moments import lanes_left
+from .triton_tiles import SIZES, Launch, tiles_of
+
+# tiles per program at most: factors are loaded once for all of them, and more of them would leave the device idle late
+MAX_TILES = 8
 
 
-@triton.jit(do_not_specialize=["N", "C", "L", "stride_n"])
+@triton.jit(do_not_specialize=[*SIZES, "fold", "stride_an"])
 def affine_kernel(
     x_ptr,  # (N, C, L), any strides; read and written
-    gain_ptr,  # (C,), float32, or float64 for a float64 x
-    shift_ptr,  # (C,), the same
+    gain_ptr,  # (C / fold,), float32, or float64 for a float64 x
+    shift_ptr,  # (C / fold,), the same
     N,
     C,  # in vectors of VEC_C
     L,  # in vectors of VEC_L
-    stride_n,  # in vectors, as is the stride of whichever of C and L is not the vector's axis
-    stride_c,
-    stride_l,
+    stride_an,  # in vectors, as is the stride of whichever of C and L is not the vector's axis
+    stride_ac,
+    stride_al,
+    blocks,  # of channels
+    splits_l,  # ranges of positions
+    tiles_n,  # tiles per range
+    tiles_l,
+    fold,  # how often a channel stands in C
+    FOLDED: tl.constexpr,
+    RELU: tl.constexpr,
     VEC_C: tl.constexpr,
     VEC_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """x <- gain * x + shift on one tile, fused in float32 (float64 for float64) and rounded once to the type of x."""
-    # int64 before any product: offsets pass 2^31
-    i_p = tl.program_id(0).to(tl.int64)
+    """x <- gain * x + shift on one piece, fused in float32 (float64 for float64) and rounded once to the type of x.
+
+    From the end of the tensor to its front: what was measured last is corrected first, and may still lie in the cache.
+    """
+    VEC: tl.constexpr = VEC_C * VEC_L
+    # int64 before any product: offsets pass 2^31. Division comes first: in 64 bits it would be a call
+    i_p = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
+    n_start = (i_s // splits_l).to(tl.int64) * tiles_n * BLOCK_N
+    l_start = (i_s % splits_l).to(tl.int64) * tiles_l * BLOCK_L
     channels = C.to(tl.int64) * VEC_C
     length = L.to(tl.int64) * VEC_L
-    blocks = tl.cdiv(channels, BLOCK_C)
-    tiles_l = tl.cdiv(length, BLOCK_L)
-    i_c, i_t = i_p % blocks, i_p // blocks
+    n_stop = tl.minimum(n_start + tiles_n.to(tl.int64) * BLOCK_N, N)
+    l_stop = tl.minimum(l_start + tiles_l.to(tl.int64) * BLOCK_L, length)
 
-    # [BLOCK_N * BLOCK_L]
-    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
-    o_n = (i_t // tiles_l) * BLOCK_N + o_t // BLOCK_L
-    o_l = (i_t % tiles_l) * BLOCK_L + o_t % BLOCK_L
     # [BLOCK_C]
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    b_gain = tl.load(gain_ptr + o_c, mask=m_c, other=1.0)
-    b_shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
+    if FOLDED:
+        o_g = (o_c.to(tl.uint32) // fold.to(tl.uint32)).to(tl.int64)
+    else:
+        o_g = o_c
+    b_gain = tl.load(gain_ptr + o_g, mask=m_c, other=1.0)
+    b_shift = tl.load(shift_ptr + o_g, mask=m_c, other=0.0)
+    # [BLOCK_N * BLOCK_L] images and positions within a tile
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L).to(tl.int64)
+    o_n, o_l = o_t // BLOCK_L, o_t % BLOCK_L
 
     # [BLOCK_C, BLOCK_N * BLOCK_L]
-    m = m_c[:, None] & ((o_n < N) & (o_l < length))[None, :]
-    o_x = o_n * stride_n * VEC_C * VEC_L + o_l * stride_l * VEC_C
-    p_x = x_ptr + (o_c * stride_c * VEC_L)[:, None] + o_x[None, :]
-    b_x = tl.load(p_x, mask=m, other=0.0).to(b_gain.dtype)
-    b_x = tl.fma(b_gain[:, None], b_x, b_shift[:, None])
-    tl.store(p_x, b_x.to(x_ptr.dtype.element_ty), mask=m)
+    p_x = x_ptr + (o_c * stride_ac * VEC_L)[:, None] + (o_n * stride_an * VEC + o_l * stride_al * VEC_C)[None, :]
+    for i_n in range(n_start, n_stop, BLOCK_N):
+        for i_l in range(l_start, l_stop, BLOCK_L):
+            m = lanes_left(m_c, n_stop - i_n, l_stop - i_l, BLOCK_N, BLOCK_L)
+            p_i = p_x + (i_n * stride_an * VEC + i_l * stride_al * VEC_C)
+            b_x = tl.load(p_i, mask=m, other=0.0).to(b_gain.dtype)
+            b_x = tl.fma(b_gain[:, None], b_x, b_shift[:, None])
+            if RELU:
+                # where, not maximum: that would turn a NaN into 0
+                b_x = tl.where(b_x < 0.0, 0.0, b_x)
+            tl.store(p_i, b_x.to(x_ptr.dtype.element_ty), mask=m)
 
 
-def plan_affine(x: Tensor, gain: Tensor, shift: Tensor) -> Launch:
+def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> Launch:
     """The one launch that corrects x."""
-    steps = walk(x)
-    arguments: dict[str, Any] = {"x_ptr": x, "gain_ptr": gain, "shift_ptr": shift, **steps.arguments}
-    arguments |= {f"stride_{axis}": stride for axis, stride in zip("ncl", steps.strides[0], strict=True)}
-    tiles_n, blocks_c, tiles_l = steps.tiles
-    return Launch(affine_kernel, (tiles_n * blocks_c * tiles_l,), arguments)
+    tiles = tiles_of(x, most=MAX_TILES)
+    arguments: dict[str, Any] = {"x_ptr": tiles.views[0], "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
+    arguments |= {"fold": tiles.fold, "FOLDED": tiles.fold > 1, "RELU": relu}
+    return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values)
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor) -> None:
-    """x <- gain * x + shift in place on an (N, C, L) view of any strides; gain and shift contiguous, (C,)."""
-    plan_affine(x, gain, shift).run()
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+    """x <- gain * x + shift in place on an (N, C, L) view of any strides, and what is negative to 0 with `relu`."""
+    plan_affine(x, gain, shift, relu).run()

@@ -1,41 +1,42 @@
-"""Per-channel moments in Triton: partial moments of pieces, then one merge of the pieces in a fixed order.
-
-A tensor is a strided (N, C, L) view. A tile holds BLOCK_N images x BLOCK_L positions of BLOCK_C channels: of one where
-the positions lie side by side (NCHW), of up to 64 where the channels do (channels_last, linear layers). Tiles and
-pieces are functions of shape, strides and dtype alone, so a rerun is bit-identical.
-"""
+"""Per-channel moments in Triton: partial moments of pieces, then one merge of the pieces in a fixed order."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# values per tile: 128 threads hold 16 each, two 16-byte loads of half precision. Half as many in float64, and half as
-# many of each of a pair, whose five sums would fill the registers
-TILE = 2048
-# channels in a tile of rows: 128 bytes of half precision side by side
-TILE_CHANNELS = 64
-# programs to aim for, several for each multiprocessor of a large GPU, however few channels there are
-PROGRAMS = 2048
+from .moments import ChannelMoments
+from .triton_tiles import SIZES, Launch, tiles_of
+
 # tiles per program at most: a lane adds 64 float32 values before float64 takes over, an error below 64 * 2^-24
 MAX_TILES = 64
 # pieces x channels in a tile of the finish, and its channels: 64 bytes side by side
 MERGE, MERGE_CHANNELS = 1024, 8
-# what is fused is written as tl.fma: the default of this option changes between Triton 3.9 and 3.10
-OPTIONS = {"enable_fp_fusion": False}
 
 
-# left unspecialised: the vectors (see walk) say what the compiler needs to know, and each value is no new kernel
-@triton.jit(do_not_specialize=["N", "C", "L", "stride_an", "stride_bn", "splits", "splits_l", "tiles_n", "tiles_l"])
+@triton.jit
+def lanes_left(m_c, rest_n, rest_l, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Which lanes of a tile hold values, [BLOCK_C, BLOCK_N * BLOCK_L], where so many images and positions are left.
+
+    Compared in 32 bits: at full bandwidth there is time for a dozen instructions per value, and 64 bits take twice two.
+    """
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
+    m_t = o_t % BLOCK_L < tl.where(rest_l < BLOCK_L, rest_l, BLOCK_L).to(tl.int32)
+    if BLOCK_N > 1:
+        m_t &= o_t // BLOCK_L < tl.where(rest_n < BLOCK_N, rest_n, BLOCK_N).to(tl.int32)
+    return m_c[:, None] & m_t[None, :]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "splits", "stride_an", "stride_bn"])
 def partials_kernel(
     a_ptr,  # (N, C, L), any strides
     b_ptr,  # (N, C, L), any strides, or None
-    partials_ptr,  # float64 [3 or 6, splits, C]: count, mean and M2 of a; then mean and M2 of b, and the co-moment
+    counts_ptr,  # float64 [splits]
+    partials_ptr,  # float32, or float64 for float64, [3 or 7, splits, C]: shift, D and DD of a; then of b, and DE
     N,
     C,  # in vectors of VEC_C
     L,  # in vectors of VEC_L
@@ -45,6 +46,7 @@ def partials_kernel(
     stride_bn,
     stride_bc,
     stride_bl,
+    blocks,  # of channels
     splits,  # pieces per channel, each a range of images x a range of positions
     splits_l,  # ranges of positions
     tiles_n,  # tiles per range
@@ -55,96 +57,124 @@ def partials_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """For one piece of BLOCK_C channels, with n values, d = a - shift_a and e = b - shift_b:
+    """For one piece of BLOCK_C channels, with d = a - shift_a and e = b - shift_b:
 
-    mean = shift + sum(d) / n        M2 = sum(d^2) - sum(d)^2 / n        C2 = sum(d e) - sum(d) sum(e) / n
+    D = sum(d)        DD = sum(d^2)        DE = sum(d e)
 
-    true for any shift, and free of cancellation when it is the mean of the first tile (Chan, Golub and LeVeque,
+    The shift is the mean of the first tile: moments about it do not cancel, whatever the mean (Chan, Golub and LeVeque,
     "Algorithms for computing the sample variance", 1983). But for float64 data d^2 is float32: |d| in 1e-19 .. 1e19.
     """
     PAIRED: tl.constexpr = b_ptr is not None
     SUM: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # int64 before any product: offsets pass 2^31
-    i_p = tl.program_id(0).to(tl.int64)
+    VEC: tl.constexpr = VEC_C * VEC_L
+    # int64 before any product: offsets pass 2^31. Division comes first: in 64 bits it would be a call
+    i_p = tl.program_id(0)
+    i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
+    i_sn, i_sl, i_s = (i_s // splits_l).to(tl.int64), (i_s % splits_l).to(tl.int64), i_s.to(tl.int64)
     channels = C.to(tl.int64) * VEC_C
     length = L.to(tl.int64) * VEC_L
-    blocks = tl.cdiv(channels, BLOCK_C)
-    i_c, i_s = i_p % blocks, i_p // blocks
 
     # ranges are whole tiles long, so only their last tiles are cut, and the first, which sets the shift, is the fullest
-    n_start = (i_s // splits_l) * tiles_n * BLOCK_N
-    l_start = (i_s % splits_l) * tiles_l * BLOCK_L
-    n_stop = tl.minimum(n_start + tiles_n.to(tl.int64) * BLOCK_N, N)
-    l_stop = tl.minimum(l_start + tiles_l.to(tl.int64) * BLOCK_L, length)
-    first = tl.minimum(n_stop - n_start, BLOCK_N) * tl.minimum(l_stop - l_start, BLOCK_L)
-    count = (n_stop - n_start) * (l_stop - l_start)
+    n_start = i_sn * tiles_n * BLOCK_N
+    l_start = i_sl * tiles_l * BLOCK_L
+    count_n = tl.minimum(tiles_n.to(tl.int64) * BLOCK_N, N - n_start)
+    count_l = tl.minimum(tiles_l.to(tl.int64) * BLOCK_L, length - l_start)
+    steps_l = tl.cdiv(count_l, BLOCK_L)
+    steps = tl.cdiv(count_n, BLOCK_N) * steps_l
 
-    # [BLOCK_N * BLOCK_L] images and positions within a tile
-    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
-    o_n, o_l = (o_t // BLOCK_L).to(tl.int64), (o_t % BLOCK_L).to(tl.int64)
     # [BLOCK_C]
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
+    # [BLOCK_N * BLOCK_L] images and positions within a tile
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
+    o_n, o_l = n_start + o_t // BLOCK_L, l_start + o_t % BLOCK_L
 
     # [BLOCK_C, BLOCK_N * BLOCK_L]
-    m = m_c[:, None] & ((n_start + o_n < N) & (l_start + o_l < length))[None, :]
-    p_a = a_ptr + o_c * stride_ac * VEC_L
-    o_a = (n_start + o_n) * stride_an * VEC_C * VEC_L + (l_start + o_l) * stride_al * VEC_C
-    b_a = tl.load(p_a[:, None] + o_a[None, :], mask=m, other=0.0).to(SUM)
-    b_shift_a = tl.sum(b_a, axis=1) / first.to(SUM)
+    m = lanes_left(m_c, count_n, count_l, BLOCK_N, BLOCK_L)
+    p_a = a_ptr + (o_c * stride_ac * VEC_L)[:, None] + (o_n * stride_an * VEC + o_l * stride_al * VEC_C)[None, :]
+    b_a = tl.load(p_a, mask=m, other=0.0)
+    first = (tl.minimum(count_n, BLOCK_N) * tl.minimum(count_l, BLOCK_L)).to(SUM)
+    b_shift_a = tl.sum(b_a.to(SUM), axis=1) / first
     b_sum_a = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
     b_sum_aa = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
     if PAIRED:
-        p_b = b_ptr + o_c * stride_bc * VEC_L
-        o_b = (n_start + o_n) * stride_bn * VEC_C * VEC_L + (l_start + o_l) * stride_bl * VEC_C
-        b_b = tl.load(p_b[:, None] + o_b[None, :], mask=m, other=0.0).to(SUM)
-        b_shift_b = tl.sum(b_b, axis=1) / first.to(SUM)
+        p_b = b_ptr + (o_c * stride_bc * VEC_L)[:, None] + (o_n * stride_bn * VEC + o_l * stride_bl * VEC_C)[None, :]
+        b_b = tl.load(p_b, mask=m, other=0.0)
+        b_shift_b = tl.sum(b_b.to(SUM), axis=1) / first
         b_sum_b = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
         b_sum_bb = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
         b_sum_ab = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
 
-    for i_n in range(n_start, n_stop, BLOCK_N):
-        for i_l in range(l_start, l_stop, BLOCK_L):
-            m = m_c[:, None] & ((i_n + o_n < N) & (i_l + o_l < length))[None, :]
-            o_a = (i_n + o_n) * stride_an * VEC_C * VEC_L + (i_l + o_l) * stride_al * VEC_C
-            b_a = tl.load(p_a[:, None] + o_a[None, :], mask=m, other=0.0).to(SUM)
-            # a masked lane must be 0 after the shift, not before
-            b_a = tl.where(m, b_a - b_shift_a[:, None], 0.0)
-            b_sum_a += b_a
-            b_sum_aa = tl.fma(b_a, b_a, b_sum_aa)
-            if PAIRED:
-                o_b = (i_n + o_n) * stride_bn * VEC_C * VEC_L + (i_l + o_l) * stride_bl * VEC_C
-                b_b = tl.load(p_b[:, None] + o_b[None, :], mask=m, other=0.0).to(SUM)
-                b_b = tl.where(m, b_b - b_shift_b[:, None], 0.0)
-                b_sum_b += b_b
-                b_sum_bb = tl.fma(b_b, b_b, b_sum_bb)
-                b_sum_ab = tl.fma(b_a, b_b, b_sum_ab)
+    # this tile's place among those of the piece
+    i_n, i_l = steps * 0, steps * 0
+    for i in range(steps):
+        # the next tile is on its way while this one is added; after the last there is none, and nothing is read
+        end_of_row = i_l + 1 == steps_l
+        j_n, j_l = tl.where(end_of_row, i_n + 1, i_n), tl.where(end_of_row, 0, i_l + 1)
+        rest_l = tl.where(i + 1 < steps, count_l - j_l * BLOCK_L, 0)
+        m_next = lanes_left(m_c, count_n - j_n * BLOCK_N, rest_l, BLOCK_N, BLOCK_L)
+        o_a = j_n * BLOCK_N * stride_an * VEC + j_l * BLOCK_L * stride_al * VEC_C
+        b_next_a = tl.load(p_a + o_a, mask=m_next, other=0.0)
+        if PAIRED:
+            o_b = j_n * BLOCK_N * stride_bn * VEC + j_l * BLOCK_L * stride_bl * VEC_C
+            b_next_b = tl.load(p_b + o_b, mask=m_next, other=0.0)
 
-    n = count.to(tl.float64)
+        m = lanes_left(m_c, count_n - i_n * BLOCK_N, count_l - i_l * BLOCK_L, BLOCK_N, BLOCK_L)
+        # a masked lane must be 0 after the shift, not before
+        b_a = tl.where(m, b_a.to(SUM) - b_shift_a[:, None], 0.0)
+        b_sum_a += b_a
+        b_sum_aa = tl.fma(b_a, b_a, b_sum_aa)
+        if PAIRED:
+            b_b = tl.where(m, b_b.to(SUM) - b_shift_b[:, None], 0.0)
+            b_sum_b += b_b
+            b_sum_bb = tl.fma(b_b, b_b, b_sum_bb)
+            b_sum_ab = tl.fma(b_a, b_b, b_sum_ab)
+            b_b = b_next_b
+        b_a = b_next_a
+        i_n, i_l = j_n, j_l
+
+    tl.store(counts_ptr + i_s, (count_n * count_l).to(tl.float64), mask=i_c == 0)
     p_out = partials_ptr + i_s * channels + o_c
     rows = splits * channels
-    d_a = tl.sum(b_sum_a, axis=1).to(tl.float64)
-    m2_a = tl.sum(b_sum_aa, axis=1).to(tl.float64) - d_a * d_a / n
-    tl.store(p_out, tl.zeros([BLOCK_C], dtype=tl.float64) + n, mask=m_c)
-    tl.store(p_out + rows, b_shift_a.to(tl.float64) + d_a / n, mask=m_c)
-    # where, not maximum: that would turn a NaN into 0
-    tl.store(p_out + 2 * rows, tl.where(m2_a < 0.0, 0.0, m2_a), mask=m_c)
+    tl.store(p_out, b_shift_a, mask=m_c)
+    tl.store(p_out + rows, tl.sum(b_sum_a, axis=1), mask=m_c)
+    tl.store(p_out + 2 * rows, tl.sum(b_sum_aa, axis=1), mask=m_c)
     if PAIRED:
-        d_b = tl.sum(b_sum_b, axis=1).to(tl.float64)
-        m2_b = tl.sum(b_sum_bb, axis=1).to(tl.float64) - d_b * d_b / n
-        c2 = tl.sum(b_sum_ab, axis=1).to(tl.float64) - d_a * d_b / n
-        tl.store(p_out + 3 * rows, b_shift_b.to(tl.float64) + d_b / n, mask=m_c)
-        tl.store(p_out + 4 * rows, tl.where(m2_b < 0.0, 0.0, m2_b), mask=m_c)
-        tl.store(p_out + 5 * rows, c2, mask=m_c)
+        tl.store(p_out + 3 * rows, b_shift_b, mask=m_c)
+        tl.store(p_out + 4 * rows, tl.sum(b_sum_b, axis=1), mask=m_c)
+        tl.store(p_out + 5 * rows, tl.sum(b_sum_bb, axis=1), mask=m_c)
+        tl.store(p_out + 6 * rows, tl.sum(b_sum_ab, axis=1), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["C", "splits", "count"])
+@triton.jit
+def mean_of_piece(p_s, rows, m, b_inverse):
+    """shift + D / n, and D / n, float64."""
+    b_rest = tl.load(p_s + rows, mask=m, other=0.0).to(tl.float64) * b_inverse
+    return tl.load(p_s, mask=m, other=0.0).to(tl.float64) + b_rest, b_rest
+
+
+@triton.jit
+def squares_of_piece(p_s, rows, m, b_n, b_inverse, b_mean):
+    """M2_s + n_s (mean_s - mean)^2 with M2_s = DD - D^2 / n_s, then mean_s - mean, and D / n_s, float64."""
+    b_mean_s, b_rest = mean_of_piece(p_s, rows, m, b_inverse)
+    b_step = tl.where(m, b_mean_s - b_mean[:, None], 0.0)
+    b_m2 = tl.load(p_s + 2 * rows, mask=m, other=0.0).to(tl.float64) - b_n * b_rest * b_rest
+    # rounding must not make it negative; where, not maximum: that would turn a NaN into 0
+    return tl.where(b_m2 < 0.0, 0.0, b_m2) + b_n * b_step * b_step, b_step, b_rest
+
+
+@triton.jit(do_not_specialize=["C", "splits", "fold", "count", "count_r"])
 def finish_kernel(
-    partials_ptr,  # float64 [3 or 6, splits, C]
+    counts_ptr,  # float64 [splits]
+    partials_ptr,  # float32 or float64 [3 or 7, splits, C, fold]: shift, D and DD of a; then of b, and DE
+    mean_r_ptr,  # float64 [C]: mean and M2 of a from before, or None
+    m2_r_ptr,
     moments_ptr,  # float64 [2 or 5, C]: mean and M2 of a; then mean and M2 of b, and the co-moment
     C,
     splits,
+    fold,
     count,  # values per channel, all pieces together
+    count_r,
     PAIRED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -152,131 +182,106 @@ def finish_kernel(
     """All pieces s of BLOCK_C channels merged, in float64 and in their order (Chan, Golub and LeVeque 1979, for many):
 
     mean = sum(n_s mean_s) / n        M2 = sum(M2_s + n_s (mean_s - mean)^2)        C2 likewise, with a cross product
+
+    What was running counts as one piece more.
     """
     # [BLOCK_C]
     o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     n_c = C.to(tl.int64)
-    rows = splits.to(tl.int64) * n_c
+    pieces = splits * fold
+    rows = pieces.to(tl.int64) * n_c
     n = count.to(tl.float64)
     b_sum_a = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
     if PAIRED:
         b_sum_b = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-    for i_s in range(0, splits, BLOCK_S):
+    for i in range(0, pieces, BLOCK_S):
         # [BLOCK_C, BLOCK_S]
-        o_s = (i_s + tl.arange(0, BLOCK_S)).to(tl.int64)
-        m = m_c[:, None] & (o_s < splits)[None, :]
-        p_s = partials_ptr + o_c[:, None] + o_s[None, :] * C
-        b_n = tl.load(p_s, mask=m, other=0.0)
-        b_sum_a += b_n * tl.load(p_s + rows, mask=m, other=0.0)
+        o_s = i + tl.arange(0, BLOCK_S)
+        m = m_c[:, None] & (o_s < pieces)[None, :]
+        p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
+        b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
+        b_n, b_inverse = b_n[None, :], (1.0 / b_n)[None, :]
+        b_sum_a += b_n * mean_of_piece(p_s, rows, m, b_inverse)[0]
         if PAIRED:
-            b_sum_b += b_n * tl.load(p_s + 3 * rows, mask=m, other=0.0)
-    b_mean_a = tl.sum(b_sum_a, axis=1) / n
+            b_sum_b += b_n * mean_of_piece(p_s + 3 * rows, rows, m, b_inverse)[0]
+    b_total_a = tl.sum(b_sum_a, axis=1)
+    if mean_r_ptr is not None:
+        n_r = count_r.to(tl.float64)
+        b_mean_r = tl.load(mean_r_ptr + o_c, mask=m_c, other=0.0)
+        b_total_a += n_r * b_mean_r
+        n += n_r
+    b_mean_a = b_total_a / n
     tl.store(moments_ptr + o_c, b_mean_a, mask=m_c)
     if PAIRED:
         b_mean_b = tl.sum(b_sum_b, axis=1) / n
         tl.store(moments_ptr + 2 * n_c + o_c, b_mean_b, mask=m_c)
 
-    b_m2_a = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
+    b_sum_aa = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
     if PAIRED:
-        b_m2_b = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-        b_c2 = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-    for i_s in range(0, splits, BLOCK_S):
-        o_s = (i_s + tl.arange(0, BLOCK_S)).to(tl.int64)
-        m = m_c[:, None] & (o_s < splits)[None, :]
-        p_s = partials_ptr + o_c[:, None] + o_s[None, :] * C
-        b_n = tl.load(p_s, mask=m, other=0.0)
-        b_a = tl.where(m, tl.load(p_s + rows, mask=m, other=0.0) - b_mean_a[:, None], 0.0)
-        b_m2_a += tl.load(p_s + 2 * rows, mask=m, other=0.0) + b_n * b_a * b_a
+        b_sum_bb = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
+        b_sum_ab = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
+    for i in range(0, pieces, BLOCK_S):
+        o_s = i + tl.arange(0, BLOCK_S)
+        m = m_c[:, None] & (o_s < pieces)[None, :]
+        p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
+        b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
+        b_n, b_inverse = b_n[None, :], (1.0 / b_n)[None, :]
+        b_squares_a, b_step_a, b_rest_a = squares_of_piece(p_s, rows, m, b_n, b_inverse, b_mean_a)
+        b_sum_aa += b_squares_a
         if PAIRED:
-            b_b = tl.where(m, tl.load(p_s + 3 * rows, mask=m, other=0.0) - b_mean_b[:, None], 0.0)
-            b_m2_b += tl.load(p_s + 4 * rows, mask=m, other=0.0) + b_n * b_b * b_b
-            b_c2 += tl.load(p_s + 5 * rows, mask=m, other=0.0) + b_n * b_a * b_b
-    tl.store(moments_ptr + n_c + o_c, tl.sum(b_m2_a, axis=1), mask=m_c)
+            b_squares_b, b_step_b, b_rest_b = squares_of_piece(p_s + 3 * rows, rows, m, b_n, b_inverse, b_mean_b)
+            b_sum_bb += b_squares_b
+            b_de = tl.load(p_s + 6 * rows, mask=m, other=0.0).to(tl.float64)
+            b_sum_ab += b_de + b_n * (b_step_a * b_step_b - b_rest_a * b_rest_b)
+    b_m2_a = tl.sum(b_sum_aa, axis=1)
+    if mean_r_ptr is not None:
+        b_m2_a += tl.load(m2_r_ptr + o_c, mask=m_c, other=0.0) + n_r * (b_mean_r - b_mean_a) * (b_mean_r - b_mean_a)
+    tl.store(moments_ptr + n_c + o_c, b_m2_a, mask=m_c)
     if PAIRED:
-        tl.store(moments_ptr + 3 * n_c + o_c, tl.sum(b_m2_b, axis=1), mask=m_c)
-        tl.store(moments_ptr + 4 * n_c + o_c, tl.sum(b_c2, axis=1), mask=m_c)
+        tl.store(moments_ptr + 3 * n_c + o_c, tl.sum(b_sum_bb, axis=1), mask=m_c)
+        tl.store(moments_ptr + 4 * n_c + o_c, tl.sum(b_sum_ab, axis=1), mask=m_c)
 
 
-class Launch(NamedTuple):
-    """A kernel, its grid and every argument by name: what `run` launches is what the ahead-of-time tests compile."""
+def plan_moments(
+    a: Tensor, b: Tensor | None = None, running: ChannelMoments | None = None
+) -> tuple[list[Launch], Tensor]:
+    """The two launches that measure a, or a and b together, and the float64 (2 or 5, C) that the second one fills.
 
-    kernel: Any
-    grid: tuple[int]
-    arguments: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **OPTIONS)
-
-
-class Walk(NamedTuple):
-    """How to walk over (N, C, L) views of one shape: tiles along each axis, and the rest as the kernels take it."""
-
-    tiles: tuple[int, int, int]
-    arguments: dict[str, int]
-    strides: list[tuple[int, ...]]
-
-
-def walk(*views: Tensor) -> Walk:
-    """Choose the vector's axis from the strides of the first view, the blocks from the shape.
-
-    Sizes and strides that the vector depends on are divided by VEC, their common power of two up to 16, and multiplied
-    back in the kernel: so the compiler knows that 14 x 14 planes are made of 4-element vectors.
+    Moments that are `running` are merged with those of a.
     """
-    n, c, l = views[0].shape
-    strides: list[tuple[int, ...]] = [x.stride() for x in views]
-    if l == 1:
-        n, l, strides = 1, n, [(0, s_c, s_n) for s_n, s_c, _ in strides]
-    by_rows = c > 1 and (l == 1 or strides[0][1] < strides[0][2])
-    tile = TILE // len(views) // (2 if views[0].dtype == torch.float64 else 1)
-    block_c = min(triton.next_power_of_2(c), TILE_CHANNELS) if by_rows else 1
-    block_l = min(triton.next_power_of_2(l), tile // block_c)
-    block_n = min(triton.next_power_of_2(n), tile // (block_c * block_l))
-    outer = [s for s_n, s_c, s_l in strides for s in (s_n, s_l if by_rows else s_c)]
-    vec = math.gcd(16, c if by_rows else l, *outer)
-    vec_c, vec_l = (vec, 1) if by_rows else (1, vec)
-    arguments = {"N": n, "C": c // vec_c, "L": l // vec_l, "VEC_C": vec_c, "VEC_L": vec_l}
-    arguments |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_L": block_l}
-    strides = [(s_n // vec, s_c // vec_l, s_l // vec_c) for s_n, s_c, s_l in strides]
-    tiles = (triton.cdiv(n, block_n), triton.cdiv(c, block_c), triton.cdiv(l, block_l))
-    return Walk(tiles, arguments, strides)
-
-
-def plan_moments(a: Tensor, b: Tensor | None = None) -> tuple[list[Launch], Tensor]:
-    """The two launches that measure a, or a and b together, and the float64 (2 or 5, C) that the second one fills."""
-    views = [a] if b is None else [a, b]
-    steps = walk(*views)
-    tiles_n, blocks_c, tiles_l = steps.tiles
-    # pieces: enough programs for the device, none of them above MAX_TILES, rows of tiles kept whole where they fit
-    share = min(max(tiles_n * tiles_l * blocks_c // PROGRAMS, 1), MAX_TILES)
-    share_l = min(share, tiles_l)
-    share_n = min(share // share_l, tiles_n)
-    splits_l = triton.cdiv(tiles_l, share_l)
-    splits = triton.cdiv(tiles_n, share_n) * splits_l
-
-    channels, paired = a.shape[1], b is not None
-    partials = torch.empty((6 if paired else 3, splits, channels), dtype=torch.float64, device=a.device)
+    tiles = tiles_of(*([a] if b is None else [a, b]), most=MAX_TILES)
+    views, channels, paired = tiles.views, a.shape[1], b is not None
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    counts = torch.empty(tiles.splits, dtype=torch.float64, device=a.device)
+    partials = torch.empty((7 if paired else 3, tiles.splits, views[0].shape[1]), dtype=dtype, device=a.device)
     moments = torch.empty((5 if paired else 2, channels), dtype=torch.float64, device=a.device)
-    arguments: dict[str, Any] = {"a_ptr": a, "b_ptr": b, "partials_ptr": partials, **steps.arguments}
-    for name, strides in zip("ab", [*steps.strides, (0, 0, 0)], strict=False):
-        arguments |= {f"stride_{name}{axis}": stride for axis, stride in zip("ncl", strides, strict=True)}
-    arguments |= {"splits": splits, "splits_l": splits_l, "tiles_n": share_n, "tiles_l": share_l}
+    measure: dict[str, Any] = {
+        "a_ptr": views[0],
+        "b_ptr": views[1] if paired else None,
+        "counts_ptr": counts,
+        "partials_ptr": partials,
+    }
+    measure |= {"stride_bn": 0, "stride_bc": 0, "stride_bl": 0, "splits": tiles.splits, **tiles.arguments}
+
     block_c = min(triton.next_power_of_2(channels), MERGE_CHANNELS)
-    merge = {"partials_ptr": partials, "moments_ptr": moments, "C": channels, "splits": splits}
-    merge |= {"count": a.shape[0] * a.shape[2], "PAIRED": paired, "BLOCK_C": block_c}
-    merge["BLOCK_S"] = min(triton.next_power_of_2(splits), MERGE // block_c)
+    block_s = min(triton.next_power_of_2(tiles.splits * tiles.fold), MERGE // block_c)
+    finish: dict[str, Any] = {"counts_ptr": counts, "partials_ptr": partials, "moments_ptr": moments, "C": channels}
+    finish |= {"mean_r_ptr": running and running.mean.contiguous(), "m2_r_ptr": running and running.m2.contiguous()}
+    finish |= {"splits": tiles.splits, "fold": tiles.fold, "count": a.shape[0] * a.shape[2]}
+    finish |= {"count_r": running.count if running else 0, "PAIRED": paired, "BLOCK_S": block_s, "BLOCK_C": block_c}
     return [
-        Launch(partials_kernel, (splits * blocks_c,), arguments),
-        Launch(finish_kernel, (triton.cdiv(channels, block_c),), merge),
+        Launch(partials_kernel, (tiles.programs,), measure, tiles.values),
+        Launch(finish_kernel, (triton.cdiv(channels, block_c),), finish, block_s * block_c),
     ], moments
 
 
-def channel_moments(x: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """mean and m2 of each channel of an (N, C, L) view, float64 (C,); always shifted, whatever the tolerance."""
-    launches, moments = plan_moments(x)
+def channel_moments(x: Tensor, tolerance: float, running: ChannelMoments | None) -> ChannelMoments:
+    """Moments of each channel of an (N, C, L) view; always shifted, whatever the tolerance."""
+    launches, moments = plan_moments(x, running=running)
     for launch in launches:
         launch.run()
-    return moments[0], moments[1]
+    return ChannelMoments(x.shape[0] * x.shape[2] + (running.count if running else 0), moments[0], moments[1])
 
 
 def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

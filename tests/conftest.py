@@ -57,6 +57,8 @@ class Layout:
 LAYOUTS = {
     # 49 elements: planes that no vector divides, several to a tile
     "7x7": Layout((4, 3, 7, 7)),
+    # so many images of short planes that a kernel takes them as rows
+    "3x3, many images": Layout((70, 3, 3, 3)),
     # planes of whole 4-element vectors
     "14x14": Layout((3, 2, 14, 14)),
     # planes of whole 16-element vectors

@@ -84,6 +84,23 @@ def test_leaf_that_requires_grad_is_corrected(backend, device):
     assert x.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_relu_follows_the_correction(backend, device, layout, dtype):
+    x, _ = layout.place(dtype, device)
+    y = x.clone(memory_format=torch.preserve_format)
+    gain, shift = factors(x.shape[layout.channel_dim], device)
+    ak.affine_(x, gain, shift, layout.channel_dim, relu=True)
+    ak.affine_(y, gain, shift, layout.channel_dim)
+    assert torch.equal(x, y.relu())
+
+
+def test_relu_keeps_a_nan(backend, device):
+    x = torch.tensor([[torch.nan, -1.0, 2.0]], device=device)
+    ak.affine_(x, torch.ones(3), torch.tensor([0.0, 0.0, torch.inf]), relu=True)
+    assert x[0].isnan().tolist() == [True, False, False]
+    assert x[0, 1:].tolist() == [0.0, torch.inf]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 def test_nonfinite_value_stays_in_its_channel(backend, device, value, last):

@@ -110,3 +110,37 @@ def test_moments_of_nothing_or_of_other_channels_are_refused():
         ak.repair_factors(moments([1.0]), ak.ChannelMoments.empty(1))
     with pytest.raises(ValueError, match="2 dense channels cannot repair 1"):
         ak.repair_factors(moments([1.0, 1.0]), moments([1.0]))
+
+
+AWKWARD = {
+    "ordinary": ([4.0, 3.0, 1.0, 0.5, 7.0], [1.0, 3.0, 4.0, 2.0, 1e-3]),
+    "even": ([1.0, 2.0], [2.0, 1.0]),
+    "one channel": ([2.0], [0.5]),
+    "half of them dead": ([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 3.0, 4.0]),
+    "all dead": ([1.0, 1.0], [0.0, 0.0]),
+    "not finite": ([1.0, math.nan, 2.0, math.inf, 3.0], [math.nan, 1.0, math.inf, 2.0, 5e-324]),
+    "nothing finite": ([1.0, 1.0], [math.nan, math.inf]),
+    "many, and equal ones": ([1.0] * 37, [float(i % 5) for i in range(37)]),
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD.values(), ids=AWKWARD.keys())
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("rule", "prior"),
+    [("layerwise", "median"), ("channelwise", "median"), ("asr", "median"), ("asr", "mean"), ("asr", 0.1)],
+    ids=str,
+)
+# what NumPy says of NaN in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernel_decides_as_the_formulas_do(backend, device, monkeypatch, rule, prior, bias, case):
+    if backend == "triton":
+        # several blocks of channels
+        monkeypatch.setattr(pytest.importorskip("asr_kernels.triton_factors"), "BLOCK", 4)
+    dense, pruned = (moments(var, 3.0, count) for var, count in zip(case, (100, 49), strict=True))
+    with ak.use_backend("torch"):
+        wanted = ak.repair_factors(dense, pruned, rule=rule, prior=prior, bias=bias)
+    there = [ak.ChannelMoments(m.count, m.mean.to(device), m.m2.to(device)) for m in (dense, pruned)]
+    found = ak.repair_factors(*there, rule=rule, prior=prior, bias=bias)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-14, atol=1e-14, equal_nan=True)

@@ -129,9 +129,12 @@ def blocks(request, backend, monkeypatch):
     if request.param == "small blocks":
         if backend != "triton":
             pytest.skip("the other backends know no blocks")
-        kernels = pytest.importorskip("asr_kernels.triton_moments")
-        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}
+        tiles = pytest.importorskip("asr_kernels.triton_tiles")
+        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4, "WORTH_FOLDING": 1}
         for name, value in small.items():
+            monkeypatch.setattr(tiles, name, value)
+        kernels = pytest.importorskip("asr_kernels.triton_moments")
+        for name, value in {"MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}.items():
             monkeypatch.setattr(kernels, name, value)
     return request.param
 
@@ -211,7 +214,7 @@ def test_expanded_tensor_counts_every_value(backend, device):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
-@pytest.mark.parametrize("shape", [(7, 2, 3, 5), (2, 3, 11, 13), (1, 2, 1, 131)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 2, 3, 5), (2, 3, 11, 13), (1, 2, 1, 131), (2, 2, 19, 27)], ids=str)
 def test_many_pieces_of_many_tiles(backend, device, blocks, shape, last):
     x = torch.randn(shape, device=device, generator=generator(device)).add_(100)
     y = x + torch.randn(shape, device=device, generator=generator(device, 1))
@@ -266,6 +269,11 @@ def test_layout_does_not_matter(backend, device, shape, order, seed):
     assert torch.equal(x, y)
     assert_moments(ak.channel_moments(y), x)
     assert_paired(ak.paired_moments(x, y), x, y)
+
+
+def test_running_moments_of_other_channels_are_refused(backend, device):
+    with pytest.raises(ValueError, match="4 and of 3 channels"):
+        ak.channel_moments(torch.zeros(2, 3, device=device), running=ak.ChannelMoments.empty(4, device))
 
 
 def test_merging_with_nothing_changes_nothing():

@@ -1,0 +1,103 @@
+"""How the kernels walk over a tensor: tiles, and pieces made of tiles.
+
+A tensor is a strided (N, C, L) view. A tile, what a program holds in registers at a time, is BLOCK_N images x BLOCK_L
+positions of BLOCK_C channels: of one channel where the positions lie side by side (planes), of many where the channels
+do (rows). Short planes, 7 x 7 or 14 x 14, fill neither a vector nor a tile: they are taken as rows in which each
+channel stands `fold` times, once for each of its positions. All of it follows from shape, strides and dtype alone, so
+that a rerun is bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# values per tile: 8 for each of 256 threads, 16 bytes of half precision; half as many in float64, and of each of a pair
+TILE = 2048
+# channels in a tile of rows: 256 bytes of half precision side by side
+TILE_CHANNELS = 128
+# planes up to this long are taken as rows, where there are this many bytes of each position: what is written for it, 16
+# bytes to be read once, stays small beside them
+SHORT_PLANE, WORTH_FOLDING = 512, 128
+# programs to aim for, several for each multiprocessor of a large GPU, however few channels there are; and where each of
+# them writes moments of single positions
+PROGRAMS, PROGRAMS_FOLDED = 2048, 512
+# threads that run together: on NVIDIA's GPUs, and on AMD's for data centers
+WARP = 64 if torch.version.hip else 32
+# arguments left unspecialised: VEC says what the compiler needs to know, and each value would be a kernel of its own
+SIZES = ["N", "C", "L", "blocks", "splits_l", "tiles_n", "tiles_l"]
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid and every argument by name: what `run` launches is what the ahead-of-time tests compile."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+    values: int  # in a tile
+
+    def options(self, warp: int = WARP) -> dict[str, Any]:
+        """8 values to a thread. What is fused is written as tl.fma: Triton's default changes between 3.9 and 3.10."""
+        return {"num_warps": min(max(self.values // (8 * warp), 1), 8), "enable_fp_fusion": False}
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        self.kernel[self.grid](**self.arguments, **self.options())
+
+
+class Tiles(NamedTuple):
+    """The walk over views of one shape: pieces, the programs that walk over them, and what these need to know."""
+
+    views: list[Tensor]
+    fold: int
+    splits: int
+    programs: int
+    arguments: dict[str, Any]
+    values: int
+
+
+def tiles_of(*tensors: Tensor, most: int) -> Tiles:
+    """Lay tiles over (N, C, L) views of one shape, at most `most` in a piece.
+
+    Triton finds multiples of 16 among its arguments, and no other divisors. So what addresses and masks depend on is
+    divided by VEC, a power of two that divides it, and multiplied back in the kernel.
+    """
+    views, fold = _folded(tensors)
+    n, c, l = views[0].shape
+    strides: list[tuple[int, ...]] = [x.stride() for x in views]
+    by_rows = c > 1 and (l == 1 or strides[0][1] < strides[0][2])
+    tile = TILE // len(views) // (2 if views[0].dtype == torch.float64 else 1)
+    block_c = min(triton.next_power_of_2(c), TILE_CHANNELS) if by_rows else 1
+    block_l = min(triton.next_power_of_2(l), tile // block_c)
+    block_n = min(triton.next_power_of_2(n), tile // (block_c * block_l))
+    tiles_n, tiles_l, blocks = triton.cdiv(n, block_n), triton.cdiv(l, block_l), triton.cdiv(c, block_c)
+
+    # pieces: enough programs for the device, none of them above `most`, rows of tiles kept whole where they fit
+    share = min(triton.cdiv(tiles_n * tiles_l * blocks, PROGRAMS if fold == 1 else PROGRAMS_FOLDED), most)
+    share_l = min(share, tiles_l)
+    share_n = min(share // share_l, tiles_n)
+    splits_l = triton.cdiv(tiles_l, share_l)
+    splits = triton.cdiv(tiles_n, share_n) * splits_l
+
+    vec = math.gcd(16, c if by_rows else l, *(s for s_n, s_c, s_l in strides for s in (s_n, s_l if by_rows else s_c)))
+    vec_c, vec_l = (vec, 1) if by_rows else (1, vec)
+    arguments: dict[str, Any] = {"N": n, "C": c // vec_c, "L": l // vec_l, "VEC_C": vec_c, "VEC_L": vec_l}
+    arguments |= {"blocks": blocks, "splits_l": splits_l, "tiles_n": share_n, "tiles_l": share_l}
+    arguments |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_L": block_l}
+    for name, (s_n, s_c, s_l) in zip("ab", strides, strict=False):
+        arguments |= {f"stride_{name}n": s_n // vec, f"stride_{name}c": s_c // vec_l, f"stride_{name}l": s_l // vec_c}
+    return Tiles(views, fold, splits, splits * blocks, arguments, block_n * block_c * block_l)
+
+
+def _folded(tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
+    """The views as the kernels take them, and how often a channel stands in a row: positions along L wherever there is
+    but one axis of them, and short planes as rows."""
+    n, c, l = tensors[0].shape
+    worth_it = 1 < l <= SHORT_PLANE and n * tensors[0].itemsize >= WORTH_FOLDING
+    if l == 1 or (worth_it and all(x.stride()[1:] == (l, 1) for x in tensors)):
+        return [x.as_strided((1, c * l, n), (0, x.stride(1) if l == 1 else 1, x.stride(0))) for x in tensors], l
+    return list(tensors), 1

@@ -1,0 +1,157 @@
+"""What the kernels read and write, counted in Triton's interpreter: a tensor's every byte once, and none beside it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import asr_kernels as ak
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="counted in Triton's interpreter (TRITON_INTERPRET=1)"
+)
+
+LAYOUTS = {
+    "planes": lambda: torch.randn(3, 4, 17, 19),
+    "planes of whole vectors": lambda: torch.randn(2, 3, 32, 32).bfloat16(),
+    "short planes": lambda: torch.randn(70, 5, 7, 7).half(),
+    "rows": lambda: torch.randn(3, 9, 6, 6).contiguous(memory_format=torch.channels_last),
+    "linear": lambda: torch.randn(50, 7),
+    "with gaps": lambda: torch.randn(3, 6, 5, 8)[:, ::2, 1:],
+    "float64": lambda: torch.randn(4, 3, 5, 5, dtype=torch.float64),
+}
+
+
+class Traffic(Counter):
+    """(kind, address, bytes) of every access that no mask holds back: how often it came."""
+
+    def of(self, kind: str, x: Tensor) -> list[int]:
+        """How often each value of x was read or written."""
+        size, start = x.element_size(), x.data_ptr()
+        steps = [torch.arange(n) * s for n, s in zip(x.shape, x.stride(), strict=True)]
+        offsets = sum(s.view(-1, *[1] * (x.dim() - d - 1)) for d, s in enumerate(steps)).flatten().tolist()
+        return [self[kind, start + o * size, size] for o in offsets]
+
+    def bytes(self, kind: str, outside: list[Tensor]) -> int:
+        """Bytes read or written elsewhere than in these tensors."""
+        ranges = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in outside]
+        return sum(
+            size * times
+            for (k, address, size), times in self.items()
+            if k == kind and not any(low <= address < high for low, high in ranges)
+        )
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A context in which all loads and stores of the interpreter are counted."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    traffic = Traffic()
+
+    def count(kind, pointers, mask, dtype):
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        traffic.update((kind, int(a), dtype.primitive_bitwidth // 8) for a in addresses.flatten())
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counting_load(self, pointers, mask, *rest):
+        count("read", pointers, mask, pointers.get_element_ty())
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        count("written", pointers, mask, pointers.get_element_ty())
+        return store(self, pointers, value, mask, *rest)
+
+    @contextmanager
+    def counting() -> Iterator[Traffic]:
+        traffic.clear()
+        with monkeypatch.context() as patch, ak.use_backend("triton"):
+            patch.setattr(builder, "create_masked_load", counting_load)
+            patch.setattr(builder, "create_masked_store", counting_store)
+            yield traffic
+
+    return counting
+
+
+@pytest.fixture(params=["usual blocks", "small blocks"])
+def blocks(request, monkeypatch):
+    """Small blocks give a small tensor many pieces of several tiles, some of them cut."""
+    if request.param == "small blocks":
+        tiles = pytest.importorskip("asr_kernels.triton_tiles")
+        for name, value in {"TILE": 64, "TILE_CHANNELS": 4, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4}.items():
+            monkeypatch.setattr(tiles, name, value)
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def x(request) -> Tensor:
+    torch.manual_seed(0)
+    return request.param()
+
+
+def small_change(x: Tensor, tensors: int) -> int:
+    """Bytes that may be moved beside the tensors: partial moments, written once and read twice, and C-sized vectors."""
+    from asr_kernels.triton_moments import plan_moments
+
+    views = ak.ops._as_ncl(*[x] * tensors, channel_dim=1) or ak.ops._as_ncl(*[x.contiguous()] * tensors, channel_dim=1)
+    (measure, finish), moments = plan_moments(*views)
+    counts, partials = (measure.arguments[name] for name in ("counts_ptr", "partials_ptr"))
+    merges = finish.grid[0]
+    return 2 * partials.nbytes + 2 * merges * counts.nbytes + 2 * moments.nbytes
+
+
+def test_triton_moments_read_once(counted, blocks, x):
+    with counted() as traffic:
+        ak.channel_moments(x)
+    if ak.ops._as_ncl(x, channel_dim=1):
+        assert set(traffic.of("read", x)) == {1}
+        assert traffic.bytes("read", outside=[x]) <= small_change(x, 1)
+    assert not any(traffic.of("written", x))
+    assert traffic.bytes("written", outside=[x]) <= small_change(x, 1)
+
+
+def test_triton_pair_is_read_once(counted, blocks, x):
+    if not ak.ops._as_ncl(x, channel_dim=1):
+        pytest.skip("is copied first")
+    y = x.clone(memory_format=torch.preserve_format)
+    with counted() as traffic:
+        ak.paired_moments(x, y)
+    for tensor in (x, y):
+        assert set(traffic.of("read", tensor)) == {1}
+        assert not any(traffic.of("written", tensor))
+    assert traffic.bytes("read", outside=[x, y]) <= small_change(x, 2)
+
+
+def test_triton_affine_reads_once_and_writes_once(counted, blocks, x):
+    factor = torch.rand(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    with counted() as traffic:
+        ak.affine_(x, factor, factor)
+    assert set(traffic.of("read", x)) == set(traffic.of("written", x)) == {1}
+    # beside it nothing is written, not even in its own memory's gaps
+    assert sum(n for (kind, *_), n in traffic.items() if kind == "written") == x.numel()
+
+
+def test_triton_counter_sees_a_second_read(counted):
+    x = torch.randn(2, 3, 4, 4)
+    with counted() as traffic:
+        ak.channel_moments(x)
+        ak.channel_moments(x)
+    assert set(traffic.of("read", x)) == {2}
+
+
+def test_triton_partial_moments_stay_small_beside_the_tensor():
+    from asr_kernels.triton_moments import plan_moments
+
+    for shape in [(64, 64, 12544), (64, 256, 784), (64, 1024, 196), (64, 2048, 49), (20, 6, 65536)]:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            for views in ([x], [x, x]):
+                partials = plan_moments(*views)[0][0].arguments["partials_ptr"]
+                assert partials.nbytes <= 0.12 * sum(view.nbytes for view in views), (shape, dtype, len(views))
