@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .moments import ChannelMoments
 
+# a deviation that is no larger than this part of the mean is none
+ROUNDING = 2.0**-21
+
 Rule = Literal["layerwise", "channelwise", "asr"]
 Prior = Literal["median", "mean"] | float
 
@@ -18,6 +21,8 @@ def repair_factors(
 ) -> tuple[Tensor, Tensor]:
     """Gain and shift, float64 (C,), by the formulas at `asr_kernels.repair_factors`."""
     vd, vp = dense.var, pruned.var
+    # a constant, but for the rounding of the float32 that it was computed in
+    vp = torch.where(vp <= (ROUNDING * pruned.mean).square(), 0.0, vp)
     if rule == "layerwise":
         raw = (_finite_mean(vd) / (_finite_mean(vp) + eps)).sqrt().expand_as(vp)
         gain = torch.where(_finite_mean(vp) == 0, 1.0, raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,24 @@ class ChannelMoments:
     def merge(self, other: ChannelMoments) -> ChannelMoments:
         """Moments of both sets of values together, as a new object. Raises ValueError when C differs."""
         return merge_weighted(self, other)[0]
+
+    @classmethod
+    def pool(cls, parts: Sequence[ChannelMoments]) -> ChannelMoments:
+        """Moments of the values of all parts together: as merging one by one, in a few operations for all of them.
+
+        Raises ValueError for no parts, or where C differs.
+        """
+        if len({part.channels for part in parts}) != 1:
+            raise ValueError(f"cannot pool moments of {[part.channels for part in parts]} channels")
+        count = sum(part.count for part in parts)
+        if len(parts) == 1 or not count:
+            return parts[0]
+        share = torch.tensor([part.count / count for part in parts], dtype=torch.float64, device=parts[0].mean.device)
+        # steps from the first mean: parts of one constant have it for their mean, to the bit
+        steps = torch.stack([part.mean for part in parts]) - parts[0].mean
+        step = share @ steps
+        between = (share * count) @ (steps - step).square()
+        return cls(count, parts[0].mean + step, torch.stack([part.m2 for part in parts]).sum(0) + between)
 
     def affine(self, gain: Tensor, shift: Tensor) -> ChannelMoments:
         """Moments of gain * x + shift, channel by channel; gain and shift float64 (C,), on the same device."""

@@ -104,9 +104,10 @@ def repair_factors(
     - `asr`: s * raw + (1 - s) with s = vp / (vp + prior), so always between 1 and raw. `prior` is the layer's median
       of vp (the lower of two middles), its mean, or a positive number.
 
-    The shift is mean_d - gain * mean_p, or 0 without `bias`. The gain is 1 for a dead channel (vp = 0), and for the
-    whole layer where the prior is 0 (half the channels dead). Statistics over channels take the finite ones; a NaN or
-    an infinity stays in its own channel. Nothing waits for the device. Raises ValueError for moments of nothing, unlike
+    The shift is mean_d - gain * mean_p, or 0 without `bias`. The gain is 1 for a dead channel (vp = 0, or
+    no more than float32's rounding of a constant), and for the whole layer where the prior is 0 (half the channels
+    dead). Statistics over channels take the finite ones; a NaN or an infinity stays in its own channel. Nothing waits
+    for the device. Raises ValueError for moments of nothing, unlike
     C, an unknown rule or prior.
     """
     if dense.channels != pruned.channels:

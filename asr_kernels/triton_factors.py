@@ -7,45 +7,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import factors
 from .factors import Prior, Rule
 from .moments import ChannelMoments
 from .triton_tiles import Launch
 
 # channels looked at together
 BLOCK = 2048
+ROUNDING = tl.constexpr(factors.ROUNDING)
 
 
 @triton.jit
-def variances(m2_ptr, i, C, count, BLOCK: tl.constexpr):
-    """Population variances of channels i .. i + BLOCK, float64, and which of them are finite."""
+def squares(mean_ptr, m2_ptr, i, C, count, BLOCK: tl.constexpr):
+    """M2 of channels i .. i + BLOCK, float64, and which are finite. With means: 0 for a constant, but for rounding."""
     o_c = i + tl.arange(0, BLOCK)
-    b_var = tl.load(m2_ptr + o_c, mask=o_c < C, other=float("nan")) / count
+    b_m2 = tl.load(m2_ptr + o_c, mask=o_c < C, other=float("nan"))
+    if mean_ptr is not None:
+        b_noise = ROUNDING * tl.load(mean_ptr + o_c, mask=o_c < C, other=0.0)
+        b_m2 = tl.where(b_m2 <= count * (b_noise * b_noise), 0.0, b_m2)
     # NaN is not less than infinity either
-    return b_var, b_var < float("inf")
+    return b_m2, b_m2 < float("inf")
 
 
 @triton.jit
-def finite_mean(m2_ptr, C, count, BLOCK: tl.constexpr):
+def finite_mean(mean_ptr, m2_ptr, C, count, BLOCK: tl.constexpr):
     """Mean of the finite variances, 0 where there is none."""
     b_sum = tl.zeros([BLOCK], dtype=tl.float64)
     b_finite = tl.zeros([BLOCK], dtype=tl.float64)
     for i in range(0, C, BLOCK):
-        b_var, m = variances(m2_ptr, i, C, count, BLOCK)
-        b_sum += tl.where(m, b_var, 0.0)
+        b_m2, m = squares(mean_ptr, m2_ptr, i, C, count, BLOCK)
+        b_sum += tl.where(m, b_m2 / count, 0.0)
         b_finite += m.to(tl.float64)
     return tl.sum(b_sum, axis=0) / tl.maximum(tl.sum(b_finite, axis=0), 1.0)
 
 
 @triton.jit
-def lower_median(m2_ptr, C, BLOCK: tl.constexpr):
-    """The lower middle of what is finite, 0 where nothing is.
+def lower_median(mean_ptr, m2_ptr, C, count, BLOCK: tl.constexpr):
+    """The lower middle of the finite variances, 0 where there is none.
 
     Bit by bit: numbers that are not negative are ordered as their bits are, and the one at rank k is the largest with
     at most k below it. 63 counts, no sort: a sorting network of this size takes the compiler seconds.
     """
     b_finite = tl.zeros([BLOCK], dtype=tl.int32)
     for i in range(0, C, BLOCK):
-        b_finite += variances(m2_ptr, i, C, 1.0, BLOCK)[1].to(tl.int32)
+        b_finite += squares(mean_ptr, m2_ptr, i, C, count, BLOCK)[1].to(tl.int32)
     finite = tl.sum(b_finite, axis=0)
     rank = (finite - 1) // 2
     found = tl.zeros((), dtype=tl.int64)
@@ -53,11 +58,11 @@ def lower_median(m2_ptr, C, BLOCK: tl.constexpr):
     for _ in range(63):
         b_below = tl.zeros([BLOCK], dtype=tl.int32)
         for i in range(0, C, BLOCK):
-            b_m2, m = variances(m2_ptr, i, C, 1.0, BLOCK)
+            b_m2, m = squares(mean_ptr, m2_ptr, i, C, count, BLOCK)
             b_below += (m & (b_m2.to(tl.int64, bitcast=True) < (found | bit))).to(tl.int32)
         found = tl.where(tl.sum(b_below, axis=0) <= rank, found | bit, found)
         bit = bit >> 1
-    return tl.where(finite > 0, found.to(tl.float64, bitcast=True), 0.0)
+    return tl.where(finite > 0, found.to(tl.float64, bitcast=True) / count, 0.0)
 
 
 @triton.jit(do_not_specialize=["C", "count_d", "count_p"])
@@ -80,22 +85,22 @@ def factors_kernel(
     """Formulas as in factors.repair_factors, for one layer in one program."""
     n_d, n_p = count_d.to(tl.float64), count_p.to(tl.float64)
     if RULE == "layerwise":
-        mean_vd = finite_mean(m2_d_ptr, C, n_d, BLOCK)
-        mean_vp = finite_mean(m2_p_ptr, C, n_p, BLOCK)
+        mean_vd = finite_mean(None, m2_d_ptr, C, n_d, BLOCK)
+        mean_vp = finite_mean(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
         gain = tl.where(mean_vp == 0.0, 1.0, tl.sqrt(mean_vd / (mean_vp + EPS)))
     elif RULE == "asr":
         if PRIOR == "median":
-            prior = lower_median(m2_p_ptr, C, BLOCK) / n_p
+            prior = lower_median(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
         elif PRIOR == "mean":
-            prior = finite_mean(m2_p_ptr, C, n_p, BLOCK)
+            prior = finite_mean(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
         else:
             prior = n_p * 0.0 + PRIOR
     for i in range(0, C, BLOCK):
         # [BLOCK]
         o_c = i + tl.arange(0, BLOCK)
         m_c = o_c < C
-        b_vd, _ = variances(m2_d_ptr, i, C, n_d, BLOCK)
-        b_vp, _ = variances(m2_p_ptr, i, C, n_p, BLOCK)
+        b_vd = squares(None, m2_d_ptr, i, C, n_d, BLOCK)[0] / n_d
+        b_vp = squares(mean_p_ptr, m2_p_ptr, i, C, n_p, BLOCK)[0] / n_p
         b_raw = tl.where(b_vp == 0.0, 1.0, tl.sqrt(b_vd / (b_vp + EPS)))
         if RULE == "layerwise":
             b_gain = tl.zeros([BLOCK], dtype=tl.float64) + gain
@@ -117,15 +122,15 @@ def plan_factors(
 ) -> tuple[Launch, Tensor]:
     """The one launch that decides, and the float64 (2, C) gain and shift that it fills."""
     channels = pruned.channels
-    factors = torch.empty((2, channels), dtype=torch.float64, device=pruned.mean.device)
+    found = torch.empty((2, channels), dtype=torch.float64, device=pruned.mean.device)
     block = min(triton.next_power_of_2(channels), BLOCK)
     arguments = {
         "mean_d_ptr": dense.mean.contiguous(),
         "m2_d_ptr": dense.m2.contiguous(),
         "mean_p_ptr": pruned.mean.contiguous(),
         "m2_p_ptr": pruned.m2.contiguous(),
-        "gain_ptr": factors[0],
-        "shift_ptr": factors[1],
+        "gain_ptr": found[0],
+        "shift_ptr": found[1],
         "C": channels,
         "count_d": dense.count,
         "count_p": pruned.count,
@@ -135,13 +140,13 @@ def plan_factors(
         "BIAS": bias,
         "BLOCK": block,
     }
-    return Launch(factors_kernel, (1,), arguments, block), factors
+    return Launch(factors_kernel, (1,), arguments, block), found
 
 
 def repair_factors(
     dense: ChannelMoments, pruned: ChannelMoments, rule: Rule, prior: Prior, bias: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gain and shift, float64 (C,); all moments on one device."""
-    launch, factors = plan_factors(dense, pruned, rule, prior, bias, eps)
+    launch, found = plan_factors(dense, pruned, rule, prior, bias, eps)
     launch.run()
-    return factors[0], factors[1]
+    return found[0], found[1]

@@ -18,7 +18,7 @@ from .errors import LayerError, ModelMismatchError
 from .graph import Wiring
 from .journal import Journal
 from .layers import along_weight, dead_channels, out_channels, refresh_weight, stored_bias, stored_weight
-from .network import Network, pool
+from .network import Network
 from .report import LayerReport, RepairReport
 from .stops import Calls, Visit
 
@@ -61,7 +61,7 @@ class Corrector:
             tensors, plain = self.journal.entries[name]
             moments = ak.ChannelMoments(int(str(plain["count"])), tensors["mean"], tensors["m2"])
         elif visit.calls:
-            moments = pool(visit.calls)
+            moments = ak.ChannelMoments.pool(visit.calls)
             self.journal.add(name, {"mean": moments.mean, "m2": moments.m2}, {"count": moments.count})
         else:
             self.report.notes.append(f"BatchNorm {name!r} is never reached by these images: kept")
@@ -85,7 +85,7 @@ class Corrector:
         if len(wanted) != uses:
             raise ModelMismatchError(f"layer {name!r} runs {uses} times in the model, {len(wanted)} in the dense one")
         dead = dead_channels(name, layer)
-        dense, pruned = pool(wanted), pool(visit.calls)
+        dense, pruned = ak.ChannelMoments.pool(wanted), ak.ChannelMoments.pool(visit.calls)
         pruned.m2[dead] = 0.0  # what variance a dead channel has left is rounding
         gain, shift = self.factors(dense, pruned)
         row.dead = int(dead.sum())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
@@ -76,10 +75,13 @@ class Network:
         module = self.modules[name]
         return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
 
-    def moments(self, name: str, x: Any) -> ak.ChannelMoments:
-        """Moments of what is measured at this module. Raises LayerError where that is not one tensor."""
+    def moments(self, name: str, x: Any, running: ak.ChannelMoments | None = None) -> ak.ChannelMoments:
+        """Moments of what is measured at this module, merged with those that are running.
+
+        Raises LayerError where that is not one tensor.
+        """
         self.check_tensor(name, x)
-        return ak.channel_moments(x, self.axis(name), tolerance=TOLERANCE)
+        return ak.channel_moments(x, self.axis(name), running=running, tolerance=TOLERANCE)
 
     def check_tensor(self, name: str, x: Any) -> None:
         """Raise LayerError where a layer's output is not one tensor."""
@@ -99,11 +101,6 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is not None and found not in names.values():
         raise ValueError(f"dtype={dtype!r} is unknown; there are 'bf16', 'fp16' and None, the model's own")
     return found
-
-
-def pool(calls: Iterable[ak.ChannelMoments]) -> ak.ChannelMoments:
-    """Merge moments, in order."""
-    return reduce(lambda a, b: a.merge(b), calls)
 
 
 def check_finite(name: str, batches: Iterable[tuple[int, ak.ChannelMoments]]) -> None:

@@ -31,8 +31,7 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[
     """
     found: dict[str, Calls] = {name: [] for name in names}
     for index, batch in enumerate(batches):
-        for name, calls in _measure_batch(net, batch, index, found).items():
-            found[name] = merge_calls(found[name], calls)
+        _measure_batch(net, batch, index, found)
     return found
 
 
@@ -55,8 +54,7 @@ def prefix_walk(
                 pairs = _pair_batch(dense, pruned, batch, index, last)
                 visit.pairs = merge_calls(visit.pairs, pairs)
             else:
-                calls = _measure_batch(pruned, batch, index, [stop.name], last)[stop.name]
-                visit.calls = merge_calls(visit.calls, calls)
+                _measure_batch(pruned, batch, index, {stop.name: visit.calls}, last)
             bar.advance(stop.name, count_images(batch))
         yield visit.take_pairs()
 
@@ -89,17 +87,25 @@ def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str
 
 
 def _measure_batch(
-    net: Network, batch: Any, index: int, names: Iterable[str], last: tuple[str, int] | None = None
-) -> dict[str, Calls]:
-    """Moments of one batch at the named modules, call by call, taken at once: what follows may work in place."""
-    found: dict[str, Calls] = {name: [] for name in names}
+    net: Network, batch: Any, index: int, found: dict[str, Calls], last: tuple[str, int] | None = None
+) -> None:
+    """Merge one batch's moments at the named modules into those found so far, call by call.
+
+    They are taken at once, for what follows may work in place. Whether they are finite is asked when all are there, so
+    that a GPU waits but once.
+    """
+    calls_of: Counter[str] = Counter()
 
     def take(name: str, x: Tensor) -> None:
-        found[name].append(net.moments(name, x))
-        check_finite(name, [(index, found[name][-1])])
+        calls, call = found[name], calls_of[name]
+        calls_of[name] += 1
+        calls[call:] = [net.moments(name, x, calls[call] if call < len(calls) else None), *calls[call + 1 :]]
 
     _run(net, batch, found, take, last)
-    return found
+    seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]
+    if seen and not torch.cat(seen).isfinite().all():
+        for name, calls in found.items():
+            check_finite(name, [(index, moments) for moments in calls])
 
 
 def _pair_batch(

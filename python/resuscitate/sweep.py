@@ -22,7 +22,7 @@ import asr_kernels as ak
 from .batches import Batches
 from .graph import Wiring
 from .layers import LAYERS
-from .network import Network, check_finite, has_hooks, pool
+from .network import Network, check_finite, has_hooks
 from .progress import Bar
 from .stops import Calls, Stop, Visit
 from .storage import Frame, Store, leaves
@@ -71,13 +71,14 @@ def node_walk(
         visit.pairs = [reduce(lambda a, b: a.merge(b), [pairs[index] for index in sorted(pairs)])] if pairs else []
         if follower in batches_of:
             behind[follower] = moments
+            if batches_of[follower] == len(moments) > 0:
+                # to be pooled anyway: correct the sum of them, not each
+                behind[follower] = visit.calls if len(moments) <= stop.batches else _pooled(stop.name, moments)
 
-        def correct(
-            gain: Tensor, shift: Tensor, part: int = part, moments: Calls = moments, follower: str = follower
-        ) -> None:
+        def correct(gain: Tensor, shift: Tensor, part: int = part, follower: str = follower) -> None:
             pruned.correct(part, gain, shift)
             if follower in behind:
-                behind[follower] = [each.affine(gain, shift) for each in moments]
+                behind[follower] = [each.affine(gain, shift) for each in behind[follower]]
 
         visit.correct = correct
         yield visit
@@ -273,7 +274,7 @@ def _pooled(name: str, moments: Calls) -> Calls:
     """One set of moments for all batches, as a list of one; of none, none."""
     if not moments:
         return []
-    pooled = pool(moments)
+    pooled = ak.ChannelMoments.pool(moments)
     if not (pooled.mean.isfinite() & pooled.m2.isfinite()).all():
         check_finite(name, enumerate(moments))
     return [pooled]

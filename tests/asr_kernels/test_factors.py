@@ -120,8 +120,18 @@ AWKWARD = {
     "all dead": ([1.0, 1.0], [0.0, 0.0]),
     "not finite": ([1.0, math.nan, 2.0, math.inf, 3.0], [math.nan, 1.0, math.inf, 2.0, 5e-324]),
     "nothing finite": ([1.0, 1.0], [math.nan, math.inf]),
+    "constant but for rounding": ([1.0, 2.0, 3.0, 1.0], [1e-13, 2.0, 1e-14, 0.5]),
     "many, and equal ones": ([1.0] * 37, [float(i % 5) for i in range(37)]),
 }
+
+
+def test_a_constant_but_for_rounding_is_dead():
+    # 0.3 in float32, off by a unit in its last place now and then
+    pruned = moments([1.0, 1e-16, 1e-16], torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64))
+    for rule in ("channelwise", "asr"):
+        gain, _ = ak.repair_factors(moments([4.0] * 3), pruned, rule=rule, prior=1.0, eps=0.0)
+        assert gain[1] == 1
+    assert ak.repair_factors(moments([4.0] * 3), pruned, rule="channelwise", eps=0.0)[0][2] > 1e7
 
 
 @pytest.mark.parametrize("case", AWKWARD.values(), ids=AWKWARD.keys())

@@ -245,14 +245,16 @@ def test_rerun_is_bit_identical(backend, device, blocks, last):
 def test_merging_any_split_equals_the_whole(backend, device, cuts, offset, seed):
     x = torch.randn(9, 2, 5, 3, device=device, generator=generator(device, seed)).add_(offset)
     merged, running = ak.ChannelMoments.empty(2, device), ak.ChannelMoments.empty(2, device)
-    paired = None
+    paired, parts = None, []
     for part in x.tensor_split(sorted(cuts)):
-        merged = merged.merge(ak.channel_moments(part))
+        parts.append(ak.channel_moments(part))
+        merged = merged.merge(parts[-1])
         assert running.update_(part) is running
         piece = ak.paired_moments(part, part)
         paired = piece if paired is None else paired.merge(piece)
     assert_moments(merged, x)
     assert_moments(running, x)
+    assert_moments(ak.ChannelMoments.pool(parts), x)
     assert_paired(paired, x, x)
 
 
@@ -283,6 +285,14 @@ def test_merging_with_nothing_changes_nothing():
         assert merged.count == m.count
         assert torch.equal(merged.mean, m.mean)
         assert torch.equal(merged.m2, m.m2)
+    for pooled in (ak.ChannelMoments.pool([m, nothing]), ak.ChannelMoments.pool([m])):
+        assert pooled.count == m.count
+        assert torch.equal(pooled.mean, m.mean)
+        assert torch.equal(pooled.m2, m.m2)
+    with pytest.raises(ValueError, match=r"\[3, 2\]"):
+        ak.ChannelMoments.pool([m, ak.ChannelMoments.empty(2)])
+    with pytest.raises(ValueError, match="cannot pool"):
+        ak.ChannelMoments.pool([])
     assert nothing.merge(nothing).count == 0
     assert nothing.var.isnan().all()
     with pytest.raises(ValueError, match="3 and of 2 channels"):
