@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test accuracy bench bench-repair bench-memory lint format clean
+.PHONY: help demo test accuracy bench gpu bench-repair bench-memory lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -25,8 +25,11 @@ test: lint ## lint, then every test, then the Triton kernels in Triton's interpr
 accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy.py $(ARGS)
 
-bench: $(READY) ## the kernels against PyTorch's own
-	@$(BIN)/python benchmarks/moments_cpu.py $(ARGS)
+bench: $(READY) ## the kernels on this CPU against PyTorch's own; six minutes
+	@$(BIN)/python benchmarks/cpu_kernels.py $(ARGS)
+
+gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about 20 minutes
 	@$(BIN)/python benchmarks/repair.py $(ARGS)

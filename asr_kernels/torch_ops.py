@@ -136,9 +136,11 @@ def _piecewise_moments(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None 
             moments.append(a.mul_(b).mean(0))
         counts += [pieces[0].numel() // moments[0].numel()] * (moments[0].numel() // channels)
         found.append([m.view(-1, channels) for m in moments])
-    n = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)[:, None]
     columns = [torch.cat(column).double() for column in zip(*found, strict=True)]
     means, products = columns[: len(tensors)], columns[len(tensors) :]
+    if len(counts) == 1:
+        return [mean[0] for mean in means], [counts[0] * product[0] for product in products]
+    n = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device)[:, None]
     whole = [(n * mean).sum(0) / n.sum() for mean in means]
     steps = [mean - mean_of_all for mean, mean_of_all in zip(means, whole, strict=True)]
     between = [step.square() for step in steps] + ([steps[0] * steps[1]] if len(steps) == 2 else [])

@@ -1,0 +1,80 @@
+"""Everything that needs a GPU, in one command and with the Python that is there: `make gpu PYTHON=python3`.
+
+First correctness: the tests of the kernels on the device (each backend against float64, over dtypes, layouts, awkward
+sizes and values, beyond 2^31 elements), graphs, streams, devices, new memory that holds NaN; a few of them once more
+under compute-sanitizer where there is one; then benchmarks/kernels.py. Nothing is measured unless every test passes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+# beside one another: compiling the kernels takes most of the time
+SUITES = ("test_moments.py", "test_affine.py", "test_factors.py", "test_compiled.py", "test_gpu.py")
+FEW = "many_pieces or many_images or two_streams"
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """In the background, from the root of the project, with the packages that lie there."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+def check(folder: Path, dry_run: bool, sanitize: bool) -> bool:
+    """All tests; what fails is printed."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    commands = {suite: [*pytest, f"tests/asr_kernels/{suite}"] for suite in SUITES}
+    if sanitizer := sanitize and shutil.which("compute-sanitizer"):
+        prefix = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
+        commands["compute-sanitizer"] = [*prefix, *pytest, "tests/asr_kernels", "-k", f"triton and ({FEW})"]
+    if dry_run:
+        commands = {suite: [*command, "-k", "triton and many_pieces"] for suite, command in commands.items()}
+    started = time.monotonic()
+    running = {name: start(command, folder / f"{name}.log") for name, command in commands.items()}
+    good = True
+    for name, process in running.items():
+        status, text = process.wait(), (folder / f"{name}.log").read_text(errors="replace")
+        summary = text.strip().splitlines()[-1] if text.strip() else ""
+        # 5: pytest found nothing to run, as happens in a dry run
+        right = status == 0 or (dry_run and status == 5)
+        print(
+            f"{name}: {'passed' if right else 'FAILED'} after {time.monotonic() - started:.0f} s, {summary}", flush=True
+        )
+        if not right:
+            print(text[-6000:])
+        good &= right
+    return good
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for results and logs.")] = ROOT / "benchmarks" / "results",
+    name: Annotated[str, typer.Option(help="Name of the results.")] = "gpu",
+    seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 150,
+    sanitize: Annotated[bool, typer.Option(help="Run compute-sanitizer where there is one.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="On a CPU, tiny, in Triton's interpreter.")] = False,
+) -> None:
+    """Check, then measure."""
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    if not check(logs, dry_run, sanitize):
+        sys.exit("a test failed, so nothing was measured")
+    command = [sys.executable, "benchmarks/kernels.py", "--output", str(output / f"{name}.json")]
+    command += ["--dry-run"] if dry_run else ["--seconds", str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,116 @@
+"""What only a GPU can show: no wait for the host, graphs, streams, devices, new memory that holds NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import asr_kernels as ak
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(params=["planes", "short planes", "rows"])
+def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense and pruned activations, as the kernels tell them apart."""
+    torch.manual_seed(0)
+    shape = (64, 24, 7, 7) if request.param == "short planes" else (8, 24, 30, 30)
+    form = torch.channels_last if request.param == "rows" else torch.contiguous_format
+    dense, noise = torch.randn(2, *shape, device="cuda")
+    return dense.contiguous(memory_format=form), (0.3 * dense + 0.1 * noise + 1).contiguous(memory_format=form)
+
+
+@pytest.fixture
+def errors_on_waiting() -> Iterator[None]:
+    """An error wherever the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def wanted(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """The pruned activations as the reference repairs them."""
+    with ak.use_backend("reference"):
+        repaired = pruned.clone(memory_format=torch.preserve_format)
+        ak.repair_(repaired, ak.channel_moments(dense))
+    return repaired
+
+
+def test_repair_never_waits_for_the_host(pair, errors_on_waiting):
+    dense, pruned = pair
+    # compiled once, outside
+    for _ in range(2):
+        running = ak.channel_moments(dense).update_(dense)
+        ak.paired_moments(dense, pruned)
+        ak.repair_(pruned, running)
+
+
+def test_repair_runs_in_a_cuda_graph(pair):
+    dense, pruned = pair
+    target, first = ak.channel_moments(dense), pruned.clone(memory_format=torch.preserve_format)
+    other = (1.7 * first - 2).contiguous()
+    ak.repair_(pruned, target)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gain, shift, _ = ak.repair_(pruned, target)
+    for images in (first, other.contiguous(memory_format=torch.preserve_format)):
+        pruned.copy_(images)
+        graph.replay()
+        torch.testing.assert_close(pruned, wanted(dense, images.clone(memory_format=torch.preserve_format)))
+        assert gain.isfinite().all()
+        assert shift.isfinite().all()
+
+
+def test_two_streams_do_not_disturb_each_other(pair):
+    dense, pruned = pair
+    results, streams = [], [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for turn in range(20):
+        with torch.cuda.stream(streams[turn % 2]):
+            x = pruned.clone(memory_format=torch.preserve_format)
+            ak.repair_(x, ak.channel_moments(dense))
+            results.append(x)
+    torch.cuda.synchronize()
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensor_decides_the_device(pair):
+    dense, pruned = (x.to("cuda:1") for x in pair)
+    expected = wanted(dense, pruned)
+    assert torch.cuda.current_device() == 0
+    ak.repair_(pruned, ak.channel_moments(dense))
+    torch.testing.assert_close(pruned, expected)
+
+
+def test_new_memory_may_hold_nan(pair):
+    dense, pruned = pair
+    expected = wanted(dense, pruned)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # fills what torch.empty gives
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(5, device="cuda").isnan().all()
+        assert ak.paired_moments(dense, pruned).corr.isfinite().all()
+        ak.repair_(pruned, ak.channel_moments(dense))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(pruned, expected)
+
+
+def test_inductor_takes_the_kernels_into_its_graph(pair):
+    dense, pruned = pair
+    target, expected = ak.channel_moments(dense), wanted(dense, pruned)
+
+    def repair(x):
+        ak.repair_(x, target)
+        return x.relu()
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(repair, fullgraph=True)(pruned), expected.relu())
