@@ -84,7 +84,7 @@ def affine_kernel(
 def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> Launch:
     """The one launch that corrects x."""
     tiles = tiles_of(x, most=MAX_TILES)
-    arguments: dict[str, Any] = {"x_ptr": tiles.views[0], "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
+    arguments: dict[str, Any] = {"x_ptr": x, "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
     arguments |= {"fold": tiles.fold, "FOLDED": tiles.fold > 1, "RELU": relu}
     return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values)
 

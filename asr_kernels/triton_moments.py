@@ -251,14 +251,14 @@ def plan_moments(
     Moments that are `running` are merged with those of a.
     """
     tiles = tiles_of(*([a] if b is None else [a, b]), most=MAX_TILES)
-    views, channels, paired = tiles.views, a.shape[1], b is not None
+    channels, paired = a.shape[1], b is not None
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     counts = torch.empty(tiles.splits, dtype=torch.float64, device=a.device)
-    partials = torch.empty((7 if paired else 3, tiles.splits, views[0].shape[1]), dtype=dtype, device=a.device)
+    partials = torch.empty((7 if paired else 3, tiles.splits, tiles.channels), dtype=dtype, device=a.device)
     moments = torch.empty((5 if paired else 2, channels), dtype=torch.float64, device=a.device)
     measure: dict[str, Any] = {
-        "a_ptr": views[0],
-        "b_ptr": views[1] if paired else None,
+        "a_ptr": a,
+        "b_ptr": b,
         "counts_ptr": counts,
         "partials_ptr": partials,
     }

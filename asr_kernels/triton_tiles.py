@@ -10,6 +10,7 @@ that a rerun is bit-identical.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,27 +51,38 @@ class Launch(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The walk over views of one shape: pieces, the programs that walk over them, and what these need to know."""
+    """The walk over tensors of one shape: pieces, the programs that walk over them, and what these need to know."""
 
-    views: list[Tensor]
+    channels: int  # in a row: each of the tensor's, `fold` times
     fold: int
     splits: int
     programs: int
-    arguments: dict[str, Any]
-    values: int
+    arguments: dict[str, int]
+    values: int  # in a tile
 
 
-def tiles_of(*tensors: Tensor, most: int) -> Tiles:
-    """Lay tiles over (N, C, L) views of one shape, at most `most` in a piece.
+def tiles_of(*views: Tensor, most: int) -> Tiles:
+    """Lay tiles over (N, C, L) views of one shape, at most `most` in a piece."""
+    return _tiles(tuple(views[0].shape), tuple(x.stride() for x in views), views[0].itemsize, most)
+
+
+@lru_cache(maxsize=4096)
+def _tiles(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], itemsize: int, most: int) -> Tiles:
+    """Once for each shape: a small layer's launches take no longer than this.
 
     Triton finds multiples of 16 among its arguments, and no other divisors. So what addresses and masks depend on is
     divided by VEC, a power of two that divides it, and multiplied back in the kernel.
     """
-    views, fold = _folded(tensors)
-    n, c, l = views[0].shape
-    strides: list[tuple[int, ...]] = [x.stride() for x in views]
+    n, c, l = shape
+    fold = 1
+    worth_it = 1 < l <= SHORT_PLANE and n * itemsize >= WORTH_FOLDING and all(s[1:] == (l, 1) for s in strides)
+    if l == 1 or worth_it:
+        # positions along L, whatever axis they were on
+        fold = l
+        strides = tuple((0, s_c if l == 1 else 1, s_n) for s_n, s_c, _ in strides)
+        n, c, l = 1, c * l, n
     by_rows = c > 1 and (l == 1 or strides[0][1] < strides[0][2])
-    tile = TILE // len(views) // (2 if views[0].dtype == torch.float64 else 1)
+    tile = TILE // len(strides) // (2 if itemsize == 8 else 1)
     block_c = min(triton.next_power_of_2(c), TILE_CHANNELS) if by_rows else 1
     block_l = min(triton.next_power_of_2(l), tile // block_c)
     block_n = min(triton.next_power_of_2(n), tile // (block_c * block_l))
@@ -85,19 +97,9 @@ def tiles_of(*tensors: Tensor, most: int) -> Tiles:
 
     vec = math.gcd(16, c if by_rows else l, *(s for s_n, s_c, s_l in strides for s in (s_n, s_l if by_rows else s_c)))
     vec_c, vec_l = (vec, 1) if by_rows else (1, vec)
-    arguments: dict[str, Any] = {"N": n, "C": c // vec_c, "L": l // vec_l, "VEC_C": vec_c, "VEC_L": vec_l}
+    arguments = {"N": n, "C": c // vec_c, "L": l // vec_l, "VEC_C": vec_c, "VEC_L": vec_l}
     arguments |= {"blocks": blocks, "splits_l": splits_l, "tiles_n": share_n, "tiles_l": share_l}
     arguments |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_L": block_l}
     for name, (s_n, s_c, s_l) in zip("ab", strides, strict=False):
         arguments |= {f"stride_{name}n": s_n // vec, f"stride_{name}c": s_c // vec_l, f"stride_{name}l": s_l // vec_c}
-    return Tiles(views, fold, splits, splits * blocks, arguments, block_n * block_c * block_l)
-
-
-def _folded(tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
-    """The views as the kernels take them, and how often a channel stands in a row: positions along L wherever there is
-    but one axis of them, and short planes as rows."""
-    n, c, l = tensors[0].shape
-    worth_it = 1 < l <= SHORT_PLANE and n * tensors[0].itemsize >= WORTH_FOLDING
-    if l == 1 or (worth_it and all(x.stride()[1:] == (l, 1) for x in tensors)):
-        return [x.as_strided((1, c * l, n), (0, x.stride(1) if l == 1 else 1, x.stride(0))) for x in tensors], l
-    return list(tensors), 1
+    return Tiles(c, fold, splits, splits * blocks, arguments, block_n * block_c * block_l)

@@ -36,6 +36,24 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Call it, and a tensor that the interpreter can afford has many pieces of many tiles, some of them cut."""
+    tiles = pytest.importorskip("asr_kernels.triton_tiles")
+    kernels = pytest.importorskip("asr_kernels.triton_moments")
+
+    def shrink() -> None:
+        tiles._tiles.cache_clear()
+        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4, "WORTH_FOLDING": 1}
+        for name, value in small.items():
+            monkeypatch.setattr(tiles, name, value)
+        for name, value in {"MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}.items():
+            monkeypatch.setattr(kernels, name, value)
+
+    yield shrink
+    tiles._tiles.cache_clear()
+
+
 @dataclass(frozen=True)
 class Layout:
     """A view of a tensor: `shape` in memory, then `view`; its channels lie on `channel_dim`."""

@@ -121,21 +121,12 @@ def test_outliers_in_front_do_not_set_the_scale(backend, device, last):
 
 
 @pytest.fixture(params=["usual blocks", "small blocks"])
-def blocks(request, backend, monkeypatch):
-    """Blocks so small that a tensor which the interpreter can afford has many pieces of many tiles, some of them cut.
-
-    Small blocks are for the kernels alone.
-    """
+def blocks(request, backend):
+    """Small blocks are for the kernels alone."""
     if request.param == "small blocks":
         if backend != "triton":
             pytest.skip("the other backends know no blocks")
-        tiles = pytest.importorskip("asr_kernels.triton_tiles")
-        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4, "WORTH_FOLDING": 1}
-        for name, value in small.items():
-            monkeypatch.setattr(tiles, name, value)
-        kernels = pytest.importorskip("asr_kernels.triton_moments")
-        for name, value in {"MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}.items():
-            monkeypatch.setattr(kernels, name, value)
+        request.getfixturevalue("small_blocks")()
     return request.param
 
 
