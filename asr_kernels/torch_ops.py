@@ -97,8 +97,9 @@ def _plain_moments(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None = No
     """From sums of each tensor, less its shift, and of their products, over planes that are contiguous."""
     in_place = len(tensors) == 1 and shifts is None and tensors[0].dtype == _working_dtype(tensors[0])
     totals: list[Tensor] = []
+    scratch = _Scratch()
     for parts in [tensors] if in_place else zip(*(_chunks(x) for x in tensors), strict=True):
-        sums = _plane_sums(_shifted(parts, shifts))
+        sums = _plane_sums(scratch.shifted(parts, shifts), scratch)
         totals = sums if not totals else [total.add_(s) for total, s in zip(totals, sums, strict=True)]
     count = tensors[0].shape[0] * tensors[0].shape[2]
     means = [total / count for total in totals[: len(tensors)]]
@@ -108,18 +109,20 @@ def _plain_moments(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None = No
     return means, centred if len(means) == 1 else [*centred, products[2] - count * means[0] * means[1]]
 
 
-def _plane_sums(parts: tuple[Tensor, ...]) -> list[Tensor]:
+def _plane_sums(parts: tuple[Tensor, ...], scratch: _Scratch) -> list[Tensor]:
     """Sums and sums of products of (n, C, L) parts whose planes are contiguous, a piece of a plane at a time."""
     length = parts[0].shape[2]
     if length > PIECE:
         whole = length - length % PIECE
-        sums = _plane_sums(tuple(x[..., :whole].unflatten(2, (-1, PIECE)).movedim(2, 0).flatten(0, 1) for x in parts))
+        pieces = tuple(x[..., :whole].unflatten(2, (-1, PIECE)).movedim(2, 0).flatten(0, 1) for x in parts)
+        sums = _plane_sums(pieces, scratch)
         if whole == length:
             return sums
-        return [s.add_(rest) for s, rest in zip(sums, _plane_sums(tuple(x[..., whole:] for x in parts)), strict=True)]
+        rest = _plane_sums(tuple(x[..., whole:] for x in parts), scratch)
+        return [s.add_(r) for s, r in zip(sums, rest, strict=True)]
     sums = [x.sum(2) for x in parts] + [torch.linalg.vector_norm(x, dim=2).square_() for x in parts]
     if len(parts) == 2:
-        sums.append((parts[0] * parts[1]).sum(2))
+        sums.append(torch.mul(*parts, out=scratch.like(parts[0], "product")).sum(2))
     return [s.sum(0, dtype=torch.float64) for s in sums]
 
 
@@ -162,10 +165,10 @@ def _planes(x: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _rows(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None) -> Iterator[tuple[Tensor, ...]]:
     """Rows that hold all channels side by side, several times over where they are few; copied where they lie apart."""
-    channels = tensors[0].shape[1]
+    channels, scratch = tensors[0].shape[1], _Scratch()
     for parts in zip(*(_chunks(x) for x in tensors), strict=True):
         if shifts is not None:
-            parts = _shifted(parts, shifts)
+            parts = scratch.shifted(parts, shifts)
         rows = [part.movedim(1, 2).reshape(-1, channels) for part in parts]
         times = max(1, min(LANES // channels, len(rows[0])))
         whole = len(rows[0]) - len(rows[0]) % times
@@ -174,11 +177,28 @@ def _rows(tensors: tuple[Tensor, ...], shifts: list[Tensor] | None) -> Iterator[
             yield tuple(r[whole:] for r in rows)
 
 
-def _shifted(parts: tuple[Tensor, ...], shifts: list[Tensor] | None) -> tuple[Tensor, ...]:
-    """In the working precision, each less its shift, if there is one."""
-    if shifts is None:
-        return tuple(part.to(_working_dtype(part)) for part in parts)
-    return tuple(part - shift[:, None] for part, shift in zip(parts, shifts, strict=True))
+class _Scratch:
+    """Memory for one chunk after the other: fresh pages would cost more than the arithmetic does."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, torch.Size], Tensor] = {}
+
+    def like(self, x: Tensor, use: object) -> Tensor:
+        """Memory in the shape and layout of x and its working precision; the same again for the same use."""
+        key = (use, x.shape)
+        if key not in self._held:
+            self._held[key] = torch.empty_like(x, dtype=_working_dtype(x))
+        return self._held[key]
+
+    def shifted(self, parts: tuple[Tensor, ...], shifts: list[Tensor] | None) -> tuple[Tensor, ...]:
+        """In the working precision, each less its shift, if there is one."""
+        found = []
+        for i, x in enumerate(parts):
+            if shifts is not None:
+                found.append(torch.sub(x, shifts[i][:, None], out=self.like(x, i)))
+            else:
+                found.append(x if x.dtype == _working_dtype(x) else self.like(x, i).copy_(x))
+        return tuple(found)
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
