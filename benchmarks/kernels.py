@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU, and a whole repair on it, against what PyTorch offers: `make gpu` runs this file.
 
-    python benchmarks/kernels.py [--seconds 240] [--only kernels|repair] [--output results/gpu.json]
+    python benchmarks/kernels.py [--seconds 100] [--only kernels|repair] [--output results/gpu.json]
 
 Kernels: with a cold L2 (a gigabyte is written before every call), median with 20th and 80th percentiles; GB/s counts
 each tensor read once and each written once; beside it the share of a device-to-device copy measured in the same run.
@@ -46,9 +46,9 @@ import resuscitate
 
 STAGES = [(64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)]
 SHAPES = [
-    *((batch, c, size, size) for batch in (64, 256) for c, size in STAGES),
-    (20, 6, 65536, 1),
     (4, 128, 1024, 1024),
+    (20, 6, 65536, 1),
+    *((batch, c, size, size) for batch in (256, 64) for c, size in STAGES),
 ]
 TINY = [(32, 4, 7, 7), (2, 3, 64, 1)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -236,7 +236,7 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
     rows = []
     for job, runs in jobs.items():
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(4):
+        for turn in range(3):
             for name, run in runs.items():
                 model = copy.deepcopy(pruned)
                 if device == "cuda":
@@ -345,7 +345,7 @@ def draw(rows: list[dict[str, Any]], copied: float, path: Path) -> None:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 150,
+    seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 100,
     rounds: Annotated[int, typer.Option(help="Calls of each candidate.")] = 30,
     only: Annotated[str, typer.Option(help="kernels, repair, or both.")] = "both",
     dry_run: Annotated[bool, typer.Option(help="On a CPU, tiny, in the interpreter: does it run?")] = False,

@@ -105,7 +105,12 @@ def compiled(launch: Any, target: str) -> Any:
         if isinstance(value, Tensor) or (special and signature[name] != "constexpr" and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options(TARGETS[target][2]))
+    try:
+        return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options(TARGETS[target][2]))
+    except Exception as error:
+        if "ROCm linker" in str(error):
+            pytest.skip("this Triton brings no linker for AMD's GPUs, and there is no ROCm")
+        raise
 
 
 def assert_64_bits(ttir: str) -> None:

@@ -250,6 +250,21 @@ def test_merging_any_split_equals_the_whole(backend, device, cuts, offset, seed)
 
 
 @PROPERTY
+@given(data=st.data(), offset=st.sampled_from([0.0, 1e3]), seed=st.integers(0, 99))
+def test_any_order_of_merging_equals_the_whole(backend, device, data, offset, seed):
+    x = torch.randn(6, 2, 3, 5, device=device, generator=generator(device, seed)).add_(offset)
+    y = x + torch.randn(x.shape, device=device, generator=generator(device, seed + 1))
+    parts = [(ak.channel_moments(a), ak.paired_moments(a, b)) for a, b in zip(x.split(1), y.split(1), strict=True)]
+    # any two of what is left, until one is
+    while len(parts) > 1:
+        a = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        b = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        parts.append(tuple(one.merge(other) for one, other in zip(a, b, strict=True)))
+    assert_moments(parts[0][0], x)
+    assert_paired(parts[0][1], x, y)
+
+
+@PROPERTY
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
     order=st.permutations(range(4)),
