@@ -21,8 +21,8 @@ from torch import Tensor
 TILE = 2048
 # channels in a tile of rows: 256 bytes of half precision side by side
 TILE_CHANNELS = 128
-# planes up to this long are taken as rows, where there are this many bytes of each position: what is written for it, 16
-# bytes to be read once, stays small beside them
+# planes up to this long are taken as rows, where there are so many bytes of each position: what is written for it, 12
+# bytes that are read twice, stays small beside them
 SHORT_PLANE, WORTH_FOLDING = 512, 128
 # programs to aim for, several for each multiprocessor of a large GPU, however few channels there are; and where each of
 # them writes moments of single positions
