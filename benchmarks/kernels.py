@@ -36,8 +36,7 @@ import torch
 import triton
 import typer
 from common import RESULTS, machine
-from rich.console import Console
-from rich.table import Table
+from gpu_report import draw, markdown, missed, show
 from torch import Tensor, nn
 from zoo import resnet50
 
@@ -55,11 +54,6 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 AXES = (0, 2, 3)
 TOLERANCE = 1e-5  # of a statistic, the deviation being 1
-# a share of a copy's speed, where so many bytes are moved; how many times as fast as eager, as Inductor, as Inductor on
-# few channels and at 7x7; how many bare forward passes a whole repair may take
-LARGE = 256 << 20
-TARGETS = {"moments": 0.90, "affine": 0.92, "eager": 1.5, "inductor": 1.0, "inductor, hard": 1.3, "repair": 1.10}
-console = Console(width=None if sys.stdout.isatty() else 170)
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -261,89 +255,6 @@ def copy_speed(clock: Clock, device: str) -> float:
     return 2 * source.numel() / clock.milliseconds(lambda: target.copy_(source))[1] / 1e6
 
 
-def missed(rows: list[dict[str, Any]], repairs: list[dict[str, Any]], copied: float) -> list[str]:
-    """Which targets were not reached, and where."""
-    found = []
-    for row in rows:
-        name = f"{row['operation']} {'x'.join(map(str, row['shape']))} {row['layout']} {row['dtype']}"
-        if not row["right"]:
-            found.append(f"{name}: wrong result")
-            continue
-        share, least = row["gb_per_s"] / copied, TARGETS.get(row["operation"], 0.0)
-        if row["bytes"] >= LARGE and share < least:
-            found.append(f"{name}: {share:.0%} of a copy, not {least:.0%}")
-        hard = row["shape"][1] < 16 or row["shape"][3] == 7
-        for peer, target in (("eager", "eager"), ("inductor", "inductor, hard" if hard else "inductor")):
-            ratio = row["speedup"].get(peer, float("inf"))
-            if ratio < TARGETS[target]:
-                found += [f"{name}: {ratio:.2f}x {peer}, not {TARGETS[target]:.1f}x"]
-    for row in repairs:
-        ratio = row["seconds"]["ours"] / row["seconds"]["bare forwards"]
-        if ratio > TARGETS["repair"]:
-            found.append(f"{row['job']}: {ratio:.2f}x bare forwards, not {TARGETS['repair']:.2f}x")
-    return found
-
-
-def show(rows: list[dict[str, Any]], repairs: list[dict[str, Any]], copied: float, title: str) -> None:
-    """One table for the terminal."""
-    table = Table("operation", "tensor", "us (p20 - p80)", "GB/s", "of a copy", "times as fast as", title=title)
-    for row in rows:
-        low, median, high = (1e3 * t for t in row["ms_p20_p50_p80"]["ours"])
-        peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in (row["speedup"] or {}).items())
-        tensor = f"{'x'.join(map(str, row['shape']))} {row['layout']} {row['dtype']}"
-        share = f"{row['gb_per_s'] / copied:.0%}"
-        table.add_row(
-            *(row["operation"], tensor, f"{median:.1f} ({low:.1f} - {high:.1f})", f"{row['gb_per_s']:.0f}", share),
-            peers or "[red]WRONG RESULT",
-        )
-    for row in repairs:
-        ours = row["seconds"]["ours"]
-        peers = ", ".join(f"{name} {t / ours:.2f}" for name, t in row["seconds"].items() if name != "ours")
-        table.add_row(row["job"], f"{row['images']} images", f"{1e6 * ours:.0f}", "", "", peers)
-    console.print(table)
-
-
-def markdown(rows: list[dict[str, Any]], repairs: list[dict[str, Any]], copied: float) -> str:
-    """The table for the README: the larger batch of every shape."""
-    lines = ["| operation | tensor | us | GB/s | of a copy | times as fast as |", "|" + " --- |" * 6]
-    for row in rows:
-        if row["shape"][0] != 64:
-            tensor = f"{'x'.join(map(str, row['shape']))} {row['layout']} {row['dtype']}"
-            peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in (row["speedup"] or {}).items())
-            speed = f"{1e3 * row['ms_p20_p50_p80']['ours'][1]:.1f} | {row['gb_per_s']:.0f}"
-            lines.append(
-                f"| {row['operation']} | {tensor} | {speed} | {row['gb_per_s'] / copied:.0%} | {peers or 'wrong'} |"
-            )
-    if repairs:
-        lines += ["", "| ResNet-50 | images | ours, s | times ours |", "|" + " --- |" * 4]
-    for row in repairs:
-        ours = row["seconds"]["ours"]
-        peers = ", ".join(f"{name} {t / ours:.2f}" for name, t in row["seconds"].items() if name != "ours")
-        lines.append(f"| {row['job']} | {row['images']:,} of {row['size']}x{row['size']} | {ours:.2f} | {peers} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict[str, Any]], copied: float, path: Path) -> None:
-    """Bytes against time, for each candidate, and the line of a copy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(OPERATIONS), figsize=(12, 4), layout="constrained", sharex=True, sharey=True)
-    for axis, operation in zip(axes, OPERATIONS, strict=True):
-        mine = [row for row in rows if row["operation"] == operation]
-        for name, marker in (("ours", "o"), ("inductor", "x"), ("eager", "+")):
-            points = [(row["bytes"], row["ms_p20_p50_p80"][name][1]) for row in mine if name in row["ms_p20_p50_p80"]]
-            axis.plot(*zip(*points, strict=True) if points else ([], []), marker, label=name)
-        reach = [min(row["bytes"] for row in rows), max(row["bytes"] for row in rows)]
-        axis.plot(reach, [b / copied / 1e6 for b in reach], "--", color="gray", label="copy")
-        axis.set(title=operation, xlabel="bytes", xscale="log", yscale="log")
-    axes[0].set(ylabel="milliseconds")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def main(
     seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 100,
     rounds: Annotated[int, typer.Option(help="Calls of each candidate.")] = 30,
@@ -373,7 +284,7 @@ def main(
     show(rows, repairs, copied, title)
     lacking = [] if dry_run else missed(rows, repairs, copied)
     for line in lacking:
-        console.print("missed:", line)
+        print("missed:", line)
     output.write_text(json.dumps({**about, "rows": rows, "repairs": repairs, "missed": lacking}, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(rows, repairs, copied))
     with suppress(ImportError):
