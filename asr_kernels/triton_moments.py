@@ -147,6 +147,16 @@ def partials_kernel(
 
 
 @triton.jit
+def pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S: tl.constexpr):
+    """BLOCK_S pieces of channels o_c, from the i-th on: where they lie, which there are, counts and inverses."""
+    o_s = i + tl.arange(0, BLOCK_S)
+    m = m_c[:, None] & (o_s < pieces)[None, :]
+    p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
+    b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
+    return p_s, m, b_n[None, :], (1.0 / b_n)[None, :]
+
+
+@triton.jit
 def mean_of_piece(p_s, rows, m, b_inverse):
     """shift + D / n, and D / n, float64."""
     b_rest = tl.load(p_s + rows, mask=m, other=0.0).to(tl.float64) * b_inverse
@@ -197,11 +207,7 @@ def finish_kernel(
         b_sum_b = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
     for i in range(0, pieces, BLOCK_S):
         # [BLOCK_C, BLOCK_S]
-        o_s = i + tl.arange(0, BLOCK_S)
-        m = m_c[:, None] & (o_s < pieces)[None, :]
-        p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
-        b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
-        b_n, b_inverse = b_n[None, :], (1.0 / b_n)[None, :]
+        p_s, m, b_n, b_inverse = pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S)
         b_sum_a += b_n * mean_of_piece(p_s, rows, m, b_inverse)[0]
         if PAIRED:
             b_sum_b += b_n * mean_of_piece(p_s + 3 * rows, rows, m, b_inverse)[0]
@@ -222,11 +228,7 @@ def finish_kernel(
         b_sum_bb = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
         b_sum_ab = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
     for i in range(0, pieces, BLOCK_S):
-        o_s = i + tl.arange(0, BLOCK_S)
-        m = m_c[:, None] & (o_s < pieces)[None, :]
-        p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
-        b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
-        b_n, b_inverse = b_n[None, :], (1.0 / b_n)[None, :]
+        p_s, m, b_n, b_inverse = pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S)
         b_squares_a, b_step_a, b_rest_a = squares_of_piece(p_s, rows, m, b_n, b_inverse, b_mean_a)
         b_sum_aa += b_squares_a
         if PAIRED:
