@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -86,7 +86,8 @@ class Corrector:
             raise ModelMismatchError(f"layer {name!r} runs {uses} times in the model, {len(wanted)} in the dense one")
         dead = dead_channels(name, layer)
         dense, pruned = ak.ChannelMoments.pool(wanted), ak.ChannelMoments.pool(visit.calls)
-        pruned.m2[dead] = 0.0  # what variance a dead channel has left is rounding
+        # what variance a dead channel has left is rounding. Not in place: the walk has the same moments in hand
+        pruned = replace(pruned, m2=pruned.m2.masked_fill(dead.to(pruned.m2.device), 0.0))
         gain, shift = self.factors(dense, pruned)
         row.dead = int(dead.sum())
         varies = float(dense.m2.sum()) > 0

@@ -99,7 +99,10 @@ def _measure_batch(
     def take(name: str, x: Tensor) -> None:
         calls, call = found[name], calls_of[name]
         calls_of[name] += 1
-        calls[call:] = [net.moments(name, x, calls[call] if call < len(calls) else None), *calls[call + 1 :]]
+        if call < len(calls):
+            calls[call] = net.moments(name, x, running=calls[call])
+        else:
+            calls.append(net.moments(name, x))
 
     _run(net, batch, found, take, last)
     seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]

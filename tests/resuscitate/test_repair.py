@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import resuscitate
+from resuscitate.corrections import Corrector
 from resuscitate.layers import channel_dim
 from tests.networks import Residual, Zoo, chain, images, pruned_copy, seeded
 
@@ -84,6 +85,29 @@ def test_the_gain_acts_on_the_weights_and_on_the_old_bias_alike():
     off = channel_statistics(as_published[0], images())[0] - mean_d
     torch.testing.assert_close(off, (1 - gain) * old_bias, rtol=1e-3, atol=1e-4)
     assert off.abs().max() > 0.1
+
+
+def test_deciding_leaves_the_moments_of_the_walk_as_they_were(monkeypatch):
+    dense = seeded(chain)
+    model = pruned_copy(dense)
+    with torch.no_grad():
+        [m for m in model.modules() if isinstance(m, nn.Conv2d)][1].weight[1] = 0
+    decide, compared = Corrector._decide, []
+
+    def watched(self, visit, wanted):
+        # as rounding would leave it
+        for moments in visit.calls:
+            moments.m2 = moments.m2 + 1e-12
+        before = [moments.m2.clone() for moments in visit.calls]
+        decision = decide(self, visit, wanted)
+        compared.extend(torch.equal(a, moments.m2) for a, moments in zip(before, visit.calls, strict=True))
+        return decision
+
+    monkeypatch.setattr(Corrector, "_decide", watched)
+    report = resuscitate.repair(model, dense, images(), method="channelwise")
+    assert sum(row.dead for row in report.layers) >= 1
+    assert compared
+    assert all(compared)
 
 
 def test_a_dead_filter_with_a_bias_is_dead_and_given_the_dense_mean():
