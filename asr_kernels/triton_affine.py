@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_moments import lanes_left
-from .triton_tiles import SIZES, Launch, tiles_of
+from .triton_tiles import SIZES, Launch, lanes_left, tiles_of
 
 # tiles per program at most: factors are loaded once for all of them, and more of them would leave the device idle late
 MAX_TILES = 8
@@ -58,6 +57,7 @@ def affine_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     if FOLDED:
+        # 32 bits, unsigned: an image of 2^32 values, of which there are 16 at least, is beyond any memory
         o_g = (o_c.to(tl.uint32) // fold.to(tl.uint32)).to(tl.int64)
     else:
         o_g = o_c

@@ -10,25 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .moments import ChannelMoments
-from .triton_tiles import SIZES, Launch, tiles_of
+from .triton_tiles import SIZES, Launch, lanes_left, tiles_of
 
 # tiles per program at most: a lane adds 64 float32 values before float64 takes over, an error below 64 * 2^-24
 MAX_TILES = 64
 # pieces x channels in a tile of the finish, and its channels: 64 bytes side by side
 MERGE, MERGE_CHANNELS = 1024, 8
-
-
-@triton.jit
-def lanes_left(m_c, rest_n, rest_l, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Which lanes of a tile hold values, [BLOCK_C, BLOCK_N * BLOCK_L], where so many images and positions are left.
-
-    Compared in 32 bits: at full bandwidth there is time for a dozen instructions per value, and 64 bits take twice two.
-    """
-    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
-    m_t = o_t % BLOCK_L < tl.where(rest_l < BLOCK_L, rest_l, BLOCK_L).to(tl.int32)
-    if BLOCK_N > 1:
-        m_t &= o_t // BLOCK_L < tl.where(rest_n < BLOCK_N, rest_n, BLOCK_N).to(tl.int32)
-    return m_c[:, None] & m_t[None, :]
 
 
 @triton.jit(do_not_specialize=[*SIZES, "splits", "stride_an", "stride_bn"])
