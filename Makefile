@@ -25,7 +25,7 @@ test: lint ## lint, then every test, then the Triton kernels in Triton's interpr
 accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy.py $(ARGS)
 
-bench: $(READY) ## the kernels on this CPU against PyTorch's own; six minutes
+bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 	@$(BIN)/python benchmarks/cpu_kernels.py $(ARGS)
 
 gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)

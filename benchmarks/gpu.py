@@ -21,29 +21,31 @@ import typer
 ROOT = Path(__file__).parents[1]
 # beside one another: compiling the kernels takes most of the time
 SUITES = ("test_moments.py", "test_affine.py", "test_factors.py", "test_compiled.py", "test_gpu.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+# what they do on a GPU says nothing about the kernels: these are measured all the same
+OTHERS = "the other backends"
 FEW = "many_pieces or many_images or two_streams"
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """In the background, from the root of the project, with the packages that lie there."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
 
 
-def check(folder: Path, dry_run: bool, sanitize: bool) -> bool:
-    """All tests; what fails is printed. False where the kernels are wrong."""
+def check(folder: Path, dry_run: bool) -> set[str]:
+    """All tests, beside one another; prints and returns what fails."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     ours = "triton and many_pieces" if dry_run else "triton or gpu or operators"
     commands = {suite: [*pytest, f"tests/asr_kernels/{suite}", "-k", ours] for suite in SUITES}
     if not dry_run:
         others = f"not ({ours}) and not ahead"
-        commands["the other backends"] = [*pytest, "tests/asr_kernels", "-k", others]
-        if sanitizer := sanitize and shutil.which("compute-sanitizer"):
+        commands[OTHERS] = [*pytest, "tests/asr_kernels", "-k", others]
+        if sanitizer := shutil.which("compute-sanitizer"):
             prefix = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
             commands["compute-sanitizer"] = [*prefix, *pytest, "tests/asr_kernels", "-k", f"triton and ({FEW})"]
     started = time.monotonic()
     running = {name: start(command, folder / f"{name}.log") for name, command in commands.items()}
-    good = True
+    failed = set()
     for name, process in running.items():
         status, text = process.wait(), (folder / f"{name}.log").read_text(errors="replace")
         summary = text.strip().splitlines()[-1] if text.strip() else ""
@@ -53,29 +55,28 @@ def check(folder: Path, dry_run: bool, sanitize: bool) -> bool:
         print(f"{name}: {outcome} after {time.monotonic() - started:.0f} s, {summary}", flush=True)
         if not right:
             print(text[-6000:])
-        # what the other backends do on a GPU says nothing about the kernels
-        good &= right or name == "the other backends"
-    return good
+            failed.add(name)
+    return failed
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for results and logs.")] = ROOT / "benchmarks" / "results",
     name: Annotated[str, typer.Option(help="Name of the results.")] = "gpu",
     seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 100,
-    sanitize: Annotated[bool, typer.Option(help="Run compute-sanitizer where there is one.")] = True,
     dry_run: Annotated[bool, typer.Option(help="On a CPU, tiny, in Triton's interpreter.")] = False,
 ) -> None:
     """Check, then measure."""
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     if dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-    if not check(logs, dry_run, sanitize):
+        ENVIRONMENT["TRITON_INTERPRET"] = "1"
+    failed = check(logs, dry_run)
+    if failed - {OTHERS}:
         sys.exit("a test failed, so nothing was measured")
     command = [sys.executable, "benchmarks/kernels.py", "--output", str(output / f"{name}.json")]
     command += ["--dry-run"] if dry_run else ["--seconds", str(seconds)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
-    sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
+    status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False).returncode
+    sys.exit(status or ("the other backends failed their tests here" if failed else 0))
 
 
 if __name__ == "__main__":

@@ -230,6 +230,7 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
     rows = []
     for job, runs in jobs.items():
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        peaks: dict[str, int] = {}
         for turn in range(3):
             for name, run in runs.items():
                 model = copy.deepcopy(pruned)
@@ -240,11 +241,11 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
                 run(model)
                 if device == "cuda":
                     torch.cuda.synchronize()
+                    peaks[name] = torch.cuda.max_memory_allocated()
                 if turn:  # the first compiles and warms
                     seconds[name].append(time.perf_counter() - started)
         medians = {name: statistics.median(found) for name, found in seconds.items()}
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-        rows.append({"job": job, "images": count, "size": size, "seconds": medians, "peak_bytes_of_last": peak})
+        rows.append({"job": job, "images": count, "size": size, "seconds": medians, "peak_bytes": peaks})
     return rows
 
 
