@@ -51,7 +51,7 @@ def check(folder: Path, dry_run: bool) -> set[str]:
         summary = text.strip().splitlines()[-1] if text.strip() else ""
         # 5: pytest found nothing to run, as happens in a dry run
         right = status == 0 or (dry_run and status == 5)
-        outcome = "passed" if right else "FAILED"
+        outcome = "nothing to run" if status == 5 and right else "passed" if right else "FAILED"
         print(f"{name}: {outcome} after {time.monotonic() - started:.0f} s, {summary}", flush=True)
         if not right:
             print(text[-6000:])
