@@ -7,7 +7,7 @@ from .batchnorm import fold_batchnorm, recalibrate_batchnorm
 from .masks import Masks
 from .repair import repair
 from .report import LayerReport, RepairReport
-from .sparsify import allocate, sparsify
+from .sparsify import Repairability, allocate, sparsify
 from .targets import DenseStatistics
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "LayerReport",
     "Masks",
     "RepairReport",
+    "Repairability",
     "allocate",
     "fold_batchnorm",
     "recalibrate_batchnorm",

@@ -93,7 +93,7 @@ class Corrector:
         varies = float(dense.m2.sum()) > 0
         row.variance_before = row.variance_after = _ratio(pruned, dense) if varies else None
         if visit.pairs and varies:
-            row.explained = _explained(visit.pairs)
+            row.explained = explained(visit.pairs)
         if uses > 1 and varies and not all(_nearer(gain, p, d) for p, d in zip(visit.calls, wanted, strict=True)):
             row.action = f"left alone: its {uses} uses disagree"
             return row, {}
@@ -154,7 +154,7 @@ def _ratio(pruned: ak.ChannelMoments, dense: ak.ChannelMoments, gain: Tensor | f
     return float((pruned.var * gain**2).sum() / dense.var.sum())
 
 
-def _explained(pairs: list[ak.PairedMoments]) -> float:
+def explained(pairs: list[ak.PairedMoments]) -> float:
     """The share of the dense variance that the best affine map of each channel's pruned output explains: corr^2."""
     variances = [pair.dense.m2 for pair in pairs]
     shares = [pair.corr.square() * m2 for pair, m2 in zip(pairs, variances, strict=True)]

@@ -1,5 +1,10 @@
 """Every error this package raises on purpose. Each message names the layer (or the batch) and the remedy."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class ResuscitateError(Exception):
     """Root of the errors raised on purpose; the model is as it was when one of these arrives."""
@@ -43,3 +48,9 @@ class DistributedError(ResuscitateError, RuntimeError):
 
 class JournalError(ResuscitateError, ValueError):
     """A journal cannot be read, or belongs to another model, other data or another method."""
+
+
+def did_you_mean(given: str, choices: Iterable[str], most: int = 1) -> str:
+    """The end of a sentence, "; did you mean ...?", with the closest of the choices, or nothing where none is close."""
+    close = difflib.get_close_matches(given, list(choices), n=most)
+    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from .errors import LayerError
+from .errors import LayerError, did_you_mean
 
 LAYERS = (_ConvNd, nn.Linear)
 Selector = str | type[nn.Module]
@@ -54,12 +55,13 @@ def select_layers(
     Raises ValueError, with close matches, for one that selects nothing.
     """
     layers = find_layers(model)
-    chosen = set(layers) if include is None else _matches(layers, include, "include")
-    dropped = set() if exclude is None else _matches(layers, exclude, "exclude")
+    chosen = set(layers) if include is None else matching(layers, include, "include")
+    dropped = set() if exclude is None else matching(layers, exclude, "exclude")
     return {name: module for name, module in layers.items() if name in chosen and name not in dropped}
 
 
-def _matches(layers: dict[str, nn.Module], selectors: Iterable[Selector] | Selector, option: str) -> set[str]:
+def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Selector, option: str) -> set[str]:
+    """The names of the layers that the selectors take; ValueError, naming the option, for one that takes none."""
     found: set[str] = set()
     for selector in [selectors] if isinstance(selectors, str | type) else selectors:
         if isinstance(selector, str):
@@ -67,8 +69,7 @@ def _matches(layers: dict[str, nn.Module], selectors: Iterable[Selector] | Selec
         else:
             hits = {n for n, module in layers.items() if isinstance(module, selector)}
         if not hits:
-            close = difflib.get_close_matches(str(selector), layers, n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else f"; the layers are {', '.join(layers) or 'none'}"
+            hint = did_you_mean(str(selector), layers, 3) or f"; the layers are {', '.join(layers) or 'none'}"
             raise ValueError(f"{option}={selector!r} selects no layer{hint}")
         found |= hits
     return found
@@ -137,9 +138,30 @@ def along_weight(module: nn.Module, vector: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1))
 
 
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of the layer's weight as (C, fan-in): a row for each output channel."""
+    if isinstance(module, _ConvTransposeNd):
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    return weight.flatten(1)
+
+
+def columns_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of the layer's weight as (input channels of all groups, all else): a row for each."""
+    if isinstance(module, _ConvTransposeNd):
+        return weight.flatten(1)
+    groups = module.groups if isinstance(module, _ConvNd) else 1
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
 def dead_channels(name: str, module: nn.Module) -> Tensor:
     """Boolean (C,): output channels whose weights are all zero."""
-    alive = effective_weight(name, module) != 0
-    if isinstance(module, _ConvTransposeNd):
-        return ~alive.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(2).any(-1).flatten()
-    return ~alive.flatten(1).any(-1)
+    return ~rows_of(module, effective_weight(name, module) != 0).any(-1)
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A stand-in for the layer that computes with another weight, without its hooks; the layer is not changed."""
+    double = copy.copy(module)
+    double.__dict__.pop("weight", None)  # where torch.nn.utils.prune keeps it
+    double._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
+    double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return double

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .errors import MaskError
+from .checkpoints import atomic
+from .errors import CheckpointError, MaskError
 from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+FORMAT = "resuscitate masks 1"
 
 
 class MaskRow(NamedTuple):
-    """One layer of `Masks.table()`: `kept` of `total` weights survive; `sparsity` is the fraction that does not."""
+    """One layer of `Masks.table()`: `kept` of `total` weights survive; `sparsity` is the fraction that does not.
+
+    Of the *original* weights, always. `note` says what is special about the layer, such as why it was left dense.
+    """
 
     layer: str
     shape: tuple[int, ...]
     kept: int
     total: int
     sparsity: float
+    note: str = ""
 
 
 class Masks(Mapping[str, Tensor]):
     """Layer name -> boolean tensor of the shape of the layer's weight; True = kept, False = pruned and zero for good.
 
     Names are those of `model.named_modules()`, without the prefixes of DataParallel or `torch.compile`. Layers that
-    share one weight share one mask tensor. Raises MaskError for a mask that is not boolean.
+    share one weight share one mask tensor. `notes` has a remark on some layers, for the table. A mask may also be a
+    tensor or an array of nothing but 0 and 1, whatever its dtype; raises MaskError for anything else.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self._masks = dict(masks)
-        for name, mask in self._masks.items():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise MaskError(name, f"a mask is a boolean tensor, True where a weight is kept, not {kind}")
+    def __init__(self, masks: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
+        made = {id(mask): _as_mask(name, mask) for name, mask in masks.items()}
+        self._masks = {name: made[id(mask)] for name, mask in masks.items()}
+        self.notes = dict(notes or {})
 
     @classmethod
     def from_zeros(
@@ -54,6 +69,47 @@ class Masks(Mapping[str, Tensor]):
         for first, names in tied_layers(layers).items():
             masks |= dict.fromkeys(names, effective_weight(first, layers[first]) != 0)
         return cls({name: masks[name] for name in layers})
+
+    @classmethod
+    def from_prune(cls, model: nn.Module) -> Masks:
+        """The masks that `torch.nn.utils.prune` holds in the model, and no others; empty where it holds none."""
+        layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if "weight_mask" in layer._buffers}
+        masks: dict[str, Any] = {}
+        for first, names in tied_layers(layers).items():
+            masks |= dict.fromkeys(names, layers[first]._buffers["weight_mask"])
+        return cls({name: masks[name] for name in layers})
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write as safetensors, a bit for each weight, whole or not at all. Raises OSError."""
+        stored: dict[int, str] = {}
+        packed, layers = {}, {}
+        for name, mask in self.items():
+            first = stored.setdefault(id(mask), name)
+            layers[name] = {"shape": list(mask.shape), "as": first}
+            if first == name:
+                packed[name] = torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
+        metadata = {"format": FORMAT, "layers": json.dumps(layers), "notes": json.dumps(self.notes)}
+        metadata |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in (provenance or {}).items()}
+        with atomic(path) as temporary:
+            save_file(packed, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Masks:
+        """Read what `save` wrote, to the CPU. Raises OSError, or CheckpointError for a file of another kind."""
+        try:
+            with safe_open(str(path), "np") as file:
+                metadata = file.metadata() or {}
+                packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: holds no masks; Masks.save writes some")
+        try:
+            layers = json.loads(metadata["layers"])
+            made = {key: _unpack(bits, layers[key]["shape"]) for key, bits in packed.items()}
+            return cls({name: made[entry["as"]] for name, entry in layers.items()}, json.loads(metadata["notes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its masks are damaged ({type(error).__name__}: {error})") from error
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -89,6 +145,11 @@ class Masks(Mapping[str, Tensor]):
             target.masked_fill_(~self[name].to(target.device), 0)
             refresh_weight(module)
 
+    def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call `apply_` after every step of the optimizer from now on, until the handle that is returned is removed."""
+        self._layers_of(model)
+        return optimizer.register_step_post_hook(lambda *_: self.apply_(model))
+
     def check(self, model: nn.Module) -> None:
         """Raise MaskError, naming the first layer, if a pruned weight is not zero or a mask does not fit its layer."""
         for name, module in self._layers_of(model).items():
@@ -109,8 +170,25 @@ class Masks(Mapping[str, Tensor]):
         rows = []
         for name, mask in self.items():
             kept, total = int(mask.sum()), mask.numel()
-            rows.append(MaskRow(name, tuple(mask.shape), kept, total, (total - kept) / total if total else 0.0))
+            pruned = (total - kept) / total if total else 0.0
+            rows.append(MaskRow(name, tuple(mask.shape), kept, total, pruned, self.notes.get(name, "")))
         return rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("layer", "shape", box=None, header_style="bold")
+        for title in ("kept", "of", "sparsity"):
+            table.add_column(title, justify="right")
+        if self.notes:
+            table.add_column("")
+        for row in self.table():
+            shape = "x".join(map(str, row.shape))
+            cells = [escape(row.layer), shape, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"]
+            table.add_row(*cells, *[escape(row.note)] * bool(self.notes))
+        yield table
+        yield f"{self.sparsity:.2%} of the original weights of these layers are pruned"
 
     def _layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The masked layers of the model; MaskError for a name or a shape that it does not have."""
@@ -144,3 +222,20 @@ def _memory(tensor: Tensor | None) -> object:
     if math.prod(tensor.shape) == 0 or tensor.is_meta:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _as_mask(name: str, mask: Any) -> Tensor:
+    tensor = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
+    if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
+        return tensor
+    if not isinstance(tensor, Tensor) or not bool(((tensor == 0) | (tensor == 1)).all()):
+        kind = f"{tensor.dtype} of other values" if isinstance(tensor, Tensor) else type(mask).__name__
+        raise MaskError(name, f"a mask is a boolean tensor, or one of 0 and 1, True where a weight is kept, not {kind}")
+    return tensor.bool()
+
+
+def _unpack(bits: np.ndarray, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if bits.dtype != np.uint8 or bits.shape != (-(-count // 8),) or min(shape, default=1) < 0:
+        raise ValueError(f"{bits.shape} bytes of {bits.dtype} for a mask of shape {shape}")
+    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).view(shape)

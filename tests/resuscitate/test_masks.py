@@ -1,16 +1,20 @@
 """Masks: read from a model's zeros, applied again, checked, counted."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from resuscitate import Masks
-from resuscitate.errors import LayerError, MaskError
+from resuscitate import Masks, sparsify
+from resuscitate.errors import CheckpointError, LayerError, MaskError
 from resuscitate.masks import tied_layers
-from tests.networks import Shared, Zoo, chain, pruned_copy, seeded
+from tests.networks import Shared, Zoo, chain, images, pruned_copy, seeded
 
 
 def perturb(model):
@@ -130,9 +134,16 @@ class TestCheck:
         with pytest.raises(MaskError, match="layer 'elsewhere'"):
             Masks({"elsewhere": torch.ones(1, dtype=torch.bool)}).check(seeded(chain))
 
-    def test_a_mask_that_is_not_boolean_is_refused(self):
+    def test_a_mask_of_zeros_and_ones_will_do_whatever_its_dtype(self):
+        wanted = torch.tensor([[True, False]])
+        for mask in (wanted.float(), wanted.to(torch.uint8), wanted.numpy(), wanted.double().numpy()):
+            assert torch.equal(Masks({"0": mask})["0"], wanted)
+
+    def test_a_mask_of_anything_else_is_refused(self):
         with pytest.raises(MaskError, match=r"layer '0'.*boolean.*torch\.float32"):
-            Masks({"0": torch.ones(3)})
+            Masks({"0": torch.full((3,), 0.5)})
+        with pytest.raises(MaskError, match=r"layer '0'.*not list"):
+            Masks({"0": [1, 0]})
 
 
 class TestCounting:
@@ -143,7 +154,7 @@ class TestCounting:
 
     def test_the_table_has_a_row_a_layer(self):
         masks = Masks({"a": torch.tensor([[True, False], [False, False]]), "b": torch.tensor([True])})
-        assert [tuple(row) for row in masks.table()] == [("a", (2, 2), 1, 4, 0.75), ("b", (1,), 1, 1, 0.0)]
+        assert [tuple(row) for row in masks.table()] == [("a", (2, 2), 1, 4, 0.75, ""), ("b", (1,), 1, 1, 0.0, "")]
 
     def test_a_shared_weight_counts_once(self):
         model = tied()
@@ -163,3 +174,69 @@ class TestCounting:
         assert Masks.from_zeros(model) == Masks.from_zeros(model)
         assert Masks.from_zeros(model) != Masks.from_zeros(seeded(chain))
         assert Masks.from_zeros(model) != Masks.from_zeros(model, exclude="0")
+
+
+class TestFiles:
+    @given(st.lists(st.lists(st.booleans(), max_size=40), min_size=1, max_size=5))
+    def test_what_is_saved_is_what_is_loaded_a_bit_for_each_weight(self, layers):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "masks.safetensors"
+            masks = Masks({str(i): torch.tensor(layer, dtype=torch.bool) for i, layer in enumerate(layers)})
+            masks.save(path)
+            assert Masks.load(path) == masks
+            assert sum(t.numel() for t in load_file(path).values()) == sum(-(-len(layer) // 8) for layer in layers)
+
+    def test_shared_masks_notes_and_provenance_come_along(self, tmp_path):
+        shared = torch.rand(3, 5) > 0.5
+        Masks({"a": shared, "b": shared}, {"a": "left dense"}).save(tmp_path / "m.safetensors", {"command": "x"})
+        loaded = Masks.load(tmp_path / "m.safetensors")
+        assert loaded["a"] is loaded["b"]
+        assert loaded.notes == {"a": "left dense"}
+        assert len(load_file(tmp_path / "m.safetensors")) == 1
+
+    def test_a_file_of_another_kind_is_refused(self, tmp_path):
+        path = tmp_path / "m.safetensors"
+        with pytest.raises(FileNotFoundError):
+            Masks.load(path)
+        path.write_bytes(b"no such thing")
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            Masks.load(path)
+        save_file({"a": torch.ones(2)}, path)
+        with pytest.raises(CheckpointError, match="holds no masks"):
+            Masks.load(path)
+
+    @pytest.mark.parametrize(
+        "layers",
+        ['{"a": {"shape": [100], "as": "a"}}', '{"a": {"shape": [-9], "as": "a"}}', '{"a": {"as": "b"}}', "[1]", "{"],
+    )
+    def test_a_damaged_file_is_refused(self, tmp_path, layers):
+        path = tmp_path / "m.safetensors"
+        metadata = {"format": "resuscitate masks 1", "layers": layers, "notes": "{}"}
+        save_file({"a": torch.zeros(1, dtype=torch.uint8)}, path, metadata)
+        with pytest.raises(CheckpointError, match="its masks are damaged"):
+            Masks.load(path)
+
+
+class TestWhereTheyComeFrom:
+    def test_from_prune_takes_what_torch_prune_holds_and_nothing_else(self):
+        model = seeded(chain)
+        assert not Masks.from_prune(model)
+        prune.random_unstructured(model[3], "weight", 0.3)
+        masks = Masks.from_prune(model)
+        assert list(masks) == ["3"]
+        assert torch.equal(masks["3"], model[3].weight_mask.bool())
+
+    def test_held_masks_survive_training_until_they_are_let_go(self):
+        model = seeded(chain).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        masks = sparsify(model, 0.8)
+        handle = masks.hold(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images(4)).square().sum().backward()
+            optimizer.step()
+            masks.check(model)
+        handle.remove()
+        optimizer.step()
+        with pytest.raises(MaskError):
+            masks.check(model)

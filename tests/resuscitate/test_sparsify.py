@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 
 from resuscitate import Masks, allocate, sparsify
 from resuscitate.errors import LayerError
-from resuscitate.sparsify.allocation import smallest
+from resuscitate.sparsify.units import Units
 from tests.networks import Residual, Shared, Zoo, chain, images, seeded
 
-ALLOCATIONS = ["global", "uniform"]
+ALLOCATIONS = ["global", "uniform", "erk", "lamp"]
 SPARSITIES = st.floats(0, 0.97)
 
 
@@ -49,7 +49,7 @@ class TestBudget:
         budget = round(sparsity * total)
         if budget > total - len(rows):
             before = copy.deepcopy(model)
-            with pytest.raises(ValueError, match="would empty a layer"):
+            with pytest.raises(ValueError, match="must stay"):
                 sparsify(model, sparsity, allocation=allocation)
             assert same(model, before)
             return
@@ -61,7 +61,8 @@ class TestBudget:
     @given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=60), data=st.data())
     def test_the_smallest_are_those_a_stable_sort_puts_first(self, scores, data):
         count = data.draw(st.integers(0, len(scores)))
-        chosen = smallest(torch.tensor(scores, dtype=torch.float32), count).nonzero().flatten().tolist()
+        units = Units(torch.tensor(scores, dtype=torch.float32), 1, (len(scores),))
+        chosen = units.smallest(count).nonzero().flatten().tolist()
         assert chosen == sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -237,7 +238,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'erk-ish'; choose from global, uniform"):
             sparsify(seeded(chain), 0.5, allocation="erk-ish")
         for pattern in ("blocks", "4:2", "4:4", "0:4", "2:", 24):
-            with pytest.raises(ValueError, match='choose "unstructured", or "n:m"'):
+            with pytest.raises(ValueError, match='choose "unstructured", "filter", "channels", or "n:m"'):
                 sparsify(seeded(chain), 0.5, pattern=pattern)
 
     def test_selectors_that_leave_nothing_are_refused(self):
@@ -317,5 +318,60 @@ class TestAllocate:
             allocate(seeded(chain), 0.5, "magic")
 
     def test_the_largest_possible_sparsity_is_told(self):
-        with pytest.raises(ValueError, match=r"removes 4 of 4 weights .* at most 2 can go, a sparsity of 0\.5"):
+        with pytest.raises(ValueError, match=r"removes 4 of 4 weights.* at most 2 can go, a sparsity of 0\.5"):
             allocate(linears([[1, 2], [3, 4]]), 0.95)
+
+
+class TestIndivisible:
+    def test_padding_fills_the_last_group_with_channels_that_are_not_there(self):
+        model = nn.Sequential(nn.Linear(6, 1, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[1.0, 2, 3, 4, 5, 6]]))
+        # 1 2 3 4 | 5 6 and two that are zero: two of each
+        masks = sparsify(model, pattern="2:4", indivisible="pad")
+        assert masks["0"].tolist() == [[False, False, True, True, True, True]]
+        assert "filled up: 6 input channels, groups of 4" in masks.notes["0"]
+
+    @pytest.mark.parametrize(("groups", "channels"), [(1, 6), (2, 6), (3, 3)])
+    @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+    def test_padding_holds_the_pattern_within_each_group_of_a_convolution(self, kind, groups, channels):
+        model = nn.Sequential(kind(groups * channels, groups * 4, 3, groups=groups))
+        mask = sparsify(model, pattern="1:4", indivisible="pad")["0"]
+        axis = 0 if kind is nn.ConvTranspose2d else 1
+        for part in mask.split(channels, axis):
+            for four in part.split(4, axis):
+                assert four.sum(axis).eq(1).all()
+
+    def test_a_layer_left_dense_is_noted_in_the_table(self):
+        masks = sparsify(seeded(Zoo), pattern="2:4")
+        notes = {row.layer: row.note for row in masks.table()}
+        assert notes["stem"] == "left dense: 3 input channels, groups of 4"
+        assert notes["head"] == ""
+
+    def test_raising_names_the_layer_and_what_would_do(self):
+        model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 3))
+        with pytest.raises(LayerError, match=r"layer '1': its 6 input channels .* 'pad', or groups of 3"):
+            sparsify(model, pattern="2:4", indivisible="raise")
+        with pytest.raises(ValueError, match="indivisible='skip' is unknown; there are 'dense', 'pad', 'raise'"):
+            sparsify(model, pattern="2:4", indivisible="skip")
+
+
+class TestFilters:
+    def test_the_filters_of_least_mean_magnitude_go_whole_and_the_bias_stays(self):
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1))
+        with torch.no_grad():
+            for index, scale in enumerate((4.0, 1.0, 3.0, 2.0)):
+                model[0].weight[index] = scale * torch.sign(torch.randn(2, 3, 3))
+            model[1].weight.fill_(9)
+        bias = model[0].bias.clone()
+        masks = sparsify(model, 0.5, pattern="filter", include="0")
+        assert masks["0"].flatten(1).all(1).tolist() == [True, False, True, False]
+        assert torch.equal(model[0].bias, bias)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_a_transposed_convolution_keeps_its_output_channels_on_axis_one(self, groups):
+        model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=groups, bias=False))
+        mask = sparsify(model, 1 / 3, pattern="filter")["0"]
+        out = model(torch.rand(2, 4, 3, 3))
+        assert int((out.flatten(2).abs().sum((0, 2)) == 0).sum()) == 2
+        assert (~mask).float().mean() == pytest.approx(1 / 3)

@@ -1,16 +1,21 @@
-"""Which weights of one layer go: anywhere, or N kept of every M along the input channels."""
+"""Which weights of one layer may go together: any, N kept of every M input channels, whole filters, whole channels."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .allocation import smallest
+from ..errors import did_you_mean
+from ..layers import along_weight
+from .units import Units
+
+NAMES = ("unstructured", "filter", "channels")
+Indivisible = Literal["dense", "pad", "raise"]
 
 
 class NofM(NamedTuple):
@@ -25,14 +30,17 @@ class NofM(NamedTuple):
         return 1 - self.n / self.m
 
 
-def parse_pattern(pattern: str) -> NofM | None:
-    """None for "unstructured", (n, m) for "n:m" with 0 < n < m; ValueError, listing the choices, for anything else."""
-    if pattern == "unstructured":
-        return None
+def parse_pattern(pattern: str) -> str | NofM:
+    """The pattern itself if it is one of `NAMES`, (n, m) for "n:m" with 0 < n < m; ValueError for anything else."""
+    if pattern in NAMES:
+        return pattern
     found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if found and 0 < int(found[1]) < int(found[2]):
         return NofM(int(found[1]), int(found[2]))
-    raise ValueError(f'unknown pattern {pattern!r}; choose "unstructured", or "n:m" for n kept of m, such as "2:4"')
+    raise ValueError(
+        f'unknown pattern {pattern!r}; choose "unstructured", "filter", "channels", or "n:m" for n kept of m, such as '
+        f'"2:4"{did_you_mean(str(pattern), NAMES)}'
+    )
 
 
 def check_nm_sparsity(sparsity: float | None, pattern: NofM) -> None:
@@ -46,33 +54,37 @@ def check_nm_sparsity(sparsity: float | None, pattern: NofM) -> None:
 
 def fits(module: nn.Module, pattern: NofM) -> bool:
     """Whether the layer's input channels (per group) come in whole groups of M: not in a stem, nor depthwise."""
-    return _input_channels(module) % pattern.m == 0
+    return input_channels(module) % pattern.m == 0
 
 
-def unstructured_mask(magnitude: Tensor, removed: int) -> Tensor:
-    """Boolean mask that drops the `removed` smallest magnitudes, the earlier position first among equals."""
-    return ~smallest(magnitude, removed)
+def unit_mask(units: Units, module: nn.Module, removed: int) -> Tensor:
+    """Boolean mask of the weight's shape that drops the `removed` units of least score, the earlier among equals."""
+    kept = ~units.smallest(removed)
+    if units.count == math.prod(units.shape):
+        return kept.view(units.shape)
+    return along_weight(module, kept).expand(units.shape).contiguous()
 
 
 def nm_mask(magnitude: Tensor, module: nn.Module, pattern: NofM) -> Tensor:
     """Boolean mask that keeps the N largest of every M consecutive input channels, at each kernel position.
 
-    magnitude: |w| of the layer. Among equals the later channel is kept. The layer must fit (see `fits`).
+    magnitude: |w| of the layer. Among equals the later channel is kept. Where the channels do not divide, the last
+    group is filled up with channels of weight zero, of which the mask says nothing: it keeps N of the rest, or all.
     """
     # [groups of M, M, all else]; a transposed convolution has its input channels on axis 0, group after group
     axis = 0 if isinstance(module, _ConvTransposeNd) else 1
-    grouped = magnitude.movedim(axis, 0).unflatten(0, (-1, pattern.m))
-    kept: Tensor = grouped.argsort(dim=1, stable=True).argsort(1) >= pattern.m - pattern.n
-    return kept.flatten(0, 1).movedim(0, axis)
+    channels, groups = input_channels(module), module.groups if isinstance(module, _ConvTransposeNd) else 1
+    by_group = magnitude.movedim(axis, 0).unflatten(0, (groups, channels))
+    missing = -channels % pattern.m
+    # smaller than any weight, so that no place is lost to what is not there
+    padding = by_group.new_full((groups, missing, *by_group.shape[2:]), -1.0)
+    grouped = torch.cat([by_group, padding], 1).unflatten(1, (-1, pattern.m))
+    kept: Tensor = grouped.argsort(dim=2, stable=True).argsort(2) >= pattern.m - pattern.n
+    return kept.flatten(1, 2)[:, :channels].flatten(0, 1).movedim(0, axis).contiguous()
 
 
-def _input_channels(module: nn.Module) -> int:
+def input_channels(module: nn.Module) -> int:
     """Input channels that one output channel reads."""
     if isinstance(module, _ConvNd):
         return module.in_channels // module.groups
     return int(module.in_features)  # type: ignore[arg-type]
-
-
-def dense_mask(magnitude: Tensor) -> Tensor:
-    """A mask that keeps everything."""
-    return torch.ones_like(magnitude, dtype=torch.bool)
