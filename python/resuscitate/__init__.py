@@ -4,7 +4,10 @@ report = resuscitate.repair(model, dense, calibration, method="asr")
 """
 
 from .batchnorm import fold_batchnorm, recalibrate_batchnorm
+from .damage import LayerDamage, damage
+from .maps import RecoverabilityMap
 from .masks import Masks
+from .recoverability import Accuracy, recoverability
 from .repair import repair
 from .report import LayerReport, RepairReport
 from .sparsify import Repairability, allocate, sparsify
@@ -12,14 +15,19 @@ from .targets import DenseStatistics
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accuracy",
     "DenseStatistics",
+    "LayerDamage",
     "LayerReport",
     "Masks",
+    "RecoverabilityMap",
     "RepairReport",
     "Repairability",
     "allocate",
+    "damage",
     "fold_batchnorm",
     "recalibrate_batchnorm",
+    "recoverability",
     "repair",
     "sparsify",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -35,7 +35,9 @@ def matching_layers(
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):
-        _check_layers(layers, dict(dense.named_modules()), report)
+        if same_layers(layers, dense):
+            report.notes.append("the two models' weights are equal: nothing was pruned")
+            log.warning(report.notes[-1])
     elif isinstance(dense, DenseStatistics):
         for name, layer in layers.items():
             if name not in dense.layers:
@@ -49,8 +51,12 @@ def matching_layers(
     return layers
 
 
-def _check_layers(layers: dict[str, nn.Module], originals: dict[str, nn.Module], report: RepairReport) -> None:
-    same = True
+def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
+    """Check that the dense model has these layers, in memory of its own; returns whether all weights are equal.
+
+    Raises ModelMismatchError.
+    """
+    originals, same = dict(dense.named_modules()), True
     for name, layer in layers.items():
         if name not in originals:
             raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
@@ -64,9 +70,7 @@ def _check_layers(layers: dict[str, nn.Module], originals: dict[str, nn.Module],
         if weight.data_ptr() == original.data_ptr():
             raise ModelMismatchError(f"layer {name!r} shares its weight with the dense model; pass a deep copy")
         same = same and torch.equal(weight, original.to(weight.device))
-    if same:
-        report.notes.append("the two models' weights are equal: nothing was pruned")
-        log.warning(report.notes[-1])
+    return same
 
 
 def layers_to_repair(

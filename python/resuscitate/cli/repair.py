@@ -1,24 +1,16 @@
-"""The command line: `resuscitate demo | prune | repair | stats`, every option named like its Python keyword.
-
-Results go to standard output; progress, where it is a terminal, and errors to standard error. Exit codes: 0 done,
-1 it could not be done (a message of one line says why), 2 the command makes no sense.
-"""
+"""`resuscitate repair`, and `resuscitate stats`, which measures for it."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
-from . import __version__
-from .errors import ResuscitateError
+from ..repair import Method, OnNonfinite, Schedule
+from .app import app, options_of, show
 from .inputs import build_model, check_runs, describe_images, read_images
 from .options import (
     BatchSize,
@@ -38,111 +30,8 @@ from .options import (
     opt,
     parse_prior,
 )
-from .repair import Method, OnNonfinite, Schedule
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Recalibrate = Literal["auto", "exact", "ema", "none"]
-Allocation = Literal["global", "uniform"]
-
-
-class _PlainErrors(TyperGroup):
-    """Turns the errors that a user can cause into one line on standard error and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except (ResuscitateError, OSError, ValueError) as error:
-            message = str(error)
-            if isinstance(error, OSError) and error.filename is not None:
-                message = f"{error.filename}: {error.strerror}"
-            typer.echo(f"Error: {' '.join(message.split())}", err=True)
-            # a value that the library refuses is a mistake in the command, all else one in the files
-            raise typer.Exit(1 if isinstance(error, ResuscitateError | OSError) else 2) from error
-
-
-app = typer.Typer(
-    name="resuscitate",
-    cls=_PlainErrors,
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Bring a collapsed pruned network back from a few unlabelled images.",
-)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"resuscitate {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    verbose: Annotated[bool, opt("Log what is done, on standard error.", "--verbose", "-v")] = False,
-    show: Annotated[bool, opt("Show the version.", "--version", callback=_version, is_eager=True)] = False,
-) -> None:
-    if verbose:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("resuscitate").setLevel(logging.INFO)
-
-
-@app.command()
-def demo(
-    seed: Annotated[int, opt("Of the split, the weights and the order of training.")] = 0,
-    epochs: Annotated[int, opt("Of training.", min=1)] = 15,
-    output: Annotated[Path, opt("The picture (.png, .pdf, .svg).", "--output", "-o")] = Path("demo.png"),
-    plot: Annotated[bool, opt("Draw the picture.")] = True,
-) -> None:
-    """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
-    from .checkpoints import check_writable
-    from .demo import run
-    from .plots import draw_demo, have_matplotlib
-
-    if plot:
-        check_writable(output)
-    result = run(seed=seed, epochs=epochs)
-    _show(result)
-    if plot and have_matplotlib():
-        draw_demo(result, output)
-        _show(f"picture: {output}")
-    elif plot:
-        _show("picture skipped: it needs matplotlib, pip install 'resuscitate[plots]'")
-
-
-@app.command()
-def prune(
-    model: Model,
-    dense: Annotated[Path, opt("The trained weights: .safetensors, .pt or .pth.")],
-    output: Output,
-    sparsity: Annotated[float | None, opt("Fraction of the weights that goes, such as 0.9.")] = None,
-    allocation: Annotated[Allocation, opt("How it is shared out over the layers.")] = "global",
-    pattern: Annotated[str, opt("unstructured, or n:m (n kept of every m) such as 2:4.")] = "unstructured",
-    include: Include = None,
-    exclude: Exclude = None,
-) -> None:
-    """Set the smallest weights to zero."""
-    options = _options(locals())
-    from rich.table import Table
-
-    from .checkpoints import check_writable, load_weights, provenance, write_state_dict
-    from .sparsify import sparsify
-
-    check_writable(output)
-    network = build_model(model)
-    load_weights(network, dense)
-    chosen = {name: options[name] for name in ("allocation", "pattern", "include", "exclude")}
-    masks = sparsify(network, sparsity, **chosen)
-    write_state_dict(output, network.state_dict(), provenance("prune", options))
-    table = Table("layer", "shape", box=None, header_style="bold")
-    for title in ("kept", "of", "sparsity"):
-        table.add_column(title, justify="right")
-    for row in masks.table():
-        table.add_row(row.layer, "x".join(map(str, row.shape)), str(row.kept), str(row.total), f"{row.sparsity:.2%}")
-    _show(table, f"{masks.sparsity:.2%} of these weights are zero; written to {output}")
 
 
 @app.command()
@@ -186,15 +75,15 @@ def repair(
     json_: Annotated[bool, opt("Print the report as JSON.", "--json")] = False,
 ) -> None:
     """Repair a pruned network from unlabelled images and write its weights. Runs under torchrun too."""
-    options = _options(locals())
+    options = options_of(locals())
     if dense is not None and dense_stats is not None:
         raise typer.BadParameter("--dense and --dense-stats are two ways to say the same: give one")
     if dense is None and dense_stats is None and method != "bn":
         raise typer.BadParameter(f"method {method} matches the dense outputs: give --dense, or --method bn")
-    from .batches import most_images
-    from .checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
-    from .distributed import Ranks, launched
-    from .repair import repair as run
+    from ..batches import most_images
+    from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
+    from ..distributed import Ranks, launched
+    from ..repair import repair as run
 
     for path in filter(None, (output, report)):
         check_writable(path)
@@ -229,7 +118,7 @@ def repair(
     if json_:
         typer.echo(text)
     else:
-        _show(done, describe_images(measured), f"written to {output}")
+        show(done, describe_images(measured), f"written to {output}")
 
 
 @app.command()
@@ -249,10 +138,10 @@ def stats(
     seed: Seed = 0,
 ) -> None:
     """Measure a dense network once, for `repair --dense-stats` of any number of its pruned copies."""
-    options = _options(locals())
-    from .checkpoints import check_writable, load_weights, provenance
-    from .distributed import Ranks, launched
-    from .targets import DenseStatistics
+    options = options_of(locals())
+    from ..checkpoints import check_writable, load_weights, provenance
+    from ..distributed import Ranks, launched
+    from ..targets import DenseStatistics
 
     check_writable(output)
     network = build_model(model)
@@ -267,26 +156,4 @@ def stats(
         if ranks.rank:
             return
         found.save(output, provenance("stats", options))
-    _show(describe_images(measured), f"{len(found.layers)} layers over {found.images} images; written to {output}")
-
-
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command, ready for JSON, less those that say only where its results go."""
-    return {
-        name: str(value) if isinstance(value, Path) else value or None if isinstance(value, list) else value
-        for name, value in given.items()
-        if name not in ("output", "report", "json_", "timeout")
-    }
-
-
-def _show(*parts: RenderableType) -> None:
-    """Print to standard output, at a width that cuts nothing off where that is not a terminal."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
-    for part in parts:
-        console.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str))
-
-
-if __name__ == "__main__":
-    app()
+    show(describe_images(measured), f"{len(found.layers)} layers over {found.images} images; written to {output}")

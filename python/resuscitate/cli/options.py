@@ -32,6 +32,18 @@ def parse_prior(text: str) -> str | float:
         return text
 
 
+def parse_densities(given: list[str] | None) -> dict[str, float] | None:
+    """GLOB=DENSITY, any number of times."""
+    found = {}
+    for text in given or ():
+        glob, _, density = text.rpartition("=")
+        try:
+            found[glob] = float(density)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not GLOB=DENSITY, such as conv1=1.0") from None
+    return found or None
+
+
 def check_suffix(path: Path) -> Path:
     """A name for safetensors."""
     if path.suffix != ".safetensors":
@@ -49,6 +61,7 @@ Include = Annotated[list[str] | None, opt("Layers to take, as a glob over names;
 Exclude = Annotated[list[str] | None, opt("Layers to leave out, likewise; repeatable.", metavar="GLOB")]
 Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_suffix)]
 Calibration = Annotated[Path, opt("Unlabelled images: an .npz, an .npy or a folder.", "--calibration", "-c")]
+Images = Annotated[Path | None, opt("Unlabelled images, for what is measured.", "--calibration", "-c")]
 MaxSamples = Annotated[int | None, opt("At most so many images.", min=1)]
 BatchSize = Annotated[int, opt("Images a step.", "--batch-size", "-b", min=1)]
 Mean = Annotated[Any, opt("To subtract per channel: 0.485,0.456,0.406.", parser=parse_numbers, metavar="LIST")]

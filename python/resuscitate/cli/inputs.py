@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import CalibrationError, ResuscitateError
+from ..errors import CalibrationError, ResuscitateError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,7 +20,7 @@ def build_model(name: str) -> nn.Module:
     """A new model in eval mode, by its name in `models.py` or as what `package.module:factory` returns."""
     from torch import nn
 
-    from .models import build
+    from ..models import build
 
     module, _, factory = name.partition(":")
     if not factory:
@@ -44,7 +44,7 @@ def read_images(
     """This rank's images, and what they are like, for a wrong normalisation is easier to see than to find."""
     import asr_kernels as ak
 
-    from .calibration import load_images
+    from ..calibration import load_images
 
     images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed, shard=shard)
     moments = ak.channel_moments(images) if len(images) else ak.ChannelMoments.empty(images.shape[1])
@@ -67,8 +67,8 @@ def check_runs(network: nn.Module, images: Tensor, path: Path, device: str | Non
     """Raise CalibrationError if the network cannot run on the images there."""
     import torch
 
-    from .network import Network
-    from .state import moved_to
+    from ..network import Network
+    from ..state import moved_to
 
     if not len(images):
         return

@@ -1,0 +1,124 @@
+"""`resuscitate map`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+from ..errors import ResuscitateError
+from .app import app, show
+from .inputs import build_model, check_runs, describe_images, read_images
+from .options import (
+    BatchSize,
+    Calibration,
+    Device,
+    Exclude,
+    Include,
+    MaxSamples,
+    Mean,
+    Model,
+    Precision,
+    Seed,
+    Size,
+    Std,
+    opt,
+    parse_numbers,
+)
+
+
+@app.command("map")
+def map_(
+    model: Model,
+    dense: Annotated[Path, opt("The weights before pruning: .safetensors, .pt or .pth.")],
+    calibration: Calibration,
+    test: Annotated[Path, opt("An .npz of images and `labels` to score on; not those of --calibration.")],
+    output: Annotated[Path, opt("The folder to write to.", "--output", "-o")],
+    sparsities: Annotated[str, opt("By comma.")] = "0.5,0.7,0.8,0.9,0.95,0.98",
+    allocations: Annotated[str, opt("By comma; also rr.")] = "global,uniform,erk,lamp",
+    methods: Annotated[str, opt("By comma: none, bn, bn-ema, layerwise, channelwise, asr, asr-ema.")] = "bn,asr",
+    pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
+    damage: Annotated[float | None, opt("Draw each channel's damage at this sparsity too.")] = None,
+    max_samples: MaxSamples = None,
+    test_samples: Annotated[int | None, opt("At most so many images of --test.", min=1)] = None,
+    batch_size: BatchSize = 128,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: Precision = None,
+    device: Device = None,
+    workers: Annotated[int, opt("Processes to share the work out to.", min=1)] = 1,
+    plot: Annotated[bool, opt("Draw the pictures.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Which sparsity, allocation and repair a network survives: prune, repair and score it over and over.
+
+    Writes map.json, map.csv and a picture for each method into the folder, and a journal: the same command again goes
+    on where it was stopped, and adds to what is there.
+    """
+    from ..calibration import load_labels
+    from ..checkpoints import load_weights
+    from ..damage import damage as compare
+    from ..plots import draw_damage, draw_map, have_matplotlib
+    from ..recoverability import Accuracy, recoverability
+    from ..sparsify import sparsify
+    from ..sparsify.allocation import check_sparsity
+
+    if damage is not None:
+        check_sparsity(damage)
+    network = build_model(model)
+    load_weights(network, dense)
+    images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
+    check_runs(network, images, calibration, device)
+    held_out, _ = read_images(test, mean, std, size, test_samples, seed, (0, 1))
+    labels = load_labels(test, max_samples=test_samples, seed=seed)
+    if len(labels) != len(held_out):
+        raise ResuscitateError(f"{test}: {len(held_out)} images and {len(labels)} labels")
+    output.mkdir(parents=True, exist_ok=True)
+    found = recoverability(
+        network,
+        images,
+        Accuracy(held_out, labels),
+        sparsities=parse_numbers(sparsities),
+        allocations=allocations.split(","),
+        methods=methods.split(","),
+        pattern=pattern,
+        # the share of the commonest class, which one can have without looking
+        chance=100 * int(labels.bincount().max()) / len(labels),
+        include=include,
+        exclude=exclude,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        workers=workers,
+        resume=output / "map.journal",
+        seed=seed,
+    )
+    written = [output / name for name in ("map.json", "map.csv")]
+    for path in written:
+        found.save(path)
+    pictures = plot and have_matplotlib()
+    if pictures:
+        for method in found.methods:
+            written.append(output / f"map-{method}.svg")
+            draw_map(found, written[-1], [method])
+    if damage is not None and pictures:
+        for allocation in found.allocations:
+            pruned = copy.deepcopy(network)
+            sparsify(
+                pruned,
+                damage,
+                allocation=allocation,
+                pattern=pattern,
+                calibration=images,
+                include=include,
+                exclude=exclude,
+            )
+            written.append(output / f"damage-{allocation}.svg")
+            layers = compare(pruned, network, images, batch_size=batch_size, dtype=dtype, device=device, seed=seed)
+            draw_damage(layers, written[-1], f"{model}, sparsity {damage:g}, {allocation}")
+    elif plot and not pictures:
+        show("pictures skipped: they need matplotlib, pip install 'resuscitate[plots]'")
+    show(found, describe_images(measured), "written: " + ", ".join(map(str, written)))

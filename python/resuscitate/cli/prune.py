@@ -1,0 +1,63 @@
+"""`resuscitate prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .app import app, options_of, show
+from .inputs import build_model, describe_images, read_images
+from .options import Exclude, Images, Include, MaxSamples, Mean, Model, Output, Seed, Size, Std, opt, parse_densities
+
+Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
+Indivisible = Literal["dense", "pad", "raise"]
+
+
+@app.command()
+def prune(
+    model: Model,
+    dense: Annotated[Path, opt("The trained weights: .safetensors, .pt or .pth.")],
+    output: Output,
+    sparsity: Annotated[float | None, opt("Fraction of the weights that goes, such as 0.9.")] = None,
+    allocation: Annotated[Allocation, opt("How it is shared out over the layers; rr reads --calibration.")] = "global",
+    pattern: Annotated[str, opt("unstructured, filter, channels, or n:m (n kept of m) such as 2:4.")] = "unstructured",
+    densities: Annotated[list[str] | None, opt("Layers to keep that much of: GLOB=DENSITY; repeatable.")] = None,
+    min_per_layer: Annotated[int, opt("Weights that stay in each layer.", min=0)] = 1,
+    min_per_channel: Annotated[int, opt("Weights that stay in each output channel.", min=0)] = 0,
+    indivisible: Annotated[Indivisible, opt("Of n:m, layers that m does not divide.")] = "dense",
+    include: Include = None,
+    exclude: Exclude = None,
+    calibration: Images = None,
+    max_samples: MaxSamples = 256,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    seed: Seed = 0,
+    masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
+) -> None:
+    """Set the smallest weights to zero."""
+    options = options_of(locals())
+    from ..checkpoints import check_writable, load_weights, provenance, write_state_dict
+    from ..sparsify import sparsify
+
+    for path in filter(None, (output, masks)):
+        check_writable(path)
+    fixed = parse_densities(densities)
+    network = build_model(model)
+    load_weights(network, dense)
+    images, described = None, []
+    if calibration is not None:
+        images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
+        described = [describe_images(measured)]
+    elif allocation == "rr" or pattern == "channels":
+        raise typer.BadParameter(f"{'allocation rr' if allocation == 'rr' else 'channels'} needs images: --calibration")
+    names = ("allocation", "pattern", "min_per_layer", "min_per_channel", "indivisible", "include", "exclude")
+    chosen = {name: options[name] for name in names}
+    found = sparsify(network, sparsity, densities=fixed, calibration=images, example=images, **chosen)
+    made_by = provenance("prune", options)
+    if masks is not None:
+        found.save(masks, made_by)
+    write_state_dict(output, network.state_dict(), made_by)
+    show(found, *described, f"written to {output}")

@@ -1,0 +1,49 @@
+"""A user's folder for every test of the command line."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import resuscitate
+from tests.networks import chain, seeded
+from tests.user import NETWORKS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only lose by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A user's folder: a module, dense and pruned weights for each network in it, and 40 images."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "users_networks.py").write_text(NETWORKS)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 10, 12, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=pixels)
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU())
+    for name, dense in (("", seeded(chain)), ("bare_", bare)):
+        save_file(dense.state_dict(), folder / f"{name}dense.safetensors")
+        resuscitate.sparsify(dense, 0.7)
+        save_file(dense.state_dict(), folder / f"{name}pruned.safetensors")
+    return folder
+
+
+@pytest.fixture
+def user(files, monkeypatch):
+    """Standing in the user's folder; what a test writes there goes again."""
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(files.iterdir())
+    yield files
+    for path in set(files.iterdir()) - before:
+        if path.is_file():
+            path.unlink()

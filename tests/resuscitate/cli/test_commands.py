@@ -1,0 +1,157 @@
+"""All commands: how they fail, what they are called, how they agree with the library."""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import resuscitate
+from resuscitate import cli
+from resuscitate.recoverability import METHODS
+from resuscitate.sparsify.allocation import METHODS as ALLOCATIONS
+from tests.networks import chain
+from tests.user import MODEL, command, invoke, repair, unframed
+
+# the names that resuscitate and its parts have for users are functions, not these modules
+repair_module, patterns = sys.modules["resuscitate.repair"], sys.modules["resuscitate.sparsify.patterns"]
+
+
+USAGE = [
+    (["--method", "magic"], "'magic' is not one of 'bn', 'layerwise', 'channelwise', 'asr'"),
+    (["-m", "resnet21"], "did you mean 'resnet"),
+    (["-o", "repaired.pt"], "name it repaired.safetensors"),
+    (["--mean", "red"], "'red' is neither a number"),
+    (["--size", "large"], "'large' is not a size"),
+    (["--include", "33"], "include='33' selects no layer; did you mean"),
+    (["--prior", "mode"], "prior must be 'median', 'mean' or a positive variance"),
+    (["--method", "bn", "--recalibrate", "none"], "does nothing; choose 'exact' or 'ema'"),
+]
+FAILURES = [
+    (["--pruned", "none.safetensors"], "none.safetensors"),
+    (["--pruned", "none.pt"], "none.pt: No such file"),
+    (["--dense", "pickled.pt"], "pickled.pt: not a checkpoint that can be read without unpickling"),
+    (["-m", "digitnet"], "pruned.safetensors does not fit the model"),
+    (["-m", "users_networks:large"], "--model users_networks:large cannot be built: AttributeError"),
+    (["-m", "nowhere:small"], "No module named 'nowhere'"),
+    (["-m", "users_networks:broken"], "RuntimeError: out of networks"),
+    (["-m", "users_networks:number"], "gave a int, not a torch.nn.Module"),
+    (["-c", "none.npz"], "none.npz"),
+    (["-c", "grey.npz"], "grey.npz: the model cannot run on its images of 1x10x12"),
+    (["-c", "gap.npz"], "are NaN or infinite"),
+    (["--recalibrate", "ema"], "20 batches of 128 need 2560 images"),
+    (["-o", "none/out.safetensors"], "none: no such folder"),
+    (["--report", "."], ".: exists and is not a regular file"),
+]
+
+
+class TestFailing:
+    @pytest.fixture(autouse=True)
+    def inputs(self, user):
+        torch.save(chain(), "pickled.pt")
+        np.savez("grey.npz", images=np.zeros((40, 10, 12), np.uint8))
+        np.savez("gap.npz", images=np.full((40, 3, 10, 12), np.nan, np.float32))
+        before = {path: path.read_bytes() for path in user.iterdir() if path.is_file()}
+        yield
+        assert {path: path.read_bytes() for path in user.iterdir() if path.is_file()} == before
+
+    @pytest.mark.parametrize(("words", "message"), USAGE, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+    def test_a_command_that_makes_no_sense_is_2(self, words, message):
+        done = repair("--report", "run.json", *words, code=2)
+        assert message in unframed(done.stderr)
+        assert done.stdout == ""
+
+    @pytest.mark.parametrize(("words", "message"), FAILURES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+    def test_what_cannot_be_done_is_1_and_one_line(self, words, message):
+        done = repair("--report", "run.json", *words, code=1)
+        assert message in done.stderr
+        assert done.stderr.startswith("Error: ")
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+    def test_a_method_that_needs_dense_weights_says_so(self):
+        options = ["--pruned", "pruned.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
+        done = invoke("repair", "-m", MODEL, *options, code=2)
+        assert "give --dense, or --method bn" in unframed(done.stderr)
+
+    def test_an_impossible_sparsity_is_2(self):
+        options = ["--dense", "dense.safetensors", "-o", "out.safetensors"]
+        assert "not in [0, 1)" in invoke("prune", "-m", MODEL, "--sparsity", 1.5, *options, code=2).stderr
+        assert "sparsity is missing" in invoke("prune", "-m", MODEL, *options, code=2).stderr
+
+    def test_a_disk_that_fills_up_leaves_nothing(self, monkeypatch):
+        def fill(tensors, path, metadata):
+            Path(path).write_text("half")
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr("resuscitate.checkpoints.save_file", fill)
+        assert "No space left" in repair("--report", "run.json", code=1).stderr
+
+    def test_by_the_real_command_there_is_no_traceback(self):
+        options = ["--pruned", "pickled.pt", "-c", "images.npz", "-o", "out.safetensors", "--method", "bn"]
+        done = command("repair", "-m", MODEL, *options, code=1)
+        assert done.stderr.startswith("Error: pickled.pt: not a checkpoint")
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_command_line_has_the_choices_of_the_library():
+    assert set(get_args(cli.repair.Recalibrate)) == {*get_args(repair_module.Recalibrate), "none"}
+    assert set(get_args(cli.prune.Allocation)) == set(ALLOCATIONS)
+    assert set(get_args(cli.prune.Indivisible)) == set(get_args(patterns.Indivisible))
+    assert ", ".join(METHODS) in unframed(invoke("map", "--help").stdout)
+
+
+@pytest.mark.parametrize(
+    ("function", "own", "programmatic"),
+    [
+        (
+            resuscitate.repair,
+            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "mean", "std", "size"},
+            # what only a program can give, what a batch of files does not have, and what a terminal decides
+            {"forward_fn", "max_batches", "frozen", "group", "progress"},
+        ),
+        (
+            resuscitate.sparsify,
+            {"dense", "output", "masks", "max_samples", "mean", "std", "size", "seed"},
+            # a smaller network has no name to build it by again; the images are the example
+            {"remove", "example"},
+        ),
+        (
+            resuscitate.recoverability,
+            {"model", "dense", "output", "test", "test_samples", "mean", "std", "size", "plot", "damage"},
+            {"evaluate", "forward_fn", "resume", "progress", "chance"},
+        ),
+    ],
+    ids=["repair", "prune", "map"],
+)
+def test_options_are_named_and_preset_like_the_keywords(function, own, programmatic):
+    commands = {
+        resuscitate.repair: cli.repair.repair,
+        resuscitate.sparsify: cli.prune.prune,
+        resuscitate.recoverability: cli.map.map_,
+    }
+    options = inspect.signature(commands[function]).parameters
+    keywords = inspect.signature(function).parameters
+    assert options.keys() - own == keywords.keys() - own - programmatic
+    for name in options.keys() & keywords.keys() - {"calibration", "dense"} - own:
+        preset = keywords[name].default
+        written = ",".join(map(str, preset)) if isinstance(preset, tuple) else preset
+        assert options[name].default == written, name
+
+
+def test_verbose_logs_what_a_file_needed_to_fit(user):
+    save_file({f"module.{k}": v for k, v in load_file("dense.safetensors").items()}, "wrapped.safetensors")
+    words = ["prune", "-m", MODEL, "--dense", "wrapped.safetensors", "--sparsity", 0.5, "-o", "out.safetensors"]
+    assert "wrapped.safetensors: stripped module." in command("--verbose", *words).stderr
+
+
+def test_help_and_version():
+    assert command("--version").stdout == f"resuscitate {resuscitate.__version__}\n"
+    for words in (["--help"], ["repair", "-h"]):
+        assert "Usage" in invoke(*words).stdout
+    for name in ("demo", "prune", "repair", "stats", "map"):
+        assert name in invoke("--help").stdout

@@ -1,0 +1,60 @@
+"""`resuscitate map`: the folder that it writes, and how it goes on."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import resuscitate
+from resuscitate.calibration import load_images
+from tests.user import MODEL, command, invoke, loaded, unframed
+
+GRID = ["--sparsities", "0.5,0.8", "--allocations", "global,erk", "--methods", "bn,asr"]
+
+
+@pytest.fixture
+def test_images(user):
+    pixels = np.random.default_rng(1).integers(0, 256, (30, 10, 12, 3), dtype=np.uint8)
+    np.savez(user / "test.npz", images=pixels)
+    images, network = load_images("test.npz", seed=None), loaded("dense.safetensors")
+    with torch.no_grad():  # a network that does not always say the same, and labels that it mostly agrees with
+        network[-1].bias -= network(images).mean(0)
+        labels = network(images).argmax(1)
+    labels[::4] = torch.arange(8)
+    save_file(network.state_dict(), "varied.safetensors")
+    np.savez(user / "test.npz", images=pixels, labels=labels.numpy())
+    return labels
+
+
+def words(*more):
+    files = ["--dense", "varied.safetensors", "-c", "images.npz", "--test", "test.npz", "-o", "map"]
+    return ["map", "-m", MODEL, *files, *more]
+
+
+def test_it_writes_what_recoverability_finds_and_goes_on_from_there(user, test_images, tmp_path, monkeypatch):
+    done = command(*words(*GRID, "--damage", 0.8))
+    names = {path.name for path in (user / "map").iterdir()}
+    pictures = {"map-asr.svg", "map-bn.svg", "damage-global.svg", "damage-erk.svg"}
+    assert names == {"map.json", "map.csv", "map.journal", *pictures}
+    assert done.stderr == ""
+    found = resuscitate.RecoverabilityMap.load("map/map.json")
+    assert found.chance == pytest.approx(100 * int(test_images.bincount().max()) / 30)
+    images, held_out = load_images("images.npz"), load_images("test.npz", seed=None)
+    evaluate = resuscitate.Accuracy(held_out, test_images)
+    grid = {"sparsities": [0.5, 0.8], "allocations": ["global", "erk"], "methods": ["bn", "asr"]}
+    expected = resuscitate.recoverability(loaded("varied.safetensors"), images, evaluate, **grid)
+    assert [c.score for c in found.cells] == pytest.approx([c.score for c in expected.cells])
+    for cell in found.cells:
+        assert f"{cell.score:.2f}" in done.stdout
+    monkeypatch.setattr(sys.modules["resuscitate.recoverability"]._Cells, "fill", None)  # no cell is filled again
+    assert "0.8" in invoke(*words(*GRID, "--no-plot")).stdout
+
+
+def test_what_makes_no_sense_is_refused_before_any_work(user, test_images):
+    assert "did you mean erk" in invoke(*words("--allocations", "erkk"), code=2).stderr
+    assert "not in [0, 1)" in invoke(*words("--damage", 1.5), code=2).stderr
+    assert "neither a number" in unframed(invoke(*words("--sparsities", "many"), code=2).stderr)
+    np.savez(user / "test.npz", images=np.zeros((3, 10, 12, 3), np.uint8))
+    assert "none of labels, y" in invoke(*words(), code=1).stderr

@@ -1,0 +1,72 @@
+"""`resuscitate prune`: what it writes, what it prints."""
+
+import json
+
+from safetensors.torch import load_file, save_file
+
+import resuscitate
+from resuscitate.calibration import load_images
+from tests.user import MODEL, command, invoke, loaded, metadata, same, unframed
+
+
+class TestPrune:
+    def test_writes_what_sparsify_does_and_shows_each_layer(self, user):
+        weights = ["--dense", "dense.safetensors", "--exclude", "11", "-o", "out.safetensors"]
+        done = command("prune", "--model", MODEL, "--sparsity", 0.8, "--allocation", "uniform", *weights)
+        expected = loaded("dense.safetensors")
+        masks = resuscitate.sparsify(expected, 0.8, allocation="uniform", exclude="11")
+        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert done.stderr == ""
+        for row in masks.table():
+            assert any(f"{row.kept}" in line and f"{row.sparsity:.2%}" in line for line in done.stdout.splitlines())
+        assert f"{masks.sparsity:.2%} of the original weights" in done.stdout
+        assert "written to out.safetensors" in done.stdout
+        written = metadata("out.safetensors")
+        assert written["method"] == "prune"
+        assert json.loads(written["options"])["sparsity"] == 0.8
+        assert written["command"].startswith("resuscitate prune --model")
+
+    def test_a_pattern_needs_no_sparsity(self, user):
+        invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", "--pattern", "2:4", "-o", "out.safetensors")
+        expected = loaded("dense.safetensors")
+        resuscitate.sparsify(expected, pattern="2:4")
+        assert same(load_file("out.safetensors"), expected.state_dict())
+
+    def test_an_input_may_be_written_over(self, user):
+        weights = load_file("dense.safetensors")
+        save_file(weights, "mine.safetensors")
+        options = ["--sparsity", 0.5, "--dense", "mine.safetensors", "-o", "mine.safetensors"]
+        invoke("prune", "-m", MODEL, *options)
+        assert not same(load_file("mine.safetensors"), weights)
+
+    def test_every_choice_of_the_library_is_passed_on(self, user):
+        words = ["--sparsity", 0.6, "--allocation", "erk", "--densities", "0=1.0", "--densities", "11=0.5"]
+        words += ["--min-per-layer", 20, "--min-per-channel", 3]
+        invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", *words)
+        expected = loaded("dense.safetensors")
+        floors = {"min_per_layer": 20, "min_per_channel": 3}
+        resuscitate.sparsify(expected, 0.6, allocation="erk", densities={"0": 1.0, "11": 0.5}, **floors)
+        assert same(load_file("out.safetensors"), expected.state_dict())
+
+    def test_relative_repairability_reads_the_images(self, user):
+        words = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors"]
+        words += ["--sparsity", 0.6, "--allocation", "rr"]
+        assert "calibration: 20 images" in invoke(*words, "-c", "images.npz", "--max-samples", 20).stdout
+        expected = loaded("dense.safetensors")
+        images = load_images("images.npz", max_samples=20)
+        resuscitate.sparsify(expected, 0.6, allocation="rr", calibration=images)
+        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert "allocation rr needs images: --calibration" in unframed(invoke(*words, code=2).stderr)
+
+    def test_masks_are_written_and_notes_shown(self, user):
+        words = ["--pattern", "2:4", "--masks", "masks.safetensors", "-o", "out.safetensors"]
+        done = invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", *words)
+        masks = resuscitate.Masks.load("masks.safetensors")
+        masks.check(loaded("out.safetensors"))
+        assert "left dense: 3 input channels, groups of 4" in done.stdout
+        assert metadata("masks.safetensors")["method"] == "prune"
+
+    def test_a_density_that_is_none_is_2(self, user):
+        words = ["--densities", "conv1", "-o", "out.safetensors"]
+        done = invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", *words, code=2)
+        assert "'conv1' is not GLOB=DENSITY" in unframed(done.stderr)

@@ -1,0 +1,97 @@
+"""`resuscitate repair`: what it writes, what it prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import resuscitate
+from resuscitate.calibration import load_images
+from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same
+
+
+class TestRepair:
+    def test_writes_what_repair_does(self, user):
+        images = load_images("images.npz", mean=MEAN, std=STD, max_samples=32, seed=0)
+        expected = loaded("pruned.safetensors")
+        resuscitate.repair(expected, loaded("dense.safetensors"), images, method="channelwise")
+        weights = ["--pruned", "pruned.safetensors", "--dense", "dense.safetensors", "-o", "repaired.safetensors"]
+        numbers = ["--mean", "0.4,0.5,0.6", "--std", "0.2 0.25 0.3", "--max-samples", 32]
+        options = ["-m", MODEL, "-c", "images.npz", "--method", "channelwise", *numbers]
+        done = command("repair", *options, *weights)
+        assert same(load_file("repaired.safetensors"), expected.state_dict())
+        assert done.stderr == ""
+        assert "channelwise, sequential" in done.stdout
+        assert "32 images of 3x10x12 from images.npz, normalised with mean 0.4 0.5 0.6, std 0.2 0.25 0.3" in done.stdout
+        assert f"per channel mean {images[:, 0].mean():.3g} " in done.stdout
+        assert "written to repaired.safetensors" in done.stdout
+        written = metadata("repaired.safetensors")
+        assert written["method"] == "channelwise"
+        assert json.loads(written["options"])["mean"] == MEAN
+        assert json.loads(written["versions"])["resuscitate"] == resuscitate.__version__
+
+    @pytest.mark.parametrize(
+        ("words", "keywords"),
+        [
+            (["--schedule", "parallel", "--recalibrate", "exact"], {"schedule": "parallel", "recalibrate": "exact"}),
+            (["--gain-samples", "8", "-b", "5"], {"gain_samples": 8, "batch_size": 5}),
+            (["--prior", "0.5", "--no-bias", "--no-skip-first"], {"prior": 0.5, "bias": False, "skip_first": False}),
+            (["--prior", "mean", "--skip-last"], {"prior": "mean", "skip_last": True}),
+            (["--include", "3", "--include", "6", "--exclude", "3"], {"include": ["3", "6"], "exclude": "3"}),
+            (
+                ["--recalibrate", "ema", "--ema-batches", "3", "--ema-batch-size", "10", "--ema-momentum", "0.5"],
+                {"recalibrate": "ema", "ema_batches": 3, "ema_batch_size": 10, "ema_momentum": 0.5},
+            ),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_options_are_passed_on(self, user, words, keywords):
+        repair(*words)
+        expected = loaded("pruned.safetensors")
+        resuscitate.repair(expected, loaded("dense.safetensors"), load_images("images.npz"), **keywords)
+        assert same(load_file("repaired.safetensors"), expected.state_dict())
+
+    def test_method_bn_needs_no_dense_weights(self, user):
+        options = ["--pruned", "pruned.safetensors", "-c", "images.npz", "-o", "out.safetensors", "--method", "bn"]
+        invoke("repair", "-m", MODEL, *options)
+        expected = loaded("pruned.safetensors")
+        resuscitate.recalibrate_batchnorm(expected, load_images("images.npz"))
+        assert same(load_file("out.safetensors"), expected.state_dict())
+
+    def test_only_as_many_images_are_read_as_are_used(self, user, monkeypatch):
+        asked = []
+        original = resuscitate.calibration.load_images
+        monkeypatch.setattr(
+            resuscitate.calibration,
+            "load_images",
+            lambda *args, **options: asked.append(options["max_samples"]) or original(*args, **options),
+        )
+        repair("--gain-samples", 8)
+        repair("--gain-samples", 8, "--recalibrate", "exact", "--recalibrate-samples", 16)
+        repair("--gain-samples", 8, "--recalibrate", "exact", "--max-samples", 20)
+        assert asked == [8, 16, 20]
+
+    def test_json_is_the_report_on_the_terminal_and_in_a_file(self, user):
+        done = repair("--json", "--report", "run.json")
+        document = json.loads(done.stdout)
+        assert document == json.loads(Path("run.json").read_text())
+        assert [layer["name"] for layer in document["layers"]] == ["0", "3", "6", "11"]
+        assert document["calibration"]["images"] == 40
+        assert document["provenance"]["options"]["method"] == "asr"
+
+    def test_json_has_no_nan_where_a_layer_is_dead(self, user):
+        for name in ("dense", "pruned"):
+            state = load_file(f"{name}.safetensors")
+            state["3.weight"] = torch.zeros_like(state["3.weight"])
+            save_file(state, f"dead_{name}.safetensors")
+        done = repair("--json", "--pruned", "dead_pruned.safetensors", "--dense", "dead_dense.safetensors")
+        assert json.loads(done.stdout, parse_constant=pytest.fail)["layers"][1]["dead"] == 8
+
+    def test_a_bias_that_the_repair_added_can_be_read_again(self, user):
+        repair(prefix="bare_")
+        assert "2.bias" in load_file("repaired.safetensors")
+        options = ["--dense", "repaired.safetensors", "--sparsity", 0.7, "-o", "again.safetensors"]
+        invoke("prune", "-m", BARE, *options)
+        assert torch.equal(load_file("again.safetensors")["2.bias"], load_file("repaired.safetensors")["2.bias"])
