@@ -49,7 +49,7 @@ def test_it_writes_what_recoverability_finds_and_goes_on_from_there(user, test_i
     for cell in found.cells:
         assert f"{cell.score:.2f}" in done.stdout
     monkeypatch.setattr(sys.modules["resuscitate.recoverability"]._Cells, "fill", None)  # no cell is filled again
-    assert "0.8" in invoke(*words(*GRID, "--no-plot")).stdout
+    assert "80.0%" in invoke(*words(*GRID, "--no-plot")).stdout
 
 
 def test_what_makes_no_sense_is_refused_before_any_work(user, test_images):
