@@ -10,7 +10,7 @@ from .masks import Masks
 from .recoverability import Accuracy, recoverability
 from .repair import repair
 from .report import LayerReport, RepairReport
-from .sparsify import Repairability, allocate, sparsify
+from .sparsify import Repairability, Shrinkage, allocate, shrink, sparsify
 from .targets import DenseStatistics
 
 __version__ = "0.1.0"
@@ -23,11 +23,13 @@ __all__ = [
     "RecoverabilityMap",
     "RepairReport",
     "Repairability",
+    "Shrinkage",
     "allocate",
     "damage",
     "fold_batchnorm",
     "recalibrate_batchnorm",
     "recoverability",
     "repair",
+    "shrink",
     "sparsify",
 ]

@@ -138,6 +138,16 @@ def along_weight(module: nn.Module, vector: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1))
 
 
+def along_inputs(module: nn.Module, vector: Tensor) -> Tensor:
+    """A vector over the input channels of all groups, shaped to broadcast against the layer's weight."""
+    kernel = [1] * len(module.kernel_size) if isinstance(module, _ConvNd) else []
+    if isinstance(module, _ConvTransposeNd):
+        return vector.view(-1, 1, *kernel)
+    groups = module.groups if isinstance(module, _ConvNd) else 1
+    spread = vector.view(groups, -1).repeat_interleave(out_channels(module) // groups, 0)
+    return spread.view(*spread.shape, *kernel)
+
+
 def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the shape of the layer's weight as (C, fan-in): a row for each output channel."""
     if isinstance(module, _ConvTransposeNd):

@@ -118,8 +118,8 @@ def recoverability(
     score = cells.score(cells.dense)
     if not score > chance:
         raise ValueError(
-            f"the dense model scores {score:g}, which is no more than chance={chance:g}; look at its weights, and at the "
-            "images that it is scored on, their normalisation and their labels"
+            f"the dense model scores {score:g}, which is no more than chance={chance:g}; look at its weights, and "
+            "at the images that it is scored on, their normalisation and their labels"
         )
     identity: dict[str, object] = {"model": digest_model(cells.dense), "images": digest_images(batches)}
     identity |= {"dense score": score, "pruning": repr(pruning), "forward_fn": forward_fn is not None}

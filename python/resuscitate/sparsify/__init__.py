@@ -3,5 +3,6 @@
 from .allocation import allocate
 from .pruning import sparsify
 from .repairability import Repairability
+from .structured import Shrinkage, shrink
 
-__all__ = ["Repairability", "allocate", "sparsify"]
+__all__ = ["Repairability", "Shrinkage", "allocate", "shrink", "sparsify"]

@@ -15,6 +15,7 @@ from ..masks import Masks
 from ..state import Snapshot
 from .allocation import ALLOCATIONS, Allocation, allocator, check_method, pin, prunable, removals
 from .patterns import Indivisible, NofM, check_nm_sparsity, fits, input_channels, nm_mask, parse_pattern, unit_mask
+from .structured import channel_groups, channel_masks, shrink
 from .units import Units, magnitude, units_of, units_of_channels
 
 logger = logging.getLogger(__name__)
@@ -158,8 +159,6 @@ def _channels(
             f"allocation {allocation!r} is for weights; whole channels are allocated by global, uniform or lamp, "
             "without densities"
         )
-    from .structured import channel_groups, channel_masks, shrink
-
     model = unwrap(model)
     groups = channel_groups(model, example, include, exclude)
     if not groups:

@@ -15,7 +15,7 @@ from ..errors import LayerError
 from ..layers import columns_of, effective_weight, rows_of
 
 if TYPE_CHECKING:
-    from .structured import ChannelGroup
+    from .coupling import ChannelGroup
 
 
 @dataclass(frozen=True, eq=False)
