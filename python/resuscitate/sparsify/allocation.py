@@ -13,10 +13,10 @@ from torch import nn
 from ..errors import CalibrationError, LayerError, did_you_mean
 from ..layers import Selector, matching, select_layers, unwrap
 from ..masks import tied_layers
-from .units import Units, units_of
+from .units import Units, check_floors, units_of
 
 if TYPE_CHECKING:
-    from .repairability import Repairability
+    pass
 
 # the units of every layer, the number of weights to remove in all -> the number of units to remove from each
 Allocation = Callable[[Mapping[str, Units], int], dict[str, int]]
@@ -58,6 +58,7 @@ def allocate(
     Raises ValueError for an unknown method, a sparsity outside [0, 1), and floors or densities that leave no room for
     it, saying what would; TypeError for a sparsity that is not a float; LayerError for a weight that is not finite.
     """
+    check_floors(min_per_layer, min_per_channel)
     layers, ties = prunable(model, include, exclude)
     units = {first: units_of(first, layers[first], False, min_per_layer, min_per_channel) for first in ties}
     pinned = pin(layers, ties, densities)
@@ -168,7 +169,7 @@ def allocator(
     include: Iterable[Selector] | Selector | None,
     exclude: Iterable[Selector] | Selector | None,
 ) -> Allocation:
-    """The allocation of that name; "rr" with what it measures on the images."""
+    """The allocation of that name; "rr" measures the images once it is asked."""
     check_method(method)
     if method != "rr":
         return ALLOCATIONS[method]
@@ -176,12 +177,14 @@ def allocator(
 
     if calibration is None:
         raise CalibrationError("allocation 'rr' measures the model: pass calibration, unlabelled images as for repair")
-    measured: Repairability = (
-        calibration
-        if isinstance(calibration, Repairability)
-        else Repairability.measure(model, calibration, include=include, exclude=exclude)
-    )
-    return lambda units, budget: by_repairability(units, budget, {name: measured.curve(name) for name in units})
+
+    def measured(units: Mapping[str, Units], budget: int) -> dict[str, int]:
+        found = calibration
+        if not isinstance(found, Repairability):
+            found = Repairability.measure(model, calibration, include=include, exclude=exclude)
+        return by_repairability(units, budget, {name: found.curve(name) for name in units})
+
+    return measured
 
 
 def pin(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from ..layers import Selector, effective_weight, find_layers, unwrap
+from ..layers import Selector, effective_weight, find_layers, out_channels, rows_of, unwrap
 from ..masks import Masks
 from ..state import Snapshot
 from .allocation import ALLOCATIONS, Allocation, allocator, check_method, pin, prunable, removals
 from .patterns import Indivisible, NofM, check_nm_sparsity, fits, input_channels, nm_mask, parse_pattern, unit_mask
 from .structured import channel_groups, channel_masks, shrink
-from .units import Units, magnitude, units_of, units_of_channels
+from .units import Units, check_floors, magnitude, units_of, units_of_channels
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ def sparsify(
         raise ValueError(
             f"indivisible={indivisible!r} is unknown; there are {', '.join(map(repr, get_args(Indivisible)))}"
         )
-    for option, value in (("min_per_layer", min_per_layer), ("min_per_channel", min_per_channel)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{option}={value!r} is not a number of weights, such as 1")
+    check_floors(min_per_layer, min_per_channel)
     if remove and kind != "channels":
         raise ValueError(
             f'remove=True takes whole channels out of the model: it needs pattern="channels", not {pattern!r}'
@@ -93,9 +91,20 @@ def sparsify(
         chosen, notes = _by_score(units, layers, sparsity, method, pin(layers, ties, densities)), {}
     placed = {first: mask.to(effective_weight(first, layers[first]).device) for first, mask in chosen.items()}
     by_name = {name: placed[first] for first, names in ties.items() for name in names}
-    masks = Masks({name: by_name[name] for name in layers}, notes)
+    masks = Masks({name: by_name[name] for name in layers}, _with_dead(notes, layers, by_name))
     masks.apply_(model)
     return masks
+
+
+def _with_dead(
+    notes: Mapping[str, str], layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The notes, and how many output channels of a layer have no weight left."""
+    dead = {name: int((~rows_of(layer, masks[name]).any(1)).sum()) for name, layer in layers.items()}
+    dead_notes = {
+        name: f"{count} of {out_channels(layers[name])} channels dead" for name, count in dead.items() if count
+    }
+    return {**notes, **dead_notes}
 
 
 def _by_score(
@@ -166,7 +175,8 @@ def _channels(
     units = {group.name: units_of_channels(group, find_layers(model)) for group in groups}
     removed = removals(units, sparsity, ALLOCATIONS[allocation], {})
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
-    masks = Masks(channel_masks(model, groups, dropped))
+    chosen = channel_masks(model, groups, dropped)
+    masks = Masks(chosen, _with_dead({}, {name: find_layers(model)[name] for name in chosen}, chosen))
     with Snapshot(model):
         masks.apply_(model)
         if remove:

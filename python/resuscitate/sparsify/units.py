@@ -90,6 +90,13 @@ def magnitude(name: str, module: nn.Module) -> Tensor:
     return scores
 
 
+def check_floors(min_per_layer: int, min_per_channel: int) -> None:
+    """ValueError for a floor that is not a number of weights."""
+    for option, floor in (("min_per_layer", min_per_layer), ("min_per_channel", min_per_channel)):
+        if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
+            raise ValueError(f"{option}={floor!r} is not a number of weights, such as 1")
+
+
 @torch.no_grad()
 def units_of(name: str, module: nn.Module, filters: bool, min_per_layer: int, min_per_channel: int) -> Units:
     """The weights of a layer as units, or its filters; the largest of them stay, as many as the floors ask for.

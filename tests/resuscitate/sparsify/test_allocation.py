@@ -203,6 +203,11 @@ class TestRepairability:
         with pytest.raises(CalibrationError, match="pass calibration, unlabelled images"):
             allocate(seeded(chain), 0.5, "rr")
 
+    def test_it_refuses_what_cannot_be_before_it_measures(self, monkeypatch):
+        monkeypatch.setattr(Repairability, "measure", None)
+        with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
+            allocate(seeded(chain), 1.0, "rr", calibration=images(4))
+
     def test_a_residual_is_one_less_the_squared_correlation_weighted_by_dense_variance(self):
         model, x = seeded(chain), images(12)
         found = Repairability.measure(model, x, densities=[0.3], batch_size=5)

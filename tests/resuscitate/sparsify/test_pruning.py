@@ -375,3 +375,9 @@ class TestFilters:
         out = model(torch.rand(2, 4, 3, 3))
         assert int((out.flatten(2).abs().sum((0, 2)) == 0).sum()) == 2
         assert (~mask).float().mean() == pytest.approx(1 / 3)
+
+    def test_dead_channels_are_noted(self):
+        model = seeded(chain)
+        masks = sparsify(model, 0.5, pattern="filter", allocation="uniform", include=["0", "3"])
+        assert masks.notes == {"0": "4 of 8 channels dead", "3": "4 of 8 channels dead"}
+        assert sparsify(seeded(chain), 0.5, min_per_channel=1).notes == {}
