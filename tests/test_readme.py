@@ -16,13 +16,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_every_python_block_runs(block, capsys):
+def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     dense = seeded(digitnet)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(320, 1, 8, 8, generator=generator)
     names = {"dense": dense, "model": pruned_copy(dense), "images": images, "loader": DataLoader(images, 16)}
     names |= {"dense_x": images[:, :, :4], "pruned_x": images[:, :, 4:].clone()}
-    exec("import resuscitate\n" + block, names)
+    exec("import copy\n\nimport resuscitate\n" + block, names)
 
 
 @pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
