@@ -6,13 +6,17 @@ reference that both are tested against.
 
 from .moments import ChannelMoments, PairedMoments
 from .ops import affine_, channel_moments, paired_moments, repair_, repair_factors, use_backend
+from .patches import PatchMoments, Window, patch_moments
 
 __all__ = [
     "ChannelMoments",
     "PairedMoments",
+    "PatchMoments",
+    "Window",
     "affine_",
     "channel_moments",
     "paired_moments",
+    "patch_moments",
     "repair_",
     "repair_factors",
     "use_backend",

@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "asr-ema": {"method": "asr", "schedule": "parallel", **EMA},
     "asr": {"method": "asr"},
     "channelwise": {"method": "channelwise"},
+    "refit": {"method": "refit"},
 }
 
 
@@ -114,7 +115,7 @@ def main(
         )
         for suffix in ("json", "csv"):
             found.save(output / f"recoverability_{net}.{suffix}")
-        draw_map(found, output / f"recoverability_{net}.svg", ["asr-ema", "asr", "channelwise"])
+        draw_map(found, output / f"recoverability_{net}.svg", ["asr-ema", "channelwise", "refit"])
         pruned = copy.deepcopy(dense)
         resuscitate.sparsify(pruned, 0.9)
         draw_damage(
@@ -126,7 +127,7 @@ def main(
     about |= {"images": {"calibration": images, "test": test_images}, "seconds": round(time.perf_counter() - started)}
     about |= {"allocate ResNet-50, seconds": allocation_seconds(), "methods": METHODS}
     (output / "recoverability.json").write_text(json.dumps(about, indent=1) + "\n")
-    for name, table in (("recoverability", scores(maps, ("bn", "asr", "channelwise"))), ("limits", limits(maps))):
+    for name, table in (("recoverability", scores(maps, ("bn", "channelwise", "refit"))), ("limits", limits(maps))):
         (output / f"{name}.md").write_text(table)
         Console().print(table, markup=False, soft_wrap=True)
 

@@ -17,8 +17,17 @@ import asr_kernels as ak
 from .errors import LayerError, ModelMismatchError
 from .graph import Wiring
 from .journal import Journal
-from .layers import along_weight, dead_channels, out_channels, refresh_weight, stored_bias, stored_weight
+from .layers import (
+    along_weight,
+    dead_channels,
+    effective_weight,
+    out_channels,
+    refresh_weight,
+    stored_bias,
+    stored_weight,
+)
 from .network import Network
+from .refit import fit
 from .report import LayerReport, RepairReport
 from .stops import Calls, Visit
 
@@ -49,10 +58,37 @@ class Corrector:
         if not tensors:
             return
         gain, shift = (tensors[factor].to(self.net.device) for factor in ("gain", "shift"))
-        behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
-        row.shift_into = write_correction(name, layer, gain, shift, behind if isinstance(behind, _BatchNorm) else None)
+        row.shift_into = write_correction(name, layer, gain, shift, self._behind(name))
         visit.correct(gain, torch.zeros_like(shift) if row.shift_into == "running_mean" else shift)
         log.info("%s: variance %s of the dense one, now %s", name, row.variance_before, row.variance_after)
+
+    def refit(self, visit: Visit, ridge: float) -> None:
+        """Give one layer the weights that bring its outputs nearest to the dense ones, on the inputs it now has."""
+        name, layer = visit.name, self.net.modules[visit.name]
+        if name in self.journal.entries:
+            tensors, plain = self.journal.entries[name]
+            row = LayerReport.from_dict(plain)
+        else:
+            row, tensors = LayerReport(name, type(layer).__name__, out_channels(layer), "refitted"), {}
+            row.dead = int(dead_channels(name, layer).sum())
+            if visit.patches is None:
+                row.action = "left alone: these images never reach it"
+            else:
+                weight = effective_weight(name, layer).flatten(1)
+                found = fit(visit.patches, weight, weight != 0, ridge=ridge)
+                row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
+                tensors = {"weight": found.weight, "bias": found.bias}
+            self.journal.add(name, tensors, asdict(row))
+        self.report.layers.append(row)
+        if tensors:
+            weight, bias = (tensors[part].to(self.net.device) for part in ("weight", "bias"))
+            row.shift_into = write_weights(name, layer, weight, bias, self._behind(name))
+            log.info("%s: refitted, explains %s of the dense variance", name, row.explained)
+
+    def _behind(self, name: str) -> _BatchNorm | None:
+        """The BatchNorm that alone reads a layer."""
+        behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
+        return behind if isinstance(behind, _BatchNorm) else None
 
     def recalibrate(self, visit: Visit) -> None:
         """Give one BatchNorm the statistics of what reaches it."""
@@ -114,10 +150,29 @@ def write_correction(
     """
     weight, bias = stored_weight(name, module), stored_bias(name, module)
     weight.mul_(along_weight(module, gain))
+    return _write_bias(name, module, shift if bias is None else gain * bias + shift, batchnorm)
+
+
+@torch.no_grad()
+def write_weights(
+    name: str, module: nn.Module, new: Tensor, bias: Tensor, batchnorm: _BatchNorm | None
+) -> ShiftInto | None:
+    """Give the layer new weights where it has any: `new` is float64 (O, K), `bias` (O,); zeros stay zero.
+
+    Returns what took the bias, as `write_correction` does for a shift, and raises as it does.
+    """
+    support = effective_weight(name, module) != 0
+    weight = stored_weight(name, module)
+    weight.copy_(torch.where(support, new.view(weight.shape).to(weight.dtype), weight))
+    return _write_bias(name, module, bias, batchnorm)
+
+
+def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNorm | None) -> ShiftInto | None:
+    weight, bias = stored_weight(name, module), stored_bias(name, module)
     refresh_weight(module)
     took: ShiftInto | None = None
     if bias is not None:
-        bias.copy_(gain * bias + shift)
+        bias.copy_(shift)
         took = "bias"
     elif shift.any() and batchnorm is not None and batchnorm.running_mean is not None:
         batchnorm.running_mean.sub_(shift)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from torch import Tensor
 import asr_kernels as ak
 
 from .errors import DistributedError
-from .stops import Calls, Visit, merge_calls
+from .stops import Calls, Visit, merge_calls, merge_patches
 
 log = logging.getLogger("resuscitate")
 
@@ -123,6 +124,9 @@ class Ranks:
             merged.calls = merge_calls(merged.calls, calls)
             merged.dense = merge_calls(merged.dense, dense)
             merged.pairs = merge_calls(merged.pairs, pairs)
+        for vector in self.gather(_pack_patches(visit.patches)):
+            if len(vector):
+                merged.patches = merge_patches(merged.patches, _unpack_patches(vector.to(device)))
         return merged
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -171,6 +175,21 @@ def _pack(visit: Visit) -> Tensor:
         numbers += [torch.tensor([moments.count, moments.channels], dtype=torch.float64), moments.mean, moments.m2]
     numbers += [pair.comoment for pair in visit.pairs]
     return torch.cat([part.cpu() for part in numbers])
+
+
+def _pack_patches(patches: ak.PatchMoments | None) -> Tensor:
+    if patches is None:
+        return torch.empty(0, dtype=torch.float64)
+    parts = [patches.mean, patches.target, patches.xx, patches.xy, patches.yy]
+    sizes = [patches.count, *patches.xy.shape]
+    return torch.cat([torch.tensor(sizes, dtype=torch.float64), *(part.cpu().flatten() for part in parts)])
+
+
+def _unpack_patches(vector: Tensor) -> ak.PatchMoments:
+    count, G, K, O = (int(number) for number in vector[:4])
+    shapes = [(G, K), (G, O), (G, K, K), (G, K, O), (G, O)]
+    parts = vector[4:].split([math.prod(shape) for shape in shapes])
+    return ak.PatchMoments(count, *(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
 def _unpack(vector: Tensor) -> tuple[Calls, Calls, list[ak.PairedMoments]]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from .errors import LayerError, NonFiniteError
-from .layers import LAYERS, channel_dim
+from .layers import LAYERS, channel_dim, window_of
 
 # error allowed in a measured variance: far below that of any sample of images, and it saves time on a CPU
 TOLERANCE = 1e-5
@@ -82,6 +82,17 @@ class Network:
         """
         self.check_tensor(name, x)
         return ak.channel_moments(x, self.axis(name), running=running, tolerance=TOLERANCE)
+
+    def patches(self, name: str, batch: int, x: Any, wanted: Any) -> ak.PatchMoments:
+        """Patch moments of what a layer reads and what it is to put out. Raises LayerError, NonFiniteError."""
+        window = window_of(self.modules[name])
+        assert window is not None
+        self.check_tensor(name, x)
+        self.check_tensor(name, wanted)
+        found = ak.patch_moments(x, wanted, window)
+        check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
+        check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
+        return found
 
     def check_tensor(self, name: str, x: Any) -> None:
         """Raise LayerError where a layer's output is not one tensor."""

@@ -17,7 +17,7 @@ from .errors import ModelMismatchError
 from .graph import Wiring
 from .network import Network, check_finite
 from .progress import Bar
-from .stops import Calls, Stop, Visit, merge_calls
+from .stops import Calls, Stop, Visit, merge_calls, merge_patches
 
 
 class _ReachedError(BaseException):
@@ -50,7 +50,10 @@ def prefix_walk(
     for stop in stops:
         visit, last = Visit(stop.name, dense=wanted.get(stop.name, [])), (stop.name, wiring.calls[stop.name])
         for index, batch in enumerate(batches.head(stop.batches)):
-            if stop.paired and dense is not None:
+            if stop.refit and dense is not None:
+                for x, y in _reads_and_wanted(dense, pruned, batch, last):
+                    visit.patches = merge_patches(visit.patches, pruned.patches(stop.name, index, x, y))
+            elif stop.paired and dense is not None:
                 pairs = _pair_batch(dense, pruned, batch, index, last)
                 visit.pairs = merge_calls(visit.pairs, pairs)
             else:
@@ -109,6 +112,22 @@ def _measure_batch(
     if seen and not torch.cat(seen).isfinite().all():
         for name, calls in found.items():
             check_finite(name, [(index, moments) for moments in calls])
+
+
+def _reads_and_wanted(
+    dense: Network, pruned: Network, batch: Any, last: tuple[str, int]
+) -> list[tuple[Tensor, Tensor]]:
+    """What one layer reads in the pruned network, and what it puts out in the dense one, call by call."""
+    name, wanted, reads = last[0], list[Tensor](), list[Tensor]()
+    _run(dense, batch, [name], lambda _, y: wanted.append(y.clone()), last)
+    keep = pruned.modules[name].register_forward_pre_hook(lambda module, args: reads.append(args[0].clone()))
+    try:
+        _run(pruned, batch, [name], lambda _, x: None, last)
+    finally:
+        keep.remove()
+    if len(reads) != len(wanted):
+        raise ModelMismatchError(f"layer {name!r} runs {len(reads)} times in the model, {len(wanted)} in the dense one")
+    return list(zip(reads, wanted, strict=True))
 
 
 def _pair_batch(

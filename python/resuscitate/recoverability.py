@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "layerwise": {"method": "layerwise"},
     "channelwise": {"method": "channelwise"},
     "asr": {"method": "asr"},
+    "refit": {"method": "refit"},
     "asr-ema": {"method": "asr", "schedule": "parallel", "recalibrate": "ema"},
 }
 
@@ -92,8 +93,8 @@ def recoverability(
     Args:
         evaluate: `evaluate(model)` gives the score of a model in eval mode, higher is better; such as `Accuracy`.
         sparsities, allocations, pattern, include, exclude: see `sparsify`; what "rr" measures serves all sparsities.
-        methods: names ("none", "bn", "bn-ema", "layerwise", "channelwise", "asr", "asr-ema"; "bn" is exact, "-ema" the
-            published protocol), or {label: options of `repair`}, None for no repair.
+        methods: names ("none", "bn", "bn-ema", "layerwise", "channelwise", "asr", "refit", "asr-ema"; "bn" is exact,
+            "-ema" the published protocol), or {label: options of `repair`}, None for no repair.
         chance: the score of guessing, against which the transition regime is defined (`RecoverabilityMap.transition`).
         max_samples, batch_size, forward_fn, dtype, device, seed: as in `repair`.
         workers: processes to share the cells out to. `evaluate` and the model must then be picklable, and a script
@@ -153,7 +154,7 @@ class _Job:
     def needs_statistics(self) -> bool:
         """Does it compare with the dense model, and not image by image?"""
         options = self.options or {"method": "bn"}
-        return options.get("method") != "bn" and not options.get("correlations")
+        return options.get("method") not in ("bn", "refit") and not options.get("correlations")
 
     def __str__(self) -> str:
         return f"{self.method} at sparsity {self.sparsity:g}, allocation {self.allocation}"

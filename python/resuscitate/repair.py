@@ -26,12 +26,13 @@ from .distributed import Ranks
 from .errors import CalibrationError, ModelMismatchError, ResuscitateError
 from .graph import observe
 from .journal import Journal
-from .layers import Selector, effective_weight, unwrap
+from .layers import Selector, effective_weight, unwrap, window_of
 from .masks import Masks
 from .matching import copy_statistics, layers_to_repair, matching_layers
 from .network import Network, as_dtype
 from .prefix import measure, screen
 from .progress import track
+from .refit import RIDGE
 from .report import RepairReport
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
@@ -41,7 +42,7 @@ from .walk import Walker
 
 log = logging.getLogger("resuscitate")
 
-Method = Literal["bn", "layerwise", "channelwise", "asr"]
+Method = Literal["bn", "layerwise", "channelwise", "asr", "refit"]
 Schedule = Literal["sequential", "parallel"]
 Recalibrate = Literal["auto", "exact", "ema"]
 Frozen = Literal["keep", "recalibrate"]
@@ -66,7 +67,8 @@ def repair(
     eps: float = 1e-8,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
-    skip_first: bool = True,
+    ridge: float = RIDGE,
+    skip_first: bool | None = None,
     skip_last: bool | None = None,
     ema_batches: int = 20,
     ema_batch_size: int = 128,
@@ -98,7 +100,9 @@ def repair(
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
         method: "asr", "channelwise" and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`)
-            match each layer's outputs to the dense ones by a gain and a shift; "bn" re-estimates BatchNorm alone.
+            match each layer's outputs to the dense ones by a gain and a shift. "refit" finds all surviving weights
+            anew, by least squares from the inputs that the layer now has to the dense outputs (`refit.fit`); a
+            transposed convolution is given its channel-wise gain. "bn" re-estimates BatchNorm alone.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
         recalibrate: None keeps the dense model's BatchNorm statistics (copied where the pruned model's differ), which
@@ -110,8 +114,9 @@ def repair(
             read.
         batch_size: how a lone tensor is cut. It never changes the result beyond rounding.
         prior, bias, eps: see `asr_kernels.repair_factors`.
+        ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
         include, exclude: layers to repair, as globs over their names or as module types.
-        skip_first: leave the first convolution alone, as published: its input is the image.
+        skip_first: leave the first convolution alone, as published: its input is the image. None: not if refitted.
         skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: in the "parallel"
             schedule and where BatchNorm is re-estimated, for there its inputs are not the dense ones, and matching
             the dense logits costs accuracy; where they were matched too it gains some.
@@ -159,6 +164,12 @@ def repair(
         raise ValueError(
             "correlations compares both networks image by image: pass dense as a model, not its statistics"
         )
+    if method == "refit" and not (isinstance(target, nn.Module) and schedule == "sequential"):
+        raise ValueError(
+            "method 'refit' follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
+        )
+    if method == "refit" and (not bias or ridge < 0):
+        raise ValueError("method 'refit' always fits the bias" if not bias else f"ridge={ridge} must be at least 0")
     if method != "bn" and target is None:
         raise ModelMismatchError(
             f"method {method!r} matches the dense model's outputs: pass dense, or use method 'bn' or dense='running'"
@@ -201,11 +212,13 @@ def repair(
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         unmatched = bool(batchnorms) or schedule == "parallel"
+        skip_first = method != "refit" if skip_first is None else skip_first
         ends = skip_first, unmatched if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
         zeros = Masks({name: effective_weight(name, layer) != 0 for name, layer in layers.items()})
         options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
         options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
+        options |= {"ridge": ridge} if method == "refit" else {}
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
@@ -225,7 +238,8 @@ def repair(
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
 
-        rule = "asr" if method == "bn" else method
+        fitted = {name for name, layer in layers.items() if method == "refit" and window_of(layer) is not None}
+        rule: Any = {"bn": "asr", "refit": "channelwise"}.get(method, method)
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
         corrector = Corrector(net, wiring, factors, report, journal)
         matched = wanted_by(target, net, wiring)
@@ -240,7 +254,7 @@ def repair(
             for visit in visits + [Visit(name) for name in layers if name not in unknown]:
                 corrector.correct(visit, matched(visit))
         stops = [
-            Stop(name, 0 if name in journal.entries else gains, bool(others), correlations)
+            Stop(name, 0 if name in journal.entries else gains, bool(others), correlations, name in fitted)
             for name in layers
             if schedule == "sequential"
         ]
@@ -250,7 +264,9 @@ def repair(
             for visit in walk:
                 if visit.name not in journal.entries:
                     visit = ranks.merge(visit, net.device)
-                if visit.name in layers:
+                if visit.name in fitted:
+                    corrector.refit(visit, ridge)
+                elif visit.name in layers:
                     corrector.correct(visit, matched(visit))
                 else:
                     corrector.recalibrate(visit)

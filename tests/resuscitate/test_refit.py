@@ -1,0 +1,219 @@
+"""Refitting: the least-squares solution on every support, and what a repair makes of it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+import resuscitate
+from asr_kernels import Window, patch_moments
+from resuscitate.errors import NonFiniteError
+from resuscitate.refit import fit
+from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+
+PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+def problem(groups=1, count=30, noise=1.0, seed=0):
+    """Inputs, outputs of a random convolution of them with noise, and its weight (O, K), all float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, 6, 6, dtype=torch.float64, generator=generator) + 1
+    weight = torch.randn(8, 4 // groups, 3, 3, dtype=torch.float64, generator=generator)
+    y = F.conv2d(x, weight, padding=1, groups=groups) + 3
+    y = y + noise * torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    window = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
+    columns = F.unfold(x, 3, padding=1).view(count, groups, -1, 36).permute(1, 2, 0, 3).flatten(2)
+    return patch_moments(x, y, window), weight.flatten(1), columns, y.transpose(0, 1).flatten(1)
+
+
+class TestSolution:
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    @given(density=st.floats(0, 1), seed=st.integers(0, 5), alike=st.booleans())
+    @settings(deadline=None, max_examples=15)
+    def test_it_is_that_of_lstsq_on_each_support(self, groups, density, seed, alike):
+        moments, weight, columns, y = problem(groups, seed=seed)
+        support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < density
+        support[1] = False
+        if alike:
+            support[:] = support[0]
+        found = fit(moments, weight * support, support, ridge=1e-13, most=torch.inf)
+        assert (found.weight[~support] == 0).all()
+        for o in range(8):
+            u, places = columns[o // (8 // groups)], support[o].nonzero().flatten()
+            wanted = y[o]
+            if not len(places):
+                assert found.bias[o] == pytest.approx(float(wanted.mean()))
+                continue
+            design = torch.cat([u[places], torch.ones(1, u.shape[1], dtype=torch.float64)]).mT
+            solution = torch.linalg.lstsq(design, wanted[:, None]).solution[:, 0]
+            gain = wanted.std(correction=0) / (design @ solution).std(correction=0)
+            assert found.weight[o, places] == pytest.approx(gain * solution[:-1], rel=1e-6, abs=1e-8)
+            assert found.bias[o] == pytest.approx(
+                float((wanted - gain * (design[:, :-1] @ solution[:-1])).mean()), abs=1e-7
+            )
+
+    def test_the_ridge_pulls_towards_the_present_weights(self):
+        moments, weight, _, _ = problem()
+        support, present = torch.ones_like(weight, dtype=torch.bool), torch.randn_like(weight)
+        distances = [
+            float((fit(moments, present, support, ridge=ridge, most=1.0).weight - present).norm())
+            for ridge in (1e-6, 1e-2, 1.0, 100.0, 1e8)
+        ]
+        assert distances == sorted(distances, reverse=True)
+
+    def test_the_variance_that_a_regression_loses_is_given_back_up_to_a_limit(self):
+        moments, weight, _, _ = problem(noise=20.0)
+        support = torch.ones_like(weight, dtype=torch.bool)
+        support[:, ::2] = False
+        whole = fit(moments, weight * support, support, most=torch.inf)
+        assert whole.after == pytest.approx(1)
+        assert whole.explained < 0.5
+        assert fit(moments, weight * support, support, most=1.1).after < 1
+
+    def test_constant_inputs_keep_the_weights_and_set_the_bias(self):
+        x, y = torch.full((3, 4, 5, 5), 2.0), torch.randn(3, 8, 3, 3)
+        weight = torch.randn(8, 36)
+        moments = patch_moments(x, y, Window((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+        found = fit(moments, weight, weight != 0)
+        assert torch.equal(found.weight, weight.double())
+        assert found.bias == pytest.approx(y.double().mean((0, 2, 3)) - 2 * weight.double().sum(1), rel=1e-5)
+
+    @pytest.mark.parametrize("ridge", [0.0, 1e-2])
+    def test_a_dead_input_and_one_that_stands_twice_leave_it_finite_and_right(self, ridge):
+        x = torch.randn(30, 4, 6, 6, dtype=torch.float64)
+        x[:, 1], x[:, 3] = 0, x[:, 2]
+        weight = torch.randn(8, 4, 3, 3, dtype=torch.float64)
+        y = F.conv2d(x, weight, padding=1)
+        support = torch.ones(8, 36, dtype=torch.bool)
+        support[0, :3] = False
+        found = fit(patch_moments(x, y, PADDED), weight.flatten(1) * support, support, ridge=ridge)
+        assert found.weight.isfinite().all()
+        again = F.conv2d(x, found.weight.view_as(weight), found.bias, padding=1)
+        assert (again[:, 1:] - y[:, 1:]).abs().max() < 1e-3
+
+    def test_fewer_samples_than_weights_reproduce_the_samples(self):
+        x, weight = torch.randn(1, 4, 3, 3, dtype=torch.float64), torch.randn(8, 4, 3, 3, dtype=torch.float64)
+        y = torch.randn(1, 8, 3, 3, dtype=torch.float64)
+        found = fit(patch_moments(x, y, PADDED), weight.flatten(1), torch.ones(8, 36, dtype=torch.bool), ridge=1e-10)
+        assert found.weight.isfinite().all()
+        assert F.conv2d(x, found.weight.view_as(weight), found.bias, padding=1) == pytest.approx(y, abs=1e-3)
+
+
+class TestRepair:
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited], ids=lambda build: build.__name__)
+    def test_what_was_not_pruned_comes_back_as_it_is(self, build):
+        dense = seeded(build)
+        model = copy.deepcopy(dense)
+        resuscitate.repair(model, dense, images(60), method="refit", skip_last=False)
+        torch.testing.assert_close(model.state_dict(), dense.state_dict(), rtol=2e-3, atol=2e-4)
+
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited, Zoo, Shared], ids=lambda build: build.__name__)
+    def test_zeros_stay_zero_and_the_outputs_come_nearer_than_by_any_gain(self, build):
+        dense, errors = seeded(build), {}
+        x = images(60)
+
+        def flat(out):
+            return torch.cat([part.flatten(1) for part in torch.utils._pytree.tree_leaves(out)], 1)
+
+        for method in ("channelwise", "refit"):
+            model = pruned_copy(dense)
+            masks = resuscitate.Masks.from_zeros(model)
+            resuscitate.repair(model, dense, x, method=method, skip_first=False)
+            assert resuscitate.Masks.from_zeros(model) == masks
+            with torch.no_grad():
+                errors[method] = float((flat(model(x)) - flat(dense(x))).square().mean())
+        assert errors["refit"] < 0.8 * errors["channelwise"]
+
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited, Zoo], ids=lambda build: build.__name__)
+    def test_both_walks_and_any_batches_agree(self, build):
+        dense, results = seeded(build), []
+        for size in (48, 1, 7):
+            results.append(pruned_copy(dense))
+            assert resuscitate.repair(results[-1], dense, images(48), method="refit", batch_size=size).walk == "node"
+        results.append(pruned_copy(dense))
+        batches = list(images(48).split(10))
+        report = resuscitate.repair(results[-1], dense, batches, method="refit", forward_fn=lambda m, x: m(x))
+        assert report.walk == "prefix"
+        for other in results[1:]:
+            torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=1e-3, atol=2e-5)
+
+    @pytest.mark.parametrize("build", [Shared, Untraceable], ids=lambda build: build.__name__)
+    def test_networks_without_a_graph_are_refitted_too(self, build):
+        dense = seeded(build)
+        model = pruned_copy(dense)
+        report = resuscitate.repair(model, dense, images(40), method="refit")
+        assert report.walk == "prefix"
+        assert {row.action for row in report.layers} == {"refitted"}
+
+    def test_a_layer_is_fitted_on_what_the_repaired_network_gives_it(self):
+        dense, x = seeded(chain), images(40)
+        model = pruned_copy(dense)
+        weight = model[6].weight.detach().clone().flatten(1)
+        resuscitate.repair(model, dense, x, method="refit")
+        with torch.no_grad():
+            reads, wanted = model[:6](x), dense[:7](x)
+        found = fit(patch_moments(reads, wanted, PADDED), weight, weight != 0)
+        torch.testing.assert_close(model[6].weight.flatten(1).double(), found.weight, rtol=1e-3, atol=1e-5)
+        shift = dense[7].running_mean - model[7].running_mean
+        torch.testing.assert_close(shift.double(), found.bias, rtol=1e-3, atol=1e-5)
+
+    def test_a_transposed_convolution_is_given_its_gain(self):
+        dense = seeded(Zoo)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(40), method="refit")
+        rows = {row.name: row for row in report.layers}
+        assert rows["up"].action == "repaired"
+        assert rows["up"].gain
+        assert rows["depthwise"].action == rows["grouped"].action == rows["line"].action == "refitted"
+        assert rows["unused"].action == "left alone: no forward pass reaches it"
+
+    def test_a_torch_prune_mask_stays_that_mask(self):
+        dense = seeded(chain)
+        model = copy.deepcopy(dense)
+        prune.l1_unstructured(model[3], "weight", amount=0.6)
+        mask = model[3].weight_mask.clone()
+        plain = copy.deepcopy(dense)
+        with torch.no_grad():
+            plain[3].weight.copy_(model[3].weight)
+        for net in (model, plain):
+            resuscitate.repair(net, dense, images(40), method="refit")
+        assert torch.equal(model[3].weight_mask, mask)
+        torch.testing.assert_close(model[3].weight, plain[3].weight)
+
+    def test_the_report_says_what_was_explained(self):
+        dense = seeded(chain)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(60), method="refit")
+        for row in report.layers:
+            assert row.action == "refitted"
+            assert 0 < row.explained <= 1 + 1e-6
+            assert row.variance_after == pytest.approx(1, abs=0.2)
+
+    def test_undo_brings_everything_back(self):
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        resuscitate.repair(model, dense, images(), method="refit").undo()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_nan_is_refused_with_the_layer_and_the_batch(self):
+        dense, x = seeded(chain), images()
+        x[13] = torch.nan
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(NonFiniteError, match="layer '0': batch 1"):
+            resuscitate.repair(model, dense, x, method="refit", batch_size=10)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_it_needs_the_dense_model_itself_in_sequence(self):
+        dense = seeded(chain)
+        statistics = resuscitate.DenseStatistics.measure(dense, images())
+        for target, options in ((statistics, {}), ("running", {}), (None, {}), (dense, {"schedule": "parallel"})):
+            with pytest.raises(ValueError, match="pass dense as a model, schedule='sequential'"):
+                resuscitate.repair(pruned_copy(dense), target, images(), method="refit", **options)
+        with pytest.raises(ValueError, match="always fits the bias"):
+            resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", bias=False)
+        with pytest.raises(ValueError, match="ridge=-1 must be at least 0"):
+            resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", ridge=-1)
