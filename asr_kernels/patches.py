@@ -110,7 +110,7 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
     xx = x.new_empty(G, C, taps, R, C, taps, R, dtype=torch.float64)
     xy = x.new_empty(G, C, taps, R, wanted.shape[1], dtype=torch.float64)
     sums = x.new_empty(G, C, taps, R, dtype=torch.float64)
-    by_row = columns.sum(-1, dtype=torch.float64)
+    by_row = columns.sum(-1).double()
     blocks: dict[tuple[int, int], Tensor] = {}
     for i in range(taps):
         mine = read(i, 0, rows)
@@ -131,7 +131,7 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
     count = rows * columns.shape[-1]
     K = C * taps * R
     sums, xy = sums.view(G, K), xy.view(G, K, -1)
-    left = wanted.sum((2, 3), dtype=torch.float64)  # what rounding left of the mean
+    left = wanted.sum((2, 3)).double()  # what rounding left of the mean
     mean = sums / count + shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
     return PatchMoments(
         count,
@@ -139,7 +139,7 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
         target.view(G, -1) + left / count,
         torch.baddbmm(xx.view(G, K, K), sums[:, :, None], sums[:, None, :], alpha=-1 / count),
         torch.baddbmm(xy, sums[:, :, None], left[:, None, :], alpha=-1 / count),
-        wanted.square().sum((2, 3), dtype=torch.float64) - left.square() / count,
+        torch.linalg.vector_norm(wanted, dim=(2, 3)).double().square() - left.square() / count,
     )
 
 
