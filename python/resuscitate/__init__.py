@@ -4,6 +4,7 @@ report = resuscitate.repair(model, dense, calibration, method="asr")
 """
 
 from .batchnorm import fold_batchnorm, recalibrate_batchnorm
+from .compress import CompressReport, compress
 from .damage import LayerDamage, damage
 from .maps import RecoverabilityMap
 from .masks import Masks
@@ -16,6 +17,7 @@ from .targets import DenseStatistics
 __version__ = "0.1.0"
 __all__ = [
     "Accuracy",
+    "CompressReport",
     "DenseStatistics",
     "LayerDamage",
     "LayerReport",
@@ -25,6 +27,7 @@ __all__ = [
     "Repairability",
     "Shrinkage",
     "allocate",
+    "compress",
     "damage",
     "fold_batchnorm",
     "recalibrate_batchnorm",

@@ -1,20 +1,12 @@
 """Autocast and memory formats: the repair stays what it is."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import resuscitate
-from resuscitate.calibration import load_images, load_labels
-from resuscitate.models import resnet20
 from tests.networks import Residual, Untraceable, chain, images, pruned_copy, seeded
-
-DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-NORMALISED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.mark.parametrize("build", [chain, Residual, Untraceable], ids=lambda b: b.__name__)
@@ -38,18 +30,6 @@ def test_other_precisions_are_refused_before_anything_is_read():
         resuscitate.repair(pruned_copy(dense), dense, iter(()), dtype="int8")
 
 
-@pytest.fixture(scope="module")
-def real():
-    """The trained ResNet-20, unlabelled images to repair from, and labelled ones to test on."""
-    if not (DATA / "cifar10_resnet20.safetensors").exists():
-        pytest.skip("needs the trained networks and images")
-    dense = resnet20().eval()
-    dense.load_state_dict(load_file(DATA / "cifar10_resnet20.safetensors"))
-    calibration = load_images(DATA / "cifar10_jpeg_train.npz", max_samples=256, **NORMALISED)
-    test = DATA / "cifar10_jpeg_test.npz"
-    return dense, calibration, load_images(test, max_samples=2000, **NORMALISED), load_labels(test, max_samples=2000)
-
-
 @pytest.mark.real_data
 @pytest.mark.slow
 def test_bf16_and_channels_last_keep_the_accuracy_within_half_a_point(real):
@@ -60,11 +40,7 @@ def test_bf16_and_channels_last_keep_the_accuracy_within_half_a_point(real):
     def accuracy(memory_format=torch.contiguous_format, **options):
         model, original = (copy.deepcopy(m).to(memory_format=memory_format) for m in (pruned, dense))
         resuscitate.repair(model, original, calibration, method="channelwise", **options)
-        with torch.no_grad():
-            hits = sum(
-                int((model(x).argmax(1) == y).sum()) for x, y in zip(test.split(500), labels.split(500), strict=True)
-            )
-        return 100 * hits / len(labels)
+        return resuscitate.Accuracy(test, labels)(model)
 
     plain = accuracy()
     assert plain > 70  # from 54 without a repair

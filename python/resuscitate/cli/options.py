@@ -32,6 +32,13 @@ def parse_prior(text: str) -> str | float:
         return text
 
 
+def parse_steps(text: str | int) -> int | list[float]:
+    """A number of steps, or the sparsities to stop at."""
+    if isinstance(text, int) or text.isdecimal():
+        return int(text)
+    return parse_numbers(text)
+
+
 def parse_densities(given: list[str] | None) -> dict[str, float] | None:
     """GLOB=DENSITY, any number of times."""
     found = {}

@@ -125,14 +125,20 @@ def test_the_command_line_has_the_choices_of_the_library():
             {"model", "dense", "output", "test", "test_samples", "mean", "std", "size", "plot", "damage"},
             {"evaluate", "forward_fn", "resume", "progress", "chance"},
         ),
+        (
+            resuscitate.compress,
+            {"dense", "output", "masks", "report", "mean", "std", "size"},
+            {"forward_fn", "progress"},
+        ),
     ],
-    ids=["repair", "prune", "map"],
+    ids=["repair", "prune", "map", "compress"],
 )
 def test_options_are_named_and_preset_like_the_keywords(function, own, programmatic):
     commands = {
         resuscitate.repair: cli.repair.repair,
         resuscitate.sparsify: cli.prune.prune,
         resuscitate.recoverability: cli.map.map_,
+        resuscitate.compress: cli.compress.compress,
     }
     options = inspect.signature(commands[function]).parameters
     keywords = inspect.signature(function).parameters
@@ -153,5 +159,5 @@ def test_help_and_version():
     assert command("--version").stdout == f"resuscitate {resuscitate.__version__}\n"
     for words in (["--help"], ["repair", "-h"]):
         assert "Usage" in invoke(*words).stdout
-    for name in ("demo", "prune", "repair", "stats", "map"):
+    for name in ("demo", "prune", "repair", "compress", "stats", "map"):
         assert name in invoke("--help").stdout

@@ -1,7 +1,9 @@
 """`resuscitate prune`: what it writes, what it prints."""
 
 import json
+from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 import resuscitate
@@ -70,3 +72,17 @@ class TestPrune:
         words = ["--densities", "conv1", "-o", "out.safetensors"]
         done = invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", *words, code=2)
         assert "'conv1' is not GLOB=DENSITY" in unframed(done.stderr)
+
+
+class TestCompress:
+    @pytest.mark.parametrize(("words", "steps"), [([], 7), (["--steps", 2], 2), (["--steps", "0.4,0.6"], [0.4, 0.6])])
+    def test_writes_what_compress_does(self, user, words, steps):
+        files = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "out.safetensors", "--report", "run.json"]
+        done = invoke("compress", "-m", MODEL, "--sparsity", 0.6, *files, "--masks", "masks.safetensors", *words)
+        expected = loaded("dense.safetensors")
+        report = resuscitate.compress(expected, 0.6, load_images("images.npz"), steps=steps)
+        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert resuscitate.Masks.load("masks.safetensors") == report.masks
+        written = json.loads(Path("run.json").read_text())
+        assert [step["sparsity"] for step in written["steps"]] == report.sparsities
+        assert "written to out.safetensors" in done.stdout

@@ -1,0 +1,85 @@
+"""`resuscitate compress`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+from .app import app, options_of, show
+from .inputs import build_model, check_runs, describe_images, read_images
+from .options import (
+    BatchSize,
+    Calibration,
+    Device,
+    Exclude,
+    Include,
+    MaxSamples,
+    Mean,
+    Model,
+    Output,
+    Precision,
+    Seed,
+    Size,
+    Std,
+    opt,
+    parse_densities,
+    parse_steps,
+)
+from .prune import Allocation
+
+
+@app.command()
+def compress(
+    model: Model,
+    dense: Annotated[Path, opt("The trained weights: .safetensors, .pt or .pth.")],
+    calibration: Calibration,
+    output: Output,
+    sparsity: Annotated[float, opt("Fraction of the weights that goes, such as 0.9.")],
+    allocation: Annotated[Allocation, opt("How it is shared out over the layers.")] = "global",
+    pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
+    steps: Annotated[Any, opt("How many, or where to stop: 0.5,0.8,0.9.", parser=parse_steps, metavar="STEPS")] = 7,
+    densities: Annotated[list[str] | None, opt("Layers to keep that much of: GLOB=DENSITY; repeatable.")] = None,
+    min_per_layer: Annotated[int, opt("Weights that stay in each layer.", min=0)] = 1,
+    min_per_channel: Annotated[int, opt("Weights that stay in each output channel.", min=0)] = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    ridge: Annotated[float, opt("The pull towards the weights as they are.")] = 1e-2,
+    max_samples: MaxSamples = None,
+    batch_size: BatchSize = 128,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    dtype: Precision = None,
+    device: Device = None,
+    memory: Annotated[str | None, opt("For images and activations: 4GiB; default: half of what is free.")] = None,
+    scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
+    resume: Annotated[Path | None, opt("Folder of journals: a killed run goes on from it.")] = None,
+    seed: Seed = 0,
+    masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
+    report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
+) -> None:
+    """Prune in steps, and refit the rest after each from unlabelled images."""
+    options = options_of(locals())
+    from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
+    from ..compress import compress as run
+
+    for path in filter(None, (output, masks, report)):
+        check_writable(path)
+    fixed = parse_densities(densities)
+    network = build_model(model)
+    load_weights(network, dense)
+    images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
+    check_runs(network, images, calibration, device)
+    names = set(run.__kwdefaults__ or ()) & set(options) - {"densities"}
+    done = run(network, sparsity, images, densities=fixed, **{name: options[name] for name in names})
+    made_by = provenance("compress", options)
+    with ExitStack() as stack:
+        if report is not None:
+            document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
+            stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
+        if masks is not None:
+            done.masks.save(masks, made_by)
+        write_state_dict(output, network.state_dict(), made_by)
+    show(done, describe_images(measured), f"written to {output}")

@@ -1,0 +1,165 @@
+"""Compression without labels: prune a little, refit what is left, prune the refitted weights a little more."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .calibration import is_held, read_batches
+from .errors import CalibrationError
+from .layers import Selector, unwrap
+from .masks import Masks
+from .progress import track
+from .refit import RIDGE
+from .repair import repair
+from .report import RepairReport
+from .sparsify import sparsify
+from .sparsify.allocation import check_sparsity
+from .state import Snapshot
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+log = logging.getLogger("resuscitate")
+FIRST = 0.5  # what a network bears without a step of its own
+
+
+@dataclass
+class CompressReport:
+    """What `compress` did: the sparsity after each step, and the report of the refit that followed it.
+
+    `masks` are those of the last step. `seconds` is the time of all.
+    """
+
+    sparsities: list[float]
+    steps: list[RepairReport]
+    masks: Masks
+    seconds: float = 0.0
+    _undo: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The rows of the last refit."""
+        return self.steps[-1].layers
+
+    def undo(self) -> None:
+        """Put the model back as it was given, bit for bit. Raises RuntimeError the second time."""
+        if self._undo is None:
+            raise RuntimeError("this compression has been undone already")
+        self._undo()
+        self._undo = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        steps = [{"sparsity": s, **report.to_dict()} for s, report in zip(self.sparsities, self.steps, strict=True)]
+        return {"steps": steps, "masks": [row._asdict() for row in self.masks.table()], "seconds": self.seconds}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        table = Table("step", box=None, header_style="bold")
+        for title in ("sparsity", "explained by the refit", "seconds"):
+            table.add_column(title, justify="right")
+        for index, (sparsity, report) in enumerate(zip(self.sparsities, self.steps, strict=True)):
+            shares = [layer.explained for layer in report.layers if layer.explained is not None]
+            mean = f"{sum(shares) / len(shares):.3f}" if shares else ""
+            table.add_row(str(index + 1), f"{sparsity:.2%}", mean, f"{report.seconds:.2f}")
+        yield table
+        yield self.masks
+        yield f"{self.steps[-1].images} images, {self.seconds:.2f} s"
+
+
+def compress(
+    model: nn.Module,
+    sparsity: float,
+    calibration: Any,
+    *,
+    allocation: str = "global",
+    pattern: str = "unstructured",
+    steps: int | Sequence[float] = 7,
+    densities: Mapping[str, float] | None = None,
+    min_per_layer: int = 1,
+    min_per_channel: int = 0,
+    include: Iterable[Selector] | Selector | None = None,
+    exclude: Iterable[Selector] | Selector | None = None,
+    ridge: float = RIDGE,
+    max_samples: int | None = None,
+    batch_size: int = 128,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    memory: int | str | None = None,
+    scratch: str | Path | None = None,
+    resume: str | Path | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> CompressReport:
+    """Prune `model` to a sparsity in steps, and refit it after each to what it was, in place; returns what was done.
+
+    The model as given is the dense target. No labels, no gradients. All or nothing: when an error is raised, every
+    tensor is as it was.
+
+    Args:
+        sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
+            "rr" is measured anew in each step.
+        calibration, ridge, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, seed, progress: as in
+            `repair` with method "refit". The images are read once.
+        steps: how many, or the sparsities to stop at, ascending, the last of which is `sparsity`. A number of steps
+            begins at `FIRST` and keeps the same fraction of the weights in each step from there on.
+        resume: a folder for the journals of the steps. A run that was killed goes on from them; delete it once the
+            result is saved.
+
+    Raises what `sparsify` and `repair` raise; ValueError for steps that do not ascend to `sparsity`.
+    """
+    started = time.perf_counter()
+    model, stops = unwrap(model), schedule(sparsity, steps)
+    if calibration is None:
+        raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
+    source = read_batches(calibration, max_samples=max_samples, batch_size=batch_size, raw=forward_fn is not None)
+    # read once for all steps; a loader may hand out the same memory again and again
+    batches = list(source if is_held(calibration) else map(copy.deepcopy, source))
+    dense, folder = copy.deepcopy(model), None if resume is None else Path(resume)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
+    pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
+    pruning |= {"include": include, "exclude": exclude, "calibration": batches if allocation == "rr" else None}
+    fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "batch_size": batch_size, "forward_fn": forward_fn}
+    fitting |= {"dtype": dtype, "device": device, "memory": memory, "scratch": scratch, "seed": seed}
+    reports: list[RepairReport] = []
+    with Snapshot(model) as snapshot:
+        for index, stop in enumerate(track(stops, "compress", len(stops), progress)):
+            masks = sparsify(model, stop, **pruning)
+            journal = None if folder is None else folder / f"step-{index + 1}.journal"
+            reports.append(repair(model, dense, batches, **fitting, resume=journal, progress=False))
+            reports[-1]._undo = None  # only the whole is undone
+            log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
+        snapshot.forget_unchanged()
+    return CompressReport(stops, reports, masks, time.perf_counter() - started, snapshot.restore)
+
+
+def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:
+    """The sparsities to stop at: from `FIRST` on, the same fraction of the weights stays in each step.
+
+    Raises TypeError or ValueError for a sparsity or steps that are none.
+    """
+    check_sparsity(sparsity)
+    if not isinstance(steps, int):
+        stops = [check_sparsity(stop) for stop in steps]
+        if not stops or stops != sorted(set(stops)) or stops[-1] != sparsity:
+            raise ValueError(f"steps={stops} must ascend to sparsity={sparsity}, the last of them")
+        return stops
+    if isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1, or the sparsities to stop at")
+    if sparsity <= FIRST or steps == 1:
+        return [sparsity]
+    kept = (1 - sparsity) / (1 - FIRST)
+    return [1 - (1 - FIRST) * kept ** (index / (steps - 1)) for index in range(steps - 1)] + [sparsity]

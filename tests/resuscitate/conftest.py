@@ -1,0 +1,25 @@
+"""Real networks and images, for the tests that are marked so."""
+
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from resuscitate.calibration import load_images, load_labels
+from resuscitate.models import resnet20
+
+DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+NORMALISED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The trained ResNet-20, unlabelled images to repair from, and labelled ones to test on."""
+    if not (DATA / "cifar10_resnet20.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    dense = resnet20().eval()
+    dense.load_state_dict(load_file(DATA / "cifar10_resnet20.safetensors"))
+    calibration = load_images(DATA / "cifar10_jpeg_train.npz", max_samples=256, **NORMALISED)
+    test = DATA / "cifar10_jpeg_test.npz"
+    return dense, calibration, load_images(test, max_samples=2000, **NORMALISED), load_labels(test, max_samples=2000)

@@ -1,0 +1,169 @@
+"""Compression in steps: the schedule, the budget, all or nothing, and going on after a kill."""
+
+import copy
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import resuscitate
+from resuscitate import compress
+from resuscitate.compress import schedule
+from tests.networks import Residual, chain, images, seeded
+
+
+def same(a, b):
+    x, y = a.state_dict(), b.state_dict()
+    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
+
+
+class TestSchedule:
+    @given(sparsity=st.floats(0, 0.999), steps=st.integers(1, 12))
+    def test_it_ascends_to_the_sparsity_in_at_most_so_many_steps(self, sparsity, steps):
+        stops = schedule(sparsity, steps)
+        assert stops == sorted(stops)
+        assert stops[-1] == sparsity
+        assert len(stops) == (1 if sparsity <= 0.5 else steps)
+        assert len(stops) == 1 or stops[0] == 0.5
+
+    def test_each_step_keeps_the_same_fraction(self):
+        kept = [1 - stop for stop in schedule(0.9, 5)]
+        assert [b / a for a, b in pairwise(kept)] == pytest.approx([0.2**0.25] * 4)
+
+    def test_stops_may_be_given(self):
+        assert schedule(0.8, [0.3, 0.6, 0.8]) == [0.3, 0.6, 0.8]
+        for wrong in ([], [0.6, 0.3, 0.8], [0.3, 0.9], [0.8, 0.8]):
+            with pytest.raises(ValueError, match=r"must ascend to sparsity=0\.8"):
+                schedule(0.8, wrong)
+        for wrong in (0, -1, True):
+            with pytest.raises(ValueError, match="must be at least 1"):
+                schedule(0.8, wrong)
+        with pytest.raises(TypeError, match="give a float"):
+            schedule(1, 3)
+
+
+class TestCompress:
+    @pytest.mark.parametrize("allocation", ["global", "erk", "rr"])
+    def test_it_is_pruning_and_refitting_in_turn(self, allocation):
+        model = seeded(Residual)
+        by_hand, dense = copy.deepcopy(model), copy.deepcopy(model)
+        report = compress(model, 0.8, images(40), allocation=allocation, steps=3)
+        for stop in schedule(0.8, 3):
+            masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, calibration=images(40))
+            resuscitate.repair(by_hand, dense, images(40), method="refit")
+        assert same(model, by_hand)
+        assert report.masks == masks == resuscitate.Masks.from_zeros(model)
+        assert report.sparsities == schedule(0.8, 3)
+
+    def test_floors_densities_patterns_and_selections_hold_to_the_end(self):
+        model = seeded(chain)
+        options = {"densities": {"3": 0.5}, "exclude": "11", "min_per_channel": 2}
+        masks = compress(model, 0.75, images(40), steps=3, **options).masks
+        assert set(masks) == {"0", "3", "6"}
+        assert masks["3"].float().mean() == 0.5
+        assert masks["6"].flatten(1).sum(1).min() >= 2
+        filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
+        assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
+
+    def test_images_are_read_once(self):
+        reads = []
+
+        def loader():
+            reads.append(1)
+            yield from images(20).split(5)
+
+        compress(seeded(chain), 0.8, loader, steps=3)
+        assert len(reads) == 1
+
+    def test_the_report_can_be_read_and_undone(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        report = compress(model, 0.8, images(), steps=3)
+        assert [step["sparsity"] for step in report.to_dict()["steps"]] == report.sparsities
+        assert report.layers[0].action == "refitted"
+        assert not same(model, before)
+        report.undo()
+        assert same(model, before)
+        with pytest.raises(RuntimeError, match="undone already"):
+            report.undo()
+
+
+class TestAllOrNothing:
+    def test_a_failure_in_the_last_step_leaves_the_model_as_it_was(self, monkeypatch):
+        model = seeded(chain).train()
+        before, calls = copy.deepcopy(model), []
+        module = sys.modules["resuscitate.compress"]
+        original = module.repair
+
+        def fail_at_the_third(*args, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError("disk gone")
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, "repair", fail_at_the_third)
+        with pytest.raises(OSError, match="disk gone"):
+            compress(model, 0.8, images(), steps=3)
+        assert same(model, before)
+        assert model.training
+
+    def test_what_cannot_be_is_refused_and_nothing_is_changed(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        for options, message in (
+            ({"allocation": "magic"}, "unknown allocation"),
+            ({"pattern": "2:4"}, "keeps 2 of 4"),
+            ({"steps": 0}, "must be at least 1"),
+            ({"min_per_layer": 10**6}, "lower the floor"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                compress(model, 0.8, images(), **options)
+        with pytest.raises(ValueError, match="calibration is missing"):
+            compress(model, 0.8, None)
+        assert same(model, before)
+
+
+def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
+    undisturbed = seeded(chain)
+    compress(undisturbed, 0.8, images(), steps=3)
+    module = sys.modules["resuscitate.corrections"]
+    original, fits = module.fit, []
+
+    def killed_at_the_sixth(*args, **options):
+        fits.append(1)
+        if len(fits) == 6:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    model = seeded(chain)
+    monkeypatch.setattr(module, "fit", killed_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
+    report = compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
+    assert len(fits) == 6 + 3 * 4 - 5  # nothing is fitted twice but for the one that was interrupted
+    assert [step.resumed for step in report.steps] == [4, 1, 0]
+    assert same(model, undisturbed)
+
+
+def test_a_model_that_is_one_layer_is_compressed_too():
+    model = nn.Sequential(nn.Linear(6, 4))
+    assert compress(model, 0.75, torch.randn(50, 6), steps=2).masks.sparsity == 0.75
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_on_a_real_network_a_refit_goes_far_beyond_batchnorm_and_steps_beyond_a_refit(real):
+    dense, calibration, test, labels = real
+    calibration, score = calibration[:128], resuscitate.Accuracy(test[:1000], labels[:1000])
+    pruned = copy.deepcopy(dense)
+    resuscitate.sparsify(pruned, 0.9, allocation="erk")
+    by_batchnorm, by_refit, by_steps = copy.deepcopy(pruned), copy.deepcopy(pruned), copy.deepcopy(dense)
+    resuscitate.repair(by_batchnorm, calibration=calibration, method="bn")
+    resuscitate.repair(by_refit, dense, calibration, method="refit")
+    compress(by_steps, 0.9, calibration, allocation="erk", steps=3)
+    assert score(by_refit) > score(by_batchnorm) + 20
+    assert score(by_steps) > score(by_refit) + 2
