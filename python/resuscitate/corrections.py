@@ -27,7 +27,7 @@ from .layers import (
     stored_weight,
 )
 from .network import Network
-from .refit import fit
+from .refit import blocks, by_block, fit, whole
 from .report import LayerReport, RepairReport
 from .stops import Calls, Visit
 
@@ -74,10 +74,13 @@ class Corrector:
             if visit.patches is None:
                 row.action = "left alone: these images never reach it"
             else:
-                weight = effective_weight(name, layer).flatten(1)
-                found = fit(visit.patches, weight, weight != 0, ridge=ridge)
+                weight, count = effective_weight(name, layer), blocks(layer)
+                parts = by_block(weight, count).flatten(1)
+                found = fit(visit.patches, parts, parts != 0, ridge=ridge)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
-                tensors = {"weight": found.weight, "bias": found.bias}
+                row.action += f" in {count} blocks of inputs" if count > 1 else ""
+                bias = found.bias.view(count, -1).sum(0)
+                tensors = {"weight": whole(found.weight, weight.shape, count).contiguous(), "bias": bias}
             self.journal.add(name, tensors, asdict(row))
         self.report.layers.append(row)
         if tensors:
@@ -157,7 +160,7 @@ def write_correction(
 def write_weights(
     name: str, module: nn.Module, new: Tensor, bias: Tensor, batchnorm: _BatchNorm | None
 ) -> ShiftInto | None:
-    """Give the layer new weights where it has any: `new` is float64 (O, K), `bias` (O,); zeros stay zero.
+    """Give the layer new weights where it has any: `new` is float64, in its shape, `bias` (O,); zeros stay zero.
 
     Returns what took the bias, as `write_correction` does for a shift, and raises as it does.
     """

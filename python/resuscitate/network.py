@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from .errors import LayerError, NonFiniteError
-from .layers import LAYERS, channel_dim, window_of
+from .layers import LAYERS, channel_dim
+from .refit import moments_of
 
 # error allowed in a measured variance: far below that of any sample of images, and it saves time on a CPU
 TOLERANCE = 1e-5
@@ -83,13 +84,14 @@ class Network:
         self.check_tensor(name, x)
         return ak.channel_moments(x, self.axis(name), running=running, tolerance=TOLERANCE)
 
-    def patches(self, name: str, batch: int, x: Any, wanted: Any) -> ak.PatchMoments:
-        """Patch moments of what a layer reads and what it is to put out. Raises LayerError, NonFiniteError."""
-        window = window_of(self.modules[name])
-        assert window is not None
+    def patches(self, name: str, batch: int, x: Any, dense: Network, wanted: Any) -> ak.PatchMoments:
+        """Patch moments of what a layer reads, and of what the dense network wants (see `refit.moments_of`).
+
+        Raises LayerError, NonFiniteError.
+        """
         self.check_tensor(name, x)
         self.check_tensor(name, wanted)
-        found = ak.patch_moments(x, wanted, window)
+        found = moments_of(self.modules[name], dense.modules[name], x, wanted)
         check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
         check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
         return found

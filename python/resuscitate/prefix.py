@@ -51,8 +51,8 @@ def prefix_walk(
         visit, last = Visit(stop.name, dense=wanted.get(stop.name, [])), (stop.name, wiring.calls[stop.name])
         for index, batch in enumerate(batches.head(stop.batches)):
             if stop.refit and dense is not None:
-                for x, y in _reads_and_wanted(dense, pruned, batch, last):
-                    visit.patches = merge_patches(visit.patches, pruned.patches(stop.name, index, x, y))
+                for x, y in _reads_and_wanted(dense, pruned, batch, last, stop.wide):
+                    visit.patches = merge_patches(visit.patches, pruned.patches(stop.name, index, x, dense, y))
             elif stop.paired and dense is not None:
                 pairs = _pair_batch(dense, pruned, batch, index, last)
                 visit.pairs = merge_calls(visit.pairs, pairs)
@@ -115,19 +115,29 @@ def _measure_batch(
 
 
 def _reads_and_wanted(
-    dense: Network, pruned: Network, batch: Any, last: tuple[str, int]
+    dense: Network, pruned: Network, batch: Any, last: tuple[str, int], wide: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """What one layer reads in the pruned network, and what it puts out in the dense one, call by call."""
-    name, wanted, reads = last[0], list[Tensor](), list[Tensor]()
-    _run(dense, batch, [name], lambda _, y: wanted.append(y.clone()), last)
-    keep = pruned.modules[name].register_forward_pre_hook(lambda module, args: reads.append(args[0].clone()))
-    try:
-        _run(pruned, batch, [name], lambda _, x: None, last)
-    finally:
-        keep.remove()
+    """What one layer reads in the pruned network, and what it puts out (`wide`: reads) in the dense one, by call."""
+    name, wanted = last[0], list[Tensor]()
+    if wide:
+        wanted = _reads(dense, batch, last)
+    else:
+        _run(dense, batch, [name], lambda _, y: wanted.append(y.clone()), last)
+    reads = _reads(pruned, batch, last)
     if len(reads) != len(wanted):
         raise ModelMismatchError(f"layer {name!r} runs {len(reads)} times in the model, {len(wanted)} in the dense one")
     return list(zip(reads, wanted, strict=True))
+
+
+def _reads(net: Network, batch: Any, last: tuple[str, int]) -> list[Tensor]:
+    """What one layer reads, call by call."""
+    found: list[Tensor] = []
+    keep = net.modules[last[0]].register_forward_pre_hook(lambda module, args: found.append(args[0].clone()))
+    try:
+        _run(net, batch, [last[0]], lambda _, x: None, last)
+    finally:
+        keep.remove()
+    return found
 
 
 def _pair_batch(

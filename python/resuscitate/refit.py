@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from asr_kernels import PatchMoments
+from asr_kernels import PatchMoments, Window, patch_moments
+
+from .layers import effective_weight, stored_bias, window_of, with_weight
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
+WIDEST = 8192  # values of a patch: their second moments take half a GiB
 # padded systems are solved together as long as they take no more than this
 SOLVE_BYTES = 256 << 20
+
+
+def blocks(layer: Any) -> int:
+    """Into how many blocks of input channels a layer is cut, so that none has patches of more than `WIDEST` values."""
+    channels, values = layer.weight.shape[1], layer.weight[0].numel()
+    if getattr(layer, "groups", 1) > 1:
+        return 1
+    return next(n for n in range(1, channels + 1) if channels % n == 0 and (values <= WIDEST * n or n == channels))
+
+
+def by_block(weight: Tensor, count: int) -> Tensor:
+    """(O, C, ...) as (count * O, C / count, ...): what each block of input channels adds to each output."""
+    return weight.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def whole(weight: Tensor, shape: torch.Size, count: int) -> Tensor:
+    """`by_block` undone: (count * O, K / count) in the shape (O, C, ...) of the layer's weight."""
+    return weight.unflatten(0, (count, -1)).transpose(0, 1).reshape(shape)
+
+
+def contributions(layer: nn.Module, x: Tensor, count: int) -> Tensor:
+    """What each block of input channels adds to the output, (N, count * O, ...); the first adds the bias too."""
+    weight, old = by_block(effective_weight("", layer), count), stored_bias("", layer)
+    bias = None if old is None else torch.cat([old, old.new_zeros(len(weight) - len(old))])
+    if isinstance(layer, nn.Linear):
+        return nn.functional.conv1d(x.reshape(-1, x.shape[-1], 1), weight[:, :, None], bias, groups=count)
+    double: Any = with_weight(layer, weight)
+    double._parameters["bias"] = bias
+    double.groups, double.out_channels = count, len(weight)
+    return double(x)
+
+
+def moments_of(layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor) -> PatchMoments:
+    """What `fit` needs of one batch: `x` is what the layer reads; `wanted` the output of the dense one.
+
+    Where the layer is cut into blocks, `wanted` is what the dense one *reads*: each block is to add what the same block
+    adds in the dense layer, which leaves what they could do for one another unused.
+    """
+    window, count = window_of(layer), blocks(layer)
+    assert window is not None
+    if count > 1:
+        wanted = contributions(dense, wanted, count)
+        if isinstance(layer, nn.Linear):
+            x, window = x.reshape(-1, x.shape[-1], 1), Window((1,), (1,), ((0, 0),), (1,))
+        window = replace(window, groups=count)
+    return patch_moments(x, wanted, window)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .matching import copy_statistics, layers_to_repair, matching_layers
 from .network import Network, as_dtype
 from .prefix import measure, screen
 from .progress import track
-from .refit import RIDGE
+from .refit import RIDGE, blocks
 from .report import RepairReport
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
@@ -238,7 +238,8 @@ def repair(
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
 
-        fitted = {name for name, layer in layers.items() if method == "refit" and window_of(layer) is not None}
+        fit = {name for name, layer in layers.items() if method == "refit" and window_of(layer) is not None}
+        wide = {name for name in fit if blocks(layers[name]) > 1}
         rule: Any = {"bn": "asr", "refit": "channelwise"}.get(method, method)
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
         corrector = Corrector(net, wiring, factors, report, journal)
@@ -254,7 +255,7 @@ def repair(
             for visit in visits + [Visit(name) for name in layers if name not in unknown]:
                 corrector.correct(visit, matched(visit))
         stops = [
-            Stop(name, 0 if name in journal.entries else gains, bool(others), correlations, name in fitted)
+            Stop(name, 0 if name in journal.entries else gains, bool(others), correlations, name in fit, name in wide)
             for name in layers
             if schedule == "sequential"
         ]
@@ -264,7 +265,7 @@ def repair(
             for visit in walk:
                 if visit.name not in journal.entries:
                     visit = ranks.merge(visit, net.device)
-                if visit.name in fitted:
+                if visit.name in fit:
                     corrector.refit(visit, ridge)
                 elif visit.name in layers:
                     corrector.correct(visit, matched(visit))

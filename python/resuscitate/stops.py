@@ -19,7 +19,8 @@ class Stop:
     """A module to measure, over the first `batches` batches: a layer's output, or what a BatchNorm reads.
 
     `dense`: in the dense network too; `paired`: with the covariances of the two; `refit`: not its output but what it
-    reads, with the dense output. No batches: only to be passed, so that what is known already can be corrected.
+    reads, with the dense output, or if it is `wide` with what the dense one reads. No batches: only to be passed, so
+    that what is known already can be corrected.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Stop:
     dense: bool = False
     paired: bool = False
     refit: bool = False
+    wide: bool = False
 
 
 @dataclass

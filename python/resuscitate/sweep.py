@@ -56,8 +56,8 @@ def node_walk(
             y = dense.advance(part, index, batches) if dense is not None and index < last_dense else None
             x = pruned.advance(part, index, batches)
             bar.advance(stop.name, batches.counts[index])
-            if index < stop.batches and stop.refit and y is not None:
-                visit.patches = merge_patches(visit.patches, pruned.net.patches(stop.name, index, x, y))
+            if index < stop.batches and stop.refit and dense is not None:
+                visit.patches = merge_patches(visit.patches, pruned.net.patches(stop.name, index, x, dense.net, y))
             elif index < stop.batches and stop.paired and y is not None:
                 pruned.net.check_tensor(stop.name, x)
                 pairs[index] = ak.paired_moments(y, x, pruned.net.axis(stop.name))
@@ -213,14 +213,15 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
 def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop], is_dense: bool) -> list[_Part]:
     """Cut the graph after each layer, and before each BatchNorm, where the walk stops; the rest is never run.
 
-    A layer that is to be refitted is cut before, in the pruned network: it runs when it has its new weights.
+    A layer that is to be refitted is cut before, in the pruned network: it runs when it has its new weights. One that
+    is wide is cut before in the dense network too.
     """
     nodes = list(graph.nodes)
     place = {str(node.target): index for index, node in enumerate(nodes) if node.op == "call_module"}
     sources, ends = [], []
     for stop in stops:
         node = nodes[place[stop.name]]
-        before = isinstance(net.modules[stop.name], _BatchNorm) or (stop.refit and not is_dense)
+        before = isinstance(net.modules[stop.name], _BatchNorm) or (stop.wide if is_dense else stop.refit)
         sources.append(node.all_input_nodes[0] if before else node)
         ends.append(place[stop.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}

@@ -1,18 +1,20 @@
 """Refitting: the least-squares solution on every support, and what a repair makes of it."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import resuscitate
 from asr_kernels import Window, patch_moments
 from resuscitate.errors import NonFiniteError
-from resuscitate.refit import fit
+from resuscitate.refit import blocks, by_block, contributions, fit, whole
 from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
@@ -58,12 +60,15 @@ class TestSolution:
 
     def test_the_ridge_pulls_towards_the_present_weights(self):
         moments, weight, _, _ = problem()
-        support, present = torch.ones_like(weight, dtype=torch.bool), torch.randn_like(weight)
+        support, present = torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight)
+        present[:, ::3] = 0.1
         distances = [
-            float((fit(moments, present, support, ridge=ridge, most=1.0).weight - present).norm())
-            for ridge in (1e-6, 1e-2, 1.0, 100.0, 1e8)
+            float((fit(moments, present, support, ridge=ridge, most=torch.inf).weight - present).norm())
+            for ridge in (1e-6, 1.0, 1e8)
         ]
         assert distances == sorted(distances, reverse=True)
+        weak = fit(moments, present, support, ridge=1e8, most=1.0)
+        assert weak.weight == pytest.approx(present, abs=1e-5)
 
     def test_the_variance_that_a_regression_loses_is_given_back_up_to_a_limit(self):
         moments, weight, _, _ = problem(noise=20.0)
@@ -217,3 +222,38 @@ class TestRepair:
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", bias=False)
         with pytest.raises(ValueError, match="ridge=-1 must be at least 0"):
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", ridge=-1)
+
+
+class TestWideLayers:
+    """A layer with more values in a patch than a second-moment matrix should have is fitted block by block."""
+
+    @pytest.mark.parametrize("build", [chain, Residual, Untraceable], ids=lambda build: build.__name__)
+    def test_blocks_come_nearer_than_any_gain_and_keep_the_zeros(self, build, monkeypatch):
+        monkeypatch.setattr(sys.modules["resuscitate.refit"], "WIDEST", 36)
+        dense, x, errors = seeded(build), images(60), {}
+        for method in ("channelwise", "refit"):
+            model = pruned_copy(dense)
+            masks = resuscitate.Masks.from_zeros(model)
+            report = resuscitate.repair(model, dense, x, method=method, skip_first=False)
+            assert resuscitate.Masks.from_zeros(model) == masks
+            with torch.no_grad():
+                a, b = (torch.utils._pytree.tree_leaves(net(x))[0] for net in (model, dense))
+            errors[method] = float((a - b).square().mean())
+        assert any(row.action.endswith("blocks of inputs") for row in report.layers)
+        assert errors["refit"] < errors["channelwise"]
+
+    @pytest.mark.parametrize("layer", [nn.Linear(12, 5), nn.Conv2d(6, 5, 3, padding=1), nn.Conv1d(6, 4, 3, bias=False)])
+    def test_the_contributions_of_all_blocks_are_the_output(self, layer):
+        shape = {nn.Linear: (7, 12), nn.Conv2d: (7, 6, 5, 5), nn.Conv1d: (7, 6, 9)}[type(layer)]
+        x = torch.randn(shape)
+        parts = contributions(layer, x, 3).unflatten(1, (3, -1)).sum(1)
+        torch.testing.assert_close(parts.view(layer(x).shape), layer(x))
+        weight = layer.weight.detach()
+        assert torch.equal(whole(by_block(weight, 3).flatten(1), weight.shape, 3), weight)
+
+    def test_a_layer_is_cut_only_where_it_must_be(self, monkeypatch):
+        assert blocks(nn.Conv2d(512, 512, 3)) == 1
+        assert blocks(nn.Linear(25088, 16)) == 4
+        assert blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
+        monkeypatch.setattr(sys.modules["resuscitate.refit"], "WIDEST", 4)
+        assert blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
