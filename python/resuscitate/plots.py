@@ -96,8 +96,8 @@ def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] 
     """Score against sparsity, a line for each allocation; a panel for each method (None: all but the baseline "bn").
 
     Thin lines are the baseline's, exact BatchNorm statistics alone. Shaded is the transition regime, where the
-    baseline has lost more than half of its lead over chance and the method has not, for the allocation in which it is
-    widest. Raises as `draw_demo` does, ValueError for a method that is not in the map.
+    baseline has lost more than half of its lead over chance and the method has not, of the allocation in which the
+    method holds longest. Raises as `draw_demo` does, ValueError for a method that is not in the map.
     """
     baseline = "bn" if "bn" in found.methods else None
     shown = list(methods or [method for method in found.methods if method not in ("none", baseline)] or found.methods)
@@ -123,7 +123,7 @@ def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str 
     for layer in layers.values():
         order = layer.variance.argsort(descending=True)
         places = order[torch.arange(width) * len(order) // width]
-        rows[0].append(layer.ratio[places].log2())
+        rows[0].append(layer.ratio[places].clamp(min=2.0**-20).log2())
         rows[1].append(layer.correlation[places])
     with _figure(path, 11, 1.6 + 0.2 * len(layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
@@ -154,10 +154,13 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
             thin = found.curve(allocation, baseline)
             axes.plot(list(thin), list(thin.values()), color=colour, linewidth=0.7, alpha=0.7)
     if baseline is not None and baseline != method:
-        regimes = [found.transition(allocation, method, baseline) for allocation in found.allocations]
-        widest = max(filter(None, regimes), key=lambda regime: regime.end - regime.start, default=None)
-        if widest is not None:
-            axes.axvspan(widest.start, widest.end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
+        regimes = {name: found.transition(name, method, baseline) for name in found.allocations}
+        held = {name: regime for name, regime in regimes.items() if regime is not None}
+        if held:
+            name, regime = max(held.items(), key=lambda item: item[1].end)
+            axes.axvspan(regime.start, regime.end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
+            middle = (regime.start + regime.end) / 2
+            axes.text(middle, 0.01, name, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
     axes.set_title(method, loc="left", fontweight="bold")
     axes.set_xlabel("sparsity")
     axes.spines[["top", "right"]].set_visible(False)
