@@ -27,6 +27,7 @@ COLOURS = {
     "sky": "#56B4E9",
     "green": "#009E73",
     "blue": "#0072B2",
+    "purple": "#CC79A7",
 }
 
 

@@ -58,7 +58,7 @@ def test_the_command_prints_a_table_and_draws_a_picture(tmp_path):
 
 def test_it_says_what_the_numbers_show():
     strong = printed(result(**{demo.BN_EXACT: 93.0, "ASR": 94.0}))
-    assert "At 95% sparsity the network is right in 10.0 % of cases instead of 98.0" in strong
+    assert f"At {demo.SHOWN_SPARSITY:.0%} sparsity the network is right in 10.0 % of cases instead of 98.0" in strong
     assert "the best repair, ASR, brings it to 94.0" in strong
     assert "Exact BatchNorm statistics alone reach 93.0, in itself a strong repair" in strong
     assert "strong repair" not in printed(result(**{demo.BN_EXACT: 40.0}))
@@ -105,8 +105,8 @@ def test_a_picture_that_could_not_be_written_stops_it_before_the_training(monkey
 
 
 def test_the_random_state_and_the_threads_stay_as_found(monkeypatch):
-    monkeypatch.setattr(demo, "SPARSITIES", (0.95,))
-    monkeypatch.setattr(demo, "METHODS", {demo.NO_REPAIR: {}, "ASR": demo.METHODS["ASR"]})
+    monkeypatch.setattr(demo, "SPARSITIES", (demo.SHOWN_SPARSITY,))
+    monkeypatch.setattr(demo, "METHODS", {demo.NO_REPAIR: {}, demo.SHOWN_METHOD: demo.METHODS[demo.SHOWN_METHOD]})
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     first, second = demo.run(seed=1, epochs=1, progress=False), demo.run(seed=1, epochs=1, progress=False)
     assert torch.get_num_threads() == threads
