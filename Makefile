@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline accuracy map bench gpu bench-repair bench-memory lint format clean
+.PHONY: help demo test headline accuracy map structured bench gpu bench-repair bench-memory lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -30,6 +30,9 @@ accuracy: $(READY) ## the accuracy table on real networks and images
 
 map: $(READY) ## where sparsity may go and which repair holds it; an hour, or less with ARGS='--workers 2'
 	@$(BIN)/python benchmarks/recoverability.py $(ARGS)
+
+structured: $(READY) ## channels out of real networks, and what comes back; ten minutes
+	@$(BIN)/python benchmarks/structured.py $(ARGS)
 
 bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 	@$(BIN)/python benchmarks/cpu_kernels.py $(ARGS)

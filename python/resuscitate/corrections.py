@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
+from .distributed import Ranks
 from .errors import LayerError, ModelMismatchError
 from .graph import Wiring
 from .journal import Journal
@@ -44,6 +45,7 @@ class Corrector:
     factors: Callable[[ak.ChannelMoments, ak.ChannelMoments], tuple[Tensor, Tensor]]
     report: RepairReport
     journal: Journal
+    ranks: Ranks = field(default_factory=Ranks)
 
     def correct(self, visit: Visit, wanted: Calls) -> None:
         """Bring one layer's outputs to what is wanted, in its weights and in the walk."""
@@ -76,7 +78,7 @@ class Corrector:
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
                 parts = by_block(weight, count).flatten(1)
-                found = fit(visit.patches, parts, parts != 0, ridge=ridge)
+                found = fit(visit.patches, parts, parts != 0, ridge=ridge, ranks=self.ranks)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
                 row.action += f" in {count} blocks of inputs" if count > 1 else ""
                 bias = found.bias.view(count, -1).sum(0)

@@ -90,6 +90,12 @@ class Ranks:
         """Sums over the ranks."""
         return torch.stack(self.gather(torch.tensor(numbers))).sum(0).tolist()
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's tensor, added up in the order of the ranks."""
+        if self.size == 1:
+            return tensor
+        return torch.stack(self.gather(tensor.flatten())).sum(0).view(tensor.shape).to(tensor.device)
+
     def broadcast(self, content: bytes, source: int = 0) -> bytes:
         """One rank's bytes, on all of them."""
         own = content if self.rank == source or self.size == 1 else b""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from asr_kernels import PatchMoments, Window, patch_moments
 
+from .distributed import Ranks
 from .layers import effective_weight, stored_bias, window_of, with_weight
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
@@ -82,7 +83,13 @@ class Fit:
 
 
 def fit(
-    moments: PatchMoments, weight: Tensor, support: Tensor, *, ridge: float = RIDGE, most: float = MOST_GAIN
+    moments: PatchMoments,
+    weight: Tensor,
+    support: Tensor,
+    *,
+    ridge: float = RIDGE,
+    most: float = MOST_GAIN,
+    ranks: Ranks | None = None,
 ) -> Fit:
     """Least squares on the supports, pulled towards the present weights, with the lost variance given back.
 
@@ -93,8 +100,9 @@ def fit(
         b = mean(y) - w_S' mean(x_S)
 
     Where a layer's inputs do not vary its weights stay. Channels that share a support share a factor; the others are
-    solved in padded batches.
+    solved in padded batches. `ranks`, which all have the same moments, solve for some of the channels each.
     """
+    ranks = Ranks() if ranks is None else ranks
     groups, K = moments.mean.shape
     count, channels = max(moments.count, 1), len(weight)
     c, w0 = moments.xx / count, weight.double() * support
@@ -102,7 +110,8 @@ def fit(
     cross, wanted = (moments.xy / count).mT.reshape(channels, K), moments.yy.view(-1) / count
     rho = ridge * c.diagonal(dim1=1, dim2=2).mean(1)
     systems = _Systems(c, rho, group, support, cross + rho[group, None] * w0)
-    w = torch.where((c.diagonal(dim1=1, dim2=2) != 0).any(1)[group, None], systems.solutions(), w0)
+    solutions = ranks.add(systems.solutions(ranks.rank, ranks.size))
+    w = torch.where((c.diagonal(dim1=1, dim2=2) != 0).any(1)[group, None], solutions, w0)
 
     def variance(w: Tensor) -> Tensor:
         return (w.view(groups, -1, K) @ c).view(channels, K).mul_(w).sum(1)
@@ -130,14 +139,15 @@ class _Systems:
     support: Tensor
     right: Tensor
 
-    def solutions(self) -> Tensor:
-        """w, (O, K), zero outside of the supports."""
+    def solutions(self, part: int, parts: int) -> Tensor:
+        """w, (O, K), zero outside of the supports, and for all channels that are not in this part of the work."""
         w = torch.zeros_like(self.right)
         alike: dict[tuple[int, bytes], list[int]] = {}
         for channel, (group, bits) in enumerate(zip(self.group.tolist(), self._bits(), strict=True)):
             alike.setdefault((group, bits), []).append(channel)
-        alone = [channels[0] for channels in alike.values() if len(channels) == 1]
-        for channels in alike.values():
+        mine = list(alike.values())[part::parts]
+        alone = [channels[0] for channels in mine if len(channels) == 1]
+        for channels in mine:
             if len(channels) > 1:
                 self._solve_alike(channels, w)
         sizes = self.support.sum(1)

@@ -17,6 +17,7 @@ from torch import nn
 import asr_kernels as ak
 from asr_kernels.factors import Prior
 
+from .aggregate import aggregate
 from .batches import Batches, cut, first_images, most_images, read_share, rebatch
 from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
@@ -42,7 +43,7 @@ from .walk import Walker
 
 log = logging.getLogger("resuscitate")
 
-Method = Literal["bn", "layerwise", "channelwise", "asr", "refit"]
+Method = Literal["bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
 Schedule = Literal["sequential", "parallel"]
 Recalibrate = Literal["auto", "exact", "ema"]
 Frozen = Literal["keep", "recalibrate"]
@@ -102,7 +103,9 @@ def repair(
         method: "asr", "channelwise" and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`)
             match each layer's outputs to the dense ones by a gain and a shift. "refit" finds all surviving weights
             anew, by least squares from the inputs that the layer now has to the dense outputs (`refit.fit`); a
-            transposed convolution is given its channel-wise gain. "bn" re-estimates BatchNorm alone.
+            transposed convolution is given its channel-wise gain. "two-stage", for whole channels that went: first the
+            layers that read them take over what they carried from those that stay (`aggregate.aggregate`), then refit.
+            "bn" re-estimates BatchNorm alone.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
         recalibrate: None keeps the dense model's BatchNorm statistics (copied where the pruned model's differ), which
@@ -164,12 +167,15 @@ def repair(
         raise ValueError(
             "correlations compares both networks image by image: pass dense as a model, not its statistics"
         )
-    if method == "refit" and not (isinstance(target, nn.Module) and schedule == "sequential"):
+    fits = method in ("refit", "two-stage")
+    if fits and not (isinstance(target, nn.Module) and schedule == "sequential"):
         raise ValueError(
-            "method 'refit' follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
+            f"method {method!r} follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
         )
-    if method == "refit" and (not bias or ridge < 0):
-        raise ValueError("method 'refit' always fits the bias" if not bias else f"ridge={ridge} must be at least 0")
+    if fits and (not bias or ridge < 0):
+        raise ValueError(f"method {method!r} always fits the bias" if not bias else f"ridge={ridge} must be at least 0")
+    if method == "two-stage" and ranks.size > 1:
+        raise ValueError("method 'two-stage' runs in one process: it takes no group")
     if method != "bn" and target is None:
         raise ModelMismatchError(
             f"method {method!r} matches the dense model's outputs: pass dense, or use method 'bn' or dense='running'"
@@ -212,13 +218,13 @@ def repair(
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         unmatched = bool(batchnorms) or schedule == "parallel"
-        skip_first = method != "refit" if skip_first is None else skip_first
+        skip_first = not fits if skip_first is None else skip_first
         ends = skip_first, unmatched if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
         zeros = Masks({name: effective_weight(name, layer) != 0 for name, layer in layers.items()})
         options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
         options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
-        options |= {"ridge": ridge} if method == "refit" else {}
+        options |= {"ridge": ridge} if fits else {}
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
@@ -238,11 +244,14 @@ def repair(
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
 
-        fit = {name for name, layer in layers.items() if method == "refit" and window_of(layer) is not None}
+        fit = {name for name, layer in layers.items() if fits and window_of(layer) is not None}
         wide = {name for name in fit if blocks(layers[name]) > 1}
-        rule: Any = {"bn": "asr", "refit": "channelwise"}.get(method, method)
+        rule: Any = "asr" if method == "bn" else "channelwise" if fits else method
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
-        corrector = Corrector(net, wiring, factors, report, journal)
+        if method == "two-stage":
+            changed = aggregate(model, others[0], batches.head(gains))
+            report.notes.append(f"{len(changed)} layers took over what removed channels carried: {', '.join(changed)}")
+        corrector = Corrector(net, wiring, factors, report, journal, ranks)
         matched = wanted_by(target, net, wiring)
         show = progress if ranks.rank == 0 else False
         if schedule == "parallel":

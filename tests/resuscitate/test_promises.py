@@ -15,7 +15,7 @@ import resuscitate
 from resuscitate import corrections
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
-METHODS = ["bn", "layerwise", "channelwise", "asr", "refit"]
+METHODS = ["bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -240,7 +240,7 @@ class TestPlainErrors:
         assert same(model, before)
 
     def test_unknown_choices_list_what_there_is(self):
-        names = "'bn', 'layerwise', 'channelwise', 'asr', 'refit'"
+        names = "'bn', 'layerwise', 'channelwise', 'asr', 'refit', 'two-stage'"
         self.run(f"method='magic' is unknown; there are {names}", method="magic")
         self.run("schedule='never' is unknown", schedule="never")
         self.run("recalibrate='often' is unknown", recalibrate="often")

@@ -13,7 +13,9 @@ from torch.nn.utils import prune
 
 import resuscitate
 from asr_kernels import Window, patch_moments
+from resuscitate.aggregate import aggregate
 from resuscitate.errors import NonFiniteError
+from resuscitate.network import Network
 from resuscitate.refit import blocks, by_block, contributions, fit, whole
 from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
@@ -257,3 +259,64 @@ class TestWideLayers:
         assert blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
         monkeypatch.setattr(sys.modules["resuscitate.refit"], "WIDEST", 4)
         assert blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
+
+
+class TestTwoStage:
+    """Channels that go hand what they carried to those that stay; then all is refitted."""
+
+    def redundant(self):
+        """A network whose second half of hidden channels repeats the first, at other strengths."""
+        dense = seeded(chain)
+        with torch.no_grad():
+            for conv, norm in ((dense[0], dense[1]), (dense[3], dense[4])):
+                half = len(conv.weight) // 2
+                conv.weight[half:] = conv.weight[:half]
+                for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                    tensor[half:] = tensor[:half]
+        return dense
+
+    def test_exactly_redundant_channels_are_lost_without_a_loss(self):
+        dense, x = self.redundant(), images(40)
+        masks = {name: torch.ones_like(dense[int(name)].weight, dtype=torch.bool) for name in ("0", "3", "6")}
+        for maker, reader in (("0", "3"), ("3", "6")):
+            masks[maker][4:] = False
+            masks[reader][:, 4:] = False
+        for method in ("two-stage", "bn"):
+            model = copy.deepcopy(dense)
+            resuscitate.Masks(masks).apply_(model)
+            resuscitate.repair(model, dense, x, method=method)
+            with torch.no_grad():
+                error = (model(x) - dense(x)).abs().max() / dense(x).abs().max()
+            assert (error < 2e-3) == (method == "two-stage")
+            if method == "two-stage":
+                assert resuscitate.Masks(masks) == resuscitate.Masks.from_zeros(model, include=["0", "3", "6"])
+
+    def test_the_first_stage_alone_is_the_ridge_map_of_the_kept_on_the_removed(self):
+        dense, x = seeded(chain), images(40)
+        model = copy.deepcopy(dense)
+        with torch.no_grad():
+            model[3].weight[:, [1, 5]] = 0
+            model[3].weight[2, 0] = 0
+            reads = dense[:3](x).double().transpose(0, 1).flatten(1)
+        assert aggregate(model, Network(dense), x.split(9), ridge=0.0) == ["3"]
+        kept = [0, 2, 3, 4, 6, 7]
+        b = torch.linalg.lstsq(reads[kept].mT, reads.mT).solution
+        wanted = torch.einsum("ohij,ph->opij", dense[3].weight.detach().double(), b)
+        wanted[2, 0] = 0
+        torch.testing.assert_close(model[3].weight[:, kept].double(), wanted, rtol=1e-3, atol=1e-4)
+        assert (model[3].weight[:, [1, 5]] == 0).all()
+
+    def test_a_projection_network_is_repaired_and_shrunk(self):
+        pytest.importorskip("torch_pruning")
+        dense, x, errors = seeded(Residual), images(60), {}
+        for method in ("bn", "refit", "two-stage"):
+            model = copy.deepcopy(dense)
+            masks = resuscitate.sparsify(model, 0.4, pattern="channels", example=x[:2])
+            resuscitate.repair(model, dense, x, method=method)
+            with torch.no_grad():
+                errors[method] = float((model(x) - dense(x)).square().mean())
+            before = model(x).detach()
+            resuscitate.shrink(model, masks, x[:2])
+            torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-5)
+        assert errors["refit"] < errors["bn"]
+        assert errors["two-stage"] < errors["bn"]

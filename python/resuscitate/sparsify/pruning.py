@@ -47,7 +47,7 @@ def sparsify(
     pattern:
         "unstructured": any weights.
         "n:m": n weights *kept* of every m consecutive input channels (of one group) at each kernel position. Its
-            sparsity is 1 - n/m, and allocation, densities and floors have no say.
+            sparsity is 1 - n/m, allocation has no say, and densities are refused.
         "filter": whole filters, ranked by their mean magnitude: all weights of an output channel, whose bias and
             BatchNorm stay. At most the budget goes, and less than one filter's weights short of it.
         "channels": whole channels, ranked by the mean magnitude of all that makes and reads them: rows and columns of
@@ -83,7 +83,10 @@ def sparsify(
         return _channels(model, sparsity, allocation, densities, example, remove, include, exclude)
     if isinstance(kind, NofM):
         check_nm_sparsity(sparsity, kind)
+        if densities:
+            raise ValueError(f"pattern {pattern} fixes every density; leave densities out, and use exclude")
         chosen, notes = _n_of_m({first: layers[first] for first in ties}, kind, indivisible)
+        _check_kept(chosen, layers, min_per_layer, min_per_channel)
     else:
         floors = min_per_layer, min_per_channel
         units = {first: units_of(first, layers[first], kind == "filter", *floors) for first in ties}
@@ -146,6 +149,20 @@ def _n_of_m(
         else nm_mask(magnitude(name, layer), layer, pattern)
         for name, layer in layers.items()
     }, notes
+
+
+def _check_kept(
+    masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], min_per_layer: int, min_per_channel: int
+) -> None:
+    """ValueError where a pattern that leaves no choice keeps less than the floors ask for."""
+    for name, mask in masks.items():
+        rows = rows_of(layers[name], mask).sum(1)
+        for option, floor, kept in (
+            ("min_per_layer", min_per_layer, int(rows.sum())),
+            ("min_per_channel", min_per_channel, int(rows.min())),
+        ):
+            if kept < floor:
+                raise ValueError(f"{option}={floor}: this pattern keeps {kept} in layer {name!r}; lower it, or exclude")
 
 
 def _channels(

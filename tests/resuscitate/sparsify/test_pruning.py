@@ -210,6 +210,17 @@ class TestNofM:
         with pytest.raises(ValueError, match=r"2:4 keeps 2 of 4, a sparsity of 0\.5"):
             sparsify(seeded(chain), 0.9, pattern="2:4")
 
+    def test_densities_and_floors_that_it_cannot_hold_are_refused(self):
+        model = nn.Sequential(nn.Linear(8, 2))
+        with pytest.raises(ValueError, match="leave densities out, and use exclude"):
+            sparsify(model, pattern="2:4", densities={"0": 1.0})
+        with pytest.raises(ValueError, match="min_per_channel=5: this pattern keeps 4 in layer '0'"):
+            sparsify(model, pattern="2:4", min_per_channel=5)
+        with pytest.raises(ValueError, match="min_per_layer=9: this pattern keeps 8 in layer '0'"):
+            sparsify(model, pattern="2:4", min_per_layer=9)
+        assert Masks.from_zeros(model).sparsity == 0
+        assert sparsify(model, pattern="2:4", min_per_channel=4).sparsity == 0.5
+
     def test_zeros_go_first_so_the_pattern_twice_is_the_pattern_once(self):
         model = seeded(chain)
         assert sparsify(model, pattern="2:4") == sparsify(model, pattern="2:4")
