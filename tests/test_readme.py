@@ -22,6 +22,8 @@ def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(320, 1, 8, 8, generator=generator)
     names = {"dense": dense, "model": pruned_copy(dense), "images": images, "loader": DataLoader(images, 16)}
+    with torch.no_grad():
+        names["labels"] = dense(images).argmax(1)
     names |= {"dense_x": images[:, :, :4], "pruned_x": images[:, :, 4:].clone()}
     exec("import copy\n\nimport resuscitate\n" + block, names)
 
