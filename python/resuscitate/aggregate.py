@@ -23,11 +23,12 @@ def aggregate(model: nn.Module, dense: Network, batches: Iterable[Any], ridge: f
 
     With G the second moments of the *dense* layer's input channels, H all of them and P those that are still read:
 
-        B = (G_PP + ridge * mean(diag G_PP) I)^-1 G_PH,   W_P <- W_H B'     for every position of the kernel
+        B = (G_PP + rho I)^-1 (G_PH + rho E),   W_P <- W_H B'     for every position of the kernel
 
-    (ridge aggregation as in arXiv 2602.23795; the first of two stages in ESWA 296, 128930.) W is the dense weight; what
-    is zero in the model stays zero. Returns the names of the layers that were changed. Convolutions in groups and
-    transposed ones are left alone.
+    (ridge aggregation as in arXiv 2602.23795; the first of two stages in ESWA 296, 128930.) rho is `ridge` times the
+    mean of diag G_PP; it pulls towards E, which leaves what is kept as it is (theirs pulls towards zero, and so forgets
+    what never varied). W is the dense weight; what is zero in the model stays zero. Returns the names of the layers that
+    were changed. Convolutions in groups and transposed ones are left alone.
     """
     layers = {name: layer for name, layer in find_layers(model).items() if _is_whole(layer)}
     read = {name: _read(name, layer) for name, layer in layers.items()}
@@ -50,9 +51,11 @@ def aggregate(model: nn.Module, dense: Network, batches: Iterable[Any], ridge: f
     for name, moments in found.items():
         layer, kept = layers[name], read[name]
         second = moments.xx[0] / moments.count + moments.mean[0][:, None] * moments.mean[0]
-        among = second[kept][:, kept]
-        among.diagonal().add_(ridge * among.diagonal().mean())
-        from_kept = torch.linalg.solve(among, second[kept])
+        among, onto = second[kept][:, kept], second[kept].clone()
+        rho = ridge * among.diagonal().mean()
+        among.diagonal().add_(rho)
+        onto[torch.arange(len(onto), device=onto.device), kept.nonzero().flatten()] += rho
+        from_kept = torch.linalg.solve(among, onto)
         weight = stored_weight(name, layer)
         whole = effective_weight(name, dense.modules[name]).double()
         new = torch.zeros_like(whole)
