@@ -27,8 +27,8 @@ def aggregate(model: nn.Module, dense: Network, batches: Iterable[Any], ridge: f
 
     (ridge aggregation as in arXiv 2602.23795; the first of two stages in ESWA 296, 128930.) rho is `ridge` times the
     mean of diag G_PP; it pulls towards E, which leaves what is kept as it is (theirs pulls towards zero, and so forgets
-    what never varied). W is the dense weight; what is zero in the model stays zero. Returns the names of the layers that
-    were changed. Convolutions in groups and transposed ones are left alone.
+    what never varied). W is the dense weight; what is zero in the model stays zero. Returns the names of the layers
+    that were changed. Convolutions in groups and transposed ones are left alone.
     """
     layers = {name: layer for name, layer in find_layers(model).items() if _is_whole(layer)}
     read = {name: _read(name, layer) for name, layer in layers.items()}
