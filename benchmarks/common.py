@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.calibration import load_images
+from resuscitate.calibration import load_images, load_labels
 from resuscitate.models import build
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +37,12 @@ def data_folder(given: Path | None) -> Path:
 def calibration_images(folder: Path, count: int) -> Tensor:
     """CIFAR-10 training images, normalised as the networks were trained."""
     return load_images(folder / "cifar10_jpeg_train.npz", mean=MEAN, std=STD, max_samples=count)
+
+
+def scorer(folder: Path, count: int) -> resuscitate.Accuracy:
+    """Top-1 accuracy on so many CIFAR-10 test images, which no calibration sees."""
+    test, options = folder / "cifar10_jpeg_test.npz", {"max_samples": count, "seed": None}
+    return resuscitate.Accuracy(load_images(test, mean=MEAN, std=STD, **options), load_labels(test, **options))
 
 
 def network(name: str, folder: Path, images: Tensor) -> nn.Module:

@@ -20,14 +20,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import MEAN, RESULTS, STD, calibration_images, data_folder, machine, network
+from common import RESULTS, calibration_images, data_folder, machine, network, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import resuscitate
-from resuscitate.calibration import load_images, load_labels
 
 Tool = Callable[[nn.Module, nn.Module, Tensor], None]  # in place: the pruned model, the dense one, images
 
@@ -76,9 +75,7 @@ def main(
 ) -> None:
     """Repair real networks by every tool and print what came back, and how long it took."""
     folder = data_folder(data)
-    calibration, test = calibration_images(folder, images), folder / "cifar10_jpeg_test.npz"
-    held_out: dict[str, Any] = {"max_samples": test_images, "seed": None}
-    score = resuscitate.Accuracy(load_images(test, mean=MEAN, std=STD, **held_out), load_labels(test, **held_out))
+    calibration, score = calibration_images(folder, images), scorer(folder, test_images)
     console = Console(stderr=True)
     jobs = [(net, float(sparsity)) for net in nets.split(",") for sparsity in sparsities.split(",")]
     rows = []

@@ -16,13 +16,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import MEAN, RESULTS, STD, calibration_images, data_folder, machine, network
+from common import RESULTS, calibration_images, data_folder, machine, network, scorer
 from rich.console import Console
 from zoo.resnet import resnet50
 
 import resuscitate
 from resuscitate import RecoverabilityMap
-from resuscitate.calibration import load_images, load_labels
 from resuscitate.plots import draw_damage, draw_map
 
 EMA = {"recalibrate": "ema", "ema_batches": 20, "ema_batch_size": 64}
@@ -97,9 +96,7 @@ def main(
 ) -> None:
     """Fill the recoverability map of each network and write it."""
     folder = data_folder(data)
-    calibration, test = calibration_images(folder, images), folder / "cifar10_jpeg_test.npz"
-    held_out: dict[str, Any] = {"max_samples": test_images, "seed": None}
-    evaluate = resuscitate.Accuracy(load_images(test, mean=MEAN, std=STD, **held_out), load_labels(test, **held_out))
+    calibration, evaluate = calibration_images(folder, images), scorer(folder, test_images)
     output.mkdir(parents=True, exist_ok=True)
     maps: dict[str, RecoverabilityMap] = {}
     for net in nets.split(","):

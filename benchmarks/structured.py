@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import MEAN, RESULTS, STD, calibration_images, data_folder, machine, network
+from common import RESULTS, calibration_images, data_folder, machine, network, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
 from resuscitate.aggregate import aggregate
-from resuscitate.calibration import load_images, load_labels
 from resuscitate.network import Network
 
 REPAIRS = ("no repair", "BN exact", "aggregate", "refit", "two-stage")
@@ -65,9 +64,7 @@ def main(
 ) -> None:
     """Take channels out of real networks, repair, and print what came back."""
     folder = data_folder(data)
-    calibration, test = calibration_images(folder, images), folder / "cifar10_jpeg_test.npz"
-    held_out: dict[str, Any] = {"max_samples": test_images, "seed": None}
-    score = resuscitate.Accuracy(load_images(test, mean=MEAN, std=STD, **held_out), load_labels(test, **held_out))
+    calibration, score = calibration_images(folder, images), scorer(folder, test_images)
     console = Console(stderr=True)
     jobs = [(net, float(ratio)) for net in nets.split(",") for ratio in ratios.split(",")]
     rows = []

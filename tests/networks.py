@@ -53,6 +53,15 @@ def chain(bias: bool = False, batchnorm: bool = True, width: int = 8) -> nn.Modu
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
+def linears(rows: list[list[float]]) -> nn.Module:
+    """A model of one bias-free linear layer for each list of weights."""
+    model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in rows))
+    with torch.no_grad():
+        for layer, row in zip(model, rows, strict=True):
+            layer.weight.copy_(torch.tensor([row], dtype=torch.float32))
+    return model
+
+
 class Residual(nn.Module):
     """A residual block around a pre-activation BatchNorm that reads a sum, not a layer."""
 

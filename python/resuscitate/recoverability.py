@@ -154,7 +154,7 @@ class _Job:
     def needs_statistics(self) -> bool:
         """Does it compare with the dense model, and not image by image?"""
         options = self.options or {"method": "bn"}
-        return options.get("method") not in ("bn", "refit") and not options.get("correlations")
+        return options.get("method") not in ("bn", "refit", "two-stage") and not options.get("correlations")
 
     def __str__(self) -> str:
         return f"{self.method} at sparsity {self.sparsity:g}, allocation {self.allocation}"

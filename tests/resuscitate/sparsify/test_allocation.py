@@ -16,18 +16,10 @@ from resuscitate.errors import CalibrationError, ModelMismatchError
 from resuscitate.layers import rows_of, select_layers
 from resuscitate.sparsify.allocation import by_erk, by_lamp, lamp_scores
 from resuscitate.sparsify.units import Units
-from tests.networks import Shared, Zoo, chain, images, seeded
+from tests.networks import Shared, Zoo, chain, images, linears, seeded
 
 METHODS = ["global", "uniform", "erk", "lamp", "rr"]
 ROWS = st.lists(st.lists(st.integers(-4, 4), min_size=2, max_size=30), min_size=1, max_size=5)
-
-
-def linears(rows):
-    model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in rows))
-    with torch.no_grad():
-        for layer, row in zip(model, rows, strict=True):
-            layer.weight.copy_(torch.tensor([row], dtype=torch.float32))
-    return model
 
 
 def shaped(*shapes):

@@ -13,19 +13,10 @@ from torch.nn.utils import prune
 from resuscitate import Masks, allocate, sparsify
 from resuscitate.errors import LayerError
 from resuscitate.sparsify.units import Units
-from tests.networks import Residual, Shared, Zoo, chain, images, seeded
+from tests.networks import Residual, Shared, Zoo, chain, images, linears, seeded
 
 ALLOCATIONS = ["global", "uniform", "erk", "lamp"]
 SPARSITIES = st.floats(0, 0.97)
-
-
-def linears(rows):
-    """A model of one bias-free linear layer for each list of weights."""
-    model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in rows))
-    with torch.no_grad():
-        for layer, row in zip(model, rows, strict=True):
-            layer.weight.copy_(torch.tensor([row], dtype=torch.float32))
-    return model
 
 
 def removed(masks):
