@@ -21,27 +21,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import MEAN, STD, data_folder
+from common import MEAN, STD, data_folder, scorer
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import resuscitate
-from resuscitate.calibration import load_images, load_labels
+from resuscitate.calibration import load_images
 from resuscitate.models import build
 
 GAINS = ("layerwise", "channelwise", "asr")
 RECALIBRATIONS: tuple[str | None, ...] = (None, "exact", "ema")
 Row = dict[str, Any]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in per cent."""
-    model.eval()
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
-    return 100 * hits / len(labels)
 
 
 def configurations(gain_samples: int) -> list[dict[str, Any]]:
@@ -57,12 +49,12 @@ def run(net: str, sparsity: float, data: dict[str, Any], gain_samples: int) -> l
     dense: nn.Module = data[net]
     pruned = copy.deepcopy(dense)
     masks = resuscitate.sparsify(pruned, sparsity)
-    rows: list[Row] = [{"method": "none", "accuracy": accuracy(pruned, *data["test"]), "seconds": 0.0}]
+    rows: list[Row] = [{"method": "none", "accuracy": data["score"](pruned), "seconds": 0.0}]
     for options in configurations(gain_samples):
         model = copy.deepcopy(pruned)
         report = resuscitate.repair(model, dense, data["calibration"], **options, progress=False)
         masks.check(model)
-        rows.append({**options, "accuracy": accuracy(model, *data["test"]), "seconds": round(report.seconds, 2)})
+        rows.append({**options, "accuracy": data["score"](model), "seconds": round(report.seconds, 2)})
     blank = {"schedule": None, "recalibrate": None}
     return [{"net": net, "sparsity": sparsity, "dense": data["dense"][net], **blank, **row} for row in rows]
 
@@ -108,12 +100,8 @@ def main(
     """Repair real networks by every method and print what came back."""
     folder, started = data_folder(data), time.perf_counter()
     options: dict[str, Any] = {"mean": MEAN, "std": STD}
-    test = folder / "cifar10_jpeg_test.npz"
     store: dict[str, Any] = {
-        "test": (
-            load_images(test, max_samples=test_images, seed=None, **options),
-            load_labels(test, max_samples=test_images, seed=None),
-        ),
+        "score": scorer(folder, test_images),
         "calibration": load_images(
             folder / "cifar10_jpeg_train.npz", max_samples=batchnorm_images, seed=seed, **options
         ),
@@ -122,7 +110,7 @@ def main(
     for net in nets.split(","):
         store[net] = build(net).eval()
         store[net].load_state_dict(load_file(folder / f"cifar10_{net}.safetensors"))
-        store["dense"][net] = accuracy(store[net], *store["test"])
+        store["dense"][net] = store["score"](store[net])
     console = Console(stderr=True)
     grid = [(net, float(sparsity)) for net, sparsity in product(nets.split(","), sparsities.split(","))]
     rows = [

@@ -119,7 +119,7 @@ def main(
         resuscitate.sparsify(pruned, 0.9)
         draw_damage(
             resuscitate.damage(pruned, dense, calibration[:512]),
-            output / f"damage_{net}.svg",
+            output / f"damage_{net}.png",
             f"{net}, 90 % of the weights pruned by global magnitude, no repair",
         )
     given = f"--nets {nets} --sparsities {sparsities} --allocations {allocations} --images {images}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,13 @@ def read_batches(
         check_count(option, limit)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
     return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty)
+
+
+def read_all(calibration: Calibration, **options: Any) -> list[Any]:
+    """What `read_batches` yields, with the same options, read once and held for any number of passes."""
+    source = read_batches(calibration, **options)
+    # a loader may hand out the same memory again and again
+    return list(source if is_held(calibration) else map(copy.deepcopy, source))
 
 
 def check_count(option: str, limit: int | None) -> None:

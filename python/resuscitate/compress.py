@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .calibration import is_held, read_batches
+from .calibration import read_all
 from .errors import CalibrationError
 from .layers import Selector, unwrap
 from .masks import Masks
@@ -123,9 +123,7 @@ def compress(
     model, stops = unwrap(model), schedule(sparsity, steps)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
-    source = read_batches(calibration, max_samples=max_samples, batch_size=batch_size, raw=forward_fn is not None)
-    # read once for all steps; a loader may hand out the same memory again and again
-    batches = list(source if is_held(calibration) else map(copy.deepcopy, source))
+    batches = read_all(calibration, max_samples=max_samples, batch_size=batch_size, raw=forward_fn is not None)
     dense, folder = copy.deepcopy(model), None if resume is None else Path(resume)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import asr_kernels as ak
 from .errors import ResuscitateError
 from .models import digitnet
 from .progress import track
+from .recoverability import Accuracy
 from .repair import repair
 from .sparsify import sparsify
 
@@ -113,15 +114,16 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
         dense = digitnet()
         _train(dense, images[seen], labels[seen], epochs, progress)
         trained = time.perf_counter()
-        test, answers = images[held_out], labels[held_out]
-        result = Demo(_accuracy(dense, test, answers), len(seen), len(test), training_seconds=trained - started)
+        test = images[held_out]
+        score = Accuracy(test, labels[held_out])
+        result = Demo(score(dense), len(seen), len(test), training_seconds=trained - started)
         jobs = [(sparsity, column) for sparsity in SPARSITIES for column in METHODS]
         for sparsity, column in track(jobs, "pruning and repairing", len(jobs), progress):
             model = copy.deepcopy(dense)
             sparsify(model, sparsity)
             if column != NO_REPAIR:
                 repair(model, dense, images[seen], **METHODS[column], seed=seed, progress=False)
-            result.accuracy.setdefault(sparsity, {})[column] = _accuracy(model, test, answers)
+            result.accuracy.setdefault(sparsity, {})[column] = score(model)
             if sparsity == SHOWN_SPARSITY and column in (NO_REPAIR, SHOWN_METHOD):
                 name = "pruned" if column == NO_REPAIR else "repaired"
                 result.variances[name] = _variances(model, test)
@@ -153,11 +155,6 @@ def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, progre
             optimizer.step()
             schedule.step()
     model.eval()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return 100 * (model(images).argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()

@@ -48,8 +48,9 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
-        made = {id(mask): _as_mask(name, mask) for name, mask in masks.items()}
-        self._masks = {name: made[id(mask)] for name, mask in masks.items()}
+        given = dict(masks)  # held, so that no two have one id
+        made = {id(mask): _as_mask(name, mask) for name, mask in given.items()}
+        self._masks = {name: made[id(mask)] for name, mask in given.items()}
         self.notes = dict(notes or {})
 
     @classmethod

@@ -174,13 +174,14 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A new figure, saved when the block ends; errors as `draw_demo` has them."""
     if not have_matplotlib():
         raise ResuscitateError("a picture needs matplotlib: pip install 'resuscitate[plots]'")
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, rc_context({"svg.hashsalt": "resuscitate"}):
         # no date, and the same names for the same shapes: a picture of the same data is the same file
         suffix = Path(path).suffix.lstrip(".") or "png"
         figure.savefig(temporary, format=suffix, metadata={"Date": None} if suffix == "svg" else None)

@@ -125,7 +125,7 @@ def fit(
     target = moments.target.view(-1)
     bias = target - (w * moments.mean[group]).sum(1)
     # what is left of a zero is rounding; it must not become a bias where there is none
-    bias = torch.where(bias.square() <= 1e-8 * (wanted + target.square()), 0.0, bias)
+    bias = torch.where(bias.square() <= 1e-8 * wanted + 1e-12 * target.square(), 0.0, bias)
     return Fit(w, bias, before, after, explained)
 
 

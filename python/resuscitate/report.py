@@ -20,6 +20,7 @@ class LayerReport:
     the channels whose weights are all zero. `gain` is the least and the greatest gain. `shift_into` says what took
     the shift. `explained`, where correlations were asked for, is the share of the dense variance that any gain and
     shift per channel could bring back: the squared correlation before the correction, weighted by the dense variance.
+    Of a layer that was refitted it is the share that the refit explains; `gain` is then None.
     """
 
     name: str

@@ -84,3 +84,5 @@ def test_it_can_be_drawn(tmp_path):
     for name in ("damage.png", "damage.svg"):
         draw_damage(damage(model, dense, images()), tmp_path / name, "a zoo")
         assert (tmp_path / name).stat().st_size > 5000
+    draw_damage(damage(model, dense, images()), tmp_path / "again.svg", "a zoo")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "damage.svg").read_bytes()

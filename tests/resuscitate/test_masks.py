@@ -1,6 +1,7 @@
 """Masks: read from a model's zeros, applied again, checked, counted."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,22 @@ class TestCounting:
         assert Masks.from_zeros(model) == Masks.from_zeros(model)
         assert Masks.from_zeros(model) != Masks.from_zeros(seeded(chain))
         assert Masks.from_zeros(model) != Masks.from_zeros(model, exclude="0")
+
+
+class TestConstruction:
+    def test_a_mapping_that_makes_its_tensors_anew_each_time_gives_each_layer_its_own(self):
+        class Fresh(Mapping):
+            def __getitem__(self, name):
+                return torch.full((2,), float(int(name) % 2))
+
+            def __iter__(self):
+                return map(str, range(50))
+
+            def __len__(self):
+                return 50
+
+        masks = Masks(Fresh())
+        assert all(bool(mask.all()) == bool(int(name) % 2) for name, mask in masks.items())
 
 
 class TestFiles:

@@ -81,6 +81,14 @@ class TestSolution:
         assert whole.explained < 0.5
         assert fit(moments, weight * support, support, most=1.1).after < 1
 
+    def test_a_bias_that_is_small_beside_the_mean_is_still_a_bias(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(400, 4, dtype=torch.float64, generator=generator) + 500
+        weight = torch.rand(3, 4, dtype=torch.float64, generator=generator) + 0.5
+        y = x @ weight.mT + 0.05
+        found = fit(patch_moments(x, y, Window()), weight, weight != 0, ridge=1e-9)
+        assert found.bias == pytest.approx(torch.full((3,), 0.05, dtype=torch.float64), rel=1e-2)
+
     def test_constant_inputs_keep_the_weights_and_set_the_bias(self):
         x, y = torch.full((3, 4, 5, 5), 2.0), torch.randn(3, 8, 3, 3)
         weight = torch.randn(8, 36)

@@ -201,9 +201,9 @@ def _walk(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, 
     # no concatenation is wider than all layers together
     limit = sum(width_of(layer, role) for layer in find_layers(graph.model).values() for role in ("makers", "readers"))
     found = {start: {channel: channel for channel in range(count)}}
-    todo = [(*start, [_Index(channel, channel) for channel in range(count)])]
-    while todo:
-        node, cut, indices = todo.pop()
+    ahead = [(*start, [_Index(channel, channel) for channel in range(count)])]
+    while ahead:
+        node, cut, indices = ahead.pop()
         for edge in node.dependencies:
             if edge.is_triggered_by(cut):
                 mapped = indices
@@ -215,7 +215,7 @@ def _walk(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, 
                 if any(index.idx >= limit or there[index.idx] != index.root_idx for index in mapped):
                     raise ResuscitateError("torch-pruning loses track of which of them go together")
                 if fresh:
-                    todo.append((edge.target, edge.handler, fresh))
+                    ahead.append((edge.target, edge.handler, fresh))
     return {key: root_of for key, root_of in found.items() if root_of}
 
 

@@ -49,7 +49,8 @@ def sparsify(
         "n:m": n weights *kept* of every m consecutive input channels (of one group) at each kernel position. Its
             sparsity is 1 - n/m, allocation has no say, and densities are refused.
         "filter": whole filters, ranked by their mean magnitude: all weights of an output channel, whose bias and
-            BatchNorm stay. At most the budget goes, and less than one filter's weights short of it.
+            BatchNorm stay. At most the budget goes, and less than one filter's weights short of it. ("rr" goes by
+            what single weights are worth here too.)
         "channels": whole channels, ranked by the mean magnitude of all that makes and reads them: rows and columns of
             every layer on either side, residual sums and concatenations taken together. `sparsity` is then the fraction
             of the *channels* that can go at all ("global", exact), or of each group of coupled ones ("uniform",
@@ -156,6 +157,8 @@ def _check_kept(
 ) -> None:
     """ValueError where a pattern that leaves no choice keeps less than the floors ask for."""
     for name, mask in masks.items():
+        if not mask.numel():
+            continue
         rows = rows_of(layers[name], mask).sum(1)
         for option, floor, kept in (
             ("min_per_layer", min_per_layer, int(rows.sum())),
