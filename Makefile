@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline accuracy map structured bench gpu bench-repair bench-memory lint format clean
+.PHONY: help demo test headline ablation accuracy map structured bench gpu bench-repair bench-memory lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -24,6 +24,9 @@ test: lint ## lint, then every test, then the Triton kernels in Triton's interpr
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
 	@$(BIN)/python benchmarks/headline.py $(ARGS)
+
+ablation: $(READY) ## what each part of the compression is worth; an hour
+	@$(BIN)/python benchmarks/ablation.py $(ARGS)
 
 accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy.py $(ARGS)

@@ -8,11 +8,13 @@ products of rows. Along the other axes the taps stand side by side, as so many c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ class Window:
         """The spatial sizes of what comes out for inputs of these."""
         each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + sum(pad) - (k - 1) * d - 1) // s + 1 for n, k, s, pad, d in each)
+
+
+@dataclass(eq=False)
+class CrossProducts:
+    """Sums, float64, over patches x and outputs y of deviations from points that are given: they add up by `+`.
+
+    `xy` (G, K, O) of products, `y` (G, O) of the deviations of y, `yy` (G, O) of their squares.
+    """
+
+    xy: Tensor
+    y: Tensor
+    yy: Tensor
+
+    def __add__(self, other: CrossProducts) -> CrossProducts:
+        return CrossProducts(self.xy + other.xy, self.y + other.y, self.yy + other.yy)
 
 
 @dataclass(eq=False)
@@ -90,6 +107,61 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 2
     images = max(1, budget // max(copies * x.shape[1] * padded, 1))
     parts = map(_moments, x.split(images), y.split(images), repeat(window))
     return reduce(PatchMoments.merge, parts)
+
+
+def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
+    """The cross products of one batch, about the points `mean` (G, K) and `target` (G, O), float64, near the means.
+
+    x, y, window: as in `patch_moments`, which tells the means too. A fraction of its work where its `xx` are known: one
+    gradient of a convolution by its weight. Products are summed in float32 (float64 for float64).
+    """
+    G, O = target.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = y.to(dtype, copy=True)
+    if not window.kernel:
+        wanted = wanted.view(-1, O).sub_(target.view(-1))
+        # about one value for each channel, and then about the mean of each tap
+        about = mean.to(dtype)
+        xy = ((x.reshape(-1, x.shape[-1]).to(dtype) - about).mT @ wanted).double()[None]
+        rest = mean - about.double()
+    else:
+        ones = [1] * len(window.kernel)
+        wanted.sub_(target.view(-1, *ones))
+        C = mean.shape[1] // prod(window.kernel)
+        about = mean.view(G * C, -1).mean(1).to(dtype)
+        pads = [pad for pair in reversed(window.padding) for pad in pair]
+        padded = F.pad(x.to(dtype), pads, window.mode) - about.view(-1, *ones)
+        xy = _weight_gradient(padded, wanted, window).double().reshape(G, O, -1).mT
+        rest = mean - about.double().view(G, C, 1).expand(-1, -1, prod(window.kernel)).reshape(G, -1)
+    dims = [0, *range(2, wanted.ndim)]
+    left = wanted.sum(dims).double().view(G, O)
+    squares = torch.linalg.vector_norm(wanted, dim=dims).double().square().view(G, O)
+    return CrossProducts(xy - rest[:, :, None] * left[:, None, :], left, squares)
+
+
+def _weight_gradient(x: Tensor, y: Tensor, window: Window) -> Tensor:
+    """The gradient (O, C / groups, *kernel) of a convolution's weight: inputs x, not padded; outputs' gradient y."""
+    weight, zeros = x.new_empty(y.shape[1], x.shape[1] // window.groups, *window.kernel), [0] * len(window.kernel)
+    mask = [False, True, False]
+    options = (window.stride, zeros, window.dilation, False, zeros, window.groups, mask)
+    with _full_precision(x):
+        found: Tensor = torch.ops.aten.convolution_backward(y, x, weight, None, *options)[1]
+    return found
+
+
+@contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """On a GPU, float32 products in float32, and not in the short format that PyTorch takes for convolutions."""
+    if not x.is_cuda:
+        yield
+        return
+    convolutions: Any = vars(torch.backends.cudnn)["conv"]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:

@@ -91,6 +91,7 @@ def compress(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
     ridge: float = RIDGE,
+    relu_aware: bool = True,
     max_samples: int | None = None,
     batch_size: int = 128,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
@@ -110,8 +111,8 @@ def compress(
     Args:
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
             "rr" is measured anew in each step.
-        calibration, ridge, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, seed, progress: as in
-            `repair` with method "refit". The images are read once.
+        calibration, ridge, relu_aware, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, seed,
+            progress: as in `repair` with method "refit". The images are read once.
         steps: how many, or the sparsities to stop at, ascending, the last of which is `sparsity`. A number of steps
             begins at `FIRST` and keeps the same fraction of the weights in each step from there on.
         resume: a folder for the journals of the steps. A run that was killed goes on from them; delete it once the
@@ -130,8 +131,15 @@ def compress(
     pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": include, "exclude": exclude, "calibration": batches if allocation == "rr" else None}
-    fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "batch_size": batch_size, "forward_fn": forward_fn}
-    fitting |= {"dtype": dtype, "device": device, "memory": memory, "scratch": scratch, "seed": seed}
+    fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, "batch_size": batch_size}
+    fitting |= {
+        "forward_fn": forward_fn,
+        "dtype": dtype,
+        "device": device,
+        "memory": memory,
+        "scratch": scratch,
+        "seed": seed,
+    }
     reports: list[RepairReport] = []
     with Snapshot(model) as snapshot:
         for index, stop in enumerate(track(stops, "compress", len(stops), progress)):

@@ -78,7 +78,7 @@ class Corrector:
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
                 parts = by_block(weight, count).flatten(1)
-                found = fit(visit.patches, parts, parts != 0, ridge=ridge, ranks=self.ranks)
+                found = fit(visit.patches, parts, parts != 0, ridge=ridge, aim=self._aim(visit), ranks=self.ranks)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
                 row.action += f" in {count} blocks of inputs" if count > 1 else ""
                 bias = found.bias.view(count, -1).sum(0)
@@ -89,6 +89,18 @@ class Corrector:
             weight, bias = (tensors[part].to(self.net.device) for part in ("weight", "bias"))
             row.shift_into = write_weights(name, layer, weight, bias, self._behind(name))
             log.info("%s: refitted, explains %s of the dense variance", name, row.explained)
+
+    def _aim(self, visit: Visit) -> Callable[[Tensor, Tensor], ak.CrossProducts] | None:
+        """The visit's `aim` for the weights of `fit`, added up over the ranks."""
+        aim, patches, weight = visit.aim, visit.patches, effective_weight(visit.name, self.net.modules[visit.name])
+        if aim is None or patches is None:
+            return None
+
+        def aim_of_all(w: Tensor, bias: Tensor) -> ak.CrossProducts:
+            found = aim(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), patches)
+            return ak.CrossProducts(*(self.ranks.add(part) for part in (found.xy, found.y, found.yy)))
+
+        return aim_of_all
 
     def _behind(self, name: str) -> _BatchNorm | None:
         """The BatchNorm that alone reads a layer."""

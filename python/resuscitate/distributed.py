@@ -124,7 +124,7 @@ class Ranks:
         """The visit with the moments of all ranks, merged in the order of the ranks: the same bits on each."""
         if self.size == 1:
             return visit
-        merged = Visit(visit.name, correct=visit.correct)
+        merged = Visit(visit.name, correct=visit.correct, aim=visit.aim)
         for vector in self.gather(_pack(visit)):
             calls, dense, pairs = _unpack(vector.to(device))
             merged.calls = merge_calls(merged.calls, calls)

@@ -22,47 +22,96 @@ FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_tra
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
 
+@dataclass(frozen=True)
+class Gate:
+    """A layer's output goes into relu(batchnorm(output) + other) and nowhere else; both parts are optional.
+
+    `adds`: there is such a sum. No layer and no BatchNorm had to run for what is added after the layer had.
+    """
+
+    batchnorm: str | None
+    adds: bool
+
+
 @dataclass
 class Wiring:
     """What one real forward pass showed.
 
     `calls` counts the calls of every module that ran, by name, in the order of their first calls; `layers` has the
     types of the layers among them. `batchnorm_of` names, for a layer, the one BatchNorm that alone reads its output,
-    where both are called once. `functional` counts the
+    where both are called once, and `gates` the ReLU that does so, behind that BatchNorm maybe. `functional` counts the
     convolutions and linear maps that ran as functions, outside a layer module.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     layers: dict[str, type[nn.Module]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
     functional: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
-class _Output:
-    layer: str
+class _Value:
+    """A tensor that a layer, a BatchNorm behind it or a sum of that made, and what became of it.
+
+    `made` counts the layers and BatchNorms that had been called by then.
+    """
+
+    made: int
+    layer: str = ""
     readers: int = 0
     batchnorm: str | None = None
+    rectified: bool = False
+    next: _Value | None = None  # what the BatchNorm or the sum made of it
 
 
-class _CountReaders(TorchFunctionMode):
+class _Watch(TorchFunctionMode):
     """Counts the torch functions that read the values of the tensors it watches, and the layers called as functions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.watched = WeakIdKeyDictionary()
-        self.within_layers = 0
+        self.values = WeakIdKeyDictionary()
+        self.within_layers = self.called = 0
         self.functional: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in FUNCTIONAL_LAYERS and not self.within_layers:
             self.functional[name] += 1
+        read, leaves = list[_Value](), list[Tensor]()
         if name not in DESCRIPTIONS:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and leaf in self.watched:
-                    self.watched[leaf].readers += 1
-        return func(*args, **(kwargs or {}))
+            leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            read = [self.values[leaf] for leaf in leaves if leaf in self.values]
+        for value in read:
+            value.readers += 1
+            value.rectified = is_rectifier(name, args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        if read and is_sum(name, args, kwargs) and isinstance(result, Tensor):
+            # of two that are watched, the later one: the other was there before
+            latest = max(read, key=lambda value: value.made)
+            latest.next = self.values[result] = _Value(self.called)
+        elif read and result is leaves[0] and read[0].rectified:
+            del self.values[result]  # in place: from now on it is another value
+        return result
+
+
+def is_rectifier(name: str, args: Any, kwargs: Any) -> bool:
+    """Does this function set what is below zero to zero, and leave the rest, up to some bound?"""
+    if name == "hardtanh":  # ReLU6
+        return (kwargs or {}).get("min_val", args[1] if len(args) > 1 else -1) == 0
+    return name in ("relu", "relu_", "relu6")
+
+
+def is_sum(name: str, args: Any, kwargs: Any) -> bool:
+    """Does this function add two tensors of one shape?"""
+    return (
+        name in ("add", "add_", "iadd")
+        and len(args) == 2
+        and not kwargs
+        and all(isinstance(arg, Tensor) for arg in args)
+        and args[0].shape == args[1].shape
+        and args[0] is not args[1]
+    )
 
 
 def _on_sequences(module: nn.Module, output: Tensor) -> bool:
@@ -76,27 +125,32 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     Works whatever the control flow. A layer is paired with a BatchNorm when the BatchNorm is the only function that
     reads its output: the output is neither returned nor used by anything else.
     """
-    wiring, outputs = Wiring(), list[_Output]()
-    watch = _CountReaders()
+    wiring, outputs = Wiring(), list[_Value]()
+    watch = _Watch()
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
+        watch.called += isinstance(module, (*LAYERS, _BatchNorm))
         if isinstance(module, LAYERS):
             wiring.layers[name] = type(module)
         watch.within_layers += isinstance(module, LAYERS)
-        if isinstance(module, _BatchNorm) and args and args[0] in watch.watched:
-            watch.watched[args[0]].batchnorm = name
+        if isinstance(module, _BatchNorm) and args and args[0] in watch.values:
+            watch.values[args[0]].batchnorm = name
 
-    def after(name: str, module: nn.Module, output: Any) -> None:
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         watch.within_layers -= isinstance(module, LAYERS)
-        if isinstance(module, LAYERS) and isinstance(output, Tensor) and not _on_sequences(module, output):
-            outputs.append(_Output(name))
-            watch.watched[output] = outputs[-1]
+        if not isinstance(output, Tensor):
+            return
+        if isinstance(module, LAYERS) and not _on_sequences(module, output):
+            outputs.append(_Value(watch.called, name))
+            watch.values[output] = outputs[-1]
+        elif isinstance(module, _BatchNorm) and args and args[0] in watch.values and output is not args[0]:
+            watch.values[args[0]].next = watch.values[output] = _Value(watch.called)
 
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(name, m, a)))
-        handles.append(module.register_forward_hook(lambda m, a, out, name=name: after(name, m, out)))
+        handles.append(module.register_forward_hook(lambda m, a, out, name=name: after(name, m, a, out)))
     try:
         with watch:
             result = forward()
@@ -104,15 +158,27 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         for handle in handles:
             handle.remove()
     for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor) and leaf in watch.watched:
-            watch.watched[leaf].readers += 1
+        if isinstance(leaf, Tensor) and leaf in watch.values:
+            watch.values[leaf].readers += 1
     wiring.functional = watch.functional
-    wiring.batchnorm_of = {
-        out.layer: out.batchnorm
-        for out in outputs
-        if out.readers == 1 and out.batchnorm and wiring.calls[out.layer] == wiring.calls[out.batchnorm] == 1
-    }
+    alone = [out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1]
+    for out in alone:
+        if out.batchnorm and wiring.calls[out.batchnorm] == 1:
+            wiring.batchnorm_of[out.layer] = out.batchnorm
+        gate = _gate(out, wiring)
+        if gate is not None:
+            wiring.gates[out.layer] = gate
     return wiring
+
+
+def _gate(value: _Value, wiring: Wiring) -> Gate | None:
+    """What the gate is that this output of a layer alone goes through, if it does."""
+    batchnorm, made, adds = wiring.batchnorm_of.get(value.layer), value.made, False
+    if batchnorm is not None and value.next is not None:
+        value, made = value.next, made + 1
+    if value.readers == 1 and value.next is not None and value.next.made == made:
+        value, adds = value.next, True
+    return Gate(batchnorm, adds) if value.readers == 1 and value.rectified else None
 
 
 class _Tracer(fx.Tracer):

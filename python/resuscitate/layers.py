@@ -170,11 +170,13 @@ def dead_channels(name: str, module: nn.Module) -> Tensor:
     return ~rows_of(module, effective_weight(name, module) != 0).any(-1)
 
 
-def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A stand-in for the layer that computes with another weight, without its hooks; the layer is not changed."""
+def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A stand-in for the layer that computes with another weight, and maybe bias, without hooks; it is not changed."""
     double = copy.copy(module)
     double.__dict__.pop("weight", None)  # where torch.nn.utils.prune keeps it
     double._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
+    if bias is not None:
+        double._parameters["bias"] = bias  # type: ignore[assignment]
     double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
     return double
 

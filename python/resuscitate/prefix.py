@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import asr_kernels as ak
 
 from .batches import Batches, count_images
-from .errors import ModelMismatchError
-from .graph import Wiring
+from .errors import LayerError, ModelMismatchError
+from .gates import Seen, WatchSum, cross
+from .graph import Gate, Wiring
 from .network import Network, check_finite
 from .progress import Bar
 from .stops import Calls, Stop, Visit, merge_calls, merge_patches
@@ -36,7 +38,13 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[
 
 
 def prefix_walk(
-    pruned: Network, dense: Network | None, batches: Batches, stops: Sequence[Stop], wiring: Wiring, bar: Bar
+    pruned: Network,
+    dense: Network | None,
+    batches: Batches,
+    stops: Sequence[Stop],
+    wiring: Wiring,
+    gates: Mapping[str, tuple[Gate, Gate]],
+    bar: Bar,
 ) -> Iterator[Visit]:
     """Visit `stops`, in the order of their first calls, by one early-stopped pass over the images for each.
 
@@ -59,7 +67,54 @@ def prefix_walk(
             else:
                 _measure_batch(pruned, batch, index, {stop.name: visit.calls}, last)
             bar.advance(stop.name, count_images(batch))
+        if dense is not None and stop.name in gates:
+            seen = partial(_again, pruned, dense, batches, stop, gates[stop.name])
+            visit.aim = partial(cross, pruned, dense, stop.name, gates[stop.name], seen)
         yield visit.take_pairs()
+
+
+def _again(pruned: Network, dense: Network, batches: Batches, stop: Stop, gates: tuple[Gate, Gate]) -> Iterator[Seen]:
+    """What a layer reads and what the dense one puts out, batch by batch, each with what is added to the output."""
+    for batch in batches.head(stop.batches):
+        x, own = _at_gate(pruned, batch, stop.name, gates[0], of_inputs=True)
+        yield x, own, *_at_gate(dense, batch, stop.name, gates[1], of_inputs=False)
+
+
+def _at_gate(net: Network, batch: Any, name: str, gate: Gate, of_inputs: bool) -> tuple[Tensor, Tensor | None]:
+    """A layer's input, or its output, for one batch, and what is added to the output behind it.
+
+    Raises LayerError where a sum that was seen once does not come.
+    """
+    found: list[Tensor] = []
+    added: list[Tensor] = []
+
+    def add(other: Tensor) -> None:
+        added.append(other.clone())
+        raise _ReachedError
+
+    watch = WatchSum(add)
+
+    def at_layer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        found.append((args[0] if of_inputs else output).clone())
+        watch.watched = output
+        if not gate.adds:
+            raise _ReachedError
+
+    def at_batchnorm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        watch.watched = output
+
+    handles = [net.modules[name].register_forward_hook(at_layer)]
+    if gate.batchnorm is not None:
+        handles.append(net.modules[gate.batchnorm].register_forward_hook(at_batchnorm))
+    try:
+        with watch, suppress(_ReachedError):
+            net.run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if gate.adds and not added:
+        raise LayerError(name, "what is added to its output is not the same for all batches; pass relu_aware=False")
+    return found[0], added[0] if added else None
 
 
 def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asr_kernels import PatchMoments, Window, patch_moments
+from asr_kernels import CrossProducts, PatchMoments, Window, patch_moments
 
 from .distributed import Ranks
 from .layers import effective_weight, stored_bias, window_of, with_weight
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
+# where a ReLU hides errors: passes over the images to let go of them, each a look so many steps ahead of the last; none
+# where least squares alone leave so little of the variance unexplained
+PASSES, AHEAD, LITTLE = 2, 2.0, 0.01
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
 # padded systems are solved together as long as they take no more than this
 SOLVE_BYTES = 256 << 20
@@ -72,7 +75,8 @@ class Fit:
     """Weights (O, K) and biases (O,), float64, with which a layer comes nearest to the wanted outputs.
 
     `before` and `after` are the variance of its outputs over that of the wanted ones, and `explained` the share of that
-    variance which the fit explains, all summed over channels; None where the wanted outputs are constant.
+    variance which the fit explains, or of which a ReLU hides the error, all summed over channels; None where the wanted
+    outputs are constant.
     """
 
     weight: Tensor
@@ -89,6 +93,7 @@ def fit(
     *,
     ridge: float = RIDGE,
     most: float = MOST_GAIN,
+    aim: Callable[[Tensor, Tensor], CrossProducts] | None = None,
     ranks: Ranks | None = None,
 ) -> Fit:
     """Least squares on the supports, pulled towards the present weights, with the lost variance given back.
@@ -101,32 +106,76 @@ def fit(
 
     Where a layer's inputs do not vary its weights stay. Channels that share a support share a factor; the others are
     solved in padded batches. `ranks`, which all have the same moments, solve for some of the channels each.
+
+    `aim(w, b)`, where a ReLU hides some errors (`gates`), gives the cross products, about the means of `moments`, for
+    the outputs y that are as good as the wanted ones, and of these the nearest to those which w and b make. The first
+    line is then solved anew for them, and again; var y and mean(y) are theirs.
     """
-    ranks = Ranks() if ranks is None else ranks
-    groups, K = moments.mean.shape
-    count, channels = max(moments.count, 1), len(weight)
-    c, w0 = moments.xx / count, weight.double() * support
-    group = torch.arange(channels, device=weight.device) // (channels // groups)
-    cross, wanted = (moments.xy / count).mT.reshape(channels, K), moments.yy.view(-1) / count
-    rho = ridge * c.diagonal(dim1=1, dim2=2).mean(1)
-    systems = _Systems(c, rho, group, support, cross + rho[group, None] * w0)
-    solutions = ranks.add(systems.solutions(ranks.rank, ranks.size))
-    w = torch.where((c.diagonal(dim1=1, dim2=2) != 0).any(1)[group, None], solutions, w0)
-
-    def variance(w: Tensor) -> Tensor:
-        return (w.view(groups, -1, K) @ c).view(channels, K).mul_(w).sum(1)
-
-    varies, total = variance(w), float(wanted.sum())
-    unexplained = wanted - 2 * (w * cross).sum(1) + varies
-    gain = torch.where((varies > 0) & (wanted > 0), (wanted / varies).sqrt().clamp(max=most), 1.0)
-    shares = [variance(w0), varies * gain.square(), wanted - unexplained]
-    before, after, explained = (float(share.sum()) / total if total else None for share in shares)
-    w *= gain[:, None]
-    target = moments.target.view(-1)
-    bias = target - (w * moments.mean[group]).sum(1)
+    problem = _Problem(moments, weight, support, ridge, Ranks() if ranks is None else ranks)
+    targets = problem.targets(moments.xy, moments.yy)
+    total, w = targets.variance.sum(), problem.solve(targets)
+    if aim is not None and problem.unexplained(w, targets).sum() > LITTLE * total:
+        ahead = w
+        for _ in range(PASSES):
+            found = aim(ahead, problem.bias(ahead, targets))
+            targets = problem.targets(found.xy, found.yy, found.y)
+            last, w = w, problem.solve(targets)
+            ahead = w + AHEAD * (w - last)
+    varies = problem.variance(w)
+    gain = torch.where((varies > 0) & (targets.variance > 0), (targets.variance / varies).sqrt().clamp(max=most), 1.0)
+    before, after = problem.variance(problem.present).sum(), (varies * gain.square()).sum()
+    shares = before, after, total - problem.unexplained(w, targets).sum()
+    w = w * gain[:, None]
+    bias = problem.bias(w, targets)
     # what is left of a zero is rounding; it must not become a bias where there is none
-    bias = torch.where(bias.square() <= 1e-8 * wanted + 1e-12 * target.square(), 0.0, bias)
-    return Fit(w, bias, before, after, explained)
+    nothing = bias.square() <= 1e-8 * targets.variance + 1e-12 * targets.mean.square()
+    return Fit(w, torch.where(nothing, 0.0, bias), *(float(share / total) if total else None for share in shares))
+
+
+@dataclass
+class _Targets:
+    """Wanted outputs: covariances with the inputs (O, K), variances and means (O,)."""
+
+    cross: Tensor
+    variance: Tensor
+    mean: Tensor
+
+
+class _Problem:
+    """The inputs and the present weights of a layer to be fitted to some targets or other."""
+
+    def __init__(self, moments: PatchMoments, weight: Tensor, support: Tensor, ridge: float, ranks: Ranks) -> None:
+        self.moments, self.support, self.ranks = moments, support, ranks
+        self.count, channels = max(moments.count, 1), len(weight)
+        self.c, self.present = moments.xx / self.count, weight.double() * support
+        self.group = torch.arange(channels, device=weight.device) // (channels // len(self.c))
+        diagonal = self.c.diagonal(dim1=1, dim2=2)
+        self.rho, self.moves = ridge * diagonal.mean(1), (diagonal != 0).any(1)
+
+    def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> _Targets:
+        """Sums of products about the means of the inputs and, short of them by `y` in all, of the outputs."""
+        short = torch.zeros_like(yy) if y is None else y / self.count
+        variance, mean = yy / self.count - short.square(), self.moments.target + short
+        return _Targets((xy / self.count).mT.reshape(self.present.shape), variance.view(-1), mean.view(-1))
+
+    def solve(self, targets: _Targets) -> Tensor:
+        """The weights (O, K) by ridge regression; the present ones where the inputs do not vary."""
+        right = targets.cross + self.rho[self.group, None] * self.present
+        systems = _Systems(self.c, self.rho, self.group, self.support, right)
+        found = self.ranks.add(systems.solutions(self.ranks.rank, self.ranks.size))
+        return torch.where(self.moves[self.group, None], found, self.present)
+
+    def variance(self, w: Tensor) -> Tensor:
+        """Of the outputs that these weights make, (O,)."""
+        return ((w.view(len(self.c), -1, w.shape[1]) @ self.c).view(w.shape) * w).sum(1)
+
+    def unexplained(self, w: Tensor, targets: _Targets) -> Tensor:
+        """The variance of the targets less the outputs that these weights make, (O,)."""
+        return targets.variance - 2 * (w * targets.cross).sum(1) + self.variance(w)
+
+    def bias(self, w: Tensor, targets: _Targets) -> Tensor:
+        """What brings the mean of the outputs to that of the targets, (O,)."""
+        return targets.mean - (w * self.moments.mean[self.group]).sum(1)
 
 
 @dataclass

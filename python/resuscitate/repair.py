@@ -43,7 +43,7 @@ from .walk import Walker
 
 log = logging.getLogger("resuscitate")
 
-Method = Literal["bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
+Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
 Schedule = Literal["sequential", "parallel"]
 Recalibrate = Literal["auto", "exact", "ema"]
 Frozen = Literal["keep", "recalibrate"]
@@ -55,7 +55,7 @@ def repair(
     dense: Dense | None = None,
     calibration: Any = None,
     *,
-    method: Method = "asr",
+    method: Method = "auto",
     schedule: Schedule = "sequential",
     recalibrate: Recalibrate | None = "auto",
     max_samples: int | None = None,
@@ -69,6 +69,7 @@ def repair(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
     ridge: float = RIDGE,
+    relu_aware: bool = True,
     skip_first: bool | None = None,
     skip_last: bool | None = None,
     ema_batches: int = 20,
@@ -100,12 +101,13 @@ def repair(
             that no BatchNorm alone reads are left alone. Only method "bn" does without any of them.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
-        method: "asr", "channelwise" and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`)
-            match each layer's outputs to the dense ones by a gain and a shift. "refit" finds all surviving weights
-            anew, by least squares from the inputs that the layer now has to the dense outputs (`refit.fit`); a
-            transposed convolution is given its channel-wise gain. "two-stage", for whole channels that went: first the
-            layers that read them take over what they carried from those that stay (`aggregate.aggregate`), then refit.
-            "bn" re-estimates BatchNorm alone.
+        method: "refit" finds all surviving weights anew, by least squares from the inputs that the layer now has to the
+            dense outputs (`refit.fit`); a transposed convolution is given its channel-wise gain. "asr", "channelwise"
+            and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`) match each layer's outputs to
+            the dense ones by a gain and a shift. "two-stage", for whole channels that went: first the layers that read
+            them take over what they carried from those that stay (`aggregate.aggregate`), then refit. "bn" re-estimates
+            BatchNorm alone. "auto" is "refit" where it can be; else "asr": without the dense model itself, in the
+            "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or correlations are given.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
         recalibrate: None keeps the dense model's BatchNorm statistics (copied where the pruned model's differ), which
@@ -118,6 +120,8 @@ def repair(
         batch_size: how a lone tensor is cut. It never changes the result beyond rounding.
         prior, bias, eps: see `asr_kernels.repair_factors`.
         ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
+        relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
+            that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
         include, exclude: layers to repair, as globs over their names or as module types.
         skip_first: leave the first convolution alone, as published: its input is the image. None: not if refitted.
         skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: in the "parallel"
@@ -153,6 +157,10 @@ def repair(
     model, target = _as_model(model), as_target(dense)
     recalibrate = ("exact" if method == "bn" else None) if recalibrate == "auto" else recalibrate
     _check_options(method, schedule, recalibrate, frozen, on_nonfinite)
+    if method == "auto":
+        of_gains = recalibrate is not None or correlations or (prior, bias, eps) != ("median", True, 1e-8)
+        can_refit = isinstance(target, nn.Module) and schedule == "sequential" and not of_gains
+        method = "refit" if can_refit else "asr"
     ranks, precision = Ranks(group), as_dtype(dtype)
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
         raise ValueError(
@@ -224,7 +232,7 @@ def repair(
         zeros = Masks({name: effective_weight(name, layer) != 0 for name, layer in layers.items()})
         options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
         options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
-        options |= {"ridge": ridge} if fits else {}
+        options |= {"ridge": ridge, "relu_aware": relu_aware} if fits else {}
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
@@ -264,7 +272,15 @@ def repair(
             for visit in visits + [Visit(name) for name in layers if name not in unknown]:
                 corrector.correct(visit, matched(visit))
         stops = [
-            Stop(name, 0 if name in journal.entries else gains, bool(others), correlations, name in fit, name in wide)
+            Stop(
+                name,
+                0 if name in journal.entries else gains,
+                bool(others),
+                correlations,
+                refit=name in fit,
+                wide=name in wide,
+                gated=relu_aware and name in fit - wide,
+            )
             for name in layers
             if schedule == "sequential"
         ]

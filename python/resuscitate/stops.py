@@ -19,8 +19,8 @@ class Stop:
     """A module to measure, over the first `batches` batches: a layer's output, or what a BatchNorm reads.
 
     `dense`: in the dense network too; `paired`: with the covariances of the two; `refit`: not its output but what it
-    reads, with the dense output, or if it is `wide` with what the dense one reads. No batches: only to be passed, so
-    that what is known already can be corrected.
+    reads, with the dense output, or if it is `wide` with what the dense one reads; `gated`: let the visit `aim`, where
+    a ReLU hides what is below it. No batches: only to be passed, so that what is known already can be corrected.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Stop:
     paired: bool = False
     refit: bool = False
     wide: bool = False
+    gated: bool = False
 
 
 @dataclass
@@ -39,6 +40,9 @@ class Visit:
     dense network; `pairs` holds both and their covariances, where the stop asked for them, and `patches` the moments
     of what the module reads and of the dense output, over all calls. `correct(gain, shift)` must be told of any change
     that was made to the module's output, so that what follows sees it; where it was to be refitted it is yet to run.
+    `aim(weight, bias, patches)`, where a ReLU hides some of a layer's errors, is one more pass over the batches: the
+    cross products, about the means of `patches`, for outputs as good as the dense ones, the nearest to what the layer
+    puts out with such weights (in its shape, and (O,)).
     """
 
     name: str
@@ -47,6 +51,7 @@ class Visit:
     pairs: list[ak.PairedMoments] = field(default_factory=list)
     patches: ak.PatchMoments | None = None
     correct: Callable[[Tensor, Tensor], None] = lambda gain, shift: None
+    aim: Callable[[Tensor, Tensor, ak.PatchMoments], ak.CrossProducts] | None = None
 
     def take_pairs(self) -> Visit:
         """The same visit, `calls` and `dense` filled from the pairs."""

@@ -8,9 +8,10 @@ next stretch begin, again with the first batch. What one stretch leaves to the n
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from .batches import Batches
-from .graph import Wiring
+from .gates import Seen, cross
+from .graph import Gate, Wiring
 from .layers import LAYERS
 from .network import Network, check_finite, has_hooks
 from .progress import Bar
@@ -32,7 +34,13 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def node_walk(
-    pruned: Track, dense: Track | None, batches: Batches, stops: Sequence[Stop], wiring: Wiring, bar: Bar
+    pruned: Track,
+    dense: Track | None,
+    batches: Batches,
+    stops: Sequence[Stop],
+    wiring: Wiring,
+    bar: Bar,
+    gates: Mapping[str, tuple[Gate, Gate]] = MappingProxyType({}),
 ) -> Iterator[Visit]:
     """Visit `stops`, in the order of execution, in one pass over the images; each module must be called once.
 
@@ -83,17 +91,32 @@ def node_walk(
                 behind[follower] = [each.affine(gain, shift) for each in behind[follower]]
 
         visit.correct = correct
+        if dense is not None and stop.name in gates:
+            seen = partial(_again, pruned, dense, part, stop.batches)
+            visit.aim = partial(cross, pruned.net, dense.net, stop.name, gates[stop.name], seen)
         yield visit
+
+
+def _again(pruned: Track, dense: Track, part: int, batches: int) -> Iterator[Seen]:
+    """What was measured at the end of a part, batch by batch, and what is added to the layer's output."""
+    for index in range(batches):
+        yield *pruned.again(part, index), *dense.again(part, index)
 
 
 class Track:
     """One network on its way through its graph, from stop to stop, for every batch."""
 
     def __init__(
-        self, net: Network, graph: fx.Graph, stops: Sequence[Stop], store: Store, is_dense: bool = False
+        self,
+        net: Network,
+        graph: fx.Graph,
+        stops: Sequence[Stop],
+        store: Store,
+        others: Mapping[str, fx.Node | None],
+        is_dense: bool = False,
     ) -> None:
-        self.net, self.store = net, store
-        self.parts = _parts(graph, net, stops, is_dense)
+        self.net, self.store, self.others = net, store, others
+        self.parts = _parts(graph, net, stops, others, is_dense)
         self.frames: list[Frame] = []
         self.pending: _Correction | None = None
 
@@ -116,6 +139,15 @@ class Track:
         result = values[stretch.source]
         frame.close({node: value for node, value in values.items() if node in stretch.keep}, stretch.keep)
         return result
+
+    def again(self, part: int, index: int) -> tuple[Tensor, Tensor | None]:
+        """What was measured at the end of a part for one batch, and what its gate adds to it, if anything."""
+        frame, stretch = self.frames[index], self.parts[part]
+        other = self.others[stretch.name]
+        values = frame.open({stretch.source, other} - {None}, stretch.keep)
+        found = values[stretch.source], values.get(other)
+        frame.close({}, stretch.keep)
+        return found
 
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
         """Have the output that this part ends with become gain * output + shift, when each batch is next in hand."""
@@ -210,7 +242,9 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     return values[nodes[-1]], peak
 
 
-def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop], is_dense: bool) -> list[_Part]:
+def _parts(
+    graph: fx.Graph, net: Network, stops: Sequence[Stop], others: Mapping[str, fx.Node | None], is_dense: bool
+) -> list[_Part]:
     """Cut the graph after each layer, and before each BatchNorm, where the walk stops; the rest is never run.
 
     A layer that is to be refitted is cut before, in the pruned network: it runs when it has its new weights. One that
@@ -227,6 +261,10 @@ def _parts(graph: fx.Graph, net: Network, stops: Sequence[Stop], is_dense: bool)
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}
     for source, end in zip(sources, ends, strict=True):
         last[source] = max(last.get(source, 0), end - 1)
+    for stop, source, end in zip(stops, sources, ends, strict=True):
+        for node in (source, others[stop.name]) if stop.name in others else ():
+            if node is not None:  # looked at again when the part is done
+                last[node] = max(last.get(node, 0), end)
     parts = []
     for stop, source, begin, end in zip(stops, sources, [0, *ends], ends, strict=False):
         inside, earlier = nodes[begin:end], set(nodes[:begin])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batches, count_images
-from .graph import Wiring, trace
+from .gates import other_node, usable
+from .graph import Gate, Wiring, observe, trace
 from .layers import LAYERS
 from .network import Network, has_hooks
 from .prefix import measure, prefix_walk
@@ -51,32 +52,50 @@ class Walker:
         stops = sorted((stop for stop in stops if stop.name in order), key=lambda stop: order[stop.name])
         if not stops:
             return
+        gates = self._gates([stop.name for stop in stops if stop.gated])
         with Bar(title, [stop.name for stop in stops], batches.images(), progress) as bar:
             try:
-                visits = self._by_nodes(batches, stops, bar)
+                visits = self._by_nodes(batches, stops, gates, bar)
                 self.taken = "node"
             except _NoGraphError as cause:
                 log.warning("walking by prefixes, one pass over the images per layer: %s", cause)
-                visits = prefix_walk(self.pruned, self.dense, batches, stops, self.wiring, bar)
+                visits = prefix_walk(self.pruned, self.dense, batches, stops, self.wiring, gates, bar)
                 self.taken = "prefix"
             yield from visits
 
-    def _by_nodes(self, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
-        graph, peak = _graph(self.pruned, self.example, stops, self.wiring)
+    def _gates(self, names: Sequence[str]) -> dict[str, tuple[Gate, Gate]]:
+        """The gates, in the pruned and in the dense network, of those of the layers that have a like one in both."""
+        if not names or self.dense is None:
+            return {}
+        dense = self.dense
+        pairs = observe(dense.model, lambda: dense.run(self.example)).gates
+        return {
+            name: (self.wiring.gates[name], pairs[name])
+            for name in names
+            if usable(self.wiring.gates.get(name), self.pruned)
+            and usable(pairs.get(name), dense)
+            and pairs[name].adds == self.wiring.gates[name].adds
+        }
+
+    def _by_nodes(
+        self, batches: Batches, stops: Sequence[Stop], gates: Mapping[str, tuple[Gate, Gate]], bar: Bar
+    ) -> Iterator[Visit]:
+        of_pruned, of_dense = ({name: pair[side] for name, pair in gates.items()} for side in (0, 1))
+        graph, peak, others = _graph(self.pruned, self.example, stops, self.wiring, of_pruned)
         paired = any(stop.paired or stop.refit for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
-        pruned = Track(self.pruned, graph, stops, self.store)
+        pruned = Track(self.pruned, graph, stops, self.store, others)
         if self.dense is None or not any(stop.dense for stop in stops):
             return node_walk(pruned, None, batches, stops, self.wiring, bar)
         if not paired:
             return self._with_dense_apart(pruned, batches, stops, bar)
         try:
-            original, _ = _graph(self.dense, self.example, stops, self.wiring)
+            original, _, others = _graph(self.dense, self.example, stops, self.wiring, of_dense)
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
-        dense = Track(self.dense, original, stops, self.store, is_dense=True)
-        return node_walk(pruned, dense, batches, stops, self.wiring, bar)
+        dense = Track(self.dense, original, stops, self.store, others, is_dense=True)
+        return node_walk(pruned, dense, batches, stops, self.wiring, bar, gates)
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
@@ -93,8 +112,10 @@ class Walker:
             yield visit
 
 
-def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> tuple[fx.Graph, int]:
-    """The graph for `node_walk`, and the bytes of activations that `batch` needs at once in it.
+def _graph(
+    net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring, gates: Mapping[str, Gate]
+) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
+    """The graph for `node_walk`, the bytes of activations that `batch` needs at once in it, and what the gates add.
 
     Raises _NoGraphError where only `prefix_walk` is right: the trace must give the model's own output on `batch`.
     """
@@ -109,6 +130,7 @@ def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> t
     try:
         graph = trace(net.model)
         called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        others = {name: other_node(graph, gate, name) for name, gate in gates.items()}
         output, peak = follow(net, graph, batch)
         expected = net.run(batch)
     except Exception as error:
@@ -121,7 +143,7 @@ def _graph(net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring) -> t
         raise _NoGraphError("the trace runs its layers in another order")
     if not _same_output(output, expected):
         raise _NoGraphError("the traced network's output differs from the model's")
-    return graph, peak
+    return graph, peak, others
 
 
 def _same_output(a: Any, b: Any) -> bool:

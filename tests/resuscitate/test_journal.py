@@ -108,7 +108,7 @@ def test_a_checksum_that_fails_ends_what_is_believed(tmp_path):
     content[-3] ^= 1
     journal.write_bytes(content)
     model, report = repaired(chain, resume=journal)
-    assert report.resumed == 2
+    assert report.resumed == 3
     assert same(model, undisturbed)
 
 

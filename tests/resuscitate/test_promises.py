@@ -41,22 +41,30 @@ class TestAllOrNothing:
         assert model.training
 
     @pytest.mark.parametrize("build", [chain, Residual, Shared], ids=lambda b: b.__name__)
-    @pytest.mark.parametrize("recalibrate", [None, "exact"])
-    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, recalibrate, monkeypatch):
+    @pytest.mark.parametrize(
+        ("options", "writer"),
+        [
+            ({"method": "asr"}, "write_correction"),
+            ({"method": "asr", "recalibrate": "exact"}, "write_correction"),
+            ({"method": "refit"}, "write_weights"),
+        ],
+        ids=["gains", "gains and BatchNorm", "refit"],
+    )
+    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, options, writer, monkeypatch):
         dense = seeded(build)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
         written = []
-        write = vars(corrections)["write_correction"]
+        write = vars(corrections)[writer]
 
         def fail_at_the_second(*args):
             if written:
                 raise RuntimeError("out of memory")
             written.append(write(*args))
 
-        monkeypatch.setitem(vars(corrections), "write_correction", fail_at_the_second)
+        monkeypatch.setitem(vars(corrections), writer, fail_at_the_second)
         with pytest.raises(RuntimeError, match="out of memory"):
-            resuscitate.repair(model, dense, images(), recalibrate=recalibrate)
+            resuscitate.repair(model, dense, images(), **options)
         assert written
         assert same(model, before)
 
@@ -198,12 +206,13 @@ class TestSameAnswer:
         for other in results[1:]:
             torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=2e-5, atol=2e-6)
 
-    def test_in_either_memory_format(self):
+    @pytest.mark.parametrize(("method", "rounding"), [("asr", 1), ("refit", 10)])
+    def test_in_either_memory_format(self, method, rounding):
         dense = seeded(Residual)
         plain, last = pruned_copy(dense), pruned_copy(dense).to(memory_format=torch.channels_last)
-        resuscitate.repair(plain, dense, images())
-        resuscitate.repair(last, dense, images().to(memory_format=torch.channels_last))
-        torch.testing.assert_close(last.state_dict(), plain.state_dict(), rtol=2e-5, atol=2e-6)
+        resuscitate.repair(plain, dense, images(), method=method)
+        resuscitate.repair(last, dense, images().to(memory_format=torch.channels_last), method=method)
+        torch.testing.assert_close(last.state_dict(), plain.state_dict(), rtol=2e-5 * rounding, atol=2e-6 * rounding)
 
     @pytest.mark.parametrize("recalibrate", [None, "exact", "ema"])
     def test_bit_identical_when_run_again(self, recalibrate):
@@ -240,7 +249,7 @@ class TestPlainErrors:
         assert same(model, before)
 
     def test_unknown_choices_list_what_there_is(self):
-        names = "'bn', 'layerwise', 'channelwise', 'asr', 'refit', 'two-stage'"
+        names = "'auto', 'bn', 'layerwise', 'channelwise', 'asr', 'refit', 'two-stage'"
         self.run(f"method='magic' is unknown; there are {names}", method="magic")
         self.run("schedule='never' is unknown", schedule="never")
         self.run("recalibrate='often' is unknown", recalibrate="often")
@@ -297,8 +306,8 @@ class TestPlainErrors:
         x = x.clone()
         x[9, 1, 2, 2] = float("nan")
         skipping, without = pruned_copy(dense), pruned_copy(dense)
-        report = resuscitate.repair(skipping, dense, x, on_nonfinite="skip", batch_size=8)
-        resuscitate.repair(without, dense, clean)
+        report = resuscitate.repair(skipping, dense, x, method="asr", on_nonfinite="skip", batch_size=8)
+        resuscitate.repair(without, dense, clean, method="asr")
         assert (report.skipped, report.images) == (1, 23)
         torch.testing.assert_close(skipping.state_dict(), without.state_dict(), rtol=2e-5, atol=2e-6)
 

@@ -126,18 +126,36 @@ def test_the_first_convolution_is_skipped_unless_asked_for():
     dense = seeded(chain)
     model = pruned_copy(dense)
     first = model[0].weight.detach().clone()
-    report = resuscitate.repair(model, dense, images())
+    report = resuscitate.repair(model, dense, images(), method="asr")
     assert torch.equal(model[0].weight, first)
     assert report.layers[0].action == "skipped: its input is the image"
-    resuscitate.repair(model, dense, images(), skip_first=False)
+    resuscitate.repair(model, dense, images(), method="asr", skip_first=False)
     assert not torch.equal(model[0].weight, first)
+
+
+def test_auto_is_a_refit_unless_something_else_is_asked_for():
+    dense, chosen = seeded(chain), []
+    statistics = resuscitate.DenseStatistics.measure(dense, images())
+    for target, options in (
+        (dense, {}),
+        (dense, {"recalibrate": None, "batch_size": 7}),
+        (dense, {"prior": "mean"}),
+        (dense, {"bias": False}),
+        (dense, {"correlations": True}),
+        (dense, {"recalibrate": "exact"}),
+        (dense, {"schedule": "parallel"}),
+        (statistics, {}),
+        ("running", {}),
+    ):
+        chosen.append(resuscitate.repair(pruned_copy(dense), target, images(), **options).method)
+    assert chosen == ["refit"] * 2 + ["asr"] * 7
 
 
 def test_the_last_layer_is_skipped_where_its_inputs_are_not_matched():
     dense = seeded(chain)
     actions = {}
     for options in ({"schedule": "sequential"}, {"schedule": "parallel"}, {"recalibrate": "exact"}):
-        report = resuscitate.repair(pruned_copy(dense), dense, images(), **options)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(), method="asr", **options)
         actions[tuple(options.values())] = {row.name: row.action for row in report.layers}["11"]
     skipped = "skipped: the last layer, whose inputs are not matched"
     assert actions == {("sequential",): "repaired", ("parallel",): skipped, ("exact",): skipped}
@@ -187,8 +205,8 @@ def test_wrapped_models_are_unwrapped(wrap):
 def test_any_kind_of_calibration_gives_the_same_repair(give):
     dense = seeded(chain)
     wanted, model = pruned_copy(dense), pruned_copy(dense)
-    resuscitate.repair(wanted, dense, images())
-    resuscitate.repair(model, dense, give(images()))
+    resuscitate.repair(wanted, dense, images(), method="asr")
+    resuscitate.repair(model, dense, give(images()), method="asr")
     torch.testing.assert_close(model.state_dict(), wanted.state_dict(), rtol=2e-5, atol=2e-6)
 
 

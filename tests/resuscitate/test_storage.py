@@ -149,7 +149,7 @@ class TestBudget:
             if end != "success":
                 raise OSError("disk gone") if end == "error" else KeyboardInterrupt
 
-        monkeypatch.setattr(resuscitate.corrections, "write_correction", watched)
+        monkeypatch.setattr(resuscitate.corrections, "write_weights", watched)
         options = {"memory": 1, "scratch": tmp_path}
         try:
             resuscitate.repair(pruned_copy(dense), dense, images(), **options)
@@ -164,7 +164,7 @@ class TestBudget:
             import os, signal, sys
             import resuscitate
             from tests.networks import chain, images, pruned_copy, seeded
-            resuscitate.corrections.write_correction = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            resuscitate.corrections.write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             dense = seeded(chain)
             resuscitate.repair(pruned_copy(dense), dense, images(), memory=1, scratch=sys.argv[1])
         """

@@ -109,7 +109,7 @@ def test_progress_names_the_stop_the_images_and_the_rate(capsys, monkeypatch):
     dense = seeded(chain)
     resuscitate.repair(pruned_copy(dense), dense, images(), progress=True)
     shown = capsys.readouterr().err
-    assert re.search(r"repair \(asr\): 3/3 11, image 24/24, [\d,]+/s", shown)
+    assert re.search(r"repair \(refit\): 4/4 11, image 24/24, [\d,]+/s", shown)
     resuscitate.repair(pruned_copy(dense), dense, images())
     assert capsys.readouterr().err == ""
 

@@ -174,8 +174,8 @@ class TestCorrelations:
     def test_they_do_not_change_the_repair(self):
         dense = seeded(Residual)
         plain, paired = pruned_copy(dense), pruned_copy(dense)
-        resuscitate.repair(plain, dense, images(), batch_size=5)
-        resuscitate.repair(paired, dense, images(), batch_size=5, correlations=True)
+        resuscitate.repair(plain, dense, images(), method="asr", batch_size=5)
+        resuscitate.repair(paired, dense, images(), method="asr", batch_size=5, correlations=True)
         torch.testing.assert_close(plain.state_dict(), paired.state_dict(), rtol=2e-5, atol=2e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_command_line_measures_once_and_repairs_from_the_file(tmp_path, monk
         return done.output
 
     assert "20 images" in run("stats", "--dense", "dense.safetensors", "--output", "stats.safetensors")
-    repair = ["repair", "--pruned", "pruned.safetensors", "--output"]
+    repair = ["repair", "--method", "asr", "--pruned", "pruned.safetensors", "--output"]
     run(*repair, "model.safetensors", "--dense", "dense.safetensors")
     assert "dense statistics" in run(*repair, "file.safetensors", "--dense-stats", "stats.safetensors")
     assert "running statistics" in run(*repair, "running.safetensors", "--dense", "running")

@@ -46,6 +46,7 @@ def compress(
     include: Include = None,
     exclude: Exclude = None,
     ridge: Annotated[float, opt("The pull towards the weights as they are.")] = 1e-2,
+    relu_aware: Annotated[bool, opt("Let go of errors that the ReLU behind a layer hides.")] = True,
     max_samples: MaxSamples = None,
     batch_size: BatchSize = 128,
     mean: Mean = None,

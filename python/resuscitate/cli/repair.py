@@ -42,7 +42,7 @@ def repair(
     output: Output,
     dense: Annotated[str | None, opt("The weights before pruning, or 'running': what BatchNorm remembers.")] = None,
     dense_stats: Annotated[Path | None, opt("In their place: what `resuscitate stats` wrote.")] = None,
-    method: Annotated[Method, opt("Match the dense outputs by a gain, or BatchNorm alone.")] = "asr",
+    method: Annotated[Method, opt("Refit the weights, match the outputs by a gain, or BatchNorm alone.")] = "auto",
     schedule: Annotated[Schedule, opt("Measure on repaired layers, or on the broken net.")] = "sequential",
     recalibrate: Annotated[Recalibrate, opt("BatchNorm; auto: exact for bn, else none (stays).")] = "auto",
     max_samples: MaxSamples = None,
@@ -58,6 +58,7 @@ def repair(
     include: Include = None,
     exclude: Exclude = None,
     ridge: Annotated[float, opt("Of refit: the pull towards the weights as they are.")] = 1e-2,
+    relu_aware: Annotated[bool, opt("Of refit: let go of errors that the ReLU behind a layer hides.")] = True,
     skip_first: Annotated[bool | None, opt("Leave the first convolution alone; default: unless refitted.")] = None,
     skip_last: Annotated[bool | None, opt("Leave the classifier alone; default: if its inputs differ.")] = None,
     ema_batches: Annotated[int, opt("Batches of an ema recalibration.", min=1)] = 20,
@@ -80,7 +81,7 @@ def repair(
     if dense is not None and dense_stats is not None:
         raise typer.BadParameter("--dense and --dense-stats are two ways to say the same: give one")
     if dense is None and dense_stats is None and method != "bn":
-        raise typer.BadParameter(f"method {method} matches the dense outputs: give --dense, or --method bn")
+        raise typer.BadParameter("all methods but bn match the dense outputs: give --dense, or --method bn")
     from ..batches import most_images
     from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
@@ -105,7 +106,7 @@ def repair(
         keywords = {name: options[name] for name in run.__kwdefaults__ if name in options}  # type: ignore[union-attr]
         keywords["recalibrate"] = None if recalibrate == "none" else recalibrate
         done = run(network, target, images, **keywords, group=group)
-        made_by = provenance(method, options)
+        made_by = provenance(done.method, options)
         document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
         text = json.dumps(document, indent=2)
         if ranks.rank:

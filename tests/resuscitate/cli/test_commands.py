@@ -22,7 +22,7 @@ repair_module, patterns = sys.modules["resuscitate.repair"], sys.modules["resusc
 
 
 USAGE = [
-    (["--method", "magic"], "'magic' is not one of 'bn', 'layerwise', 'channelwise', 'asr'"),
+    (["--method", "magic"], "'magic' is not one of 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
     (["-m", "resnet21"], "did you mean 'resnet"),
     (["-o", "repaired.pt"], "name it repaired.safetensors"),
     (["--mean", "red"], "'red' is neither a number"),

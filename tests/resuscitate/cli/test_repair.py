@@ -79,7 +79,7 @@ class TestRepair:
         assert document == json.loads(Path("run.json").read_text())
         assert [layer["name"] for layer in document["layers"]] == ["0", "3", "6", "11"]
         assert document["calibration"]["images"] == 40
-        assert document["provenance"]["options"]["method"] == "asr"
+        assert document["method"] == document["provenance"]["method"] == "refit"
 
     def test_json_has_no_nan_where_a_layer_is_dead(self, user):
         for name in ("dense", "pruned"):

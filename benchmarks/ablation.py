@@ -1,0 +1,124 @@
+"""What each part of `compress` is worth: `make ablation`, or `python benchmarks/ablation.py`.
+
+Trained ResNet-20 and ResNet-32 are pruned step by step and refitted after each, as `compress` does, past 80, 90, 95 and
+98 %; once with all parts, and then each time with one of them left out or done in another way.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+import resuscitate
+from resuscitate import refit
+
+STOPS = [0.5, 0.65, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98]
+SHOWN = [0.8, 0.9, 0.95, 0.98]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "all in one step": {"alone": True},
+    "only these four steps": {"stops": SHOWN},
+    "without what the ReLU hides": {"relu_aware": False},
+    "without the variance given back": {"most": 1.0},
+    "a gain per channel in place of a refit": {"method": "channelwise"},
+    "ERK": {"allocation": "erk"},
+    "LAMP": {"allocation": "lamp"},
+    "ridge 1e-3": {"ridge": 1e-3},
+    "ridge 1e-1": {"ridge": 1e-1},
+    "twice the images": {"images": 2},
+}
+
+
+@contextmanager
+def most_gain(most: float) -> Iterator[None]:
+    """Cap what a refit may give back of the variance."""
+    defaults: Any = refit.fit.__kwdefaults__
+    before = defaults["most"]
+    defaults["most"] = most
+    try:
+        yield
+    finally:
+        defaults["most"] = before
+
+
+def gradual(
+    dense: nn.Module,
+    images: Tensor,
+    score: resuscitate.Accuracy,
+    stops: list[float] = STOPS,
+    alone: bool = False,
+    allocation: str = "global",
+    most: float = refit.MOST_GAIN,
+    **options: Any,
+) -> dict[str, float]:
+    """Accuracy at the sparsities that are shown; `alone`: each of them pruned and refitted by itself."""
+    found, model = {}, copy.deepcopy(dense)
+    with most_gain(most):
+        for stop in SHOWN if alone else stops:
+            model = copy.deepcopy(dense) if alone else model
+            resuscitate.sparsify(model, stop, allocation=allocation)
+            resuscitate.repair(model, dense, images, **{"method": "refit", **options}, progress=False)
+            if stop in SHOWN:
+                found[f"{stop:.0%}"] = score(model)
+    return found
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="folder with networks and images; else RESUSCITATE_DATA")] = None,
+    nets: Annotated[str, typer.Option(help="which networks, by comma")] = "resnet20,resnet32",
+    images: Annotated[int, typer.Option(help="for calibration")] = 256,
+    test_images: int = 5000,
+    output: Path = RESULTS,
+) -> None:
+    """Leave one part of the compression out at a time and print what is left of the accuracy."""
+    folder = data_folder(data)
+    calibration, score = calibration_images(folder, 2 * images), scorer(folder, test_images)
+    console = Console(stderr=True)
+    jobs = [(net, variant) for net in nets.split(",") for variant in VARIANTS]
+    rows = []
+    for net, variant in track(jobs, "compressing", console=console, disable=not console.is_terminal):
+        dense, options = network(net, folder, calibration), dict(VARIANTS[variant])
+        seen, started = calibration[: images * options.pop("images", 1)], time.perf_counter()
+        found = gradual(dense, seen, score, **options)
+        seconds = round(time.perf_counter() - started, 1)
+        rows.append({"net": net, "dense": score(dense), "variant": variant, "accuracy": found, "seconds": seconds})
+    about = machine(shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]]))
+    about |= {"images": {"calibration": images, "test": test_images}, "stops": STOPS, "rows": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "ablation.json").write_text(json.dumps(about, indent=1) + "\n")
+    (output / "ablation.md").write_text(markdown(rows))
+    Console().print(markdown(rows), markup=False, soft_wrap=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A row for each variant, a column for each network and sparsity; what a part is worth, after the first row."""
+    nets = list(dict.fromkeys(row["net"] for row in rows))
+    dense = {row["net"]: row["dense"] for row in rows}
+    by = {(row["net"], row["variant"]): row["accuracy"] for row in rows}
+    heads = [f"{net} ({dense[net]:.1f}), {at}" if at == "80%" else at for net in nets for at in by[net, "as it is"]]
+    lines = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
+    for variant in VARIANTS:
+        cells = [
+            f"{accuracy:.1f}" if variant == "as it is" else f"{accuracy - by[net, 'as it is'][at]:+.1f}"
+            for net in nets
+            for at, accuracy in by[net, variant].items()
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
