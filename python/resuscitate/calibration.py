@@ -49,11 +49,10 @@ def read_batches(
     return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty)
 
 
-def read_all(calibration: Calibration, **options: Any) -> list[Any]:
-    """What `read_batches` yields, with the same options, read once and held for any number of passes."""
-    source = read_batches(calibration, **options)
+def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
+    """The batches that were read from `calibration`, to be gone through any number of times."""
     # a loader may hand out the same memory again and again
-    return list(source if is_held(calibration) else map(copy.deepcopy, source))
+    return list(batches if is_held(calibration) else map(copy.deepcopy, batches))
 
 
 def check_count(option: str, limit: int | None) -> None:

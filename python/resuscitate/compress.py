@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .calibration import read_all
+from .batches import read_share
+from .calibration import hold
+from .distributed import Ranks
 from .errors import CalibrationError
 from .layers import Selector, unwrap
 from .masks import Masks
@@ -99,6 +101,7 @@ def compress(
     device: torch.device | str | None = None,
     memory: int | str | None = None,
     scratch: str | Path | None = None,
+    group: Any = None,
     resume: str | Path | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -110,9 +113,9 @@ def compress(
 
     Args:
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
-            "rr" is measured anew in each step.
-        calibration, ridge, relu_aware, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, seed,
-            progress: as in `repair` with method "refit". The images are read once.
+            "rr" is measured anew in each step, in one process.
+        calibration, ridge, relu_aware, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, group,
+            seed, progress: as in `repair` with method "refit". The images are read once.
         steps: how many, or the sparsities to stop at, ascending, the last of which is `sparsity`. A number of steps
             begins at `FIRST` and keeps the same fraction of the weights in each step from there on.
         resume: a folder for the journals of the steps. A run that was killed goes on from them; delete it once the
@@ -124,25 +127,23 @@ def compress(
     model, stops = unwrap(model), schedule(sparsity, steps)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
-    batches = read_all(calibration, max_samples=max_samples, batch_size=batch_size, raw=forward_fn is not None)
+    ranks, reports = Ranks(group), list[RepairReport]()
+    if allocation == "rr" and ranks.size > 1:
+        raise ValueError("allocation 'rr' measures in one process: it takes no group")
     dense, folder = copy.deepcopy(model), None if resume is None else Path(resume)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
     pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
-    pruning |= {"include": include, "exclude": exclude, "calibration": batches if allocation == "rr" else None}
+    pruning |= {"include": include, "exclude": exclude}
     fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, "batch_size": batch_size}
-    fitting |= {
-        "forward_fn": forward_fn,
-        "dtype": dtype,
-        "device": device,
-        "memory": memory,
-        "scratch": scratch,
-        "seed": seed,
-    }
-    reports: list[RepairReport] = []
-    with Snapshot(model) as snapshot:
-        for index, stop in enumerate(track(stops, "compress", len(stops), progress)):
+    fitting |= {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory, "scratch": scratch}
+    fitting |= {"group": group, "seed": seed}
+    with Snapshot(model) as snapshot, ranks.together():
+        batches = hold(calibration, read_share(calibration, ranks, **reading, raw=forward_fn is not None))
+        pruning["calibration"] = batches if allocation == "rr" else None
+        for index, stop in enumerate(track(stops, "compress", len(stops), False if ranks.rank else progress)):
             masks = sparsify(model, stop, **pruning)
             journal = None if folder is None else folder / f"step-{index + 1}.journal"
             reports.append(repair(model, dense, batches, **fitting, resume=journal, progress=False))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,9 @@ class Ranks:
     group: Any = None
     rank: int = field(init=False, default=0)
     size: int = field(init=False, default=1)
+    failures: ClassVar[int] = 0  # that all ranks have heard of, in this process
 
     def __post_init__(self) -> None:
-        self._told = False
         if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             log.warning("torch.distributed has %d ranks and group is None: this one works alone", dist.get_world_size())
         if self.group is not None:
@@ -59,12 +59,14 @@ class Ranks:
 
         Raises DistributedError on the ranks that did not fail themselves.
         """
+        before = Ranks.failures
         try:
             yield
             self.gather(torch.empty(0))
         except BaseException:
-            if self.size > 1 and not self._told:
-                self._told = True
+            # once for each failure, also where a meeting stands within another
+            if self.size > 1 and before == Ranks.failures:
+                Ranks.failures += 1
                 with suppress(Exception):
                     self._all_gather(torch.tensor([1, 0]))
             raise
@@ -78,7 +80,7 @@ class Ranks:
             return [vector.cpu()]
         lengths = [(int(failed), int(length)) for failed, length in self._all_gather(torch.tensor([0, len(vector)]))]
         if failed := [rank for rank, (failure, _) in enumerate(lengths) if failure]:
-            self._told = True
+            Ranks.failures += 1
             raise DistributedError(f"rank {failed[0]} failed, and its own message says why; nothing was changed")
         longest = max(length for _, length in lengths)
         if not longest:
@@ -142,7 +144,7 @@ class Ranks:
             dist.all_gather(found, mine, group=self.group)
             return [part.cpu() for part in found]
         except RuntimeError as error:
-            self._told = True
+            Ranks.failures += 1
             reason = str(error).splitlines()[0]
             raise DistributedError(
                 f"another rank no longer answers rank {self.rank}, and nothing was changed; look at its own output "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import count_images
-from .calibration import read_all
+from .calibration import hold, read_batches
 from .digest import digest_images, digest_model
 from .distributed import Ranks
 from .errors import ResuscitateError, did_you_mean
@@ -110,7 +110,7 @@ def recoverability(
         raise ValueError(f"workers={workers} must be at least 1")
     jobs = _jobs(sparsities, allocations, methods, pattern)
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
-    batches = read_all(calibration, **reading, raw=forward_fn is not None)
+    batches = hold(calibration, read_batches(calibration, **reading, raw=forward_fn is not None))
     common = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device, "seed": seed}
     pruning = {"pattern": pattern, "include": include, "exclude": exclude}
     cells = _Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)

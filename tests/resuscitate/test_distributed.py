@@ -47,11 +47,13 @@ AGREEING = {
     },
     "prefix walk, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
     "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
+    "compress": {"options": {}, "build": "Residual", "sizes": (12, 11, 0), "compress": True},
     "statistics": {"options": {"method": "asr"}, "statistics": True},
 }
 FAILING = {
     "a loader fails": {"broken": 1},
     "an image is not finite": {"nan": 0},
+    "a loader fails in compress": {"broken": 1, "compress": True},
     "different models": {"other weights": 1},
     "different options": {"other options": 1},
     "no images": {"sizes": (0, 0, 0)},
@@ -86,11 +88,17 @@ def work(rank, size, job):
     try:
         if job.get("statistics"):
             dense = resuscitate.DenseStatistics.measure(dense, part, batch_size=4, group=dist.group.WORLD)
-        report = resuscitate.repair(model, dense, part, batch_size=4, group=dist.group.WORLD, **options)
+        report = work_on(model, dense, part, job, group=dist.group.WORLD, **options)
         return {"error": None, "images": report.images, "walk": report.walk}, model.state_dict()
     except Exception as error:
         unchanged = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         return {"error": f"{type(error).__name__}: {error}", "unchanged": unchanged}, model.state_dict()
+
+
+def work_on(model, dense, x, job, **options):
+    if job.get("compress"):
+        return resuscitate.compress(model, 0.8, x, steps=2, batch_size=4, **options).steps[-1]
+    return resuscitate.repair(model, dense, x, batch_size=4, **options)
 
 
 def die_at_the_second(*args, seen=[]):  # noqa: B006
@@ -137,7 +145,7 @@ def test_ranks_end_with_the_same_bits_and_the_result_of_one_process(job, ranks):
         assert all(torch.equal(v, state[k]) for k, v in other.items())
     dense = seeded(BUILDS[AGREEING[job].get("build", "chain")])
     alone = pruned_copy(dense)
-    report = resuscitate.repair(alone, dense, images(23), batch_size=4, **options)
+    report = work_on(alone, dense, images(23), AGREEING[job], **options)
     torch.testing.assert_close(dict(alone.state_dict()), dict(state), rtol=2e-5, atol=2e-6)
     assert (found[0][0]["images"], found[0][0]["walk"]) == (report.images, report.walk)
 
@@ -146,6 +154,7 @@ def test_ranks_end_with_the_same_bits_and_the_result_of_one_process(job, ranks):
     ("job", "first", "second"),
     [
         ("a loader fails", "DistributedError: rank 1 failed", "OSError: disk gone"),
+        ("a loader fails in compress", "DistributedError: rank 1 failed", "OSError: disk gone"),
         ("an image is not finite", "NonFiniteError: layer '0': batch 0", "DistributedError: rank 0 failed"),
         ("different models", *["rank 1 has a model or options other than rank 0"] * 2),
         ("different options", *["rank 1 has a model or options other than rank 0"] * 2),

@@ -23,6 +23,7 @@ from .options import (
     Seed,
     Size,
     Std,
+    Timeout,
     opt,
     parse_densities,
     parse_steps,
@@ -60,21 +61,29 @@ def compress(
     seed: Seed = 0,
     masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
+    timeout: Timeout = 600,
 ) -> None:
-    """Prune in steps, and refit the rest after each from unlabelled images."""
+    """Prune in steps, and refit the rest after each from unlabelled images. Runs under torchrun too."""
     options = options_of(locals())
     from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
     from ..compress import compress as run
+    from ..distributed import Ranks, launched
 
     for path in filter(None, (output, masks, report)):
         check_writable(path)
     fixed = parse_densities(densities)
     network = build_model(model)
     load_weights(network, dense)
-    images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
-    check_runs(network, images, calibration, device)
-    names = set(run.__kwdefaults__ or ()) & set(options) - {"densities"}
-    done = run(network, sparsity, images, densities=fixed, **{name: options[name] for name in names})
+    with launched(timeout) as group:
+        ranks = Ranks(group)
+        shard = ranks.rank, ranks.size
+        images, measured = read_images(calibration, mean, std, size, max_samples, seed, shard)
+        check_runs(network, images, calibration, device)
+        names = set(run.__kwdefaults__ or ()) & set(options) - {"densities"}
+        keywords = {name: options[name] for name in names}
+        done = run(network, sparsity, images, densities=fixed, **keywords, group=group)
+        if ranks.rank:
+            return
     made_by = provenance("compress", options)
     with ExitStack() as stack:
         if report is not None:

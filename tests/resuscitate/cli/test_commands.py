@@ -127,8 +127,8 @@ def test_the_command_line_has_the_choices_of_the_library():
         ),
         (
             resuscitate.compress,
-            {"dense", "output", "masks", "report", "mean", "std", "size"},
-            {"forward_fn", "progress"},
+            {"dense", "output", "masks", "report", "mean", "std", "size", "timeout"},
+            {"forward_fn", "progress", "group"},
         ),
     ],
     ids=["repair", "prune", "map", "compress"],
