@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -104,14 +104,21 @@ def layers_to_repair(
     return chosen
 
 
-def copy_statistics(model: nn.Module, dense: nn.Module | DenseStatistics, report: RepairReport) -> None:
-    """Take over the dense model's BatchNorm statistics where they differ: the corrected outputs match its outputs."""
+def copy_statistics(
+    model: nn.Module, dense: nn.Module | DenseStatistics, kept: Collection[str], report: RepairReport
+) -> None:
+    """Take over the dense model's BatchNorm statistics where they differ: the corrected outputs match its outputs.
+
+    `kept`: BatchNorms behind layers that were not selected. They may hold the shift of an earlier repair.
+    """
     if isinstance(dense, nn.Module):
         originals = {name: (module.running_mean, module.running_var) for name, module in find_batchnorms(dense).items()}
     else:
         originals = dict(dense.batchnorms)
     copied = 0
     for name, batchnorm in find_batchnorms(model).items():
+        if name in kept:
+            continue
         theirs = originals.get(name, (None, None))
         if theirs[0] is None or len(theirs[0]) != batchnorm.num_features:
             raise ModelMismatchError(

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -110,10 +111,11 @@ def repair(
             "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or correlations are given.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
-        recalibrate: None keeps the dense model's BatchNorm statistics (copied where the pruned model's differ), which
-            the corrected outputs match. "exact" pools them over all images and thereby **cancels** the gain and the
-            shift of every layer that is read through a BatchNorm alone. "ema" is the published protocol: reset, then
-            `ema_batches` batches of `ema_batch_size` at `ema_momentum`. "auto": "exact" for "bn", else None.
+        recalibrate: None keeps the dense model's BatchNorm statistics, which corrected outputs match (copied where the
+            pruned model's differ, but for those behind layers that include and exclude leave out). "exact" pools them
+            over all images and thereby **cancels** the gain and the shift of every layer that is read through a
+            BatchNorm alone. "ema" is the published protocol: reset, then `ema_batches` batches of `ema_batch_size` at
+            `ema_momentum`. "auto": "exact" for "bn", else None.
         max_samples, max_batches: read no more than this.
         gain_samples, recalibrate_samples: images for the gains, and for an exact recalibration; None: all that are
             read.
@@ -161,11 +163,13 @@ def repair(
         of_gains = recalibrate is not None or correlations or (prior, bias, eps) != ("median", True, 1e-8)
         can_refit = isinstance(target, nn.Module) and schedule == "sequential" and not of_gains
         method = "refit" if can_refit else "asr"
-    ranks, precision = Ranks(group), as_dtype(dtype)
+    ranks, precision, fits = Ranks(group), as_dtype(dtype), method in ("refit", "two-stage")
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
         raise ValueError(
             "recalibrate='ema' cuts its own batches: it takes no recalibrate_samples, no forward_fn and no group"
         )
+    if fits:
+        _check_refit(method, target, schedule, bias, ridge, ranks)
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
         check_count(option, limit)
@@ -175,15 +179,6 @@ def repair(
         raise ValueError(
             "correlations compares both networks image by image: pass dense as a model, not its statistics"
         )
-    fits = method in ("refit", "two-stage")
-    if fits and not (isinstance(target, nn.Module) and schedule == "sequential"):
-        raise ValueError(
-            f"method {method!r} follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
-        )
-    if fits and (not bias or ridge < 0):
-        raise ValueError(f"method {method!r} always fits the bias" if not bias else f"ridge={ridge} must be at least 0")
-    if method == "two-stage" and ranks.size > 1:
-        raise ValueError("method 'two-stage' runs in one process: it takes no group")
     if method != "bn" and target is None:
         raise ModelMismatchError(
             f"method {method!r} matches the dense model's outputs: pass dense, or use method 'bn' or dense='running'"
@@ -225,6 +220,7 @@ def repair(
         wiring = observe(model, lambda: net.run(example))
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
+        selected = set(layers)
         unmatched = bool(batchnorms) or schedule == "parallel"
         skip_first = not fits if skip_first is None else skip_first
         ends = skip_first, unmatched if skip_last is None else skip_last
@@ -242,7 +238,8 @@ def repair(
                 (digest,) = ranks.total(digest_images(batches.head(gains)))
                 _compare_images(target, report, f"{digest % MODULUS:x}")
             if not isinstance(target, str) and target is not None:
-                copy_statistics(model, target, report)
+                kept = {behind for name, behind in wiring.batchnorm_of.items() if name not in selected}
+                copy_statistics(model, target, kept, report)
         identity: dict[str, object] = {}
         if resume is not None:
             # each step's images by themselves, for the digest of them all is the same in any order
@@ -262,33 +259,28 @@ def repair(
         corrector = Corrector(net, wiring, factors, report, journal, ranks)
         matched = wanted_by(target, net, wiring)
         show = progress if ranks.rank == 0 else False
+        known = set(journal.entries)
         if schedule == "parallel":
-            unknown = [name for name in layers if name not in journal.entries]
+            unknown = [name for name in layers if name not in known]
             passes = [track(batches.head(gains), f"repair ({method})", gains, show) for _ in range(2)]
             pruned = measure(net, passes[0], unknown)
             original = measure(others[0], passes[1], unknown) if others else {}
             visits = [Visit(name, pruned[name], original.get(name, [])) for name in unknown]
             visits = [ranks.merge(visit, net.device) for visit in visits]
-            for visit in visits + [Visit(name) for name in layers if name not in unknown]:
+            for visit in visits + [Visit(name) for name in layers if name in known]:
                 corrector.correct(visit, matched(visit))
-        stops = [
-            Stop(
-                name,
-                0 if name in journal.entries else gains,
-                bool(others),
-                correlations,
-                refit=name in fit,
-                wide=name in wide,
-                gated=relu_aware and name in fit - wide,
-            )
-            for name in layers
-            if schedule == "sequential"
-        ]
-        stops += [Stop(name, 0 if name in journal.entries else exact) for name in batchnorms if recalibrate == "exact"]
+            stops = []
+        else:
+            how: dict[str, bool] = {"dense": bool(others), "paired": correlations}
+            stops = [Stop(name, gains, **how) for name in layers if name not in fit]
+            stops += [Stop(name, gains, True, refit=True, gated=relu_aware) for name in fit - wide]
+            stops += [Stop(name, gains, True, refit=True, wide=True) for name in wide]
+        stops += [Stop(name, exact) for name in batchnorms if recalibrate == "exact"]
+        stops = [replace(stop, batches=0) if stop.name in known else stop for stop in stops]
         walker = Walker(net, others[0] if others else None, wiring, store, example)
         with closing(walker.walk(batches, stops, f"repair ({method})", show)) as walk:
             for visit in walk:
-                if visit.name not in journal.entries:
+                if visit.name not in known:
                     visit = ranks.merge(visit, net.device)
                 if visit.name in fit:
                     corrector.refit(visit, ridge)
@@ -315,6 +307,20 @@ def _as_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
     return unwrap(model)
+
+
+def _check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float, ranks: Ranks) -> None:
+    """Raise ValueError for what a refit cannot do."""
+    if not isinstance(target, nn.Module) or schedule != "sequential":
+        raise ValueError(
+            f"method {method!r} follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
+        )
+    if not bias:
+        raise ValueError(f"method {method!r} always fits the bias")
+    if not ridge >= 0:
+        raise ValueError(f"ridge={ridge} must be at least 0")
+    if method == "two-stage" and ranks.size > 1:
+        raise ValueError("method 'two-stage' runs in one process: it takes no group")
 
 
 def _describe(target: nn.Module | DenseStatistics | str | None) -> str:

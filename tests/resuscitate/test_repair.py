@@ -167,6 +167,19 @@ def test_include_and_exclude_select_by_glob_and_type():
     assert [row.name for row in report.layers] == ["conv2", "head"]
 
 
+@pytest.mark.parametrize("method", ["channelwise", "refit"])
+def test_a_second_repair_of_other_layers_keeps_the_first(method):
+    dense, x = seeded(chain), images(40)
+    model = pruned_copy(dense)
+    resuscitate.repair(model, dense, x, method=method, include=["0", "3"], skip_first=False)
+    first = {name: value.clone() for name, value in model.state_dict().items() if name[:2] in ("0.", "1.", "3.", "4.")}
+    resuscitate.repair(model, dense, x, method=method, include=["6", "11"])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in first.items())
+    at_once = pruned_copy(dense)
+    resuscitate.repair(at_once, dense, x, method=method, skip_first=False)
+    torch.testing.assert_close(model.state_dict(), at_once.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_with_two_readers_gets_a_new_bias_that_is_reported():
     dense = seeded(Residual)
     model = pruned_copy(dense)
