@@ -155,7 +155,8 @@ def _full_precision(x: Tensor) -> Iterator[None]:
     if not x.is_cuda:
         yield
         return
-    convolutions: Any = vars(torch.backends.cudnn)["conv"]
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:

@@ -114,3 +114,18 @@ def test_inductor_takes_the_kernels_into_its_graph(pair):
 
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(repair, fullgraph=True)(pruned), expected.relu())
+
+
+def test_second_moments_are_as_near_as_on_the_host(pair):
+    dense, pruned = (t.cpu().contiguous() for t in pair)
+    window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2)
+    there = ak.patch_moments(pruned.cuda(), dense.cuda(), window)
+    exact = ak.patch_moments(pruned.double(), dense.double(), window)
+    scale = exact.xx.diagonal(dim1=1, dim2=2).amax()
+    for name in ("xx", "xy"):
+        assert (getattr(there, name).cpu() - getattr(exact, name)).abs().max() < 1e-5 * scale
+    moved = dense.abs()
+    points = exact.mean, exact.target
+    products = ak.cross_products(pruned.cuda(), moved.cuda(), window, *(point.cuda() for point in points))
+    expected = ak.cross_products(pruned.double(), moved.double(), window, *points)
+    assert (products.xy.cpu() - expected.xy).abs().max() < 1e-5 * scale
