@@ -3,7 +3,7 @@
 Least squares on the outputs of a layer spends much of its freedom on values that the next ReLU sets to zero. Where a
 layer is read by relu(batchnorm(output) + other) alone, both parts optional, the wanted outputs are a convex set: what
 the ReLU makes of them is to be what it makes of the dense ones. The refit then goes back and forth between the set and
-the span of the inputs (in the manner of Zhang et al. 2015, arXiv 1505.06798, section 2.2).
+the span of the inputs (in the manner of Zhang et al. 2015, arXiv 1505.06798, for responses behind a ReLU).
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def trace(model: nn.Module) -> fx.Graph:
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
     """The same as `observe`, read off a traced graph instead of a run, as far as that goes without shapes.
 
-    `calls` counts the modules of the graph, and a linear layer is never paired: see `_on_sequences`.
+    `calls` counts the modules of the graph, no linear layer is paired (see `_on_sequences`), and there are no gates.
     """
     modules = dict(model.named_modules())
     called = [node for node in graph.nodes if node.op == "call_module"]

@@ -46,10 +46,14 @@ class TestStatisticsFile:
     def test_batchnorm_statistics_are_copied_from_it_where_they_differ(self):
         dense = seeded(chain)
         statistics, model = DenseStatistics.measure(dense, images()), pruned_copy(dense)
-        model[1].running_mean.add_(1)
-        report = resuscitate.repair(model, statistics, images(), include="11")
-        assert torch.equal(model[1].running_mean, dense[1].running_mean)
+        undisturbed = copy.deepcopy(model)
+        resuscitate.repair(undisturbed, statistics, images())
+        for statistic in (model[1].running_mean, model[1].running_var):
+            statistic.add_(1)
+        report = resuscitate.repair(model, statistics, images())
         assert "1 BatchNorms had other statistics than the dense model: copied from it" in report.notes
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), undisturbed.buffers(), strict=True))
+        assert torch.equal(model[1].running_var, dense[1].running_var)
 
     @pytest.mark.parametrize("other", [images(seed=7), images(20)], ids=["other images", "fewer"])
     def test_other_images_are_noted(self, other, caplog):
