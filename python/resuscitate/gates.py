@@ -24,7 +24,7 @@ from .layers import window_of, with_weight
 from .network import Network, has_hooks
 
 FURTHEST = 4.0  # standard deviations of a channel that a hidden output may be away from the mean
-IMAGES = 16  # at a time: what is made of them stays in the cache
+IMAGES = 64  # at a time: little memory beside what the walk keeps
 SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 
 # of one batch: what the layer reads, what is added to its output, the dense output, and what is added to that
