@@ -39,7 +39,7 @@ def usable(gate: Gate | None, net: Network) -> bool:
     return not module.training and not has_hooks(module) and getattr(module, "running_var", None) is not None
 
 
-def cross(
+def aim(
     net: Network,
     dense: Network,
     name: str,

@@ -105,7 +105,7 @@ def is_rectifier(name: str, args: Any, kwargs: Any) -> bool:
 def is_sum(name: str, args: Any, kwargs: Any) -> bool:
     """Does this function add two tensors of one shape?"""
     return (
-        name in ("add", "add_", "iadd")
+        name in ("add", "add_")
         and len(args) == 2
         and not kwargs
         and all(isinstance(arg, Tensor) for arg in args)

@@ -15,7 +15,7 @@ import asr_kernels as ak
 
 from .batches import Batches, count_images
 from .errors import LayerError, ModelMismatchError
-from .gates import Seen, WatchSum, cross
+from .gates import Seen, WatchSum, aim
 from .graph import Gate, Wiring
 from .network import Network, check_finite
 from .progress import Bar
@@ -69,21 +69,23 @@ def prefix_walk(
             bar.advance(stop.name, count_images(batch))
         if dense is not None and stop.name in gates:
             seen = partial(_again, pruned, dense, batches, stop, gates[stop.name])
-            visit.aim = partial(cross, pruned, dense, stop.name, gates[stop.name], seen)
+            visit.aim = partial(aim, pruned, dense, stop.name, gates[stop.name], seen)
         yield visit.take_pairs()
 
 
 def _again(pruned: Network, dense: Network, batches: Batches, stop: Stop, gates: tuple[Gate, Gate]) -> Iterator[Seen]:
     """What a layer reads and what the dense one puts out, batch by batch, each with what is added to the output."""
     for batch in batches.head(stop.batches):
-        x, own = _at_gate(pruned, batch, stop.name, gates[0], of_inputs=True)
-        yield x, own, *_at_gate(dense, batch, stop.name, gates[1], of_inputs=False)
+        read = _at_gate(pruned, batch, stop.name, gates[0], of_inputs=True)
+        wanted = _at_gate(dense, batch, stop.name, gates[1], of_inputs=False)
+        if read is not None and wanted is not None:
+            yield *read, *wanted
 
 
-def _at_gate(net: Network, batch: Any, name: str, gate: Gate, of_inputs: bool) -> tuple[Tensor, Tensor | None]:
+def _at_gate(net: Network, batch: Any, name: str, gate: Gate, of_inputs: bool) -> tuple[Tensor, Tensor | None] | None:
     """A layer's input, or its output, for one batch, and what is added to the output behind it.
 
-    Raises LayerError where a sum that was seen once does not come.
+    None where the batch never reaches it. Raises LayerError where a sum that was seen once does not come.
     """
     found: list[Tensor] = []
     added: list[Tensor] = []
@@ -112,6 +114,8 @@ def _at_gate(net: Network, batch: Any, name: str, gate: Gate, of_inputs: bool) -
     finally:
         for handle in handles:
             handle.remove()
+    if not found:
+        return None
     if gate.adds and not added:
         raise LayerError(name, "what is added to its output is not the same for all batches; pass relu_aware=False")
     return found[0], added[0] if added else None

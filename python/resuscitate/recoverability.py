@@ -151,8 +151,9 @@ class _Job:
     @property
     def needs_statistics(self) -> bool:
         """Does it compare with the dense model, and not image by image?"""
-        options = self.options or {"method": "bn"}
-        return options.get("method") not in ("bn", "refit", "two-stage") and not options.get("correlations")
+        options = {"method": "auto", **(self.options or {"method": "bn"})}
+        image_by_image = options["method"] in ("auto", "refit", "two-stage") or options.get("correlations")
+        return options["method"] != "bn" and not image_by_image
 
     def __str__(self) -> str:
         return f"{self.method} at sparsity {self.sparsity:g}, allocation {self.allocation}"

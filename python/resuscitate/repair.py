@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from .aggregate import aggregate
 from .batches import Batches, cut, first_images, most_images, read_share, rebatch
 from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
+from .choices import Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options, check_refit
 from .corrections import Corrector
 from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
@@ -43,12 +44,6 @@ from .targets import Dense, DenseStatistics, as_target, identify, wanted_by
 from .walk import Walker
 
 log = logging.getLogger("resuscitate")
-
-Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
-Schedule = Literal["sequential", "parallel"]
-Recalibrate = Literal["auto", "exact", "ema"]
-Frozen = Literal["keep", "recalibrate"]
-OnNonfinite = Literal["raise", "skip"]
 
 
 def repair(
@@ -158,7 +153,7 @@ def repair(
     started = time.perf_counter()
     model, target = _as_model(model), as_target(dense)
     recalibrate = ("exact" if method == "bn" else None) if recalibrate == "auto" else recalibrate
-    _check_options(method, schedule, recalibrate, frozen, on_nonfinite)
+    check_options(method, schedule, recalibrate, frozen, on_nonfinite)
     if method == "auto":
         of_gains = recalibrate is not None or correlations or (prior, bias, eps) != ("median", True, 1e-8)
         can_refit = isinstance(target, nn.Module) and schedule == "sequential" and not of_gains
@@ -169,7 +164,7 @@ def repair(
             "recalibrate='ema' cuts its own batches: it takes no recalibrate_samples, no forward_fn and no group"
         )
     if fits:
-        _check_refit(method, target, schedule, bias, ridge, ranks)
+        check_refit(method, target, schedule, bias, ridge, ranks)
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
         check_count(option, limit)
@@ -309,20 +304,6 @@ def _as_model(model: Any) -> nn.Module:
     return unwrap(model)
 
 
-def _check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float, ranks: Ranks) -> None:
-    """Raise ValueError for what a refit cannot do."""
-    if not isinstance(target, nn.Module) or schedule != "sequential":
-        raise ValueError(
-            f"method {method!r} follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
-        )
-    if not bias:
-        raise ValueError(f"method {method!r} always fits the bias")
-    if not ridge >= 0:
-        raise ValueError(f"ridge={ridge} must be at least 0")
-    if method == "two-stage" and ranks.size > 1:
-        raise ValueError("method 'two-stage' runs in one process: it takes no group")
-
-
 def _describe(target: nn.Module | DenseStatistics | str | None) -> str:
     if isinstance(target, nn.Module):
         return "dense model"
@@ -336,17 +317,3 @@ def _compare_images(statistics: DenseStatistics, report: RepairReport, digest: s
             "the same images match better"
         )
         log.warning(report.notes[-1])
-
-
-def _check_options(method: str, schedule: str, recalibrate: str | None, frozen: str, on_nonfinite: str) -> None:
-    for option, value, choices in (
-        ("method", method, get_args(Method)),
-        ("schedule", schedule, get_args(Schedule)),
-        ("recalibrate", recalibrate, (*get_args(Recalibrate), None)),
-        ("frozen", frozen, get_args(Frozen)),
-        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{option}={value!r} is unknown; there are {', '.join(map(repr, choices))}")
-    if method == "bn" and recalibrate is None:
-        raise ValueError("method 'bn' with recalibrate=None does nothing; choose 'exact' or 'ema'")

@@ -21,7 +21,8 @@ from .prefix import measure, prefix_walk
 from .progress import Bar
 from .stops import Stop, Visit
 from .storage import Store
-from .sweep import Track, follow, node_walk
+from .stretches import follow
+from .sweep import Track, node_walk
 
 log = logging.getLogger("resuscitate")
 
@@ -87,7 +88,7 @@ class Walker:
         self.store.set_aside(int(2 * peak * largest))
         pruned = Track(self.pruned, graph, stops, self.store, others)
         if self.dense is None or not any(stop.dense for stop in stops):
-            return node_walk(pruned, None, batches, stops, self.wiring, bar)
+            return node_walk(pruned, None, batches, stops, self.wiring, {}, bar)
         if not paired:
             return self._with_dense_apart(pruned, batches, stops, bar)
         try:
@@ -95,7 +96,7 @@ class Walker:
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
         dense = Track(self.dense, original, stops, self.store, others, is_dense=True)
-        return node_walk(pruned, dense, batches, stops, self.wiring, bar, gates)
+        return node_walk(pruned, dense, batches, stops, self.wiring, gates, bar)
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
@@ -107,7 +108,7 @@ class Walker:
                 bar.advance("dense network", count_images(batch))
 
         wanted = measure(self.dense, passing(), [stop.name for stop in matched])
-        for visit in node_walk(pruned, None, batches, stops, self.wiring, bar):
+        for visit in node_walk(pruned, None, batches, stops, self.wiring, {}, bar):
             visit.dense = wanted.get(visit.name, [])
             yield visit
 

@@ -43,6 +43,19 @@ class Block(nn.Module):
         return self.in_place(out)
 
 
+class Sometimes(nn.Module):
+    """Dark batches pass a layer by."""
+
+    def __init__(self):
+        super().__init__()
+        self.often, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        if bool(x.mean() > -5):
+            x = F.relu(self.often(x))
+        return self.last(x)
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -193,6 +206,17 @@ class TestRepair:
         report = resuscitate.repair(model, copy.deepcopy(dense), images(60), method="refit")
         assert all(torch.isfinite(value).all() for value in model.state_dict().values())
         assert report.layers[0].explained > 0.5
+
+    def test_batches_that_do_not_reach_a_layer_are_passed_over(self):
+        dense, x = seeded(Sometimes), images(48)
+        x[16:32] -= 10
+        results = []
+        for aware in (False, True):
+            results.append(pruned_copy(dense))
+            report = resuscitate.repair(results[-1], dense, x.split(16), method="refit", relu_aware=aware)
+            assert report.walk == "prefix"
+        assert report.layers[0].explained > 0
+        assert not torch.equal(results[0].often.weight, results[1].often.weight)
 
     def test_its_passes_survive_a_small_memory(self, tmp_path):
         dense, x, results = seeded(Block), images(64, size=32), []

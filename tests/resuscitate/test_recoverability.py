@@ -69,6 +69,17 @@ class TestCells:
         assert found.methods == ["flat", "nothing", "pairs"]
         assert found.curve("erk", "flat")[0.7] == pytest.approx(score(model), abs=1e-5)
 
+    def test_options_that_name_no_method_mean_what_they_mean_to_repair(self):
+        dense = seeded(chain)
+        score, methods = Likeness(dense), {"default": {}, "eight": {"gain_samples": 8}, "asr": {"method": "asr"}}
+        found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
+        for name, options in methods.items():
+            model = copy.deepcopy(dense)
+            sparsify(model, 0.7, allocation="erk")
+            report = repair(model, dense, images(), **options)
+            assert report.method == ("asr" if name == "asr" else "refit")
+            assert found.curve("erk", name)[0.7] == pytest.approx(score(model), abs=1e-5)
+
     def test_the_dense_model_and_its_repairability_are_measured_once(self, monkeypatch):
         dense, measured = seeded(chain), []
 

@@ -61,7 +61,7 @@ def compress(
     seed: Seed = 0,
     masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
-    timeout: Timeout = 600,
+    timeout: Timeout = 600.0,
 ) -> None:
     """Prune in steps, and refit the rest after each from unlabelled images. Runs under torchrun too."""
     options = options_of(locals())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..repair import Method, OnNonfinite, Schedule
+from ..choices import Method, OnNonfinite, Schedule
 from .app import app, options_of, show
 from .inputs import build_model, check_runs, describe_images, read_images
 from .options import (

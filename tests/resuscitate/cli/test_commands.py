@@ -18,7 +18,7 @@ from tests.networks import chain
 from tests.user import MODEL, command, invoke, repair, unframed
 
 # the names that resuscitate and its parts have for users are functions, not these modules
-repair_module, patterns = sys.modules["resuscitate.repair"], sys.modules["resuscitate.sparsify.patterns"]
+choices, patterns = sys.modules["resuscitate.choices"], sys.modules["resuscitate.sparsify.patterns"]
 
 
 USAGE = [
@@ -99,7 +99,7 @@ class TestFailing:
 
 
 def test_the_command_line_has_the_choices_of_the_library():
-    assert set(get_args(cli.repair.Recalibrate)) == {*get_args(repair_module.Recalibrate), "none"}
+    assert set(get_args(cli.repair.Recalibrate)) == {*get_args(choices.Recalibrate), "none"}
     assert set(get_args(cli.prune.Allocation)) == set(ALLOCATIONS)
     assert set(get_args(cli.prune.Indivisible)) == set(get_args(patterns.Indivisible))
     assert ", ".join(METHODS) in unframed(invoke("map", "--help").stdout)

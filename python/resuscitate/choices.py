@@ -1,0 +1,43 @@
+"""The options of `repair` that are one of a few words, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from .distributed import Ranks
+
+Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
+Schedule = Literal["sequential", "parallel"]
+Recalibrate = Literal["auto", "exact", "ema"]
+Frozen = Literal["keep", "recalibrate"]
+OnNonfinite = Literal["raise", "skip"]
+
+
+def check_options(method: str, schedule: str, recalibrate: str | None, frozen: str, on_nonfinite: str) -> None:
+    for option, value, choices in (
+        ("method", method, get_args(Method)),
+        ("schedule", schedule, get_args(Schedule)),
+        ("recalibrate", recalibrate, (*get_args(Recalibrate), None)),
+        ("frozen", frozen, get_args(Frozen)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{option}={value!r} is unknown; there are {', '.join(map(repr, choices))}")
+    if method == "bn" and recalibrate is None:
+        raise ValueError("method 'bn' with recalibrate=None does nothing; choose 'exact' or 'ema'")
+
+
+def check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float, ranks: Ranks) -> None:
+    """Raise ValueError for what a refit cannot do."""
+    if not isinstance(target, nn.Module) or schedule != "sequential":
+        raise ValueError(
+            f"method {method!r} follows both networks from layer to layer: pass dense as a model, schedule='sequential'"
+        )
+    if not bias:
+        raise ValueError(f"method {method!r} always fits the bias")
+    if not ridge >= 0:
+        raise ValueError(f"ridge={ridge} must be at least 0")
+    if method == "two-stage" and ranks.size > 1:
+        raise ValueError("method 'two-stage' runs in one process: it takes no group")
