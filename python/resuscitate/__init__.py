@@ -9,6 +9,7 @@ from .damage import LayerDamage, damage
 from .maps import RecoverabilityMap
 from .masks import Masks
 from .recoverability import Accuracy, recoverability
+from .regrow import GrowthRound, Regrowth, regrow
 from .repair import repair
 from .report import LayerReport, RepairReport
 from .sparsify import Repairability, Shrinkage, allocate, shrink, sparsify
@@ -19,10 +20,12 @@ __all__ = [
     "Accuracy",
     "CompressReport",
     "DenseStatistics",
+    "GrowthRound",
     "LayerDamage",
     "LayerReport",
     "Masks",
     "RecoverabilityMap",
+    "Regrowth",
     "RepairReport",
     "Repairability",
     "Shrinkage",
@@ -32,6 +35,7 @@ __all__ = [
     "fold_batchnorm",
     "recalibrate_batchnorm",
     "recoverability",
+    "regrow",
     "repair",
     "shrink",
     "sparsify",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -38,11 +38,12 @@ ShiftInto = Literal["bias", "new bias", "running_mean"]
 
 @dataclass
 class Corrector:
-    """Makes the corrections of one repair: what to run, how it is wired, the rule in force, the report, the journal."""
+    """Makes the corrections of one repair, by the rule in force, in the weights that are in use."""
 
     net: Network
     wiring: Wiring
     factors: Callable[[ak.ChannelMoments, ak.ChannelMoments], tuple[Tensor, Tensor]]
+    in_use: Mapping[str, Tensor]
     report: RepairReport
     journal: Journal
     ranks: Ranks = field(default_factory=Ranks)
@@ -77,8 +78,8 @@ class Corrector:
                 row.action = "left alone: these images never reach it"
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
-                parts = by_block(weight, count).flatten(1)
-                found = fit(visit.patches, parts, parts != 0, ridge=ridge, aim=self._aim(visit), ranks=self.ranks)
+                parts, support = (by_block(each, count).flatten(1) for each in (weight, self.in_use[name]))
+                found = fit(visit.patches, parts, support, ridge=ridge, aim=self._aim(visit), ranks=self.ranks)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
                 row.action += f" in {count} blocks of inputs" if count > 1 else ""
                 bias = found.bias.view(count, -1).sum(0)
@@ -87,7 +88,7 @@ class Corrector:
         self.report.layers.append(row)
         if tensors:
             weight, bias = (tensors[part].to(self.net.device) for part in ("weight", "bias"))
-            row.shift_into = write_weights(name, layer, weight, bias, self._behind(name))
+            row.shift_into = write_weights(name, layer, weight, bias, self.in_use[name], self._behind(name))
             log.info("%s: refitted, explains %s of the dense variance", name, row.explained)
 
     def _aim(self, visit: Visit) -> Callable[[Tensor, Tensor], ak.CrossProducts] | None:
@@ -172,15 +173,16 @@ def write_correction(
 
 @torch.no_grad()
 def write_weights(
-    name: str, module: nn.Module, new: Tensor, bias: Tensor, batchnorm: _BatchNorm | None
+    name: str, module: nn.Module, new: Tensor, bias: Tensor, in_use: Tensor, batchnorm: _BatchNorm | None
 ) -> ShiftInto | None:
-    """Give the layer new weights where it has any: `new` is float64, in its shape, `bias` (O,); zeros stay zero.
+    """Give the layer new weights where they are in use (boolean, in its shape); `new` is float64 of that shape too.
+
+    `bias` is (O,) of what the output is to be shifted by.
 
     Returns what took the bias, as `write_correction` does for a shift, and raises as it does.
     """
-    support = effective_weight(name, module) != 0
     weight = stored_weight(name, module)
-    weight.copy_(torch.where(support, new.view(weight.shape).to(weight.dtype), weight))
+    weight.copy_(torch.where(in_use, new.view(weight.shape).to(weight.dtype), weight))
     return _write_bias(name, module, bias, batchnorm)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
 
 def digest_model(model: nn.Module) -> str:
     """Of every parameter and buffer, with its name, dtype and shape, wherever the model lies."""
+    return digest_tensors(model.state_dict())
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors with their names, dtypes and shapes, wherever they lie."""
     found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         found.update(_bytes(tensor))
     return found.hexdigest()[:32]

@@ -132,6 +132,29 @@ def fit(
     return Fit(w, torch.where(nothing, 0.0, bias), *(float(share / total) if total else None for share in shares))
 
 
+def drops(moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, float | None]:
+    """What each weight alone, moved to where it is best, takes off the error; and how large the error is.
+
+    weight: (O, K). Returns float64 (O, K), shares of the variance of the wanted outputs summed over channels,
+
+        drop = (Cov(x, y) - C w)^2 / (diag C + rho),   over sum var y,
+
+    and the share of that variance that no gain and shift per channel could bring back, 1 - corr^2 weighted by variance
+    (None where the wanted outputs are constant).
+    """
+    problem = _Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
+    targets = problem.targets(moments.xy, moments.yy)
+    total, varies = targets.variance.sum(), problem.variance(problem.present)
+    if not total:
+        return torch.zeros_like(problem.present), None
+    slope = targets.cross - (problem.present.view(len(problem.c), -1, weight.shape[1]) @ problem.c).view(weight.shape)
+    curvature = (problem.c.diagonal(dim1=1, dim2=2) + problem.rho[:, None])[problem.group]
+    drop = torch.where(curvature > 0, slope.square() / curvature, 0.0)
+    covariance = (problem.present * targets.cross).sum(1)
+    kept = torch.where(varies > 0, covariance.square() / varies, 0.0)
+    return drop / total, float(1 - kept.sum() / total)
+
+
 @dataclass
 class _Targets:
     """Wanted outputs: covariances with the inputs (O, K), variances and means (O,)."""

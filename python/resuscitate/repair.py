@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import asr_kernels as ak
 from asr_kernels.factors import Prior
@@ -24,7 +24,7 @@ from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
 from .choices import Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options, check_refit
 from .corrections import Corrector
-from .digest import MODULUS, digest_images, digest_model
+from .digest import MODULUS, digest_images, digest_model, digest_tensors
 from .distributed import Ranks
 from .errors import CalibrationError, ModelMismatchError, ResuscitateError
 from .graph import observe
@@ -64,6 +64,7 @@ def repair(
     eps: float = 1e-8,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
+    masks: Mapping[str, Any] | None = None,
     ridge: float = RIDGE,
     relu_aware: bool = True,
     skip_first: bool | None = None,
@@ -116,6 +117,8 @@ def repair(
             read.
         batch_size: how a lone tensor is cut. It never changes the result beyond rounding.
         prior, bias, eps: see `asr_kernels.repair_factors`.
+        masks: which weights are in use, as `Masks` or {layer: tensor of True and False}; a refit then finds values for
+            those, too, that are in use but zero. None, or a layer left out: the weights that are not zero.
         ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
         relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
             that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
@@ -146,6 +149,7 @@ def repair(
         CalibrationError: no images, too few, or of an unknown kind.
         ModelMismatchError: the two models' layers differ, or they are one and the same.
         DistributedError: another rank failed, or no longer answers.
+        MaskError: `masks` are of another model, or a weight that they prune is not zero.
         JournalError: `resume` names another run's journal. CheckpointError: a statistics file cannot be read.
         LayerError, NonFiniteError: a layer cannot be repaired; the message names it, and the batch.
         ValueError: an option is unknown or contradicts another.
@@ -220,10 +224,11 @@ def repair(
         skip_first = not fits if skip_first is None else skip_first
         ends = skip_first, unmatched if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
-        zeros = Masks({name: effective_weight(name, layer) != 0 for name, layer in layers.items()})
+        zeros = _in_use(model, layers, masks)
         options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
         options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
         options |= {"ridge": ridge, "relu_aware": relu_aware} if fits else {}
+        options |= {"masks": digest_tensors(zeros)} if masks is not None else {}
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
@@ -251,7 +256,7 @@ def repair(
         if method == "two-stage":
             changed = aggregate(model, others[0], batches.head(gains))
             report.notes.append(f"{len(changed)} layers took over what removed channels carried: {', '.join(changed)}")
-        corrector = Corrector(net, wiring, factors, report, journal, ranks)
+        corrector = Corrector(net, wiring, factors, zeros, report, journal, ranks)
         matched = wanted_by(target, net, wiring)
         show = progress if ranks.rank == 0 else False
         known = set(journal.entries)
@@ -302,6 +307,20 @@ def _as_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
     return unwrap(model)
+
+
+def _in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
+    """Masks of the layers' weights that are in use: not zero, or not said to be pruned."""
+    given = Masks(masks or {})
+    given.check(model)
+    weights = {name: effective_weight(name, layer) for name, layer in layers.items()}
+    held = {name: layer._buffers.get("weight_mask") for name, layer in layers.items()}
+    in_use: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        in_use[name] = given[name].to(weight.device) if name in given else weight != 0
+        if (pruned := held[name]) is not None:
+            in_use[name] = in_use[name] & (pruned != 0)
+    return Masks(in_use)
 
 
 def _describe(target: nn.Module | DenseStatistics | str | None) -> str:

@@ -15,7 +15,7 @@ from .layers import find_layers, refresh_weight
 
 
 class Snapshot:
-    """A copy of every parameter and buffer of a model, and of which layers have no bias.
+    """A copy of every parameter and buffer of a model, of its modules' classes and sizes, and of what they lack.
 
     As a context it puts all back when an error, or an interrupt, leaves it.
     """
@@ -23,7 +23,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copies = {id(tensor): (module, name, tensor.detach().clone()) for module, name, tensor in _slots(model)}
-        self.without_bias = [module for module in find_layers(model).values() if module.bias is None]
+        self.frames = [_Frame(module) for module in model.modules()]
 
     def __enter__(self) -> Snapshot:
         return self
@@ -34,11 +34,11 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every tensor back, bit for bit and in place, and take away the biases that have appeared since."""
+        """Put every tensor back, bit for bit and in place where its size is the same; take away what is new."""
+        for frame in self.frames:
+            frame.restore()
         for module, name, copy in self.copies.values():
             getattr(module, name).copy_(copy)
-        for module in self.without_bias:
-            module._parameters["bias"] = None
         for module in find_layers(self.model).values():
             refresh_weight(module)
 
@@ -47,8 +47,29 @@ class Snapshot:
         self.copies = {
             key: (module, name, copy)
             for key, (module, name, copy) in self.copies.items()
-            if not torch.equal(getattr(module, name), copy)
+            if getattr(module, name).shape != copy.shape or not torch.equal(getattr(module, name), copy)
         }
+
+
+class _Frame:
+    """All of a module but the values of its tensors: its class, its sizes, and which tensor has which place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.sizes = {key: value for key, value in vars(module).items() if type(value) is int}
+        self.tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
+
+    def restore(self) -> None:
+        self.module.__class__ = self.kind
+        vars(self.module).update(self.sizes)
+        for slots, before in self.tensors:
+            for name in [name for name in slots if name not in before]:
+                del slots[name]
+            for name, tensor in before.items():
+                now = slots.get(name)
+                # `Module.to` may have put a new buffer there, of the same size: that one stays
+                if now is None or tensor is None or now.shape != tensor.shape:
+                    slots[name] = tensor  # type: ignore[assignment]
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -192,7 +192,9 @@ def _channels(
     groups = channel_groups(model, example, include, exclude)
     if not groups:
         raise ValueError("no channels can be removed from the selected layers; the log says why, at level INFO")
-    units = {group.name: units_of_channels(group, find_layers(model)) for group in groups}
+    layers = find_layers(model)
+    scores = {name: magnitude(name, layers[name]) for group in groups for name in (*group.makers, *group.readers)}
+    units = {group.name: units_of_channels(group, layers, scores) for group in groups}
     removed = removals(units, sparsity, ALLOCATIONS[allocation], {})
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)

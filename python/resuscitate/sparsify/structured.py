@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError, ResuscitateError
+from ..errors import LayerError, MaskError, ResuscitateError
 from ..layers import columns_of, find_layers, rows_of, unwrap
 from ..masks import Masks
-from ..state import undisturbed
-from .coupling import WIDTHS, ChannelGroup, channel_groups, remove_units, survey, torch_pruning, width_of, without
+from ..state import Snapshot, undisturbed
+from .coupling import (
+    AGREEMENT,
+    WIDTHS,
+    ChannelGroup,
+    channel_groups,
+    remove_units,
+    survey,
+    torch_pruning,
+    width_of,
+    without,
+)
 from .twins import Example, count_flops, difference, inputs_of, make_twin, outputs, said
 
 __all__ = ["ChannelGroup", "Shrinkage", "channel_groups", "channel_masks", "shrink"]
@@ -100,9 +110,56 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
         flops = count_flops(dense, inputs), count_flops(small, inputs)
     parameters = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in small.parameters())
     kept, kept_inputs = _survivors(dense, groups, dropped)
-    _adopt(model, small)
+    _adopt(model, _tensors(small), small)
     removed = {name: int(gone.sum()) for name, gone in dropped.items()}
     return Shrinkage(removed, kept, kept_inputs, parameters, flops, error, notes)
+
+
+def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor], example: Example) -> bool:
+    """Undo `shrink`, in place: the units it took out are there again, masked; returns whether any were missing.
+
+    masks: as `shrink` was given them, in the shapes of `dense`, the network before it. What was taken out comes back
+    without weights, and with the dense bias and BatchNorm; the model computes what it did.
+    Raises MaskError where a layer has another size than the masks leave it, ResuscitateError as `shrink` does.
+    """
+    tp, model, inputs = torch_pruning(), unwrap(model), inputs_of(example)
+    layers, originals = find_layers(model), find_layers(unwrap(dense))
+    if all(layers[n].weight.shape == originals[n].weight.shape for n in layers if n in originals):
+        return False
+    groups, _ = survey(tp, unwrap(dense), inputs)
+    dropped, _ = _droppable(unwrap(dense), groups, Masks(masks))
+    kept, _ = _survivors(unwrap(dense), groups, dropped)
+    regions = channel_masks(dense, groups, dropped)
+    tensors: dict[str, Tensor] = {}
+    for name, original in _tensors(unwrap(dense)).items():
+        owner, _, key = name.rpartition(".")
+        small = getattr(model.get_submodule(owner), key, None)
+        if not isinstance(small, Tensor) or small.shape == original.shape:
+            continue
+        where = regions[owner] if key == "weight" and owner in regions else kept.get(owner)
+        room = None if where is None else (int(where.sum()) if where.dtype == torch.bool else len(where))
+        if where is None or small.numel() != room:
+            raise MaskError(
+                owner, f"its {key} is {tuple(small.shape)}, which is not what these masks leave of the dense"
+            )
+        full = torch.zeros_like(original) if where.dtype == torch.bool else original.detach().clone()
+        full[where.to(full.device)] = small.detach().to(full).flatten()
+        tensors[name] = full.to(small)
+    before = outputs(make_twin(model), inputs)
+    with Snapshot(model):
+        _adopt(model, tensors, unwrap(dense))
+        error = difference(before, outputs(make_twin(model), inputs))
+        if not error <= AGREEMENT:
+            raise ResuscitateError(
+                f"with its channels back, and masked, the output differs by {error:.3g} of its largest value: these "
+                "are not the masks that the channels went by"
+            )
+    return True
+
+
+def dropped_units(model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Group -> boolean (units,): those that are neither made nor read by these masks."""
+    return _droppable(model, groups, masks)[0]
 
 
 def _droppable(
@@ -156,16 +213,23 @@ def _survivors(
     return kept, kept_inputs
 
 
-def _adopt(model: nn.Module, small: nn.Module) -> None:
-    """Give each module the tensors and the sizes of its twin in `small` where they differ, all at once."""
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, shared ones under each of theirs."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _adopt(model: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> None:
+    """Give each module those of the tensors that differ in shape, and the sizes of its twin in `like`, all at once."""
     changes: list[tuple[dict[str, Any], str, Any]] = []
     for name, module in model.named_modules():
-        twin = small.get_submodule(name)
+        twin = like.get_submodule(name)
         for slots in (module._parameters, module._buffers):
             for key, old in slots.items():
-                if old is not None and old.shape != (new := getattr(twin, key).detach()).shape:
+                new = tensors.get(f"{name}.{key}" if name else key)
+                if old is not None and new is not None and old.shape != new.shape:
                     # in the memory format of the old one
-                    new = torch.empty_like(old[tuple(map(slice, new.shape))]).copy_(new)
+                    order = [axis for _, axis in sorted((-step, axis) for axis, step in enumerate(old.stride()))]
+                    new = torch.empty_permuted(new.shape, order, dtype=old.dtype, device=old.device).copy_(new)
                     changes.append(
                         (slots, key, nn.Parameter(new, old.requires_grad) if slots is module._parameters else new)
                     )

@@ -64,12 +64,15 @@ class Units:
 
 
 @torch.no_grad()
-def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module]) -> Units:
-    """The units of a group of coupled channels, by the mean magnitude of all that makes and reads each; one stays."""
+def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module], scores: Mapping[str, Tensor]) -> Units:
+    """The units of a group of coupled channels, by the mean score of all that makes and reads each; one stays.
+
+    scores: layer -> not negative, of the shape of its weight, on the CPU.
+    """
     sums, weights = torch.zeros(group.units, dtype=torch.float64), 0
     for parts, view in ((group.makers, rows_of), (group.readers, columns_of)):
         for name, indices in parts.items():
-            by_channel = view(layers[name], magnitude(name, layers[name]))
+            by_channel = view(layers[name], scores[name])
             sums += by_channel.sum(1, dtype=torch.float64)[indices].sum(1)
             weights += by_channel.shape[1] * indices.shape[1]
     units = Units(sums / max(weights, 1), 1, (group.units,))
