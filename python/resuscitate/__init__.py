@@ -6,8 +6,10 @@ report = resuscitate.repair(model, dense, calibration, method="asr")
 from .batchnorm import fold_batchnorm, recalibrate_batchnorm
 from .compress import CompressReport, compress
 from .damage import LayerDamage, damage
+from .hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .maps import RecoverabilityMap
 from .masks import Masks
+from .means import densify, replace_by_means
 from .recoverability import Accuracy, recoverability
 from .regrow import GrowthRound, Regrowth, regrow
 from .repair import repair
@@ -24,6 +26,7 @@ __all__ = [
     "LayerDamage",
     "LayerReport",
     "Masks",
+    "PruningPenalty",
     "RecoverabilityMap",
     "Regrowth",
     "RepairReport",
@@ -32,11 +35,15 @@ __all__ = [
     "allocate",
     "compress",
     "damage",
+    "densify",
     "fold_batchnorm",
     "recalibrate_batchnorm",
     "recoverability",
     "regrow",
     "repair",
+    "replace_by_means",
     "shrink",
     "sparsify",
+    "to_hyperspherical",
+    "to_plain",
 ]

@@ -72,15 +72,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     What is reconciled, with one log line each: the `module.` and `_orig_mod.` that DataParallel and `torch.compile` put
     into names; the `weight_orig` and `weight_mask` of `torch.nn.utils.prune`, which become their product; a bias for a
     convolution or linear layer that has none in the model, as a repair may add one where no BatchNorm can take the
-    shift: it is registered on the layer, so that the model then has that key too. A tied tensor may be stored once.
+    shift: it is registered on the layer, so that the model then has that key too; likewise the `means` of a layer whose
+    pruned weights were replaced by them. A tied tensor may be stored once.
     Raises CheckpointError, naming the keys that do not fit, with the model as it was.
     """
     model = unwrap(model)
+    from .means import carry, may_carry  # here, for they need masks, which are written by this file
+
     wanted = model.state_dict()
-    layers = {f"{n}.bias": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
-    state = _strip_wrappers(path, read_state_dict(path), {*wanted, *layers})
+    kinds = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    layers, means = ({f"{name}.{key}": layer for name, layer in kinds.items()} for key in ("bias", "means"))
+    state = _strip_wrappers(path, read_state_dict(path), {*wanted, *layers, *means})
     state = _bake_masks(path, state, wanted)
     biases = {key: layers[key] for key, value in state.items() if key in layers and _may_be_added(value, layers[key])}
+    carried = {
+        k: means[k] for k, value in state.items() if k in means and k not in wanted and may_carry(value, means[k])
+    }
     stored = {wanted[key].data_ptr() for key in state if key in wanted and not is_lazy(wanted[key])}
     missing = [
         key
@@ -90,7 +97,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         and not key.endswith("num_batches_tracked")
         and (is_lazy(value) or value.data_ptr() not in stored)
     ]
-    unexpected = [key for key in state if key not in wanted and key not in biases]
+    unexpected = [key for key in state if key not in wanted and key not in biases and key not in carried]
     reshaped = [
         f"{key} ({tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model)"
         for key, value in state.items()
@@ -106,6 +113,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         layer.bias = nn.Parameter(torch.zeros_like(state[key], dtype=layer.weight.dtype, device=layer.weight.device))
     if biases:
         log.info("%s: biases added to layers that had none: %s", path, _few(list(biases)))
+    for key, layer in carried.items():
+        carry(layer, state[key])
+    if carried:
+        log.info("%s: layers with means of their pruned weights: %s", path, _few(list(carried)))
     model.load_state_dict(state, strict=False)
 
 

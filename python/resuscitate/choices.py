@@ -7,24 +7,33 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from .distributed import Ranks
+from .means import PER
 
-Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
+Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage", "mean"]
 Schedule = Literal["sequential", "parallel"]
 Recalibrate = Literal["auto", "exact", "ema"]
 Frozen = Literal["keep", "recalibrate"]
 OnNonfinite = Literal["raise", "skip"]
 
 
-def check_options(method: str, schedule: str, recalibrate: str | None, frozen: str, on_nonfinite: str) -> None:
+def check_options(
+    method: str, schedule: str, recalibrate: str | None, frozen: str, on_nonfinite: str, means: str | None
+) -> None:
+    """Raise ValueError for a word that is none of the choices, and for those that contradict one another."""
     for option, value, choices in (
         ("method", method, get_args(Method)),
         ("schedule", schedule, get_args(Schedule)),
         ("recalibrate", recalibrate, (*get_args(Recalibrate), None)),
         ("frozen", frozen, get_args(Frozen)),
+        ("means", means, (*PER, None)),
         ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
     ):
         if value not in choices:
             raise ValueError(f"{option}={value!r} is unknown; there are {', '.join(map(repr, choices))}")
+    if means is not None and method not in ("auto", "refit", "mean"):
+        raise ValueError(f"means={means!r} is for methods 'refit' and 'mean', not {method!r}")
+    if means == "layer" and method != "mean":
+        raise ValueError("means='layer' is for method 'mean'; a refit finds one for each 'filter' or 'kernel'")
     if method == "bn" and recalibrate is None:
         raise ValueError("method 'bn' with recalibrate=None does nothing; choose 'exact' or 'ema'")
 

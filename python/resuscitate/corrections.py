@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .layers import (
     stored_bias,
     stored_weight,
 )
+from .means import can_carry, carry, fit_with_means
 from .network import Network
 from .refit import blocks, by_block, fit, whole
 from .report import LayerReport, RepairReport
@@ -47,6 +48,7 @@ class Corrector:
     report: RepairReport
     journal: Journal
     ranks: Ranks = field(default_factory=Ranks)
+    means: str | None = None  # what shares one, where a refit finds means too
 
     def correct(self, visit: Visit, wanted: Calls) -> None:
         """Bring one layer's outputs to what is wanted, in its weights and in the walk."""
@@ -79,16 +81,25 @@ class Corrector:
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
                 parts, support = (by_block(each, count).flatten(1) for each in (weight, self.in_use[name]))
-                found = fit(visit.patches, parts, support, ridge=ridge, aim=self._aim(visit), ranks=self.ranks)
+                options: dict[str, Any] = {"ridge": ridge, "aim": self._aim(visit), "ranks": self.ranks}
+                means = None
+                if self.means is not None and count == 1 and can_carry(layer) and not support.all():
+                    found, means = fit_with_means(visit.patches, parts, support, weight.shape, self.means, **options)
+                    row.action += f" with {means.numel():,} means"
+                else:
+                    found = fit(visit.patches, parts, support, **options)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
                 row.action += f" in {count} blocks of inputs" if count > 1 else ""
                 bias = found.bias.view(count, -1).sum(0)
                 tensors = {"weight": whole(found.weight, weight.shape, count).contiguous(), "bias": bias}
+                tensors |= {} if means is None else {"means": means.contiguous()}
             self.journal.add(name, tensors, asdict(row))
         self.report.layers.append(row)
         if tensors:
             weight, bias = (tensors[part].to(self.net.device) for part in ("weight", "bias"))
             row.shift_into = write_weights(name, layer, weight, bias, self.in_use[name], self._behind(name))
+            if "means" in tensors:
+                carry(layer, tensors["means"].to(self.net.device))
             log.info("%s: refitted, explains %s of the dense variance", name, row.explained)
 
     def _aim(self, visit: Visit) -> Callable[[Tensor, Tensor], ak.CrossProducts] | None:

@@ -104,6 +104,14 @@ def stored_bias(name: str, module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("bias")
 
 
+def refuse_means(layers: Mapping[str, nn.Module]) -> None:
+    """Raise LayerError for a layer with means of its pruned weights: its weight is not all that it computes with."""
+    for name, layer in layers.items():
+        if "means" in layer._parameters:
+            remedy = "take them out with resuscitate.densify(model, keep_zeros=True)"
+            raise LayerError(name, f"it carries means of its pruned weights; {remedy}")
+
+
 def refresh_weight(module: nn.Module) -> None:
     """Bring the derived `weight` of a `torch.nn.utils.prune`d module up to date with `weight_orig` and its mask."""
     mask = module._buffers.get("weight_mask")

@@ -204,6 +204,20 @@ class Masks(Mapping[str, Tensor]):
         return {name: layers[name] for name in self}
 
 
+def in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
+    """Masks of the layers' weights that are in use: not zero, or not said to be pruned."""
+    given = Masks(masks or {})
+    given.check(model)
+    weights = {name: effective_weight(name, layer) for name, layer in layers.items()}
+    held = {name: layer._buffers.get("weight_mask") for name, layer in layers.items()}
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        found[name] = given[name].to(weight.device) if name in given else weight != 0
+        if (pruned := held[name]) is not None:
+            found[name] = found[name] & (pruned != 0)
+    return Masks(found)
+
+
 def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Layers by the weight they use: the first name of each weight -> the names of all layers that hold it.
 

@@ -12,7 +12,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import ModelMismatchError, ResuscitateError
 from .graph import Wiring
-from .layers import LAYERS, Selector, effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
+from .layers import (
+    LAYERS,
+    Selector,
+    effective_weight,
+    find_batchnorms,
+    out_channels,
+    refuse_means,
+    select_layers,
+    stored_bias,
+)
 from .report import LayerReport, RepairReport
 from .targets import DenseStatistics
 
@@ -32,6 +41,7 @@ def matching_layers(
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
+    refuse_means(layers)
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):
@@ -60,7 +70,7 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
     for name, layer in layers.items():
         if name not in originals:
             raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
-        kind, dense_kind = type(layer).__name__, type(originals[name]).__name__
+        kind, dense_kind = (type(each).__name__.removeprefix("Mean") for each in (layer, originals[name]))
         if not isinstance(originals[name], LAYERS) or kind != dense_kind:
             raise ModelMismatchError(f"layer {name!r} is {kind} in the pruned model and {dense_kind} in the dense one")
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])

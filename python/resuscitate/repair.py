@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import asr_kernels as ak
 from asr_kernels.factors import Prior
@@ -29,18 +29,19 @@ from .distributed import Ranks
 from .errors import CalibrationError, ModelMismatchError, ResuscitateError
 from .graph import observe
 from .journal import Journal
-from .layers import Selector, effective_weight, unwrap, window_of
-from .masks import Masks
+from .layers import Selector, out_channels, unwrap, window_of
+from .masks import in_use
 from .matching import copy_statistics, layers_to_repair, matching_layers
+from .means import Per, replace_by_means
 from .network import Network, as_dtype
 from .prefix import measure, screen
 from .progress import track
 from .refit import RIDGE, blocks
-from .report import RepairReport
+from .report import LayerReport, RepairReport
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
 from .storage import Store, parse_memory
-from .targets import Dense, DenseStatistics, as_target, identify, wanted_by
+from .targets import Dense, DenseStatistics, as_target, compare_images, describe, identify, wanted_by
 from .walk import Walker
 
 log = logging.getLogger("resuscitate")
@@ -65,6 +66,7 @@ def repair(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
     masks: Mapping[str, Any] | None = None,
+    means: Per | None = None,
     ridge: float = RIDGE,
     relu_aware: bool = True,
     skip_first: bool | None = None,
@@ -102,9 +104,11 @@ def repair(
             dense outputs (`refit.fit`); a transposed convolution is given its channel-wise gain. "asr", "channelwise"
             and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`) match each layer's outputs to
             the dense ones by a gain and a shift. "two-stage", for whole channels that went: first the layers that read
-            them take over what they carried from those that stay (`aggregate.aggregate`), then refit. "bn" re-estimates
-            BatchNorm alone. "auto" is "refit" where it can be; else "asr": without the dense model itself, in the
-            "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or correlations are given.
+            them take over what they carried from those that stay (`aggregate.aggregate`), then refit. "mean" replaces
+            what was pruned by its mean, without images (`means.replace_by_means`); BatchNorm then as recalibrate says.
+            "bn" re-estimates BatchNorm alone. "auto" is "refit" where it can be; else "asr": without the dense model
+            itself, in the "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or
+            correlations are given.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
         recalibrate: None keeps the dense model's BatchNorm statistics, which corrected outputs match (copied where the
@@ -119,6 +123,9 @@ def repair(
         prior, bias, eps: see `asr_kernels.repair_factors`.
         masks: which weights are in use, as `Masks` or {layer: tensor of True and False}; a refit then finds values for
             those, too, that are in use but zero. None, or a layer left out: the weights that are not zero.
+        means: what shares a mean: of "mean" a "layer", a "filter" (None) or a "kernel", a filter's window on one input
+            channel. Of "refit", which finds means along with the weights: a "filter", a "kernel", or None: no means.
+            Layers with means have another class and one more parameter; `densify(model)` makes plain ones of them.
         ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
         relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
             that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
@@ -157,11 +164,12 @@ def repair(
     started = time.perf_counter()
     model, target = _as_model(model), as_target(dense)
     recalibrate = ("exact" if method == "bn" else None) if recalibrate == "auto" else recalibrate
-    check_options(method, schedule, recalibrate, frozen, on_nonfinite)
+    check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
     if method == "auto":
         of_gains = recalibrate is not None or correlations or (prior, bias, eps) != ("median", True, 1e-8)
         can_refit = isinstance(target, nn.Module) and schedule == "sequential" and not of_gains
         method = "refit" if can_refit else "asr"
+        check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
     ranks, precision, fits = Ranks(group), as_dtype(dtype), method in ("refit", "two-stage")
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
         raise ValueError(
@@ -174,6 +182,8 @@ def repair(
         check_count(option, limit)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
+    if method == "mean" and (not isinstance(target, nn.Module) or schedule == "parallel" or correlations):
+        raise ValueError("method 'mean' takes the pruned weights from dense: pass it as a model, schedule='sequential'")
     if correlations and not isinstance(target, nn.Module):
         raise ValueError(
             "correlations compares both networks image by image: pass dense as a model, not its statistics"
@@ -221,22 +231,23 @@ def repair(
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         selected = set(layers)
         unmatched = bool(batchnorms) or schedule == "parallel"
-        skip_first = not fits if skip_first is None else skip_first
-        ends = skip_first, unmatched if skip_last is None else skip_last
+        skip_first = method not in ("refit", "two-stage", "mean") if skip_first is None else skip_first
+        ends = skip_first, unmatched and method != "mean" if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
-        zeros = _in_use(model, layers, masks)
+        zeros = in_use(model, layers, masks)
         options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
         options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
         options |= {"ridge": ridge, "relu_aware": relu_aware} if fits else {}
         options |= {"masks": digest_tensors(zeros)} if masks is not None else {}
+        options |= {"means": means} if means is not None else {}
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
         if layers:
-            report.target = _describe(target)
+            report.target = describe(target)
             if isinstance(target, DenseStatistics):
                 (digest,) = ranks.total(digest_images(batches.head(gains)))
-                _compare_images(target, report, f"{digest % MODULUS:x}")
+                compare_images(target, report, f"{digest % MODULUS:x}")
             if not isinstance(target, str) and target is not None:
                 kept = {behind for name, behind in wiring.batchnorm_of.items() if name not in selected}
                 copy_statistics(model, target, kept, report)
@@ -251,12 +262,15 @@ def repair(
 
         fit = {name for name, layer in layers.items() if fits and window_of(layer) is not None}
         wide = {name for name in fit if blocks(layers[name]) > 1}
-        rule: Any = "asr" if method == "bn" else "channelwise" if fits else method
+        rule: Any = "asr" if method in ("bn", "mean") else "channelwise" if fits else method
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
         if method == "two-stage":
             changed = aggregate(model, others[0], batches.head(gains))
             report.notes.append(f"{len(changed)} layers took over what removed channels carried: {', '.join(changed)}")
-        corrector = Corrector(net, wiring, factors, zeros, report, journal, ranks)
+        if method == "mean":
+            _fill(model, others[0].model, means or "filter", layers, report)
+            layers = {}
+        corrector = Corrector(net, wiring, factors, zeros, report, journal, ranks, means if fits else None)
         matched = wanted_by(target, net, wiring)
         show = progress if ranks.rank == 0 else False
         known = set(journal.entries)
@@ -309,30 +323,10 @@ def _as_model(model: Any) -> nn.Module:
     return unwrap(model)
 
 
-def _in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
-    """Masks of the layers' weights that are in use: not zero, or not said to be pruned."""
-    given = Masks(masks or {})
-    given.check(model)
-    weights = {name: effective_weight(name, layer) for name, layer in layers.items()}
-    held = {name: layer._buffers.get("weight_mask") for name, layer in layers.items()}
-    in_use: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        in_use[name] = given[name].to(weight.device) if name in given else weight != 0
-        if (pruned := held[name]) is not None:
-            in_use[name] = in_use[name] & (pruned != 0)
-    return Masks(in_use)
-
-
-def _describe(target: nn.Module | DenseStatistics | str | None) -> str:
-    if isinstance(target, nn.Module):
-        return "dense model"
-    return f"dense statistics ({target.path})" if isinstance(target, DenseStatistics) else "running statistics"
-
-
-def _compare_images(statistics: DenseStatistics, report: RepairReport, digest: str) -> None:
-    if (statistics.images, statistics.digest) != (report.images, digest):
-        report.notes.append(
-            f"the dense statistics come from {statistics.images} images, and not from the {report.images} used here: "
-            "the same images match better"
-        )
-        log.warning(report.notes[-1])
+def _fill(model: nn.Module, dense: nn.Module, per: Per, layers: Mapping[str, nn.Module], report: RepairReport) -> None:
+    """Replace what was pruned by its mean, and report it."""
+    counts = replace_by_means(model, dense, per=per, include=list(layers))
+    for name, layer in layers.items():
+        row = LayerReport(name, type(layer).__name__, out_channels(layer), "left alone: nothing to replace")
+        row.action = f"{counts[name]:,} means for what was pruned" if name in counts else row.action
+        report.layers.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,8 +28,11 @@ from .layers import find_batchnorms, find_layers, unwrap
 from .network import Network, as_dtype
 from .prefix import measure
 from .progress import Bar
+from .report import RepairReport
 from .state import moved_to, undisturbed
 from .stops import Calls, Visit
+
+log = logging.getLogger("resuscitate")
 
 FORMAT = "resuscitate dense statistics 1"
 
@@ -188,3 +192,20 @@ def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
     assert batchnorm.running_var is not None
     mean, var = batchnorm.running_mean.double(), batchnorm.running_var.double()
     return ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))
+
+
+def describe(target: nn.Module | DenseStatistics | str | None) -> str:
+    """What the report says of the target."""
+    if isinstance(target, nn.Module):
+        return "dense model"
+    return f"dense statistics ({target.path})" if isinstance(target, DenseStatistics) else "running statistics"
+
+
+def compare_images(statistics: DenseStatistics, report: RepairReport, digest: str) -> None:
+    """Note in the report where the statistics come from other images."""
+    if (statistics.images, statistics.digest) != (report.images, digest):
+        report.notes.append(
+            f"the dense statistics come from {statistics.images} images, and not from the {report.images} used here: "
+            "the same images match better"
+        )
+        log.warning(report.notes[-1])
