@@ -93,6 +93,8 @@ def to_plain(model: nn.Module) -> list[str]:
     for name, layer in find_layers(unwrap(model)).items():
         if is_hyperspherical(layer):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            for key in [key for key in layer._parameters if key != "weight"]:  # back into their order
+                layer._parameters[key] = layer._parameters.pop(key)
             changed.append(name)
     return changed
 

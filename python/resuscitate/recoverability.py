@@ -6,6 +6,7 @@ import copy
 import math
 import multiprocessing
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,13 +28,14 @@ from .journal import Journal
 from .layers import Selector, unwrap
 from .maps import Cell, RecoverabilityMap
 from .progress import track
+from .regrow import regrow
 from .repair import repair
 from .sparsify import Repairability, sparsify
 from .sparsify.allocation import check_method, check_sparsity
 from .sparsify.patterns import NofM, parse_pattern
 from .targets import DenseStatistics
 
-# by name, the options of `repair`; None is no repair
+# by name, the options of `repair`; None is no repair; with "past" those of `regrow`, see `recoverability`
 METHODS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "bn": {"method": "bn"},
@@ -42,6 +44,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "channelwise": {"method": "channelwise"},
     "asr": {"method": "asr"},
     "refit": {"method": "refit"},
+    "mean": {"method": "mean"},
+    "mean-bn": {"method": "mean", "recalibrate": "exact"},
+    "regrow": {"past": 0.3},
     "asr-ema": {"method": "asr", "schedule": "parallel", "recalibrate": "ema"},
 }
 
@@ -93,8 +98,10 @@ def recoverability(
     Args:
         evaluate: `evaluate(model)` gives the score of a model in eval mode, higher is better; such as `Accuracy`.
         sparsities, allocations, pattern, include, exclude: see `sparsify`; what "rr" measures serves all sparsities.
-        methods: names ("none", "bn", "bn-ema", "layerwise", "channelwise", "asr", "refit", "asr-ema"; "bn" is exact,
-            "-ema" the published protocol), or {label: options of `repair`}, None for no repair.
+        methods: names ("none", "bn", "bn-ema", "layerwise", "channelwise", "asr", "refit", "mean", "mean-bn", "regrow",
+            "asr-ema"; "bn" is exact, "-ema" the published protocol), or {label: options of `repair`, or None for none}.
+            {label: {"past": 0.3, and options of `regrow`}} prunes until 0.3 of the weights that the sparsity leaves are
+            there, and regrows to it.
         chance: the score of guessing, against which the transition regime is defined (`RecoverabilityMap.transition`).
         max_samples, batch_size, forward_fn, dtype, device, seed: as in `repair`.
         workers: processes to share the cells out to. `evaluate` and the model must then be picklable, and a script
@@ -152,8 +159,8 @@ class _Job:
     def needs_statistics(self) -> bool:
         """Does it compare with the dense model, and not image by image?"""
         options = {"method": "auto", **(self.options or {"method": "bn"})}
-        image_by_image = options["method"] in ("auto", "refit", "two-stage") or options.get("correlations")
-        return options["method"] != "bn" and not image_by_image
+        image_by_image = options["method"] in ("auto", "refit", "two-stage", "mean") or options.get("correlations")
+        return not (options["method"] == "bn" or image_by_image or "past" in options)
 
     def __str__(self) -> str:
         return f"{self.method} at sparsity {self.sparsity:g}, allocation {self.allocation}"
@@ -194,6 +201,8 @@ class _Cells:
 
     def fill(self, job: _Job) -> Cell:
         """Prune, repair, score."""
+        if job.options is not None and "past" in job.options:
+            return self._regrow(job, **job.options)
         if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
             model = copy.deepcopy(self.dense)
             masks = sparsify(
@@ -208,6 +217,15 @@ class _Cells:
         target = self.statistics[job.samples] if job.needs_statistics else target
         report = repair(model, target, self.batches, **{**self.common, "progress": False, **job.options})
         return Cell(job.sparsity, job.allocation, job.method, self.score(model), sparsity, round(report.seconds, 3))
+
+    def _regrow(self, job: _Job, past: float, **options: Any) -> Cell:
+        """Prune past the sparsity, regrow to it, score."""
+        model, started = copy.deepcopy(self.dense), time.perf_counter()
+        further = 1 - past * (1 - job.sparsity)
+        masks = sparsify(model, further, allocation=job.allocation, calibration=self.repairability, **self.pruning)
+        grown = regrow(model, self.dense, masks, job.sparsity, self.batches, **{**self.common, **options})
+        seconds = round(time.perf_counter() - started, 3)
+        return Cell(job.sparsity, job.allocation, job.method, self.score(model), grown.sparsity, seconds)
 
     def fill_here(self, jobs: Mapping[str, _Job]) -> Iterator[tuple[str, Cell]]:
         """One after the other, in this process."""
@@ -276,10 +294,14 @@ def _jobs(
             hint = did_you_mean(method, METHODS)
             raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}{hint}")
         chosen[method] = METHODS[method]
-    known = set(signature(repair).parameters) - {"model", "dense", "calibration"}
     for label, options in chosen.items():
+        act: Any = regrow if "past" in (options or ()) else repair
+        known = {"past"} if act is regrow else set[str]()
+        known |= set(signature(act).parameters) - {"model", "dense", "calibration", "masks", "sparsity", "pattern"}
         if unknown := set(options or ()) - known:
-            raise ValueError(f"method {label!r}: repair has no option {', '.join(sorted(unknown))}")
+            raise ValueError(f"method {label!r}: {act.__name__} has no option {', '.join(sorted(unknown))}")
+        if act is regrow and not 0 < (options or {})["past"] <= 1:
+            raise ValueError(f"method {label!r}: past={(options or {})['past']} must be a part of what is left, 0 to 1")
     jobs = {}
     for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
         check_sparsity(sparsity)

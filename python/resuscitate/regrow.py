@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("resuscitate")
 Initial = Literal["dense", "refit", "zero"]
+Pattern = Literal["unstructured", "channels"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def regrow(
     sparsity: float,
     calibration: Any,
     *,
-    pattern: Literal["unstructured", "channels"] = "unstructured",
+    pattern: Pattern = "unstructured",
     budget: Budget = "greedy",
     densities: Mapping[str, float] | None = None,
     saliency: Saliency | Mapping[str, Any] = "magnitude",
@@ -234,7 +235,7 @@ def _check(
 ) -> None:
     """Raise ValueError for options that there are not, or that do not go together."""
     for option, value, choices in (
-        ("pattern", pattern, ("unstructured", "channels")),
+        ("pattern", pattern, get_args(Pattern)),
         ("budget", budget, get_args(Budget)),
         ("saliency", saliency, get_args(Saliency)),
         ("initial", initial, get_args(Initial)),

@@ -48,12 +48,17 @@ AGREEING = {
     "prefix walk, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
     "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
     "compress": {"options": {}, "build": "Residual", "sizes": (12, 11, 0), "compress": True},
+    "means": {"options": {"method": "mean", "recalibrate": "exact"}, "sizes": (12, 11, 0)},
+    "refit with means": {"options": {"means": "kernel"}, "sizes": (12, 11, 0)},
+    "regrow": {"options": {"budget": "damage", "saliency": "residual"}, "sizes": (12, 11, 0), "regrow": True},
+    "regrow by likeness": {"options": {"budget": "ssim"}, "sizes": (0, 12, 11), "regrow": True},
     "statistics": {"options": {"method": "asr"}, "statistics": True},
 }
 FAILING = {
     "a loader fails": {"broken": 1},
     "an image is not finite": {"nan": 0},
     "a loader fails in compress": {"broken": 1, "compress": True},
+    "a loader fails in regrow": {"broken": 1, "regrow": True},
     "different models": {"other weights": 1},
     "different options": {"other options": 1},
     "no images": {"sizes": (0, 0, 0)},
@@ -98,6 +103,9 @@ def work(rank, size, job):
 def work_on(model, dense, x, job, **options):
     if job.get("compress"):
         return resuscitate.compress(model, 0.8, x, steps=2, batch_size=4, **options).steps[-1]
+    if job.get("regrow"):
+        masks = resuscitate.Masks.from_zeros(model)
+        return resuscitate.regrow(model, dense, masks, 0.3, x, rounds=2, batch_size=4, **options).rounds[-1].report
     return resuscitate.repair(model, dense, x, batch_size=4, **options)
 
 

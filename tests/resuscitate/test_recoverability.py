@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resuscitate import Accuracy, DenseStatistics, RecoverabilityMap, Repairability, recoverability, repair, sparsify
+from resuscitate import (
+    Accuracy,
+    DenseStatistics,
+    RecoverabilityMap,
+    Repairability,
+    recoverability,
+    regrow,
+    repair,
+    sparsify,
+)
 from resuscitate.errors import CheckpointError, JournalError, ResuscitateError
 from resuscitate.maps import Cell
 from tests.networks import chain, images, seeded
@@ -79,6 +88,21 @@ class TestCells:
             report = repair(model, dense, images(), **options)
             assert report.method == ("asr" if name == "asr" else "refit")
             assert found.curve("erk", name)[0.7] == pytest.approx(score(model), abs=1e-5)
+
+    def test_regrowing_and_means_are_methods_too(self):
+        dense = seeded(chain)
+        methods = {"mean": {"method": "mean"}, "back": {"past": 0.5, "budget": "damage"}}
+        score = Likeness(dense)
+        found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
+        model = copy.deepcopy(dense)
+        sparsify(model, 0.7, allocation="erk")
+        repair(model, dense, images(), method="mean")
+        assert found.curve("erk", "mean")[0.7] == pytest.approx(score(model), abs=1e-5)
+        model = copy.deepcopy(dense)
+        masks = sparsify(model, 0.85, allocation="erk")
+        masks = regrow(model, dense, masks, 0.7, images(), budget="damage")
+        assert found.curve("erk", "back")[0.7] == pytest.approx(score(model), abs=1e-5)
+        assert [cell.pruned for cell in found.cells][1] == masks.sparsity
 
     def test_the_dense_model_and_its_repairability_are_measured_once(self, monkeypatch):
         dense, measured = seeded(chain), []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..errors import ResuscitateError
+from ..recoverability import METHODS
 from .app import app, show
 from .inputs import build_model, check_runs, describe_images, read_images
 from .options import (
@@ -36,7 +37,7 @@ def map_(
     output: Annotated[Path, opt("The folder to write to.", "--output", "-o")],
     sparsities: Annotated[str, opt("By comma.")] = "0.5,0.7,0.8,0.9,0.95,0.98",
     allocations: Annotated[str, opt("By comma; also rr.")] = "global,uniform,erk,lamp",
-    methods: Annotated[str, opt("By comma: none, bn, bn-ema, layerwise, channelwise, asr, refit, asr-ema.")] = "bn,asr",
+    methods: Annotated[str, opt(f"By comma: {', '.join(METHODS)}.")] = "bn,asr",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
     damage: Annotated[float | None, opt("Draw each channel's damage at this sparsity too.")] = None,
     max_samples: MaxSamples = None,

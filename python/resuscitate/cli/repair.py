@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..choices import Method, OnNonfinite, Schedule
+from ..means import Per
 from .app import app, options_of, show
 from .inputs import build_model, check_runs, describe_images, read_images
 from .options import (
@@ -57,6 +58,9 @@ def repair(
     eps: Annotated[float, opt("Added to variances that are divided by.")] = 1e-8,
     include: Include = None,
     exclude: Exclude = None,
+    masks: Annotated[Path | None, opt("Which weights are in use, by `prune --masks`; default: those not zero.")] = None,
+    means: Annotated[Per | None, opt("Of mean and refit: what shares a mean of pruned weights.")] = None,
+    fill: Annotated[bool, opt("Write layers with means as plain dense weights.")] = False,
     ridge: Annotated[float, opt("Of refit: the pull towards the weights as they are.")] = 1e-2,
     relu_aware: Annotated[bool, opt("Of refit: let go of errors that the ReLU behind a layer hides.")] = True,
     skip_first: Annotated[bool | None, opt("Leave the first convolution alone; default: unless refitted.")] = None,
@@ -85,6 +89,8 @@ def repair(
     from ..batches import most_images
     from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
+    from ..masks import Masks
+    from ..means import densify
     from ..repair import repair as run
 
     for path in filter(None, (output, report)):
@@ -104,6 +110,7 @@ def repair(
         images, measured = read_images(calibration, mean, std, size, most_images(wanted, max_samples), seed, shard)
         check_runs(network, images, calibration, device)
         keywords = {name: options[name] for name in run.__kwdefaults__ if name in options}  # type: ignore[union-attr]
+        keywords["masks"] = None if masks is None else Masks.load(masks)
         keywords["recalibrate"] = None if recalibrate == "none" else recalibrate
         done = run(network, target, images, **keywords, group=group)
         made_by = provenance(done.method, options)
@@ -111,6 +118,8 @@ def repair(
         text = json.dumps(document, indent=2)
         if ranks.rank:
             return
+        if fill:
+            densify(network)
         with ExitStack() as stack:
             if report is not None:
                 stack.enter_context(atomic(report)).write_text(f"{text}\n")

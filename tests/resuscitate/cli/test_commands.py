@@ -110,7 +110,7 @@ def test_the_command_line_has_the_choices_of_the_library():
     [
         (
             resuscitate.repair,
-            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "mean", "std", "size"},
+            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "fill", "mean", "std", "size"},
             # what only a program can give, what a batch of files does not have, and what a terminal decides
             {"forward_fn", "max_batches", "frozen", "group", "progress"},
         ),
@@ -130,8 +130,14 @@ def test_the_command_line_has_the_choices_of_the_library():
             {"dense", "output", "masks", "report", "mean", "std", "size", "timeout"},
             {"forward_fn", "progress", "group"},
         ),
+        (
+            resuscitate.regrow,
+            {"pruned", "output", "masks", "write_masks", "denser", "report", "test", "mean", "std", "size", "timeout"},
+            # files stand for the labelled batches and for what evaluates; training takes a program
+            {"forward_fn", "progress", "group", "evaluate", "finetune", "loss"},
+        ),
     ],
-    ids=["repair", "prune", "map", "compress"],
+    ids=["repair", "prune", "map", "compress", "regrow"],
 )
 def test_options_are_named_and_preset_like_the_keywords(function, own, programmatic):
     commands = {
@@ -139,6 +145,7 @@ def test_options_are_named_and_preset_like_the_keywords(function, own, programma
         resuscitate.sparsify: cli.prune.prune,
         resuscitate.recoverability: cli.map.map_,
         resuscitate.compress: cli.compress.compress,
+        resuscitate.regrow: cli.regrow.regrow,
     }
     options = inspect.signature(commands[function]).parameters
     keywords = inspect.signature(function).parameters
@@ -159,5 +166,5 @@ def test_help_and_version():
     assert command("--version").stdout == f"resuscitate {resuscitate.__version__}\n"
     for words in (["--help"], ["repair", "-h"]):
         assert "Usage" in invoke(*words).stdout
-    for name in ("demo", "prune", "repair", "compress", "stats", "map"):
+    for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map"):
         assert name in invoke("--help").stdout

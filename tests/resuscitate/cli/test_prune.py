@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -72,6 +73,69 @@ class TestPrune:
         words = ["--densities", "conv1", "-o", "out.safetensors"]
         done = invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", *words, code=2)
         assert "'conv1' is not GLOB=DENSITY" in unframed(done.stderr)
+
+
+class TestRegrow:
+    FILES = ("--pruned", "pruned.safetensors", "--dense", "dense.safetensors", "-c", "images.npz")
+    WRITTEN = ("-o", "out.safetensors", "--report", "run.json", "--write-masks", "new.safetensors")
+
+    def labelled(self):
+        with np.load("images.npz") as file:
+            np.savez("labelled.npz", images=file["images"], labels=np.arange(40) % 10)
+
+    @pytest.mark.parametrize(
+        ("words", "options"),
+        [
+            ([], {}),
+            (["--budget", "damage", "--saliency", "residual", "--rounds", 2], {"budget": "damage", "rounds": 2}),
+            (["--method", "none", "--initial", "zero"], {"method": None, "initial": "zero"}),
+        ],
+    )
+    def test_writes_what_regrow_does(self, user, words, options):
+        done = invoke("regrow", "-m", MODEL, "--sparsity", 0.5, *self.FILES, *self.WRITTEN, *words)
+        if "residual" in words:
+            options = options | {"saliency": "residual"}
+        model, dense = loaded("pruned.safetensors"), loaded("dense.safetensors")
+        now = resuscitate.Masks.from_zeros(model)
+        grown = resuscitate.regrow(model, dense, now, 0.5, load_images("images.npz"), **options)
+        assert same(load_file("out.safetensors"), model.state_dict())
+        assert resuscitate.Masks.load("new.safetensors") == grown
+        written = json.loads(Path("run.json").read_text())
+        assert [each["regrown"] for each in written["rounds"]] == [each.regrown for each in grown.rounds]
+        assert "given back" in done.stdout
+
+    def test_scores_and_labelled_batches_come_from_files(self, user):
+        self.labelled()
+        words = ["--saliency", "gradient", "--labelled", "labelled.npz", "--test", "labelled.npz", "--accuracy", 1]
+        invoke("regrow", "-m", MODEL, "--sparsity", 0.2, *self.FILES, *self.WRITTEN, *words, "--rounds", 4)
+        rounds = json.loads(Path("run.json").read_text())["rounds"]
+        assert len(rounds) == 1
+        assert rounds[0]["score"] >= 1
+
+    def test_denser_masks_come_first(self, user):
+        model = loaded("dense.safetensors")
+        denser = resuscitate.sparsify(model, 0.6, allocation="uniform")
+        denser.save("denser.safetensors")
+        words = ["--denser", "denser.safetensors", "--masks", "now.safetensors"]
+        now = resuscitate.Masks.from_zeros(loaded("pruned.safetensors"))
+        now.save("now.safetensors")
+        invoke("regrow", "-m", MODEL, "--sparsity", 0.65, *self.FILES, *self.WRITTEN, *words)
+        grown = resuscitate.Masks.load("new.safetensors")
+        assert all((denser[name] | now[name] | ~grown[name]).all() for name in grown)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--sparsity", 0.9], "is above the 0.7"),
+            (["--sparsity", 0.5, "--accuracy", 3], "--accuracy is of --test"),
+            (["--sparsity", 0.5, "--saliency", "gradient"], "labelled"),
+            (["--sparsity", 0.5, "--denser", "x.safetensors", "--saliency", "residual"], "leave --saliency out"),
+        ],
+    )
+    def test_what_makes_no_sense_is_2(self, user, words, message):
+        done = invoke("regrow", "-m", MODEL, *self.FILES, *self.WRITTEN, *words, code=2)
+        assert message in unframed(done.stderr)
+        assert not Path("out.safetensors").exists()
 
 
 class TestCompress:

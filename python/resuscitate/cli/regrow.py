@@ -1,0 +1,119 @@
+"""`resuscitate regrow`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ResuscitateError
+from ..growth import Budget, Saliency
+from ..regrow import Initial, Pattern
+from .app import app, options_of, show
+from .inputs import build_model, check_runs, describe_images, read_images
+from .options import (
+    BatchSize,
+    Calibration,
+    Device,
+    MaxSamples,
+    Mean,
+    Model,
+    Output,
+    Precision,
+    Seed,
+    Size,
+    Std,
+    Timeout,
+    opt,
+    parse_densities,
+)
+
+
+@app.command()
+def regrow(
+    model: Model,
+    pruned: Annotated[Path, opt("The pruned weights: .safetensors, .pt or .pth.")],
+    dense: Annotated[Path, opt("The weights before pruning.")],
+    calibration: Calibration,
+    output: Output,
+    sparsity: Annotated[float, opt("Fraction of the weights that is to stay pruned, such as 0.9.")],
+    masks: Annotated[Path | None, opt("The masks, as `prune --masks` wrote them; default: what is zero.")] = None,
+    pattern: Annotated[Pattern, opt("Single weights, or whole channels (needs --masks).")] = "unstructured",
+    budget: Annotated[Budget, opt("Which layers are given how much.")] = "greedy",
+    densities: Annotated[list[str] | None, opt("Layers to bring to that much: GLOB=DENSITY; repeatable.")] = None,
+    saliency: Annotated[Saliency, opt("Which weights of a layer; gradient needs --labelled.")] = "magnitude",
+    denser: Annotated[Path | None, opt("Masks of a denser pruning, what they keep comes back first.")] = None,
+    initial: Annotated[Initial, opt("The value of what comes back.")] = "dense",
+    rounds: Annotated[int, opt("In so many equal parts.", min=1)] = 1,
+    method: Annotated[str, opt("Of the repair after each; none: no repair.")] = "auto",
+    labelled: Annotated[Path | None, opt("An .npz of images and `labels`, for --saliency gradient.")] = None,
+    test: Annotated[Path | None, opt("An .npz of images and `labels` to score each round on.")] = None,
+    accuracy: Annotated[float | None, opt("Stop when --test reaches it, in per cent.")] = None,
+    max_samples: MaxSamples = None,
+    batch_size: BatchSize = 128,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    dtype: Precision = None,
+    device: Device = None,
+    memory: Annotated[str | None, opt("For images and activations: 4GiB; default: half of what is free.")] = None,
+    scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
+    resume: Annotated[Path | None, opt("Folder of journals: a killed run goes on from it.")] = None,
+    seed: Seed = 0,
+    write_masks: Annotated[Path | None, opt("Write the new masks to this .safetensors file too.")] = None,
+    report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
+    timeout: Timeout = 600.0,
+) -> None:
+    """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
+    options = options_of(locals())
+    from ..calibration import load_labels
+    from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
+    from ..distributed import Ranks, launched
+    from ..masks import Masks
+    from ..recoverability import Accuracy
+    from ..regrow import regrow as run
+
+    if denser is not None and saliency != "magnitude":
+        raise typer.BadParameter("--denser says which weights come first: leave --saliency out")
+    if (accuracy is not None) > (test is not None):
+        raise typer.BadParameter("--accuracy is of --test: give that too")
+    for path in filter(None, (output, write_masks, report)):
+        check_writable(path)
+
+    def pairs(path: Path) -> tuple[Any, Any]:
+        images, _ = read_images(path, mean, std, size, None, seed, (0, 1))
+        labels = load_labels(path, seed=seed)
+        if len(labels) != len(images):
+            raise ResuscitateError(f"{path}: {len(images)} images and {len(labels)} labels")
+        return images, labels
+
+    network, target = build_model(model), build_model(model)
+    load_weights(network, pruned)
+    load_weights(target, dense)
+    keywords = {name: options[name] for name in run.__kwdefaults__ or () if name in options}
+    keywords |= {"densities": parse_densities(densities), "method": None if method == "none" else method}
+    keywords["saliency"] = saliency if denser is None else Masks.load(denser)
+    if labelled is not None:
+        images, labels = pairs(labelled)
+        keywords["labelled"] = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    keywords["evaluate"] = None if test is None else Accuracy(*pairs(test))
+    with launched(timeout) as group:
+        ranks = Ranks(group)
+        images, measured = read_images(calibration, mean, std, size, max_samples, seed, (ranks.rank, ranks.size))
+        check_runs(network, images, calibration, device)
+        now = Masks.from_zeros(network) if masks is None else Masks.load(masks)
+        done = run(network, target, now, sparsity, images, **keywords, group=group)
+        if ranks.rank:
+            return
+    made_by = provenance("regrow", options)
+    with ExitStack() as stack:
+        if report is not None:
+            document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
+            stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
+        if write_masks is not None:
+            done.save(write_masks, made_by)
+        write_state_dict(output, network.state_dict(), made_by)
+    show(done, describe_images(measured), f"written to {output}")
