@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline ablation accuracy map structured bench gpu bench-repair bench-memory lint format clean
+.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu bench-repair bench-memory lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -36,6 +36,15 @@ map: $(READY) ## where sparsity may go and which repair holds it; an hour, or le
 
 structured: $(READY) ## channels out of real networks, and what comes back; ten minutes
 	@$(BIN)/python benchmarks/structured.py $(ARGS)
+
+regrow: $(READY) ## one shot, in steps, or past the target and back, on real networks; half an hour
+	@$(BIN)/python benchmarks/regrow.py $(ARGS)
+
+recoverable: $(READY) ## training for pruning, and means of what was pruned, on digits; five minutes
+	@$(BIN)/python benchmarks/recoverable.py $(ARGS)
+
+means: $(READY) ## means of pruned weights on real networks; a quarter of an hour
+	@$(BIN)/python benchmarks/means.py $(ARGS)
 
 bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 	@$(BIN)/python benchmarks/cpu_kernels.py $(ARGS)

@@ -50,3 +50,13 @@ def test_the_cpu_benchmark_runs(tmp_path):
         assert "ours" not in row["ratio"]
     # a second run compares with the first
     assert "before" in run(*command, "--output", str(output))
+
+
+def test_training_for_pruning_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ["--sparsities", "0.8", "--output", str(tmp_path)]
+    run("benchmarks/recoverable.py", "--epochs", "1", "--seeds", "1", "--calibration", "64", *options)
+    rows = json.loads((tmp_path / "recoverable.json").read_text())["rows"]
+    assert len(rows) == 4 * 4
+    assert {row["stored"] > 0 for row in rows if row["recovery"] == "mean per kernel"} == {True}
+    assert "| hyperspherical + penalty (" in (tmp_path / "recoverable.md").read_text()

@@ -1,4 +1,4 @@
-"""What the README says is so: its Python runs, its tables are the committed results, its commands exist."""
+"""What README and docs say is so: their Python runs, their tables are the committed results, their commands exist."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ from resuscitate.models import digitnet
 from tests.networks import pruned_copy, seeded
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
@@ -30,15 +31,16 @@ def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
 def test_every_table_is_the_committed_result(table):
-    assert table.read_text().strip() in README
+    assert table.read_text().strip() in TEXT
 
 
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z-]+)\b", README)):
+    for target in set(re.findall(r"`make ([a-z-]+)", TEXT)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_every_linked_file_exists():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -105,14 +105,14 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
     Raises ResuscitateError where scikit-learn is missing.
     """
     started = time.perf_counter()
-    images, labels = _digits()
+    images, labels = digits()
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         order = torch.randperm(len(images))
         count = EMA["ema_batches"] * EMA["ema_batch_size"]
         seen, held_out = order[:count], order[count:]
         dense = digitnet()
-        _train(dense, images[seen], labels[seen], epochs, progress)
+        train(dense, images[seen], labels[seen], epochs, progress)
         trained = time.perf_counter()
         test = images[held_out]
         score = Accuracy(test, labels[held_out])
@@ -132,7 +132,7 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
     return result
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
     """1,797 images (N, 1, 8, 8), 0..1, of handwritten digits, and their labels; they come with scikit-learn."""
     try:
         from sklearn.datasets import load_digits
@@ -142,8 +142,18 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(digits.images).float()[:, None] / 16, torch.from_numpy(digits.target).long()
 
 
-def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, progress: bool | None) -> None:
-    """SGD with a one-cycle rate. The weight decay is high, which leaves many weights that matter little."""
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    progress: bool | None,
+    penalty: Callable[[float], Tensor] | None = None,
+) -> None:
+    """SGD with a one-cycle rate. The weight decay is high, which leaves many weights that matter little.
+
+    `penalty`, of the part of the training that is done, is added to the loss.
+    """
     batch = 64
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * len(images.split(batch)))
@@ -151,7 +161,9 @@ def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, progre
     for _ in track(range(epochs), "training", epochs, progress):
         for chosen in torch.randperm(len(images)).split(batch):
             optimizer.zero_grad()
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+            loss = loss if penalty is None else loss + penalty(schedule.last_epoch / schedule.total_steps)
+            loss.backward()
             optimizer.step()
             schedule.step()
     model.eval()

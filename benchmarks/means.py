@@ -1,0 +1,97 @@
+"""Means of pruned weights on real networks: `make means`, or `python benchmarks/means.py`.
+
+Trained ResNet-20 and ResNet-32, global magnitude. What was pruned is left at zero or replaced by its mean, with the
+dense BatchNorm or exact statistics; or the rest is refitted, without means and with means found along with it. A mean
+for each kernel is one more number for every nine weights of a 3x3 convolution: the last row has no means and as many
+numbers in all. Writes means.json and .md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+import resuscitate
+from resuscitate.masks import find_layers
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+ROWS: dict[str, dict[str, Any] | None] = {
+    "left at zero": None,
+    "mean per filter": {"method": "mean"},
+    "mean per kernel": {"method": "mean", "means": "kernel"},
+    "exact BatchNorm": {"method": "bn"},
+    "mean per filter, exact BatchNorm": {"method": "mean", "recalibrate": "exact"},
+    "mean per kernel, exact BatchNorm": {"method": "mean", "means": "kernel", "recalibrate": "exact"},
+    "refit": {"method": "refit"},
+    "refit with a mean per filter": {"method": "refit", "means": "filter"},
+    "refit with a mean per kernel": {"method": "refit", "means": "kernel"},
+    "refit, as many numbers as with a mean per kernel": {"method": "refit"},
+}
+
+
+def numbers(model: nn.Module) -> int:
+    """How many the convolutions and linear layers need: weights that are not zero, and means."""
+    layers = find_layers(model).values()
+    means = [layer.means.numel() for layer in layers if isinstance(getattr(layer, "means", None), Tensor)]
+    return sum(int(layer.weight.count_nonzero()) for layer in layers) + sum(means)  # type: ignore[operator]
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="folder with networks and images; else RESUSCITATE_DATA")] = None,
+    nets: Annotated[str, typer.Option(help="which networks, by comma")] = "resnet20,resnet32",
+    images: Annotated[int, typer.Option(help="for calibration")] = 256,
+    test_images: int = 5000,
+    output: Path = RESULTS,
+) -> None:
+    """Prune, replace or refit, print accuracies and how many numbers are stored."""
+    folder = data_folder(data)
+    calibration, score = calibration_images(folder, images), scorer(folder, test_images)
+    console, rows = Console(stderr=True), list[dict[str, Any]]()
+    jobs = [(net, sparsity, row) for net in nets.split(",") for sparsity in SPARSITIES for row in ROWS]
+    for net, sparsity, row in track(jobs, "means", console=console, disable=not console.is_terminal):
+        dense, options = network(net, folder, calibration), ROWS[row]
+        model, total = copy.deepcopy(dense), numbers(dense)
+        resuscitate.sparsify(model, 1 - rows[-1]["stored"] if "as many" in row else sparsity)
+        if options is not None:
+            resuscitate.repair(model, dense, calibration, **options, progress=False)
+        found = {"stored": numbers(model) / total, "accuracy": score(model)}
+        rows.append({"net": net, "dense": score(dense), "sparsity": sparsity, "row": row, **found})
+    about = machine(shlex.join(["python", "benchmarks/means.py", *sys.argv[1:]]))
+    about |= {"images": {"calibration": images, "test": test_images}, "rows": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "means.json").write_text(json.dumps(about, indent=1) + "\n")
+    (output / "means.md").write_text(markdown(rows))
+    Console().print(markdown(rows), markup=False, soft_wrap=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A row for each way, a column for each network and sparsity: accuracy, and what is stored where that differs."""
+    columns = list(dict.fromkeys((row["net"], row["sparsity"]) for row in rows))
+    by = {(row["net"], row["sparsity"], row["row"]): row for row in rows}
+    heads = [
+        f"{net} ({by[net, at, 'refit']['dense']:.1f}), {at:.0%}" if at == SPARSITIES[0] else f"{at:.0%}"
+        for net, at in columns
+    ]
+    lines = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
+    for name in ROWS:
+        cells = []
+        for net, at in columns:
+            row = by[net, at, name]
+            more = row["stored"] - by[net, at, "left at zero"]["stored"] > 0.01
+            cells.append(f"{row['accuracy']:.1f}" + (f" ({row['stored']:.0%})" if more else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
