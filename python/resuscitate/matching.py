@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .behaviour import check_layers
 from .errors import ModelMismatchError, ResuscitateError
 from .graph import Wiring
 from .layers import (
@@ -18,7 +19,6 @@ from .layers import (
     effective_weight,
     find_batchnorms,
     out_channels,
-    refuse_means,
     select_layers,
     stored_bias,
 )
@@ -41,7 +41,7 @@ def matching_layers(
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
-    refuse_means(layers)
+    check_layers(layers)
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):

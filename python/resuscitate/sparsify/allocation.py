@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..behaviour import check_layers
 from ..errors import CalibrationError, LayerError, did_you_mean
-from ..layers import Selector, matching, refuse_means, select_layers, unwrap
+from ..layers import Selector, matching, select_layers, unwrap
 from ..masks import tied_layers
 from .units import Units, check_floors, units_of
 
@@ -232,7 +233,7 @@ def prunable(
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
-    refuse_means(layers)
+    check_layers(layers)
     owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
     for name, module in select_layers(model).items():
         weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
