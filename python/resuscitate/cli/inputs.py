@@ -17,25 +17,56 @@ if TYPE_CHECKING:
 
 
 def build_model(name: str) -> nn.Module:
-    """A new model in eval mode, by its name in `models.py` or as what `package.module:factory` returns."""
+    """A new model in eval mode: by its name in `models.py`, from a library of models, or from the user's own module.
+
+    "timm:NAME", "torchvision:NAME", and "hf:FOLDER", where a Hugging Face configuration for image classification lies;
+    else `package.module:factory`, which returns it. Without trained weights, for those are loaded afterwards, and
+    without network. Raises typer.BadParameter for an unknown name, ResuscitateError where the model cannot be built.
+    """
     from torch import nn
 
     from ..models import build
 
-    module, _, factory = name.partition(":")
-    if not factory:
+    source, _, wanted = name.partition(":")
+    if not wanted:
         try:
             return build(name).eval()
         except ValueError as error:
-            raise typer.BadParameter(f"{error}, or package.module:factory") from None
-    sys.path.insert(0, os.getcwd())
+            others = ", timm:NAME, torchvision:NAME, hf:FOLDER" + ", or package.module:factory"
+            raise typer.BadParameter(f"{error}{others}") from None
     try:
-        network = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # the factory is the user's own code, which may raise anything
+        network = LIBRARIES[source](wanted) if source in LIBRARIES else _from_module(source, wanted)
+    except ModuleNotFoundError as error:
+        needs = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
+        remedy = f"; pip install {needs[source]}" if error.name == needs.get(source) else ""
+        raise ResuscitateError(f"--model {name} cannot be built: {error}{remedy}") from error
+    except Exception as error:  # the user's own code, or a library's, may raise anything
         raise ResuscitateError(f"--model {name} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ResuscitateError(f"--model {name} gave a {type(network).__name__}, not a torch.nn.Module")
     return network.eval()
+
+
+def _from_module(module: str, factory: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), factory)()
+
+
+def _from_timm(name: str) -> Any:
+    return importlib.import_module("timm").create_model(name, pretrained=False)
+
+
+def _from_torchvision(name: str) -> Any:
+    return importlib.import_module("torchvision.models").get_model(name, weights=None)
+
+
+def _from_transformers(folder: str) -> Any:
+    transformers = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
+LIBRARIES = {"timm": _from_timm, "torchvision": _from_torchvision, "hf": _from_transformers}
 
 
 def read_images(

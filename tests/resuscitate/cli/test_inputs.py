@@ -1,0 +1,61 @@
+"""Models by name: from this package, from libraries of models, from the user's own module."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+from resuscitate.cli.inputs import build_model
+from resuscitate.errors import ResuscitateError
+from tests.networks import chain
+from tests.user import MODEL, invoke
+
+
+def test_from_this_package_and_from_the_users_module(user):
+    assert type(build_model("digitnet")).__name__ == "ResNet"
+    assert [type(part) for part in build_model(MODEL)] == [type(part) for part in chain()]
+    assert not build_model(MODEL).training
+
+
+def test_from_timm_and_torchvision_where_they_are(monkeypatch):
+    asked = []
+
+    def make(*args, **options):
+        asked.append((args, options))
+        return chain()
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=make))
+    monkeypatch.setitem(sys.modules, "torchvision.models", SimpleNamespace(get_model=make))
+    for name in ("timm:resnet18.a1_in1k", "torchvision:resnet18"):
+        assert isinstance(build_model(name), nn.Sequential)
+    assert asked == [(("resnet18.a1_in1k",), {"pretrained": False}), (("resnet18",), {"weights": None})]
+
+
+def test_from_a_hugging_face_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    transformers.ResNetConfig(**options).save_pretrained(tmp_path)
+    model = build_model(f"hf:{tmp_path}")
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 32, 32)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(("source", "package"), [("timm", "timm"), ("hf", "transformers")])
+def test_a_library_that_is_missing_is_named_with_its_remedy(monkeypatch, source, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ResuscitateError, match=f"pip install {package}"):
+        build_model(f"{source}:anything")
+
+
+def test_what_cannot_be_built_is_one_line():
+    words = ["prune", "--dense", "dense.safetensors", "--sparsity", 0.5, "-o", "out.safetensors", "-m"]
+    assert "ModuleNotFoundError" not in invoke(*words, "no_such_module:factory", code=1).stderr
+    assert "timm:NAME" in invoke(*words, "resnet21", code=2).stderr
+
+
+def test_an_unknown_name_is_a_mistake_in_the_command():
+    with pytest.raises(typer.BadParameter, match="resnet20"):
+        build_model("resnet21")
