@@ -2,8 +2,7 @@
 
 Trained ResNet-20 and ResNet-32 are brought to 90 and 95 % in three ways: by global magnitude at once; by `compress`;
 and past it, to 97 and 99 %, then given weights back by `regrow`, with each budget and saliency. All are refitted from
-the same unlabelled images and tested on others. Then means of pruned weights, found along with a refit. Writes
-regrow.json and .md.
+the same unlabelled images and tested on others. Writes regrow.json and .md.
 """
 
 from __future__ import annotations
@@ -40,7 +39,14 @@ REGROWN: dict[str, dict[str, Any]] = {
     "greedy, gradient (labels)": {"saliency": "gradient", "labelled": LABELS},
     "by SSIM, gradient (labels), as published": {"budget": "ssim", "saliency": "gradient", "labelled": LABELS},
 }
-ROWS = ("one shot", "compress", *REGROWN, "compress past it, then greedy, magnitude")
+ROWS = (
+    "one shot",
+    "compress",
+    *REGROWN,
+    "compress past it, then greedy, magnitude",
+    "one shot, uniform",
+    "uniform past it, then greedy, magnitude",
+)
 
 
 def sparse(
@@ -49,8 +55,9 @@ def sparse(
     """A copy at that sparsity, by one of `ROWS`."""
     model = copy.deepcopy(dense)
     quiet = {"progress": False}
-    if row == "one shot":
-        resuscitate.sparsify(model, sparsity)
+    allocation = "uniform" if "uniform" in row else "global"
+    if row.startswith("one shot"):
+        resuscitate.sparsify(model, sparsity, allocation=allocation)
         resuscitate.repair(model, dense, images, **quiet)
     elif row == "compress":
         resuscitate.compress(model, sparsity, images, **quiet)
@@ -59,6 +66,9 @@ def sparse(
         options |= {"labelled": labelled} if "labelled" in options else {}
         masks = resuscitate.sparsify(model, PAST[sparsity])
         resuscitate.regrow(model, dense, masks, sparsity, images, **options)
+    elif allocation == "uniform":
+        masks = resuscitate.sparsify(model, PAST[sparsity], allocation=allocation)
+        resuscitate.regrow(model, dense, masks, sparsity, images, **quiet)
     else:
         masks = resuscitate.compress(model, PAST[sparsity], images, **quiet).masks
         resuscitate.regrow(model, dense, masks, sparsity, images, **quiet)

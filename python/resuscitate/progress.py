@@ -1,4 +1,4 @@
-"""Progress on a terminal, silence in a pipe."""
+"""Progress on a terminal, silence in a pipe; seconds by stage."""
 
 from __future__ import annotations
 
@@ -70,3 +70,16 @@ def track(items: Iterable[T], title: str, total: int | None = None, show: bool |
     from rich.progress import track as rich_track
 
     yield from rich_track(items, title, total=total, console=Console(stderr=True), transient=True)
+
+
+class Stopwatch:
+    """Seconds by stage; a stage begins where the last one ended."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """This stage ends now."""
+        now = time.perf_counter()
+        self.stages[stage], self._since = now - self._since, now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
@@ -35,7 +34,7 @@ from .matching import copy_statistics, layers_to_repair, matching_layers
 from .means import Per, replace_by_means
 from .network import Network, as_dtype
 from .prefix import measure, screen
-from .progress import track
+from .progress import Stopwatch, track
 from .refit import RIDGE, blocks
 from .report import LayerReport, RepairReport
 from .state import Snapshot, moved_to, undisturbed
@@ -161,7 +160,7 @@ def repair(
         LayerError, NonFiniteError: a layer cannot be repaired; the message names it, and the batch.
         ValueError: an option is unknown or contradicts another.
     """
-    started = time.perf_counter()
+    clock = Stopwatch()
     model, target = _as_model(model), as_target(dense)
     recalibrate = ("exact" if method == "bn" else None) if recalibrate == "auto" else recalibrate
     check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
@@ -224,6 +223,7 @@ def repair(
         if not total:
             cause = f"all {report.skipped} give NaN or infinite activations" if report.skipped else "there are none"
             raise CalibrationError(f"no images are left: {cause}")
+        clock.end("reading images")
         example = ranks.lend(first_images(batches[0]) if len(batches) else None)
 
         wiring = observe(model, lambda: net.run(example))
@@ -291,6 +291,7 @@ def repair(
             stops += [Stop(name, gains, True, refit=True, wide=True) for name in wide]
         stops += [Stop(name, exact) for name in batchnorms if recalibrate == "exact"]
         stops = [replace(stop, batches=0) if stop.name in known else stop for stop in stops]
+        clock.end("looking at the models")
         walker = Walker(net, others[0] if others else None, wiring, store, example)
         with closing(walker.walk(batches, stops, f"repair ({method})", show)) as walk:
             for visit in walk:
@@ -309,11 +310,13 @@ def repair(
             report.batchnorm_images = ema_batches * ema_batch_size
             for name in batchnorms:
                 corrector.note_batchnorm(name)
+        clock.end("measuring and correcting")
         zeros.check(model)
         report.scratch = sum(each.away for each in {store, for_images})
         snapshot.forget_unchanged()
     report._undo = snapshot.restore
-    report.seconds = time.perf_counter() - started
+    clock.end("checking")
+    report.stages, report.seconds = clock.stages, sum(clock.stages.values())
     return report
 
 

@@ -49,6 +49,7 @@ class RepairReport:
     those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "node" (one
     pass), "prefix" (one pass per layer) or "none"; `scratch` counts the bytes that did not fit the memory budget, and
     `resumed` the layers whose correction came from a journal. Under ranks, images are those of all ranks together.
+    `stages` has the seconds of each stage.
     """
 
     method: str
@@ -64,6 +65,7 @@ class RepairReport:
     ranks: int = 1
     resumed: int = 0
     seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _undo: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -84,6 +84,17 @@ def read_images(
     return images, described | {"normalised_with": {"mean": mean, "std": std}, "per_channel": measured}
 
 
+def read_labelled(path: Path, mean: Any, std: Any, size: Any, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Images and labels from one .npz. Raises ResuscitateError where they are not as many."""
+    from ..calibration import load_images, load_labels
+
+    images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed)
+    labels = load_labels(path, max_samples=limit, seed=seed)
+    if len(labels) != len(images):
+        raise ResuscitateError(f"{path}: {len(images)} images and {len(labels)} labels")
+    return images, labels
+
+
 def describe_images(measured: dict[str, Any]) -> str:
     shape = "x".join(map(str, measured["shape"]))
     used, found = (

@@ -6,10 +6,9 @@ import copy
 from pathlib import Path
 from typing import Annotated
 
-from ..errors import ResuscitateError
 from ..recoverability import METHODS
 from .app import app, show
-from .inputs import build_model, check_runs, describe_images, read_images
+from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -59,7 +58,6 @@ def map_(
     Writes map.json, map.csv and a picture for each method into the folder, and a journal: the same command again goes
     on where it was stopped, and adds to what is there.
     """
-    from ..calibration import load_labels
     from ..checkpoints import load_weights
     from ..damage import damage as compare
     from ..plots import draw_damage, draw_map, have_matplotlib
@@ -73,10 +71,7 @@ def map_(
     load_weights(network, dense)
     images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
     check_runs(network, images, calibration, device)
-    held_out, _ = read_images(test, mean, std, size, test_samples, seed, (0, 1))
-    labels = load_labels(test, max_samples=test_samples, seed=seed)
-    if len(labels) != len(held_out):
-        raise ResuscitateError(f"{test}: {len(held_out)} images and {len(labels)} labels")
+    held_out, labels = read_labelled(test, mean, std, size, test_samples, seed)
     output.mkdir(parents=True, exist_ok=True)
     found = recoverability(
         network,

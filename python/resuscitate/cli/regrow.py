@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import ResuscitateError
 from ..growth import Budget, Saliency
 from ..regrow import Initial, Pattern
 from .app import app, options_of, show
-from .inputs import build_model, check_runs, describe_images, read_images
+from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -69,7 +68,6 @@ def regrow(
 ) -> None:
     """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
     options = options_of(locals())
-    from ..calibration import load_labels
     from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
     from ..masks import Masks
@@ -83,13 +81,6 @@ def regrow(
     for path in filter(None, (output, write_masks, report)):
         check_writable(path)
 
-    def pairs(path: Path) -> tuple[Any, Any]:
-        images, _ = read_images(path, mean, std, size, None, seed, (0, 1))
-        labels = load_labels(path, seed=seed)
-        if len(labels) != len(images):
-            raise ResuscitateError(f"{path}: {len(images)} images and {len(labels)} labels")
-        return images, labels
-
     network, target = build_model(model), build_model(model)
     load_weights(network, pruned)
     load_weights(target, dense)
@@ -97,9 +88,9 @@ def regrow(
     keywords |= {"densities": parse_densities(densities), "method": None if method == "none" else method}
     keywords["saliency"] = saliency if denser is None else Masks.load(denser)
     if labelled is not None:
-        images, labels = pairs(labelled)
+        images, labels = read_labelled(labelled, mean, std, size, None, seed)
         keywords["labelled"] = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    keywords["evaluate"] = None if test is None else Accuracy(*pairs(test))
+    keywords["evaluate"] = None if test is None else Accuracy(*read_labelled(test, mean, std, size, None, seed))
     with launched(timeout) as group:
         ranks = Ranks(group)
         images, measured = read_images(calibration, mean, std, size, max_samples, seed, (ranks.rank, ranks.size))

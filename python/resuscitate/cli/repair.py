@@ -12,7 +12,8 @@ import typer
 from ..choices import Method, OnNonfinite, Schedule
 from ..means import Per
 from .app import app, options_of, show
-from .inputs import build_model, check_runs, describe_images, read_images
+from .compare import Comparison
+from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -77,6 +78,8 @@ def repair(
     resume: Annotated[Path | None, opt("A journal: a killed run goes on from it. Removed when all is written.")] = None,
     timeout: Timeout = 600.0,
     seed: Seed = 0,
+    test: Annotated[Path | None, opt("An .npz of images and `labels`: report the accuracy before and after.")] = None,
+    detail: Annotated[bool, opt("Report each channel's variance before and after; takes --dense.")] = False,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
     json_: Annotated[bool, opt("Print the report as JSON.", "--json")] = False,
 ) -> None:
@@ -86,11 +89,14 @@ def repair(
         raise typer.BadParameter("--dense and --dense-stats are two ways to say the same: give one")
     if dense is None and dense_stats is None and method != "bn":
         raise typer.BadParameter("all methods but bn match the dense outputs: give --dense, or --method bn")
+    if detail and (dense is None or dense == "running"):
+        raise typer.BadParameter("--detail compares with the dense network: give its weights, --dense")
     from ..batches import most_images
     from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
     from ..masks import Masks
     from ..means import densify
+    from ..recoverability import Accuracy
     from ..repair import repair as run
 
     for path in filter(None, (output, report)):
@@ -109,12 +115,23 @@ def repair(
         shard = ranks.rank, ranks.size
         images, measured = read_images(calibration, mean, std, size, most_images(wanted, max_samples), seed, shard)
         check_runs(network, images, calibration, device)
+        score = None if test is None or ranks.rank else Accuracy(*read_labelled(test, mean, std, size, None, seed))
+        seen = target if not isinstance(target, Path | str) and not ranks.rank else None
+        eyes = Comparison(score, seen, detail and len(images) > 0, images, device)
+        eyes.look("pruned", network)
         keywords = {name: options[name] for name in run.__kwdefaults__ if name in options}  # type: ignore[union-attr]
         keywords["masks"] = None if masks is None else Masks.load(masks)
         keywords["recalibrate"] = None if recalibrate == "none" else recalibrate
         done = run(network, target, images, **keywords, group=group)
+        eyes.look("repaired", network)
         made_by = provenance(done.method, options)
-        document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
+        document = {
+            **done.to_dict(),
+            **eyes.found(),
+            "calibration": measured,
+            "output": str(output),
+            "provenance": made_by,
+        }
         text = json.dumps(document, indent=2)
         if ranks.rank:
             return
@@ -129,7 +146,9 @@ def repair(
     if json_:
         typer.echo(text)
     else:
-        show(done, describe_images(measured), f"written to {output}")
+        scores = ", ".join(f"{name} {score:.2f}" for name, score in eyes.scores.items())
+        scored = [f"accuracy in per cent: {scores}"] if scores else []
+        show(done, describe_images(measured), *scored, f"written to {output}")
 
 
 @app.command()

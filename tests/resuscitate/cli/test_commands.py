@@ -20,6 +20,7 @@ from tests.user import MODEL, command, invoke, repair, unframed
 # the names that resuscitate and its parts have for users are functions, not these modules
 choices, patterns = sys.modules["resuscitate.choices"], sys.modules["resuscitate.sparsify.patterns"]
 
+NORMALISING = ("mean", "std", "size")
 
 USAGE = [
     (["--method", "magic"], "'magic' is not one of 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
@@ -110,7 +111,7 @@ def test_the_command_line_has_the_choices_of_the_library():
     [
         (
             resuscitate.repair,
-            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "fill", "mean", "std", "size"},
+            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "fill", "test", "detail", *NORMALISING},
             # what only a program can give, what a batch of files does not have, and what a terminal decides
             {"forward_fn", "max_batches", "frozen", "group", "progress"},
         ),
@@ -166,5 +167,5 @@ def test_help_and_version():
     assert command("--version").stdout == f"resuscitate {resuscitate.__version__}\n"
     for words in (["--help"], ["repair", "-h"]):
         assert "Usage" in invoke(*words).stdout
-    for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map"):
+    for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map", "report", "doctor"):
         assert name in invoke("--help").stdout
