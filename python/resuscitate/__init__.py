@@ -6,6 +6,7 @@ report = resuscitate.repair(model, dense, calibration, method="asr")
 from .batchnorm import fold_batchnorm, recalibrate_batchnorm
 from .compress import CompressReport, compress
 from .damage import LayerDamage, damage
+from .export import Exported, export
 from .hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .maps import RecoverabilityMap
 from .masks import Masks
@@ -22,6 +23,7 @@ __all__ = [
     "Accuracy",
     "CompressReport",
     "DenseStatistics",
+    "Exported",
     "GrowthRound",
     "LayerDamage",
     "LayerReport",
@@ -36,6 +38,7 @@ __all__ = [
     "compress",
     "damage",
     "densify",
+    "export",
     "fold_batchnorm",
     "recalibrate_batchnorm",
     "recoverability",

@@ -25,6 +25,7 @@ EXTRAS = {
     "plots": ("matplotlib", "the pictures of demo and map"),
     "images": ("PIL", "folders of image files"),
     "demo": ("sklearn", "the digits of the demo"),
+    "onnx": ("onnxscript", "ONNX files"),
     "structured": ("torch_pruning", 'pattern "channels" and shrink'),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

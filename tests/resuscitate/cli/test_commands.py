@@ -167,5 +167,5 @@ def test_help_and_version():
     assert command("--version").stdout == f"resuscitate {resuscitate.__version__}\n"
     for words in (["--help"], ["repair", "-h"]):
         assert "Usage" in invoke(*words).stdout
-    for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map", "report", "doctor"):
+    for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map", "report", "export", "doctor"):
         assert name in invoke("--help").stdout

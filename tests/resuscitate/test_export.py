@@ -1,0 +1,115 @@
+"""What is exported comes back and computes the same, or no file is left."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.utils import prune
+
+import resuscitate
+from resuscitate import export
+from resuscitate.errors import ResuscitateError
+from tests.networks import Residual, chain, images, pruned_copy, seeded
+
+ENDINGS = [".safetensors", ".pt2", ".onnx"]
+
+
+def need(ending):
+    if ending == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+
+
+def residual():
+    return pruned_copy(seeded(Residual))
+
+
+def with_means():
+    dense = seeded(chain)
+    model = pruned_copy(dense)
+    resuscitate.replace_by_means(model, dense)
+    return model
+
+
+def under_prune():
+    model = seeded(chain)
+    prune.l1_unstructured(model[3], "weight", amount=0.5)
+    model(images(2)).sum().backward()  # leaves a weight that was computed with gradients
+    return model
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("build", [residual, with_means, under_prune])
+def test_it_comes_back_and_computes_the_same(tmp_path, ending, fold, build):
+    need(ending)
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    done = export(model.train(), tmp_path / f"net{ending}", images(4), fold=fold)
+    assert done.error < 1e-5
+    foldable = {residual: 2, with_means: 0, under_prune: 3}  # one reads a sum; a layer with means takes none in
+    assert done.folded == (foldable[build] if fold else 0)
+    assert done.path.stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir()] == [f"net{ending}"]
+    assert model.training
+    assert [type(module) for module in model.modules()] == kinds
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_program_needs_no_code_and_takes_any_batch_size(tmp_path):
+    model = pruned_copy(seeded(chain))
+    export(model, tmp_path / "net.pt2", images(2))
+    run = torch.export.load(tmp_path / "net.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(run(images(7)), model(images(7)), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_carry_their_provenance(tmp_path):
+    made_by = {"method": "refit", "options": {"seed": 3}}
+    export(seeded(chain), tmp_path / "net.safetensors", images(2), provenance=made_by)
+    with safe_open(tmp_path / "net.safetensors", "pt") as file:
+        assert file.metadata()["method"] == "refit"
+        assert file.metadata()["options"] == '{"seed": 3}'
+
+
+def test_what_comes_back_wrong_leaves_no_file(tmp_path, monkeypatch):
+    writers = sys.modules["resuscitate.export"].WRITERS
+    right = writers[".pt2"]
+
+    def wrong(*args):
+        again = right(*args)
+        return lambda x: [y * 1.01 for y in again(x)]
+
+    monkeypatch.setitem(writers, ".pt2", wrong)
+    (tmp_path / "net.pt2").write_text("what was there")
+    with pytest.raises(ResuscitateError, match=r"computes something else, by 0\.01"):
+        export(seeded(chain), tmp_path / "net.pt2", images(2))
+    assert (tmp_path / "net.pt2").read_text() == "what was there"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Stubborn(nn.Module):
+    def forward(self, x):
+        return x * int(x.sum() > 0)
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(tmp_path):
+    with pytest.raises(ResuscitateError, match="cannot be exported"):
+        export(Stubborn(), tmp_path / "net.pt2", images(2))
+    with pytest.raises(ValueError, match=r"write one of \.safetensors, \.pt2, \.onnx, not \.pb"):
+        export(chain(), tmp_path / "net.pb", images(2))
+    with pytest.raises(ValueError, match="two images"):
+        export(chain(), tmp_path / "net.pt2", images(1))
+    with pytest.raises(OSError, match="no such folder"):
+        export(chain(), tmp_path / "nowhere" / "net.pt2", images(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ResuscitateError, match=r"pip install 'resuscitate\[onnx\]'"):
+        export(chain(), tmp_path / "net.onnx", images(2))
