@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu bench-repair bench-memory lint format clean
+.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu bench-repair bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -57,6 +57,9 @@ bench-repair: $(READY) ## the whole repair against bare forward passes and peers
 
 bench-memory: $(READY) ## peak memory under a budget; two minutes
 	@$(BIN)/python benchmarks/memory.py $(ARGS)
+
+docs: $(READY) ## the API reference, into build/docs
+	@$(BIN)/pdoc --output-directory build/docs --docformat google resuscitate asr_kernels
 
 lint: $(READY) ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check

@@ -1,8 +1,8 @@
 """Training that prepares for pruning: filters on the unit sphere, and a penalty that keeps weights off the threshold.
 
-After "Pruning on-the-fly: a recoverable pruning method without fine-tuning" (arXiv 2212.12651), of which only the
-abstract was at hand: "hyperspherical learning" and "loss penalty terms" that drive some weights far from zero and the
-rest to it, so that the small ones can go at once. The formulas here are this project's reading of that.
+After "Pruning on the fly" (arXiv 2212.12651), of which only the abstract was at hand: hyperspherical learning, and a
+penalty that drives some weights far from zero and the rest to it, so that the small ones can go at once. The formulas
+here are this project's reading of that.
 """
 
 from __future__ import annotations

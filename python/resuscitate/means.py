@@ -1,6 +1,6 @@
 """Mean replacement: what was pruned is replaced by its mean, one number for a group, and the model stays sparse.
 
-"Pruning on-the-fly" (arXiv 2212.12651) replaces pruned values by their mean; of that paper only the abstract was at
+"Pruning on the fly" (arXiv 2212.12651) replaces pruned values by their mean; of that paper only the abstract was at
 hand, and which values share a mean, and how it is stored, are ours. A group whose survivors are w and whose pruned
 weights are all m is stored as w - m on the survivors, zero elsewhere, and the one number m:
 

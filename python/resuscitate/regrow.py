@@ -1,6 +1,6 @@
 """Bidirectional pruning: a network that was pruned past its target is given back what it misses most, and repaired.
 
-After "Beyond one-way pruning: bidirectional pruning-regrowth" (arXiv 2511.11675), without its training.
+After the bidirectional pruning and regrowth of arXiv 2511.11675, without its training.
 """
 
 from __future__ import annotations
