@@ -7,9 +7,6 @@ Trained ResNet-20 and ResNet-32 are pruned step by step and refitted after each,
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from common import RESULTS, calibration_images, data_folder, network, publish, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -95,12 +92,8 @@ def main(
         found = gradual(dense, seen, score, **options)
         seconds = round(time.perf_counter() - started, 1)
         rows.append({"net": net, "dense": score(dense), "variant": variant, "accuracy": found, "seconds": seconds})
-    about = machine(shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]]))
-    about |= {"images": {"calibration": images, "test": test_images}, "stops": STOPS, "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "ablation.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "ablation.md").write_text(markdown(rows))
-    Console().print(markdown(rows), markup=False, soft_wrap=True)
+    found = {"images": {"calibration": images, "test": test_images}, "stops": STOPS, "rows": rows}
+    publish(output, found, markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

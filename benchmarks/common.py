@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import platform
 import re
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -77,3 +80,13 @@ def machine(command: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": command,
     }
+
+
+def publish(output: Path, found: dict[str, Any], table: str) -> None:
+    """Write what this script found into a folder, under its name: as JSON, with machine and command, and as a table."""
+    name = Path(sys.argv[0]).stem
+    about = machine(shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(about | found, indent=1) + "\n")
+    (output / f"{name}.md").write_text(table)
+    Console().print(table, markup=False, soft_wrap=True)

@@ -8,10 +8,7 @@ published ASR with a momentum re-estimate, and this project's methods. Tested on
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -20,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from common import RESULTS, calibration_images, data_folder, network, publish, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -94,12 +91,8 @@ def main(
         row["seconds"]["compress"] = round(time.perf_counter() - started, 2)
         row["accuracy"]["compress"] = score(model)
         rows.append(row)
-    about = machine(shlex.join(["python", "benchmarks/headline.py", *sys.argv[1:]]))
-    about |= {"images": {"calibration": images, "test": test_images}, "pruning": "global L1", "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "headline.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "headline.md").write_text(markdown(rows))
-    Console().print(markdown(rows), markup=False, soft_wrap=True)
+    found = {"images": {"calibration": images, "test": test_images}, "pruning": "global L1", "rows": rows}
+    publish(output, found, markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -9,14 +9,11 @@ numbers in all. Writes means.json and .md.
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from common import RESULTS, calibration_images, data_folder, network, publish, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -66,12 +63,7 @@ def main(
             resuscitate.repair(model, dense, calibration, **options, progress=False)
         found = {"stored": numbers(model) / total, "accuracy": score(model)}
         rows.append({"net": net, "dense": score(dense), "sparsity": sparsity, "row": row, **found})
-    about = machine(shlex.join(["python", "benchmarks/means.py", *sys.argv[1:]]))
-    about |= {"images": {"calibration": images, "test": test_images}, "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "means.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "means.md").write_text(markdown(rows))
-    Console().print(markdown(rows), markup=False, soft_wrap=True)
+    publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -9,16 +9,13 @@ demo's network; with --net resnet20 CIFAR-10, for which one wants a GPU. Writes 
 from __future__ import annotations
 
 import copy
-import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import MEAN, RESULTS, STD, calibration_images, data_folder, machine
+from common import MEAN, RESULTS, STD, calibration_images, data_folder, publish
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -102,12 +99,8 @@ def main(
                 share = more / sum(layer.weight.numel() for layer in find_layers(dense).values())
                 row = {"seed": seed, "training": training, "sparsity": sparsity, "recovery": how, "stored": share}
                 rows.append({**row, "dense": score(dense), "accuracy": score(model)})
-    about = machine(shlex.join(["python", "benchmarks/recoverable.py", *sys.argv[1:]]))
-    about |= {"net": net, "epochs": epochs, "penalty": PENALISED, "device": device, "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recoverable.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "recoverable.md").write_text(markdown(rows))
-    Console().print(markdown(rows), markup=False, soft_wrap=True)
+    found = {"net": net, "epochs": epochs, "penalty": PENALISED, "device": device, "rows": rows}
+    publish(output, found, markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -8,15 +8,12 @@ the same unlabelled images and tested on others. Writes regrow.json and .md.
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from common import RESULTS, calibration_images, data_folder, network, publish, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -95,12 +92,7 @@ def main(
         seconds = round(time.perf_counter() - started, 1)
         found = {"zeros": resuscitate.Masks.from_zeros(model).sparsity, "accuracy": score(model), "seconds": seconds}
         rows.append({"net": net, "dense": score(dense), "sparsity": sparsity, "row": row, **found})
-    about = machine(shlex.join(["python", "benchmarks/regrow.py", *sys.argv[1:]]))
-    about |= {"images": {"calibration": images, "test": test_images}, "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "regrow.json").write_text(json.dumps(about, indent=1) + "\n")
-    (output / "regrow.md").write_text(markdown(rows))
-    Console().print(markdown(rows), markup=False, soft_wrap=True)
+    publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, markdown(rows))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

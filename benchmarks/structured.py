@@ -8,14 +8,11 @@ two stages alone, a refit alone, and both. Accuracy on images that none of them 
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, calibration_images, data_folder, machine, network, scorer
+from common import RESULTS, calibration_images, data_folder, network, publish, scorer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -79,18 +76,12 @@ def main(
             resuscitate.shrink(model, masks, calibration[:2])
             row["accuracy"][name] = score(model)
         rows.append(row)
-    about = machine(shlex.join(["python", "benchmarks/structured.py", *sys.argv[1:]]))
-    about |= {"images": {"calibration": images, "test": test_images}, "rows": rows}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "structured.json").write_text(json.dumps(about, indent=1) + "\n")
     lines = [f"| network (dense), FLOPs | {' | '.join(REPAIRS)} |", "|" + " --- |" * (1 + len(REPAIRS))]
     for row in rows:
         best = max(row["accuracy"].values())
         cells = [f"**{a:.1f}**" if a == best else f"{a:.1f}" for a in row["accuracy"].values()]
         lines.append(f"| {row['net']} ({row['dense']:.1f}), {row['ratio']:.2f}x fewer | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    (output / "structured.md").write_text(table)
-    Console().print(table, markup=False, soft_wrap=True)
+    publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
