@@ -21,8 +21,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.calibration import load_images, load_labels
 from resuscitate.demo import digits, train
+from resuscitate.images import load_images, load_labels
 from resuscitate.masks import find_layers
 from resuscitate.models import build
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from resuscitate.calibration import load_images, load_labels
+from resuscitate.images import load_images, load_labels
 from resuscitate.models import resnet20
 
 DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

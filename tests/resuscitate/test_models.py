@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from resuscitate.calibration import load_images, load_labels
+from resuscitate.images import load_images, load_labels
 from resuscitate.models import MODELS, BasicBlock, build
 
 DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

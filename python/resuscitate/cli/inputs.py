@@ -72,21 +72,44 @@ LIBRARIES = {"timm": _from_timm, "torchvision": _from_torchvision, "hf": _from_t
 def read_images(
     path: Path, mean: Any, std: Any, size: Any, limit: int | None, seed: int, shard: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """This rank's images, and what they are like, for a wrong normalisation is easier to see than to find."""
+    """This rank's images, and what they are like, for a wrong normalisation is easier to see than to find.
+
+    path: what `load_images` reads, or `package.module:loader`, a function that returns batches; those are taken in
+        their order and as they are, image i by rank i modulo the ranks.
+    """
     import asr_kernels as ak
 
-    from ..calibration import load_images
+    from ..images import KINDS, load_images
 
-    images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed, shard=shard)
+    module, _, loader = str(path).partition(":")
+    if loader and module not in KINDS and not path.exists():
+        if any(option is not None for option in (mean, std, size)):
+            raise typer.BadParameter(f"{path} gives images as they are: leave --mean, --std and --size out")
+        images = _load(module, loader, limit)[shard[0] :: shard[1]]
+    else:
+        images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed, shard=shard)
     moments = ak.channel_moments(images) if len(images) else ak.ChannelMoments.empty(images.shape[1])
     measured = {"mean": moments.mean.tolist(), "std": moments.var.sqrt().tolist()}
     described = {"path": str(path), "images": len(images), "shape": list(images.shape[1:])}
     return images, described | {"normalised_with": {"mean": mean, "std": std}, "per_channel": measured}
 
 
+def _load(module: str, loader: str, limit: int | None) -> Tensor:
+    """All images, at most `limit`, of what a function of the user's own returns."""
+    import torch
+
+    from ..calibration import read_batches
+
+    try:
+        batches = _from_module(module, loader)
+    except Exception as error:  # the user's own code, which may raise anything
+        raise CalibrationError(f"{module}:{loader} gives no images: {type(error).__name__}: {error}") from error
+    return torch.cat(list(read_batches(batches, max_samples=limit)))
+
+
 def read_labelled(path: Path, mean: Any, std: Any, size: Any, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels from one .npz. Raises ResuscitateError where they are not as many."""
-    from ..calibration import load_images, load_labels
+    from ..images import load_images, load_labels
 
     images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed)
     labels = load_labels(path, max_samples=limit, seed=seed)

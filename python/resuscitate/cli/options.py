@@ -63,11 +63,12 @@ def opt(help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, **more)
 
 
+SOURCES = "an .npz, .npy, folder, .parquet, .tar shards, or package.module:loader"
 Model = Annotated[str, opt("A name, such as resnet20, or package.module:factory.", "--model", "-m")]
 Include = Annotated[list[str] | None, opt("Layers to take, as a glob over names; repeatable.", metavar="GLOB")]
 Exclude = Annotated[list[str] | None, opt("Layers to leave out, likewise; repeatable.", metavar="GLOB")]
 Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_suffix)]
-Calibration = Annotated[Path, opt("Unlabelled images: an .npz, an .npy or a folder.", "--calibration", "-c")]
+Calibration = Annotated[Path, opt(f"Unlabelled images: {SOURCES}.", "--calibration", "-c")]
 Images = Annotated[Path | None, opt("Unlabelled images, for what is measured.", "--calibration", "-c")]
 MaxSamples = Annotated[int | None, opt("At most so many images.", min=1)]
 BatchSize = Annotated[int, opt("Images a step.", "--batch-size", "-b", min=1)]

@@ -1,6 +1,7 @@
 """Models by name: from this package, from libraries of models, from the user's own module."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 import typer
 from torch import nn
 
-from resuscitate.cli.inputs import build_model
+from resuscitate.cli.inputs import build_model, read_images
 from resuscitate.errors import ResuscitateError
 from tests.networks import chain
-from tests.user import MODEL, invoke
+from tests.user import MODEL, invoke, unframed
 
 
 def test_from_this_package_and_from_the_users_module(user):
@@ -48,6 +49,38 @@ def test_a_library_that_is_missing_is_named_with_its_remedy(monkeypatch, source,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ResuscitateError, match=f"pip install {package}"):
         build_model(f"{source}:anything")
+
+
+class TestLoader:
+    SOURCE = """
+import torch
+
+def batches():
+    for begin in range(0, 40, 8):
+        yield {"images": torch.rand(8, 3, 10, 12, generator=torch.Generator().manual_seed(begin)), "labels": None}
+
+def broken():
+    raise OSError("no such\\nbucket")
+"""
+
+    @pytest.fixture(autouse=True)
+    def module(self, user):
+        (user / "users_data.py").write_text(self.SOURCE)
+
+    def test_a_function_of_the_users_own_gives_the_images(self):
+        images, described = read_images(Path("users_data:batches"), None, None, None, 20, 0, (0, 1))
+        assert images.shape == (20, 3, 10, 12)
+        assert described["images"] == 20
+        parts = [read_images(Path("users_data:batches"), None, None, None, 20, 0, (rank, 3))[0] for rank in range(3)]
+        assert all(torch.equal(part, images[rank::3]) for rank, part in enumerate(parts))
+
+    def test_by_the_command(self):
+        words = ["repair", "-m", MODEL, "--pruned", "pruned.safetensors", "--method", "bn"]
+        words += ["-o", "out.safetensors", "-c"]
+        assert "40 images of 3x10x12 from users_data:batches" in invoke(*words, "users_data:batches").stdout
+        assert "OSError: no such bucket" in invoke(*words, "users_data:broken", code=1).stderr
+        done = invoke(*words, "users_data:batches", "--mean", 0.5, code=2)
+        assert "leave --mean" in unframed(done.stderr)
 
 
 def test_what_cannot_be_built_is_one_line():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import resuscitate
-from resuscitate.calibration import load_images
+from resuscitate.images import load_images
 from tests.user import MODEL, command, invoke, loaded, unframed
 
 GRID = ["--sparsities", "0.5,0.8", "--allocations", "global,erk", "--methods", "bn,asr"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import resuscitate
-from resuscitate.calibration import load_images
+from resuscitate.images import load_images
 from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same
 
 
