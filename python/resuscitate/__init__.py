@@ -3,10 +3,11 @@
 report = resuscitate.repair(model, dense, calibration, method="asr")
 """
 
-from .batchnorm import fold_batchnorm, recalibrate_batchnorm
+from .batchnorm import recalibrate_batchnorm
 from .compress import CompressReport, compress
 from .damage import LayerDamage, damage
 from .export import Exported, export
+from .fold import FoldReport, fold_batchnorm
 from .hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .maps import RecoverabilityMap
 from .masks import Masks
@@ -24,6 +25,7 @@ __all__ = [
     "CompressReport",
     "DenseStatistics",
     "Exported",
+    "FoldReport",
     "GrowthRound",
     "LayerDamage",
     "LayerReport",

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from .batchnorm import fold_batchnorm
 from .checkpoints import atomic, check_writable, write_state_dict
 from .errors import ResuscitateError
-from .layers import find_batchnorms, find_layers, refresh_weight, unwrap
+from .fold import fold_batchnorm, plain_copy
+from .layers import find_batchnorms, unwrap
 from .masks import Masks
 from .means import densify
 from .network import Network
@@ -97,18 +96,6 @@ def check_target(path: str | Path) -> Path:
         raise ValueError(f"{path}: write one of {', '.join(WRITERS)}, not {path.suffix or 'a file without an ending'}")
     check_writable(path)
     return path
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, the masks of `torch.nn.utils.prune` baked into its weights."""
-    for module in find_layers(model).values():
-        refresh_weight(module)  # what was computed with gradients cannot be copied
-    twin = copy.deepcopy(model).eval()
-    for module in find_layers(twin).values():
-        for key in ("weight", "bias"):
-            if f"{key}_mask" in module._buffers:
-                prune.remove(module, key)
-    return twin
 
 
 Again = Callable[[Tensor], list[Tensor]]

@@ -197,6 +197,10 @@ class TestFolding:
         folded = resuscitate.fold_batchnorm(seeded(Residual))
         assert isinstance(folded.bn2, nn.BatchNorm2d)
         assert "'bn2' is not folded" in caplog.text
+        assert folded.fold_report.left == {"bn2": "no layer is read by it alone"}
+        assert folded.fold_report.folded == {"bn0": "stem", "bn1": "conv1"}
+        assert folded.fold_report.error is None
+        assert resuscitate.fold_batchnorm(seeded(Residual), images()).fold_report.error < 1e-5
         with pytest.raises(LayerError, match="'bn2'"):
             resuscitate.fold_batchnorm(seeded(Residual), strict=True)
 
