@@ -26,7 +26,7 @@ def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
     with torch.no_grad():
         names["labels"] = dense(images).argmax(1)
     names |= {"dense_x": images[:, :, :4], "pruned_x": images[:, :, 4:].clone()}
-    exec("import copy\n\nimport resuscitate\n" + block, names)
+    exec("import copy\n\nimport torch\n\nimport resuscitate\n" + block, names)
 
 
 @pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
@@ -44,3 +44,10 @@ def test_every_linked_file_exists():
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_test_that_the_docs_name_exists():
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", TEXT))
+    assert len(named) > 50
+    assert not {name for name in named if f"def {name}(" not in code}
