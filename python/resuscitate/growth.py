@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from .errors import LayerError, MaskError
 from .layers import effective_weight, find_layers, refresh_weight, stored_weight
 from .masks import Masks, tied_layers
 from .needs import Needs, Surveyor
-from .sparsify.allocation import Allocation, by_magnitude, by_need, check_sparsity, pin, removals
+from .sparsify.allocation import Allocation, by_magnitude, check_sparsity, pin, removals
 from .sparsify.structured import channel_groups, channel_masks, dropped_units
 from .sparsify.units import Units, magnitude, units_of_channels
 
@@ -133,6 +134,24 @@ def stops(total: int, gone: int, sparsity: float, rounds: int) -> list[float]:
         )
     left = [round(gone - (gone - goal) * done / rounds) for done in range(1, rounds)]
     return [count / total for count in left] + [sparsity]
+
+
+def by_need(units: Mapping[str, Units], budget: int, needs: Mapping[str, float]) -> dict[str, int]:
+    """What is not removed goes to each layer in proportion to its need, until it has no more to take.
+
+    Layers without a need share, in proportion to their size, what is left when all others are full. Units of one
+    weight each; exact, by the largest remainder.
+    """
+    room = np.array([layer.spare for layer in units.values()], np.float64)
+    need = np.array([max(needs[name], 0.0) for name in units])
+    slope = np.maximum(need, 1e-9 * max(need.max(initial=0.0), 1.0) * room)
+    ends = np.unique(np.concatenate([[0.0], (room / np.where(slope > 0, slope, np.inf))]))
+    given = np.array([np.minimum(scale * slope, room).sum() for scale in ends])
+    share = np.minimum(np.interp(room.sum() - budget, given, ends) * slope, room)
+    whole = np.floor(share)
+    more = np.argsort(whole - share, kind="stable")[: round(room.sum() - budget - whole.sum())]
+    whole[more] += 1
+    return {name: layer.spare - int(back) for (name, layer), back in zip(units.items(), whole, strict=True)}
 
 
 @dataclass

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import resuscitate
 from resuscitate import Masks, regrow, repair, sparsify
 from resuscitate.errors import CalibrationError, MaskError, ModelMismatchError
+from resuscitate.growth import by_need
 from resuscitate.needs import Surveyor, ssim
 from resuscitate.refit import drops
-from resuscitate.sparsify.allocation import by_need
 from resuscitate.sparsify.units import Units
 from tests.networks import Residual, chain, images, linears, seeded
 

@@ -152,24 +152,6 @@ def by_repairability(units: Mapping[str, Units], budget: int, curves: Mapping[st
     return removed
 
 
-def by_need(units: Mapping[str, Units], budget: int, needs: Mapping[str, float]) -> dict[str, int]:
-    """What is not removed goes to each layer in proportion to its need, until it has no more to take.
-
-    Layers without a need share, in proportion to their size, what is left when all others are full. Units of one
-    weight each; exact, by the largest remainder.
-    """
-    room = np.array([layer.spare for layer in units.values()], np.float64)
-    need = np.array([max(needs[name], 0.0) for name in units])
-    slope = np.maximum(need, 1e-9 * max(need.max(initial=0.0), 1.0) * room)
-    ends = np.unique(np.concatenate([[0.0], (room / np.where(slope > 0, slope, np.inf))]))
-    given = np.array([np.minimum(scale * slope, room).sum() for scale in ends])
-    share = np.minimum(np.interp(room.sum() - budget, given, ends) * slope, room)
-    whole = np.floor(share)
-    more = np.argsort(whole - share, kind="stable")[: round(room.sum() - budget - whole.sum())]
-    whole[more] += 1
-    return {name: layer.spare - int(back) for (name, layer), back in zip(units.items(), whole, strict=True)}
-
-
 ALLOCATIONS: dict[str, Allocation] = {"global": by_magnitude, "uniform": by_size, "erk": by_erk, "lamp": by_lamp}
 METHODS = (*ALLOCATIONS, "rr")
 
