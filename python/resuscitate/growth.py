@@ -144,14 +144,23 @@ def by_need(units: Mapping[str, Units], budget: int, needs: Mapping[str, float])
     """
     room = np.array([layer.spare for layer in units.values()], np.float64)
     need = np.array([max(needs[name], 0.0) for name in units])
-    slope = np.maximum(need, 1e-9 * max(need.max(initial=0.0), 1.0) * room)
-    ends = np.unique(np.concatenate([[0.0], (room / np.where(slope > 0, slope, np.inf))]))
-    given = np.array([np.minimum(scale * slope, room).sum() for scale in ends])
-    share = np.minimum(np.interp(room.sum() - budget, given, ends) * slope, room)
+    back = room.sum() - budget
+    needy = need > 0
+    share = _fill(min(back, room[needy].sum()), room, need)
+    share += _fill(back - share.sum(), np.where(needy, 0.0, room), room)
     whole = np.floor(share)
-    more = np.argsort(whole - share, kind="stable")[: round(room.sum() - budget - whole.sum())]
+    more = np.argsort(whole - share, kind="stable")[: round(back - whole.sum())]
     whole[more] += 1
-    return {name: layer.spare - int(back) for (name, layer), back in zip(units.items(), whole, strict=True)}
+    return {name: layer.spare - int(given) for (name, layer), given in zip(units.items(), whole, strict=True)}
+
+
+def _fill(amount: float, room: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """An amount in proportion to `slope`, no more to each than its room: min(scale * slope, room), the scale solved."""
+    rising = (slope > 0) & (room > 0)
+    full = np.divide(room, slope, out=np.zeros_like(room), where=rising)
+    ends = np.unique(np.append(full, 0.0))
+    given = np.array([np.minimum(scale * slope, room).sum() for scale in ends])
+    return np.where(rising, np.minimum(np.interp(amount, given, ends) * slope, room), 0.0)
 
 
 @dataclass

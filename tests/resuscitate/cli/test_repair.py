@@ -62,9 +62,9 @@ class TestRepair:
 
     def test_only_as_many_images_are_read_as_are_used(self, user, monkeypatch):
         asked = []
-        original = resuscitate.calibration.load_images
+        original = resuscitate.images.load_images
         monkeypatch.setattr(
-            resuscitate.calibration,
+            resuscitate.images,
             "load_images",
             lambda *args, **options: asked.append(options["max_samples"]) or original(*args, **options),
         )
