@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS :=
+# the tests, a file at a time, on as many processes as there are cores, at most four; ARGS='-n 0' for one
+SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -18,9 +20,9 @@ demo: $(READY) ## a network collapses and comes back, in about a minute
 	@$(BIN)/resuscitate demo $(ARGS)
 
 test: lint ## lint, then every test, then the Triton kernels in Triton's interpreter
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
 	@echo "the kernels again, in Triton's interpreter"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/asr_kernels -k triton
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED_OUT) tests/asr_kernels -k triton
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
 	@$(BIN)/python benchmarks/headline.py $(ARGS)

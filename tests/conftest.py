@@ -15,6 +15,10 @@ import asr_kernels as ak
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", "torch", "triton"]
 
+# a worker of pytest-xdist sets it, and output would be cut to it
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COLUMNS", None)
+
 # the tests' tensors are small: threads would only wait for one another
 torch.set_num_threads(1)
 
