@@ -103,12 +103,15 @@ Again = Callable[[Tensor], list[Tensor]]
 
 def _write_weights(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> Again:
     target = path.with_suffix(".safetensors")
-    write_state_dict(target, model.state_dict(), provenance)
     twin = copy.deepcopy(model)
     for tensor in [*twin.parameters(), *twin.buffers()]:
         tensor.zero_()
-    twin.load_state_dict(load_file(target))
-    target.replace(path)
+    try:
+        write_state_dict(target, model.state_dict(), provenance)
+        twin.load_state_dict(load_file(target))
+        target.replace(path)
+    finally:
+        target.unlink(missing_ok=True)
     return lambda x: tensors_of(twin(x))
 
 

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from .batches import Batches, first_images
 from .corrections import explained
-from .digest import digest_model
+from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
-from .errors import CalibrationError, LayerError
+from .errors import CalibrationError, LayerError, ModelMismatchError
 from .graph import observe
 from .journal import Journal
 from .layers import effective_weight, find_layers, stored_weight, window_of
@@ -66,7 +66,9 @@ class Surveyor:
         layers = {name: find_layers(model)[name] for name in names}
         if worth and (odd := [name for name, layer in layers.items() if window_of(layer) is None]):
             raise LayerError(odd[0], "saliency 'residual' cannot tell a transposed convolution's; choose 'magnitude'")
-        identity = {"model": digest_model(model), "dense": digest_model(self.dense), "worth": worth}
+        (images,) = self.ranks.total(digest_images(self.batches)) if resume is not None else (0,)
+        identity = {"model": digest_model(model), "dense": digest_model(self.dense), "images": images % MODULUS}
+        identity |= {"worth": worth, "dtype": str(as_dtype(self.dtype))}
         needs = Needs()
         with self._side_by_side(model) as (walker, batches), Journal(resume, identity, self.ranks) as journal:
             stops, show = [], False if self.ranks.rank else progress
@@ -117,9 +119,10 @@ class Surveyor:
 
                 def compare(name: str, x: Tensor, wanted: dict[str, list[Tensor]] = wanted) -> None:
                     pruned.check_tensor(name, x)
-                    if wanted[name]:
-                        similar = ssim(wanted[name].pop(0), x, pruned.axis(name))
-                        sums[names.index(name)] += torch.tensor([float(similar.sum()), similar.numel()])
+                    if not wanted[name]:
+                        raise ModelMismatchError(f"layer {name!r} runs more often in the model than in the dense one")
+                    similar = ssim(wanted[name].pop(0), x, pruned.axis(name))
+                    sums[names.index(name)] += torch.tensor([float(similar.sum()), similar.numel()])
 
                 with original.hooked(names, keep):
                     original.run(batch)

@@ -30,7 +30,7 @@ from .progress import track
 from .repair import repair
 from .report import RepairReport
 from .sparsify.structured import restore_units, shrink
-from .state import Snapshot
+from .state import Snapshot, flags_kept
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -274,10 +274,8 @@ def _added(before: Masks, after: Masks) -> dict[str, int]:
 def _finetune(model: nn.Module, masks: Masks, finetune: Callable[[nn.Module, Masks], Any], ranks: Ranks) -> None:
     """Let the user train, and have the pruned weights stay zero. Raises MaskError where the masks were changed."""
     given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
-    flags = [(module, module.training) for module in model.modules()]
-    finetune(model, given)
-    for module, training in flags:
-        module.training = training
+    with flags_kept(model):
+        finetune(model, given)
     for name, mask in masks.items():
         if name not in given or not torch.equal(given[name], mask):
             raise MaskError(name, "finetune changed its mask; it may change kept weights only")
@@ -287,10 +285,8 @@ def _finetune(model: nn.Module, masks: Masks, finetune: Callable[[nn.Module, Mas
 
 def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], ranks: Ranks) -> float:
     """What the user's function says of the model in eval mode; under ranks, on rank 0."""
-    flags = [(module, module.training) for module in model.modules()]
-    score = float(evaluate(model.eval()))
-    for module, training in flags:
-        module.training = training
+    with flags_kept(model):
+        score = float(evaluate(model.eval()))
     if not math.isfinite(score):
         raise ValueError(f"evaluate returned {score}, not a score")
     return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))

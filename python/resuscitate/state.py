@@ -81,6 +81,17 @@ def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 @contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens meanwhile, every module's train/eval flag is then as it was found."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
 def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import resuscitate
 from resuscitate import Masks, regrow, repair, sparsify
-from resuscitate.errors import CalibrationError, MaskError, ModelMismatchError
+from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
 from resuscitate.growth import by_need
 from resuscitate.needs import Surveyor, ssim
 from resuscitate.refit import drops
@@ -325,6 +325,14 @@ class TestRounds:
         assert grown.rounds[0].report.resumed > 0
         assert same(model, expected)
 
+    def test_the_journals_of_other_images_are_refused(self, tmp_path):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        options = {"budget": "damage", "resume": tmp_path, "method": None}
+        regrow(copy.deepcopy(model), dense, masks, 0.7, images(), **options)
+        with pytest.raises(JournalError, match="images differ"):
+            regrow(model, dense, masks, 0.7, images(seed=8), **options)
+
     def test_a_small_memory_makes_no_difference(self, tmp_path):
         dense, results = seeded(Residual), []
         for memory in (None, 200_000):
@@ -381,6 +389,14 @@ class TestChannels:
                 results.append((model(images(seed=5)), grown))
         torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-4)
         assert results[0][1] == results[1][1]
+
+    def test_the_random_state_stays_as_found(self):
+        dense, model, masks = self.pruned(True)
+        torch.manual_seed(5)
+        expected = torch.rand(1)
+        torch.manual_seed(5)
+        regrow(model, dense, masks, 0.3, images(), pattern="channels")
+        assert torch.equal(torch.rand(1), expected)
 
     def test_undo_makes_it_as_small_as_it_was(self):
         dense, model, masks = self.pruned(True)
@@ -472,6 +488,9 @@ class TestRefused:
         dense = seeded(chain)
         model, masks = pruned(dense)
         before = copy.deepcopy(model)
-        with pytest.raises(ZeroDivisionError):
-            regrow(model, dense, masks, 0.5, images(), evaluate=lambda model: 1 / 0)
-        assert same(model, before)
+        model.train()
+        for fail in ({"evaluate": lambda model: 1 / 0}, {"finetune": lambda model, masks: 1 / (model.eval() is None)}):
+            with pytest.raises(ZeroDivisionError):
+                regrow(model, dense, masks, 0.5, images(), **fail)
+            assert same(model, before)
+            assert model.training

@@ -145,8 +145,8 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
         full = torch.zeros_like(original) if where.dtype == torch.bool else original.detach().clone()
         full[where.to(full.device)] = small.detach().to(full).flatten()
         tensors[name] = full.to(small)
-    before = outputs(make_twin(model), inputs)
-    with Snapshot(model):
+    with undisturbed([], 0), Snapshot(model):
+        before = outputs(make_twin(model), inputs)
         _adopt(model, tensors, unwrap(dense))
         error = difference(before, outputs(make_twin(model), inputs))
         if not error <= AGREEMENT:
