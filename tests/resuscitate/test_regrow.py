@@ -13,7 +13,6 @@ import resuscitate
 from resuscitate import Masks, regrow, repair, sparsify
 from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
 from resuscitate.growth import by_need
-from resuscitate.needs import Surveyor, ssim
 from resuscitate.refit import drops
 from resuscitate.sparsify.units import Units
 from tests.networks import Residual, chain, images, linears, seeded
@@ -139,37 +138,6 @@ class TestSaliency:
         grown = regrow(model, dense, Masks.from_zeros(model), 0.5, x, saliency="residual", method=None)
         assert grown["0"].tolist() == [[False, True, False, True]]
 
-    @settings(deadline=None, max_examples=30)
-    @given(st.integers(0, 10**6))
-    def test_a_drop_is_what_moving_that_weight_alone_to_its_best_takes_off(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(50, 5, dtype=torch.float64, generator=generator)
-        y = torch.randn(50, 3, dtype=torch.float64, generator=generator)
-        weight = torch.randn(3, 5, dtype=torch.float64, generator=generator)
-        found, damage = drops(resuscitate.refit.patch_moments(x, y, resuscitate.refit.Window()), weight, ridge=0.0)
-        x, y = x - x.mean(0), y - y.mean(0)
-        error = (y - x @ weight.mT).square().sum(0)
-        for out in range(3):
-            for into in range(5):
-                left = (y - x @ weight.mT)[:, out]
-                best = left - x[:, into] * (left @ x[:, into]) / x[:, into].square().sum()
-                expected = (error[out] - best.square().sum()) / y.square().sum()
-                assert float(found[out, into]) == pytest.approx(float(expected), rel=1e-6, abs=1e-12)
-        corr = torch.stack([torch.corrcoef(torch.stack([y[:, o], (x @ weight.mT)[:, o]]))[0, 1] for o in range(3)])
-        assert damage == pytest.approx(float((y.var(0) * (1 - corr**2)).sum() / y.var(0).sum()), rel=1e-6)
-
-    def test_gradient_is_the_squared_slope_times_the_squared_weight_over_the_batches(self):
-        dense = seeded(chain)
-        surveyor = Surveyor(dense, [], resuscitate.distributed.Ranks())
-        found = surveyor.sensitivity(["0", "11"], LABELLED, None)
-        twin, expected = copy.deepcopy(dense), 0
-        for x, y in LABELLED:
-            twin.zero_grad()
-            F.cross_entropy(twin(x), y).backward()
-            expected = expected + twin[0].weight.grad.double().square() * twin[0].weight.detach().double().square()
-        torch.testing.assert_close(found["0"], expected, rtol=1e-4, atol=0)
-        assert dense[0].weight.grad is None
-
     def test_denser_masks_come_first_then_the_rest_by_magnitude(self):
         dense = linears([[5.0, -4.0, 3.0, 2.0, 1.0, 0.5]])
         model = copy.deepcopy(dense)
@@ -187,30 +155,6 @@ class TestSaliency:
         x = images(seed=9)
         with torch.no_grad():
             torch.testing.assert_close(model(x), dense(x), rtol=1e-3, atol=1e-3)
-
-
-class TestSsim:
-    def test_of_a_map_and_itself_it_is_one_and_the_less_the_more_noise(self):
-        x, noise = torch.randn(3, 4, 12, 10), torch.randn(3, 4, 12, 10)
-        found = [float(ssim(x, x + size * noise, -3).mean()) for size in (0, 0.1, 1, 10)]
-        assert found[0] == pytest.approx(1, abs=1e-5)
-        assert found == sorted(found, reverse=True)
-        assert found[-1] < 0.3
-
-    def test_by_the_formula_on_one_window(self):
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.rand(1, 1, 7, 7, generator=generator), torch.rand(1, 1, 7, 7, generator=generator)
-        spread = x.max() - x.min()
-        c1, c2 = (0.01 * spread) ** 2, (0.03 * spread) ** 2
-        cov = ((x - x.mean()) * (y - y.mean())).mean()
-        top = (2 * x.mean() * y.mean() + c1) * (2 * cov + c2)
-        bottom = (x.mean() ** 2 + y.mean() ** 2 + c1) * (x.var(correction=0) + y.var(correction=0) + c2)
-        torch.testing.assert_close(ssim(x, y, -3).squeeze(), top / bottom, rtol=1e-4, atol=1e-6)
-
-    @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 9, 2), (2, 3, 4, 8, 8)])
-    def test_any_number_of_axes(self, shape):
-        x = torch.randn(shape)
-        assert ssim(x, x, 1 if len(shape) > 2 else -1).mean() == pytest.approx(1, abs=1e-5)
 
 
 class TestInitial:
@@ -350,82 +294,6 @@ class TestRounds:
         assert [row["sparsity"] for row in plain["rounds"]] == [each.sparsity for each in grown.rounds]
         assert sum(row["regrown"]["3"] for row in plain["rounds"]) == grown.regrown["3"]
         assert grown.table()[1].note == f"{grown.regrown['3']:,} given back"
-
-
-class TestChannels:
-    pytest.importorskip("torch_pruning")
-
-    def pruned(self, remove):
-        dense = seeded(chain)
-        model = copy.deepcopy(dense)
-        options = {"pattern": "channels", "example": images(2), "remove": remove}
-        return dense, model, sparsify(model, 0.6, **options)
-
-    @pytest.mark.parametrize("budget", ["greedy", "damage", "proportional"])
-    @pytest.mark.parametrize("remove", [False, True])
-    def test_channels_come_back_with_their_batchnorm_and_their_readers(self, budget, remove):
-        dense, model, masks = self.pruned(remove)
-        small = copy.deepcopy(model)
-        grown = regrow(model, dense, masks, 0.3, images(60), pattern="channels", budget=budget)
-        units = sum(dense[index].out_channels for index in (0, 3, 6))
-        assert grown.rounds[-1].sparsity == pytest.approx(round(0.3 * units) / units)
-        assert sum(grown.regrown.values()) == round(0.6 * units) - round(0.3 * units)
-        for layer, batchnorm, reader in ((0, 1, 3), (3, 4, 6), (6, 7, 11)):
-            kept = grown[str(layer)].flatten(1).any(1)
-            if remove:
-                assert model[layer].out_channels == model[batchnorm].num_features == int(kept.sum())
-                assert model[layer].weight.shape[0] == model[batchnorm].running_var.shape[0] == int(kept.sum())
-                assert model[reader].weight.shape[1] == int(kept.sum())
-        x = images(seed=5)
-        with torch.no_grad():
-            assert (model(x) - dense(x)).square().mean() < (small(x) - dense(x)).square().mean()
-
-    def test_in_a_smaller_network_and_in_a_masked_one_it_is_the_same(self):
-        results = []
-        for remove in (False, True):
-            dense, model, masks = self.pruned(remove)
-            grown = regrow(model, dense, masks, 0.3, images(60), pattern="channels")
-            with torch.no_grad():
-                results.append((model(images(seed=5)), grown))
-        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-4)
-        assert results[0][1] == results[1][1]
-
-    def test_the_random_state_stays_as_found(self):
-        dense, model, masks = self.pruned(True)
-        torch.manual_seed(5)
-        expected = torch.rand(1)
-        torch.manual_seed(5)
-        regrow(model, dense, masks, 0.3, images(), pattern="channels")
-        assert torch.equal(torch.rand(1), expected)
-
-    def test_undo_makes_it_as_small_as_it_was(self):
-        dense, model, masks = self.pruned(True)
-        before, sizes = copy.deepcopy(model), [model[0].out_channels, model[1].num_features, model[3].in_channels]
-        grown = regrow(model, dense, masks, 0.3, images(60), pattern="channels")
-        grown.undo()
-        assert same(model, before)
-        assert [model[0].out_channels, model[1].num_features, model[3].in_channels] == sizes
-        with torch.no_grad():
-            torch.testing.assert_close(model(images()), before(images()), rtol=0, atol=0)
-
-    def test_a_labelled_saliency_and_all_channels_give_the_dense_network_back(self):
-        dense, model, masks = self.pruned(True)
-        options = {"pattern": "channels", "saliency": "gradient", "labelled": LABELLED}
-        regrow(model, dense, masks, 0.0, images(60), **options)
-        assert [p.shape for p in model.parameters()][:3] == [p.shape for p in dense.parameters()][:3]
-        with torch.no_grad():
-            torch.testing.assert_close(model(images()), dense(images()), rtol=1e-3, atol=1e-3)
-
-    def test_masks_that_the_channels_did_not_go_by_are_refused(self):
-        dense, model, masks = self.pruned(True)
-        before = copy.deepcopy(model)
-        other = copy.deepcopy(dense)
-        wrong = sparsify(other, 0.4, pattern="channels", example=images(2))
-        with pytest.raises(MaskError, match="not what these masks leave"):
-            regrow(model, dense, wrong, 0.3, images(), pattern="channels")
-        assert same(model, before)
-        with pytest.raises(MaskError, match="was it made for another model"):
-            regrow(model, dense, masks, 0.3, images())
 
 
 class TestRefused:
