@@ -12,6 +12,7 @@ from torch import Tensor
 from .calibration import check_count, first_tensor, read_batches
 from .distributed import Ranks
 from .errors import CalibrationError
+from .sampling import warn_of_padding
 from .storage import Frame, Store
 
 
@@ -65,6 +66,8 @@ def read_share(
     """
     check_count("max_samples", max_samples)
     share = ranks.share(max_samples)
+    if ranks.size > 1 and ranks.rank == 0:
+        warn_of_padding(calibration)
     if share == 0:
         return ()
     options: dict[str, Any] = {"max_batches": max_batches, "batch_size": batch_size, "raw": raw}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import CalibrationError
+from .sampling import ClassOrder
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -65,7 +66,7 @@ def is_held(calibration: Any) -> bool:
 def _read(
     source: Any, batches: Iterator[Any], max_samples: int | None, max_batches: int | None, raw: bool, allow_empty: bool
 ) -> Iterator[Any]:
-    samples, dimensions = 0, set()
+    samples, dimensions, order = 0, set(), ClassOrder()
     for index, batch in enumerate(batches):
         try:
             images = first_tensor(batch) if raw else input_of(batch)
@@ -78,10 +79,12 @@ def _read(
                 f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
                 "an (images, labels) pair is one batch: put it in a list"
             )
+        order.see(batch, count)
         left = count if max_samples is None else max_samples - samples
         yield batch if raw else images if images is None or count <= left else images[:left]
         samples += count
         if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
+            order.warn()
             return
     if not dimensions and not allow_empty:
         raise CalibrationError(_nothing_read(source))

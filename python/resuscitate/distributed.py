@@ -110,7 +110,12 @@ class Ranks:
         buffer = io.BytesIO()
         if example is not None:
             torch.save(example, buffer)
-        found = next((part for part in self.gather(_bytes(buffer.getvalue())) if len(part)), None)
+        given = [part for part in self.gather(_bytes(buffer.getvalue())) if len(part)]
+        if len(given) == self.size and self.rank == 0 and all(torch.equal(part, given[0]) for part in given):
+            log.warning(
+                "all %d ranks begin with the same images; that harms no result, but each should have its own", self.size
+            )
+        found = given[0] if given else None
         if example is not None or found is None:
             return example
         return torch.load(io.BytesIO(found.numpy().tobytes()), weights_only=True)

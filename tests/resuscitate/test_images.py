@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from resuscitate import sources
 from resuscitate.errors import CalibrationError
-from resuscitate.images import load_images, load_labels
+from resuscitate.images import ImageStream, load_images, load_labels
 
 DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 JPEG_TEST = DATA / "cifar10_jpeg_test.npz"
@@ -85,7 +87,7 @@ class TestArraysFromDisk:
             (np.zeros((2, 3, 6, 6)), {"max_samples": 0}, "at most 0 asked for"),
             (np.zeros((2, 3, 6, 6)), {"size": 8}, "size is for image files"),
             (np.zeros((2, 3, 6, 6)), {"mean": (0.5, 0.5)}, "one for each of 3 channels"),
-            (np.zeros((2, 3, 6, 6)), {"std": 0.0}, "std above 0"),
+            (np.zeros((2, 3, 6, 6)), {"std": 0.0}, "std must be above 0"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -100,7 +102,7 @@ class TestArraysFromDisk:
         for name, problem in (("a.txt", "not a readable"), ("missing.npz", "not a readable"), ("b.npz", "left, right")):
             with pytest.raises(CalibrationError, match=rf"{name}: .*{problem}"):
                 load_images(tmp_path / name)
-        with pytest.raises(CalibrationError, match="none of labels, y among its arrays"):
+        with pytest.raises(CalibrationError, match="none of images, x, data"):
             load_labels(tmp_path / "b.npz")
 
 
@@ -285,3 +287,52 @@ class TestShards:
         (tmp_path / "x.tar").write_bytes(b"no archive" * 200)
         with pytest.raises(CalibrationError, match="not readable tar shards"):
             load_images(tmp_path / "x.tar")
+
+
+class TestStream:
+    """Batches that are read when they are wanted: the images of `load_images`, in its order, none twice."""
+
+    @pytest.fixture(params=["npz", "npy", "folder", "tar"])
+    def source(self, request, tmp_path, many):
+        if request.param == "npz":
+            np.savez(tmp_path / "images.npz", images=many)
+            return tmp_path / "images.npz"
+        if request.param == "npy":
+            np.save(tmp_path / "images.npy", many)
+            return tmp_path / "images.npy"
+        if request.param == "folder":
+            for row, content in enumerate(encoded(many)):
+                (tmp_path / f"{row:02d}.png").write_bytes(content)
+            return tmp_path
+        with tarfile.open(tmp_path / "images.tar", "w") as archive:
+            for row, content in enumerate(encoded(many)):
+                member = tarfile.TarInfo(f"{row:02d}.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return tmp_path / "images.tar"
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_workers_read_each_image_once_and_keep_the_order(self, source, workers):
+        options = {"mean": 0.5, "std": 0.25, "max_samples": 10, "seed": 1}
+        stream = ImageStream(source, batch_size=3, **options)
+        batches = list(DataLoader(stream, batch_size=None, num_workers=workers))
+        assert (len(stream), stream.images) == (4, 10)
+        assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+        assert torch.equal(torch.cat(batches), load_images(source, **options))
+        assert torch.equal(torch.cat(list(stream)), torch.cat(batches))
+
+    def test_ranks_share_them_out_without_padding(self, source):
+        whole = load_images(source)
+        for rank in range(3):
+            stream = ImageStream(source, batch_size=2, shard=(rank, 3))
+            assert torch.equal(torch.cat(list(stream)), whole[rank::3])
+
+    def test_more_ranks_than_images(self, source):
+        assert list(ImageStream(source, shard=(11, 12))) == []
+
+
+def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((1000, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr(sources, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(CalibrationError, match=r"bomb\.npz: unpacks to 3,072,128 bytes, more than there is memory"):
+        load_images(tmp_path / "bomb.npz")

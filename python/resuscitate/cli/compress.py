@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .app import app, options_of, show
-from .inputs import build_model, check_runs, describe_images, read_images
+from .inputs import build_model, check_runs, read_images
 from .options import (
     BatchSize,
     Calibration,
@@ -24,6 +24,7 @@ from .options import (
     Size,
     Std,
     Timeout,
+    Workers,
     opt,
     parse_densities,
     parse_steps,
@@ -61,6 +62,7 @@ def compress(
     seed: Seed = 0,
     masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
+    workers: Workers = 0,
     timeout: Timeout = 600.0,
 ) -> None:
     """Prune in steps, and refit the rest after each from unlabelled images. Runs under torchrun too."""
@@ -77,19 +79,19 @@ def compress(
     with launched(timeout) as group:
         ranks = Ranks(group)
         shard = ranks.rank, ranks.size
-        images, measured = read_images(calibration, mean, std, size, max_samples, seed, shard)
-        check_runs(network, images, calibration, device)
+        images = read_images(calibration, mean, std, size, max_samples, seed, shard, workers, batch_size)
+        check_runs(network, images.head, calibration, device)
         names = set(run.__kwdefaults__ or ()) & set(options) - {"densities"}
         keywords = {name: options[name] for name in names}
-        done = run(network, sparsity, images, densities=fixed, **keywords, group=group)
+        done = run(network, sparsity, images.all, densities=fixed, **keywords, group=group)
         if ranks.rank:
             return
     made_by = provenance("compress", options)
     with ExitStack() as stack:
         if report is not None:
-            document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
+            document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
             stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
         if masks is not None:
             done.masks.save(masks, made_by)
         write_state_dict(output, network.state_dict(), made_by)
-    show(done, describe_images(measured), f"written to {output}")
+    show(done, images.describe(), f"written to {output}")

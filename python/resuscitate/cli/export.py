@@ -31,7 +31,7 @@ def export(
     check_target(output)
     network = build_model(model)
     load_weights(network, weights)
-    images, _ = read_images(calibration, mean, std, size, 8, 0, (0, 1))
+    images = read_images(calibration, mean, std, size, 8, 0).all
     check_runs(network, images, calibration, None)
     done = run(network, output, images, fold=fold, tolerance=tolerance, provenance=provenance("export", options))
     folded = f", {done.folded} BatchNorms folded" if fold else ""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ..recoverability import METHODS
 from .app import app, show
-from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
+from .inputs import build_model, check_runs, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -69,7 +69,8 @@ def map_(
         check_sparsity(damage)
     network = build_model(model)
     load_weights(network, dense)
-    images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
+    calibrated = read_images(calibration, mean, std, size, max_samples, seed)
+    images = calibrated.all
     check_runs(network, images, calibration, device)
     held_out, labels = read_labelled(test, mean, std, size, test_samples, seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -117,4 +118,4 @@ def map_(
             draw_damage(layers, written[-1], f"{model}, sparsity {damage:g}, {allocation}")
     elif plot and not pictures:
         show("pictures skipped: they need matplotlib, pip install 'resuscitate[plots]'")
-    show(found, describe_images(measured), "written: " + ", ".join(map(str, written)))
+    show(found, calibrated.describe(), "written: " + ", ".join(map(str, written)))

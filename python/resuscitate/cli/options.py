@@ -77,5 +77,6 @@ Std = Annotated[Any, opt("Then to divide by, per channel.", parser=parse_numbers
 Size = Annotated[Any, opt("Of image files: resize to 224 or 224x160.", parser=parse_size, metavar="PIXELS")]
 Precision = Annotated[str | None, opt("Autocast to bf16 or fp16; default: as the model is.")]
 Device = Annotated[str | None, opt("Where to run, such as cuda.")]
+Workers = Annotated[int, opt("Processes that read image files.", "--workers", "-j", min=0)]
 Seed = Annotated[int, opt("Of the shuffle of the images.")]
 Timeout = Annotated[float, opt("Under torchrun: seconds to wait for another rank.", min=1)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .app import app, options_of, show
-from .inputs import build_model, describe_images, read_images
+from .inputs import build_model, read_images
 from .options import Exclude, Images, Include, MaxSamples, Mean, Model, Output, Seed, Size, Std, opt, parse_densities
 
 Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
@@ -49,15 +49,15 @@ def prune(
     load_weights(network, dense)
     images, described = None, []
     if calibration is not None:
-        images, measured = read_images(calibration, mean, std, size, max_samples, seed, (0, 1))
-        described = [describe_images(measured)]
+        found = read_images(calibration, mean, std, size, max_samples, seed)
+        images, described = found.all, [found.describe()]
     elif allocation == "rr" or pattern == "channels":
         raise typer.BadParameter(f"{'allocation rr' if allocation == 'rr' else 'channels'} needs images: --calibration")
     names = ("allocation", "pattern", "min_per_layer", "min_per_channel", "indivisible", "include", "exclude")
     chosen = {name: options[name] for name in names}
-    found = sparsify(network, sparsity, densities=fixed, calibration=images, example=images, **chosen)
+    pruned = sparsify(network, sparsity, densities=fixed, calibration=images, example=images, **chosen)
     made_by = provenance("prune", options)
     if masks is not None:
-        found.save(masks, made_by)
+        pruned.save(masks, made_by)
     write_state_dict(output, network.state_dict(), made_by)
-    show(found, *described, f"written to {output}")
+    show(pruned, *described, f"written to {output}")

@@ -12,7 +12,7 @@ import typer
 from ..growth import Budget, Saliency
 from ..regrow import Initial, Pattern
 from .app import app, options_of, show
-from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
+from .inputs import build_model, check_runs, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -26,6 +26,7 @@ from .options import (
     Size,
     Std,
     Timeout,
+    Workers,
     opt,
     parse_densities,
 )
@@ -64,6 +65,7 @@ def regrow(
     seed: Seed = 0,
     write_masks: Annotated[Path | None, opt("Write the new masks to this .safetensors file too.")] = None,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
+    workers: Workers = 0,
     timeout: Timeout = 600.0,
 ) -> None:
     """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
@@ -88,23 +90,24 @@ def regrow(
     keywords |= {"densities": parse_densities(densities), "method": None if method == "none" else method}
     keywords["saliency"] = saliency if denser is None else Masks.load(denser)
     if labelled is not None:
-        images, labels = read_labelled(labelled, mean, std, size, None, seed)
-        keywords["labelled"] = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+        pair = read_labelled(labelled, mean, std, size, None, seed)
+        keywords["labelled"] = list(zip(*(part.split(batch_size) for part in pair), strict=True))
     keywords["evaluate"] = None if test is None else Accuracy(*read_labelled(test, mean, std, size, None, seed))
     with launched(timeout) as group:
         ranks = Ranks(group)
-        images, measured = read_images(calibration, mean, std, size, max_samples, seed, (ranks.rank, ranks.size))
-        check_runs(network, images, calibration, device)
+        shard = ranks.rank, ranks.size
+        images = read_images(calibration, mean, std, size, max_samples, seed, shard, workers, batch_size)
+        check_runs(network, images.head, calibration, device)
         now = Masks.from_zeros(network) if masks is None else Masks.load(masks)
-        done = run(network, target, now, sparsity, images, **keywords, group=group)
+        done = run(network, target, now, sparsity, images.all, **keywords, group=group)
         if ranks.rank:
             return
     made_by = provenance("regrow", options)
     with ExitStack() as stack:
         if report is not None:
-            document = {**done.to_dict(), "calibration": measured, "output": str(output), "provenance": made_by}
+            document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
             stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
         if write_masks is not None:
             done.save(write_masks, made_by)
         write_state_dict(output, network.state_dict(), made_by)
-    show(done, describe_images(measured), f"written to {output}")
+    show(done, images.describe(), f"written to {output}")

@@ -13,7 +13,7 @@ from ..choices import Method, OnNonfinite, Schedule
 from ..means import Per
 from .app import app, options_of, show
 from .compare import Comparison
-from .inputs import build_model, check_runs, describe_images, read_images, read_labelled
+from .inputs import build_model, check_runs, read_images, read_labelled
 from .options import (
     BatchSize,
     Calibration,
@@ -29,6 +29,7 @@ from .options import (
     Size,
     Std,
     Timeout,
+    Workers,
     opt,
     parse_prior,
 )
@@ -77,6 +78,7 @@ def repair(
     scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
     resume: Annotated[Path | None, opt("A journal: a killed run goes on from it. Removed when all is written.")] = None,
     timeout: Timeout = 600.0,
+    workers: Workers = 0,
     seed: Seed = 0,
     test: Annotated[Path | None, opt("An .npz of images and `labels`: report the accuracy before and after.")] = None,
     detail: Annotated[bool, opt("Report each channel's variance before and after; takes --dense.")] = False,
@@ -112,23 +114,23 @@ def repair(
     wanted += [recalibrate_samples] if exact else [ema_batches * ema_batch_size] if recalibrate == "ema" else []
     with launched(timeout) as group:
         ranks = Ranks(group)
-        shard = ranks.rank, ranks.size
-        images, measured = read_images(calibration, mean, std, size, most_images(wanted, max_samples), seed, shard)
-        check_runs(network, images, calibration, device)
+        most, shard = most_images(wanted, max_samples), (ranks.rank, ranks.size)
+        images = read_images(calibration, mean, std, size, most, seed, shard, workers, batch_size)
+        check_runs(network, images.head, calibration, device)
         score = None if test is None or ranks.rank else Accuracy(*read_labelled(test, mean, std, size, None, seed))
         seen = target if not isinstance(target, Path | str) and not ranks.rank else None
-        eyes = Comparison(score, seen, detail and len(images) > 0, images, device)
+        eyes = Comparison(score, seen, detail and len(images.head) > 0, images.head, device)
         eyes.look("pruned", network)
         keywords = {name: options[name] for name in run.__kwdefaults__ if name in options}  # type: ignore[union-attr]
         keywords["masks"] = None if masks is None else Masks.load(masks)
         keywords["recalibrate"] = None if recalibrate == "none" else recalibrate
-        done = run(network, target, images, **keywords, group=group)
+        done = run(network, target, images.all, **keywords, group=group)
         eyes.look("repaired", network)
         made_by = provenance(done.method, options)
         document = {
             **done.to_dict(),
             **eyes.found(),
-            "calibration": measured,
+            "calibration": images.measured,
             "output": str(output),
             "provenance": made_by,
         }
@@ -148,7 +150,7 @@ def repair(
     else:
         scores = ", ".join(f"{name} {score:.2f}" for name, score in eyes.scores.items())
         scored = [f"accuracy in per cent: {scores}"] if scores else []
-        show(done, describe_images(measured), *scored, f"written to {output}")
+        show(done, images.describe(), *scored, f"written to {output}")
 
 
 @app.command()
@@ -165,6 +167,7 @@ def stats(
     dtype: Precision = None,
     device: Device = None,
     timeout: Timeout = 600.0,
+    workers: Workers = 0,
     seed: Seed = 0,
 ) -> None:
     """Measure a dense network once, for `repair --dense-stats` of any number of its pruned copies."""
@@ -178,12 +181,13 @@ def stats(
     load_weights(network, dense)
     with launched(timeout) as group:
         ranks = Ranks(group)
-        images, measured = read_images(calibration, mean, std, size, max_samples, seed, (ranks.rank, ranks.size))
-        check_runs(network, images, calibration, device)
+        shard = ranks.rank, ranks.size
+        images = read_images(calibration, mean, std, size, max_samples, seed, shard, workers, batch_size)
+        check_runs(network, images.head, calibration, device)
         found = DenseStatistics.measure(
-            network, images, batch_size=batch_size, dtype=dtype, device=device, group=group, seed=seed
+            network, images.all, batch_size=batch_size, dtype=dtype, device=device, group=group, seed=seed
         )
         if ranks.rank:
             return
         found.save(output, provenance("stats", options))
-    show(describe_images(measured), f"{len(found.layers)} layers over {found.images} images; written to {output}")
+    show(images.describe(), f"{len(found.layers)} layers over {found.images} images; written to {output}")

@@ -20,7 +20,7 @@ from tests.user import MODEL, command, invoke, repair, unframed
 # the names that resuscitate and its parts have for users are functions, not these modules
 choices, patterns = sys.modules["resuscitate.choices"], sys.modules["resuscitate.sparsify.patterns"]
 
-NORMALISING = ("mean", "std", "size")
+OF_FILES = ("mean", "std", "size", "output", "report", "timeout", "workers")
 
 USAGE = [
     (["--method", "magic"], "'magic' is not one of 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
@@ -111,7 +111,7 @@ def test_the_command_line_has_the_choices_of_the_library():
     [
         (
             resuscitate.repair,
-            {"pruned", "dense_stats", "timeout", "output", "report", "json_", "fill", "test", "detail", *NORMALISING},
+            {"pruned", "dense_stats", "json_", "fill", "test", "detail", *OF_FILES},
             # what only a program can give, what a batch of files does not have, and what a terminal decides
             {"forward_fn", "max_batches", "frozen", "group", "progress"},
         ),
@@ -128,12 +128,12 @@ def test_the_command_line_has_the_choices_of_the_library():
         ),
         (
             resuscitate.compress,
-            {"dense", "output", "masks", "report", "mean", "std", "size", "timeout"},
+            {"dense", "masks", *OF_FILES},
             {"forward_fn", "progress", "group"},
         ),
         (
             resuscitate.regrow,
-            {"pruned", "output", "masks", "write_masks", "denser", "report", "test", "mean", "std", "size", "timeout"},
+            {"pruned", "masks", "write_masks", "denser", "test", *OF_FILES},
             # files stand for the labelled batches and for what evaluates; training takes a program
             {"forward_fn", "progress", "group", "evaluate", "finetune", "loss"},
         ),

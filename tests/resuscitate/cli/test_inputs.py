@@ -68,11 +68,13 @@ def broken():
         (user / "users_data.py").write_text(self.SOURCE)
 
     def test_a_function_of_the_users_own_gives_the_images(self):
-        images, described = read_images(Path("users_data:batches"), None, None, None, 20, 0, (0, 1))
-        assert images.shape == (20, 3, 10, 12)
-        assert described["images"] == 20
-        parts = [read_images(Path("users_data:batches"), None, None, None, 20, 0, (rank, 3))[0] for rank in range(3)]
-        assert all(torch.equal(part, images[rank::3]) for rank, part in enumerate(parts))
+        found = read_images(Path("users_data:batches"), None, None, None, 20, 0)
+        assert found.all.shape == (20, 3, 10, 12)
+        assert found.measured["images"] == 20
+        for rank in range(3):
+            part = read_images(Path("users_data:batches"), None, None, None, 20, 0, (rank, 3), workers=0)
+            assert torch.equal(torch.cat(list(part.all)), found.all[rank::3])
+            assert part.measured["images"] == len(found.all[rank::3])
 
     def test_by_the_command(self):
         words = ["repair", "-m", MODEL, "--pruned", "pruned.safetensors", "--method", "bn"]

@@ -57,4 +57,4 @@ def test_what_makes_no_sense_is_refused_before_any_work(user, test_images):
     assert "not in [0, 1)" in invoke(*words("--damage", 1.5), code=2).stderr
     assert "neither a number" in unframed(invoke(*words("--sparsities", "many"), code=2).stderr)
     np.savez(user / "test.npz", images=np.zeros((3, 10, 12, 3), np.uint8))
-    assert "none of labels, y" in invoke(*words(), code=1).stderr
+    assert "holds no labels" in invoke(*words(), code=1).stderr

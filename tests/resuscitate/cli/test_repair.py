@@ -62,10 +62,10 @@ class TestRepair:
 
     def test_only_as_many_images_are_read_as_are_used(self, user, monkeypatch):
         asked = []
-        original = resuscitate.images.load_images
+        original = resuscitate.images.ImageStream
         monkeypatch.setattr(
             resuscitate.images,
-            "load_images",
+            "ImageStream",
             lambda *args, **options: asked.append(options["max_samples"]) or original(*args, **options),
         )
         repair("--gain-samples", 8)
@@ -95,3 +95,21 @@ class TestRepair:
         options = ["--dense", "repaired.safetensors", "--sparsity", 0.7, "-o", "again.safetensors"]
         invoke("prune", "-m", BARE, *options)
         assert torch.equal(load_file("again.safetensors")["2.bias"], load_file("repaired.safetensors")["2.bias"])
+
+    @pytest.mark.parametrize("how", ["workers", "little memory"])
+    def test_images_that_fill_the_memory_are_read_as_they_are_wanted(self, user, monkeypatch, how):
+        repair("-b", 7)
+        expected = load_file("repaired.safetensors")
+        read = []
+        original = resuscitate.images.ImageStream._read
+        monkeypatch.setattr(
+            resuscitate.images.ImageStream, "_read", lambda self, rows: read.append(len(rows)) or original(self, rows)
+        )
+        if how == "little memory":
+            monkeypatch.setattr(resuscitate.storage, "free_memory", lambda device: 40 * 3 * 10 * 12 * 4 * 4 - 1)
+        done = repair("-b", 7, *(["-j", 1] if how == "workers" else []), "--memory", "1MiB")
+        assert same(load_file("repaired.safetensors"), expected)
+        assert "40 images of 3x10x12" in done.stdout
+        assert "of the first 40 mean" in done.stdout
+        # a worker reads in a process of its own
+        assert read == ([40] if how == "workers" else [40, *[7] * 5, 5])
