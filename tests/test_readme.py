@@ -1,19 +1,41 @@
-"""What README and docs say is so: their Python runs, their tables are the committed results, their commands exist."""
+"""What README and docs say is so: their Python and commands run, their tables are the committed results."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from resuscitate.choices import Method
 from resuscitate.models import digitnet
 from tests.networks import pruned_copy, seeded
+from tests.user import invoke
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+FILES = ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))
+PAGES = {path: path.read_text() for path in FILES}
 TEXT = "\n".join(PAGES.values())
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+CONSOLE = "\n".join(re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL))
+METHODS = ROOT / "docs" / "methods"
+HEADINGS = ["What", "When", "When not", "Knobs", "Cost", "Source"]
+METHOD_PAGES = sorted(set(METHODS.glob("*.md")) - {METHODS / "README.md"})
+
+
+def commands(text):
+    """The `resuscitate` commands of a page, in its order, as lists of words; what `torchrun` would start, alone."""
+    script = "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in script.splitlines()]
+    found = [line[line.index("resuscitate") + 1 :] for line in lines if "resuscitate" in line]
+    return [["digitnet" if word == "resnet20" else word for word in words] for words in found]
+
+
+COMMANDS = {str(path.relative_to(ROOT)): found for path, text in PAGES.items() if (found := commands(text))}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
@@ -29,6 +51,29 @@ def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
     exec("import copy\n\nimport torch\n\nimport resuscitate\n" + block, names)
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the commands name: weights, images, and the same images with the classes that the dense network sees."""
+    monkeypatch.chdir(tmp_path)
+    dense, images = seeded(digitnet), np.random.default_rng(0).random((32, 8, 8), np.float32)
+    with torch.no_grad():
+        dense.linear.bias -= dense(torch.from_numpy(images)[:, None]).mean(0)  # lest it sees one class only
+        labels = dense(torch.from_numpy(images)[:, None]).argmax(1).numpy()
+    save_file(dense.state_dict(), "dense.safetensors")
+    save_file(pruned_copy(dense).state_dict(), "pruned.safetensors")
+    np.savez("images.npz", images=images)
+    np.savez("labelled.npz", images=images, labels=labels)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_every_command_runs(page, folder):
+    for words in COMMANDS[page]:
+        invoke(*words)
+        written = [words[at + 1] for at, word in enumerate(words) if word in ("--output", "--masks", "--report")]
+        assert all((folder / name).exists() for name in written), words
+
+
 @pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
 def test_every_table_is_the_committed_result(table):
     assert table.read_text().strip() in TEXT
@@ -36,14 +81,31 @@ def test_every_table_is_the_committed_result(table):
 
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`make ([a-z-]+)", TEXT)):
+    for target in set(re.findall(r"`make ([a-z-]+)", TEXT) + re.findall(r"^make ([a-z-]+)", CONSOLE, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_linked_file_exists():
-    for page, text in PAGES.items():
-        for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+def anchors(text):
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere():
+    links = [(page, *found) for page, text in PAGES.items() for found in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text)]
+    assert len(links) > 100
+    for page, path, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        assert target.is_relative_to(ROOT), f"{page.name}: {path}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {path}#{anchor}"
+
+
+def test_every_page_is_linked_from_another():
+    linked = {
+        (page.parent / path).resolve() for page, text in PAGES.items() for path in re.findall(r"\]\(([^)#:]+)", text)
+    }
+    assert set(PAGES) - {ROOT / "README.md"} <= linked
 
 
 def test_every_test_that_the_docs_name_exists():
@@ -51,3 +113,16 @@ def test_every_test_that_the_docs_name_exists():
     named = set(re.findall(r"`(test_[a-z0-9_]+)`", TEXT))
     assert len(named) > 50
     assert not {name for name in named if f"def {name}(" not in code}
+
+
+@pytest.mark.parametrize("method", sorted(set(get_args(Method)) - {"auto"}))
+def test_every_method_has_a_page_and_the_table_of_methods_names_it(method):
+    assert METHODS / f"{method}.md" in METHOD_PAGES
+    assert f"[`{method}`]({method}.md)" in PAGES[METHODS / "README.md"]
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
+def test_pages_of_methods_are_built_alike(page):
+    assert re.findall(r"^## (.+)$", PAGES[page], re.MULTILINE) == HEADINGS
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+    assert 2 <= len(snippet.splitlines()) <= 6
