@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError
+from .files import write_safetensors
 from .layers import LAYERS, out_channels, unwrap
 
 log = logging.getLogger("resuscitate")
@@ -46,6 +44,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    _check_stored(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -127,12 +126,7 @@ def write_state_dict(path: str | Path, state: Mapping[str, Tensor], provenance: 
     with `load_state_dict(strict=True)`. The file appears whole or not at all. Raises OSError.
     """
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in provenance.items()}
-    with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"format": "pt", **metadata})
-        except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({error})") from error
+    write_safetensors(path, tensors, {"format": "pt", **provenance})
 
 
 def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,34 +143,15 @@ def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there takes the place of `path` once the block ends without an error.
-
-    Otherwise it is removed, and `path` stays as it was. Raises OSError as `check_writable` does.
-    """
-    check_writable(path)
-    target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
+def _check_stored(path: Path) -> None:
+    """Refuse an archive that would unpack to more than it is: torch compresses nothing."""
     try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors puts a private file in its place
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise OSError where no file could be put: before the long work, not after it."""
-    target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(target.parent))
-    if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(path))
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "cannot write into this folder", str(target.parent))
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        return  # the format before torch 1.6, or none
+    if size > path.stat().st_size:
+        raise CheckpointError(f"{path}: unpacks to {size:,} bytes, as no file of torch.save does; it is refused")
 
 
 def _strip_wrappers(path: str | Path, state: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:

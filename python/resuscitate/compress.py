@@ -140,7 +140,7 @@ def compress(
     fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, "batch_size": batch_size}
     fitting |= {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory, "scratch": scratch}
     fitting |= {"group": group, "seed": seed}
-    with Snapshot(model) as snapshot, ranks.together():
+    with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
         batches = hold(calibration, read_share(calibration, ranks, **reading, raw=forward_fn is not None))
         pruning["calibration"] = batches if allocation == "rr" else None
         for index, stop in enumerate(track(stops, "compress", len(stops), False if ranks.rank else progress)):
@@ -150,7 +150,7 @@ def compress(
             reports[-1]._undo = None  # only the whole is undone
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
         snapshot.forget_unchanged()
-    return CompressReport(stops, reports, masks, time.perf_counter() - started, snapshot.restore)
+        return CompressReport(stops, reports, masks, time.perf_counter() - started, snapshot.restore)
 
 
 def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:

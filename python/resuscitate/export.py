@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoints import atomic, check_writable, write_state_dict
+from .checkpoints import write_state_dict
 from .errors import ResuscitateError
+from .files import atomic, check_writable
 from .fold import fold_batchnorm, plain_copy
 from .layers import find_batchnorms, unwrap
 from .masks import Masks
@@ -118,8 +120,9 @@ def _write_weights(model: nn.Module, path: Path, batch: Tensor, provenance: Mapp
 def _write_program(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> Again:
     dynamic = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (batch,), dynamic_shapes=dynamic)
-    with open(path, "wb") as file:
-        torch.export.save(program, file)
+    content = io.BytesIO()  # for torch ends the whole process where a disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     with open(path, "rb") as file:
         run = torch.export.load(file).module()
     return lambda x: tensors_of(run(x))

@@ -148,10 +148,10 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
             watch.values[args[0]].next = watch.values[output] = _Value(watch.called)
 
     handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(name, m, a)))
-        handles.append(module.register_forward_hook(lambda m, a, out, name=name: after(name, m, a, out)))
     try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(name, m, a)))
+            handles.append(module.register_forward_hook(lambda m, a, out, name=name: after(name, m, a, out)))
         with watch:
             result = forward()
     finally:

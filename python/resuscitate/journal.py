@@ -11,7 +11,9 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors.torch import load as decode
 from safetensors.torch import save as encode
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from .distributed import Ranks
 from .errors import JournalError
+from .files import open_locked
 
 MAGIC = b"resuscitate journal 1\n"
 HEAD = struct.Struct("<QI")  # length, crc32
@@ -34,29 +37,36 @@ class Journal:
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, object], ranks: Ranks) -> None:
         self.entries: dict[str, Entry] = {}
-        self._file = None
+        self._file: IO[bytes] | None = None
+        self._path = path
         if path is None:
             return
-        content = ranks.broadcast(_content(Path(path)) if ranks.rank == 0 else b"")
-        records = list(_records(content))
-        if records:
-            _check_identity(path, json.loads(records[0]), identity)
-        for record in records[1:]:
-            self._remember(record)
         if ranks.rank == 0:
-            self._file = open(path, "r+b" if os.path.exists(path) else "w+b")  # noqa: SIM115
-            self._file.truncate(len(MAGIC) + sum(HEAD.size + len(record) for record in records) if records else 0)
-            self._file.seek(0, os.SEEK_END)
-            if not records:
-                self._file.write(MAGIC)
-                self._append(json.dumps(identity).encode())
+            self._file = _open(Path(path))
+        try:
+            content = ranks.broadcast(b"" if self._file is None else self._file.read())
+            records = list(_records(path, content))
+            if records:
+                _check_identity(path, json.loads(records[0]), identity)
+            for record in records[1:]:
+                self._remember(record)
+            if self._file is not None:
+                self._file.truncate(len(MAGIC) + sum(HEAD.size + len(record) for record in records) if records else 0)
+                self._file.seek(0, os.SEEK_END)
+                if not records:
+                    self._file.write(MAGIC)
+                    self._append(json.dumps(identity).encode())
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written has been said
+                self._file.close()
 
     def add(self, name: str, tensors: Mapping[str, Tensor], row: Mapping[str, object]) -> None:
         """Append what became of one layer: tensors (on any device) and plain values."""
@@ -66,9 +76,12 @@ class Journal:
 
     def _append(self, record: bytes) -> None:
         assert self._file is not None
-        self._file.write(HEAD.pack(len(record), zlib.crc32(record)) + record)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(HEAD.pack(len(record), zlib.crc32(record)) + record)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _remember(self, record: bytes) -> None:
         length = int.from_bytes(record[:8], "little")
@@ -76,17 +89,17 @@ class Journal:
         self.entries[metadata["name"]] = decode(record), json.loads(metadata["row"])
 
 
-def _content(path: Path) -> bytes:
-    if not path.exists():
-        return b""
-    content = path.read_bytes()
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return open_locked(path)
+    except BlockingIOError as error:
+        raise JournalError(f"{path} is another run's, which still goes on; name another file") from error
+
+
+def _records(path: str | Path, content: bytes) -> Iterator[bytes]:
+    """The whole records, up to the first that a kill cut short or that does not match its checksum."""
     if not content.startswith(MAGIC) and not MAGIC.startswith(content):
         raise JournalError(f"{path} is not a journal; name a file that does not exist yet")
-    return content
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    """The whole records, up to the first that a kill cut short or that does not match its checksum."""
     at = len(MAGIC)
     while at + HEAD.size <= len(content):
         length, checksum = HEAD.unpack_from(content, at)

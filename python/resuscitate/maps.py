@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoints import atomic
 from .errors import CheckpointError, did_you_mean
+from .files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoints import atomic
 from .errors import CheckpointError, MaskError
+from .files import write_safetensors
 from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
 if TYPE_CHECKING:
@@ -90,9 +89,7 @@ class Masks(Mapping[str, Tensor]):
             if first == name:
                 packed[name] = torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
         metadata = {"format": FORMAT, "layers": json.dumps(layers), "notes": json.dumps(self.notes)}
-        metadata |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in (provenance or {}).items()}
-        with atomic(path) as temporary:
-            save_file(packed, temporary, metadata)
+        write_safetensors(path, packed, metadata | dict(provenance or {}))
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:

@@ -55,13 +55,13 @@ class Network:
     def hooked(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Hand what each named BatchNorm reads, and what each named layer puts out, to `take` as it comes by."""
         handles = []
-        for name in names:
-            module = self.modules[name]
-            if isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0])))
-            else:
-                handles.append(module.register_forward_hook(lambda m, args, out, name=name: take(name, out)))
         try:
+            for name in names:
+                module = self.modules[name]
+                if isinstance(module, _BatchNorm):
+                    handles.append(module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0])))
+                else:
+                    handles.append(module.register_forward_hook(lambda m, args, out, name=name: take(name, out)))
             yield
         finally:
             for handle in handles:

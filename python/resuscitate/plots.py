@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoints import atomic
 from .errors import ResuscitateError
+from .files import atomic
 
 if TYPE_CHECKING:
     from .damage import LayerDamage

@@ -181,7 +181,7 @@ def regrow(
     running: dict[str, Any] = {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory}
     running |= {"scratch": scratch, "seed": seed}
     found, given = list[GrowthRound](), masks
-    with Snapshot(model) as snapshot, ranks.together():
+    with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
         batches = hold(calibration, read_share(calibration, ranks, **reading, raw=forward_fn is not None))
         example = None
         if pattern == "channels":
@@ -218,7 +218,7 @@ def regrow(
         if shrunk and example is not None:
             shrink(model, masks, example)
         snapshot.forget_unchanged()
-    return Regrowth(masks, found, time.perf_counter() - started, snapshot.restore)
+        return Regrowth(masks, found, time.perf_counter() - started, snapshot.restore)
 
 
 def _check(

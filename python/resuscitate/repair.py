@@ -198,10 +198,10 @@ def repair(
         raise ResuscitateError("there is no BatchNorm to re-estimate; use a method that matches the dense outputs")
     models = [model, target] if layers and isinstance(target, nn.Module) else [model]
 
-    with ExitStack() as stack:
+    with Snapshot(model) as snapshot, ExitStack() as stack:
         stack.enter_context(moved_to(device, models))
         stack.enter_context(undisturbed(models, seed))
-        snapshot = stack.enter_context(Snapshot(model))
+        stack.enter_context(snapshot.settling())
         stack.enter_context(ranks.together())
         net, *others = (Network(m, forward_fn, precision) for m in models)
         store = stack.enter_context(Store(parse_memory(memory, net.device), net.device, scratch))
@@ -314,10 +314,10 @@ def repair(
         zeros.check(model)
         report.scratch = sum(each.away for each in {store, for_images})
         snapshot.forget_unchanged()
-    report._undo = snapshot.restore
-    clock.end("checking")
-    report.stages, report.seconds = clock.stages, sum(clock.stages.values())
-    return report
+        report._undo = snapshot.restore
+        clock.end("checking")
+        report.stages, report.seconds = clock.stages, sum(clock.stages.values())
+        return report
 
 
 def _as_model(model: Any) -> nn.Module:

@@ -11,26 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .interrupts import Interrupts
 from .layers import find_layers, refresh_weight
 
 
 class Snapshot:
     """A copy of every parameter and buffer of a model, of its modules' classes and sizes, and of what they lack.
 
-    As a context it puts all back when an error, or an interrupt, leaves it.
+    As a context it puts all back when an error, or an interrupt, leaves it, and lets no interrupt through meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copies = {id(tensor): (module, name, tensor.detach().clone()) for module, name, tensor in _slots(model)}
         self.frames = [_Frame(module) for module in model.modules()]
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Snapshot:
+        self._interrupts.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._interrupts.hold()
         if kind is not None:
             self.restore()
+        self._interrupts.release(self.restore)
+
+    def settling(self) -> ExitStack:
+        """A context within this one. Once it is left, an interrupt waits until this one is: what lies between the two,
+        such as flags that are set again, is done in full.
+        """
+        stack = ExitStack()
+        stack.callback(self._interrupts.hold)
+        return stack
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -56,7 +69,7 @@ class _Frame:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
-        self.sizes = {key: value for key, value in vars(module).items() if type(value) is int}
+        self.sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float)}
         self.tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
 
     def restore(self) -> None:
@@ -95,8 +108,10 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
 
-    Kept: every module's train/eval flag; the random state of Python, NumPy and torch; the TF32 and cuDNN settings.
+    Kept: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the TF32 and
+    cuDNN settings.
     """
+    hooks = [(found, set(found)) for model in models for module in model.modules() for found in _hooks(module)]
     flags = [(module, module.training) for model in models for module in model.modules()]
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -115,8 +130,15 @@ def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
+            for found, before in hooks:
+                for key in found.keys() - before:
+                    del found[key]
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 @contextmanager

@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
 from .batches import count_images, read_share
-from .checkpoints import atomic
 from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
 from .errors import CalibrationError, CheckpointError
+from .files import write_safetensors
 from .graph import Wiring
 from .layers import find_batchnorms, find_layers, unwrap
 from .network import Network, as_dtype
@@ -116,9 +115,8 @@ class DenseStatistics:
             tensors |= {f"{name}:running_mean": mean.cpu(), f"{name}:running_var": var.cpu()}
         metadata = {"format": FORMAT, "counts": json.dumps(counts), "images": str(self.images)}
         metadata |= {"digest": self.digest, "model": self.model}
-        metadata |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in (provenance or {}).items()}
-        with atomic(path) as temporary:
-            save_file({key: value.clone() for key, value in tensors.items()}, temporary, metadata)
+        copies = {key: value.clone() for key, value in tensors.items()}
+        write_safetensors(path, copies, metadata | dict(provenance or {}))
 
     @classmethod
     def load(cls, path: str | Path) -> DenseStatistics:

@@ -134,6 +134,8 @@ def _graph(
         others = {name: other_node(graph, gate, name) for name, gate in gates.items()}
         output, peak = follow(net, graph, batch)
         expected = net.run(batch)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise _NoGraphError(f"torch.fx cannot trace it ({type(error).__name__}: {error})") from error
     for stop in stops:

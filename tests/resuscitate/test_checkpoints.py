@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn.utils import prune
 
-from resuscitate.checkpoints import atomic, load_weights, read_state_dict, write_state_dict
+from resuscitate.checkpoints import load_weights, read_state_dict, write_state_dict
 from resuscitate.errors import CheckpointError
+from resuscitate.files import atomic
 from tests.networks import Shared, chain, seeded
 
 

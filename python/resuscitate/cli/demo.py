@@ -17,8 +17,8 @@ def demo(
     plot: Annotated[bool, opt("Draw the picture.")] = True,
 ) -> None:
     """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
-    from ..checkpoints import check_writable
     from ..demo import run
+    from ..files import check_writable
     from ..plots import draw_demo, have_matplotlib
 
     if plot:

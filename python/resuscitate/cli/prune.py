@@ -39,7 +39,8 @@ def prune(
 ) -> None:
     """Set the smallest weights to zero."""
     options = options_of(locals())
-    from ..checkpoints import check_writable, load_weights, provenance, write_state_dict
+    from ..checkpoints import load_weights, provenance, write_state_dict
+    from ..files import check_writable
     from ..sparsify import sparsify
 
     for path in filter(None, (output, masks)):

@@ -70,8 +70,9 @@ def regrow(
 ) -> None:
     """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
     options = options_of(locals())
-    from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
+    from ..checkpoints import load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
+    from ..files import atomic, check_writable
     from ..masks import Masks
     from ..recoverability import Accuracy
     from ..regrow import regrow as run

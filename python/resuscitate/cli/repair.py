@@ -94,8 +94,9 @@ def repair(
     if detail and (dense is None or dense == "running"):
         raise typer.BadParameter("--detail compares with the dense network: give its weights, --dense")
     from ..batches import most_images
-    from ..checkpoints import atomic, check_writable, load_weights, provenance, write_state_dict
+    from ..checkpoints import load_weights, provenance, write_state_dict
     from ..distributed import Ranks, launched
+    from ..files import atomic, check_writable
     from ..masks import Masks
     from ..means import densify
     from ..recoverability import Accuracy
@@ -172,8 +173,9 @@ def stats(
 ) -> None:
     """Measure a dense network once, for `repair --dense-stats` of any number of its pruned copies."""
     options = options_of(locals())
-    from ..checkpoints import check_writable, load_weights, provenance
+    from ..checkpoints import load_weights, provenance
     from ..distributed import Ranks, launched
+    from ..files import check_writable
     from ..targets import DenseStatistics
 
     check_writable(output)

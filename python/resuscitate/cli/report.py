@@ -19,7 +19,7 @@ def report(
     output: Annotated[Path, opt("The .html file to write.", "--output", "-o")] = Path("report.html"),
 ) -> None:
     """Make one page of HTML of a report, which works offline: figures, tables, and how it was made."""
-    from ..checkpoints import atomic, check_writable
+    from ..files import atomic, check_writable
     from ..page import render
 
     check_writable(output)

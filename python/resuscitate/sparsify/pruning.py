@@ -199,8 +199,8 @@ def _channels(
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)
     masks = Masks(chosen, _with_dead({}, {name: find_layers(model)[name] for name in chosen}, chosen))
-    with Snapshot(model):
+    with Snapshot(model) as snapshot, snapshot.settling():
         masks.apply_(model)
         if remove:
             shrink(model, masks, example)
-    return masks
+        return masks

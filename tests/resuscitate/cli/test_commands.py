@@ -89,7 +89,7 @@ class TestFailing:
             Path(path).write_text("half")
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr("resuscitate.checkpoints.save_file", fill)
+        monkeypatch.setattr("resuscitate.files.save_file", fill)
         assert "No space left" in repair("--report", "run.json", code=1).stderr
 
     def test_by_the_real_command_there_is_no_traceback(self):

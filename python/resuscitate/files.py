@@ -1,0 +1,114 @@
+"""Files that appear whole or not at all, and a lock for those that grow."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there takes the place of `path` once the block ends without an error.
+
+    Otherwise it is removed, and `path` stays as it was. What a process of this machine that is no more left behind,
+    killed while it wrote, is removed too. Raises OSError as `check_writable` does.
+    """
+    check_writable(path)
+    target = Path(path).resolve()
+    _sweep(target)
+    temporary = _name(target, os.getpid())
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors puts a private file in its place
+        temporary.replace(target)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors, whole or not at all, with metadata: strings as they are, all else as JSON. Raises OSError."""
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    with atomic(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata)
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError where no file could be put: before the long work, not after it."""
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(target.parent))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(path))
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        reason = f"cannot write into this folder ({error.strerror})"
+        raise PermissionError(error.errno, reason, str(target.parent)) from error
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """The file, made where there is none, to read and write, and no other process's until it is closed.
+
+    Raises BlockingIOError where it is another's now. Where there are no such locks (Windows), none is taken.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    try:
+        import fcntl
+    except ImportError:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _name(target: Path, process: int | str) -> Path:
+    machine = re.sub(r"\W", "", platform.node())
+    return target.with_name(f".{target.name}.{machine}.{process}.tmp")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead processes of this machine left."""
+    before, _, after = _name(target, "\0").name.partition("\0")
+    for path in target.parent.iterdir():
+        process = path.name.removeprefix(before).removesuffix(after)
+        if path.name == f"{before}{process}{after}" and process.isdecimal() and not _runs(int(process)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True

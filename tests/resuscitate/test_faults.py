@@ -1,0 +1,196 @@
+"""Whatever fails, and wherever: input files stay, the model is bit for bit as it was, nothing is left behind."""
+
+import contextlib
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import resuscitate
+from resuscitate.errors import JournalError
+from tests.networks import Residual, Shared, chain, images, pruned_copy, seeded
+from tests.user import same
+
+OPTIONS = {
+    "refit": {},
+    "asr and BatchNorm": {"method": "asr", "recalibrate": "exact"},
+    "parallel": {"method": "channelwise", "schedule": "parallel", "recalibrate": "ema", "ema_batches": 2},
+    "means": {"means": "kernel"},
+    "mean": {"method": "mean"},
+    "bn": {"method": "bn"},
+}
+
+CASES = [
+    pytest.param(build, options, id=f"{build.__name__}, {name}")
+    for build in (chain, Residual, Shared)
+    for name, options in OPTIONS.items()
+    if (build, name) != (Shared, "bn")  # it has no BatchNorm
+]
+
+
+def state(model):
+    """All that a failed repair could have changed."""
+    return [
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        [(name, p.requires_grad) for name, p in model.named_parameters()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        torch.get_rng_state(),
+    ]
+
+
+def unchanged(model, before):
+    now = state(model)
+    assert same(before[0], now[0])
+    assert before[1:4] == now[1:4]
+    assert torch.equal(before[4], now[4])
+
+
+def repair(model, dense, calibration, **options):
+    options = {"ema_batch_size": 8, "progress": False, **options}
+    return resuscitate.repair(model, dense, calibration, **options)
+
+
+class TestInTheProcess:
+    @pytest.mark.parametrize(("build", "options"), CASES)
+    def test_a_loader_that_raises_at_any_batch(self, build, options):
+        dense = seeded(build)
+        model = pruned_copy(dense)
+        before = state(model)
+        for good in range(6):
+
+            def loader(good=good):
+                yield from images(40).split(8)[:good]
+                raise OSError("disk gone")
+
+            with pytest.raises(OSError, match="disk gone"):
+                repair(model, dense, loader(), **options)
+            unchanged(model, before)
+
+    @pytest.mark.parametrize(("build", "options"), CASES)
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+    def test_out_of_memory_or_an_interrupt_in_any_layer_at_any_time(self, build, options, error, monkeypatch):
+        """A layer's own forward fails at its n-th call, for every n."""
+        dense = seeded(build)
+        model = pruned_copy(dense)
+        before = state(model)
+        original, calls = nn.functional.conv2d, [0, -1]
+
+        def failing(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == calls[1]:
+                raise error("no memory left")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(nn.functional, "conv2d", failing)
+        monkeypatch.setattr(
+            nn.Conv2d, "_conv_forward", lambda self, x, w, b: failing(x, w, b, self.stride, self.padding)
+        )
+        repair(copy.deepcopy(model), dense, images(), **options, batch_size=8)
+        total = calls[0]
+        assert total >= 3
+        for at in range(1, total + 1, max(1, total // 20)):
+            calls[:] = [0, at]
+            with pytest.raises(error):
+                repair(model, dense, images(), **options, batch_size=8)
+            unchanged(model, before)
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_an_interrupt_at_any_of_our_own_lines(self, options):
+        """What SIGINT does, at sixty points of a repair: the model is as it was, or wholly repaired."""
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        before, repaired = state(model), copy.deepcopy(model)
+        total = traced(lambda: repair(repaired, dense, images(), **options), None)
+        after = state(repaired)
+        for at in range(1, total, max(1, total // 60)):
+            report = None
+            with contextlib.suppress(KeyboardInterrupt):
+                traced(lambda: repair(model, dense, images(), **options), at)
+                report = True
+            if report is None:
+                unchanged(model, before)
+            else:  # an interrupt within a generator's clean-up may be swallowed by Python itself
+                unchanged(model, after)
+                model.load_state_dict(before[0])
+
+    def test_one_journal_takes_one_run_at_a_time(self, tmp_path):
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+
+        pytest.importorskip("fcntl")
+        first = repair(model, dense, [images()], resume=tmp_path / "run.journal")
+        held = resuscitate.files.open_locked(tmp_path / "run.journal")
+        with pytest.raises(JournalError, match=r"run\.journal is another run's, which still goes on"):
+            repair(pruned_copy(dense), dense, [images()], resume=tmp_path / "run.journal")
+        held.close()
+        again = repair(pruned_copy(dense), dense, [images()], resume=tmp_path / "run.journal")
+        assert (first.resumed, again.resumed) == (0, 4)
+
+
+def traced(run, at):
+    """Run with a SIGINT at the `at`-th line of the package that is executed; how many lines there were."""
+    package, lines = str(Path(resuscitate.__file__).parent), [0]
+    # where signals are taken care of, Python looks for them at the calls alone, not at each line
+    elsewhere = str(Path(package) / "interrupts.py")
+
+    def line(frame, event, arg):
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == at:
+                signal.raise_signal(signal.SIGINT)
+        return line
+
+    def call(frame, event, arg):
+        name = frame.f_code.co_filename
+        return line if name.startswith(package) and name != elsewhere else None
+
+    previous = sys.gettrace()
+    sys.settrace(call)
+    try:
+        run()
+    finally:
+        sys.settrace(previous)
+    return lines[0]
+
+
+def test_a_hundred_repairs_in_one_process_leave_memory_flat():
+    """Tensors, open files and threads, which are counted exactly, and resident memory to 16 MiB."""
+    program = """
+        import gc, os, threading
+        import torch
+        import resuscitate
+        from tests.networks import Residual, chain, images, pruned_copy, seeded
+
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        def look():
+            gc.collect()
+            tensors = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+            return tensors, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        dense, x = seeded(lambda: chain(width=24)), images(24)
+        model = pruned_copy(dense)
+        options = [{}, {"memory": "100KiB"}, {"method": "bn"}, {"method": "asr", "recalibrate": "exact"}]
+        for turn in range(100):
+            report = resuscitate.repair(model, dense, x, **options[turn % 4], progress=False)
+            report.undo()
+            del report
+            if turn == 19:
+                before, memory = look(), resident()
+        assert look() == before, (before, look())
+        assert resident() - memory < 16 << 20, (memory, resident())
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, env=environment, timeout=300, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
