@@ -51,7 +51,7 @@ class ResNet(nn.Module):
     """Stem, four stages, global average pooling, a linear classifier: (N, 3, H, W) to (N, classes).
 
     `small` replaces the stem of ImageNet (7x7 at stride 2, then a maximum over 3x3 at stride 2) by one 3x3 convolution,
-    for images of 32x32; `width` is that of the first stage.
+    for images of 32x32; `width` is that of the first stage, and `depths` has the number of blocks in each.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, width, 3) if small else conv_bn(3, width, 7, 2)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.stages = [f"layer{stage + 1}" for stage in range(len(depths))]
         inputs, expansion = width, block.expansion
         for stage, depth in enumerate(depths):
             planes, blocks = width << stage, []
             for i in range(depth):
                 blocks.append(block(inputs, planes, 2 if stage and not i else 1))
                 inputs = planes * expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(self.stages[stage], nn.Sequential(*blocks))
         self.fc = nn.Linear(inputs, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -75,7 +76,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 

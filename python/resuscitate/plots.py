@@ -42,7 +42,7 @@ def draw_demo(result: Demo, path: str | Path) -> None:
     A channel that has no variance left has no mark. Raises ResuscitateError where matplotlib is missing, ValueError
     for a format (the path's suffix) that it does not know, OSError where nothing can be written.
     """
-    with _figure(path, 12, 5) as figure:
+    with open_figure(path, 12, 5) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(4, 3))
         _accuracy_bars(left, result)
         _variance_dots(right, result)
@@ -102,7 +102,7 @@ def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] 
     """
     baseline = "bn" if "bn" in found.methods else None
     shown = list(methods or [method for method in found.methods if method not in ("none", baseline)] or found.methods)
-    with _figure(path, 4.6 * min(len(shown), 3), 4.2 * -(-len(shown) // 3)) as figure:
+    with open_figure(path, 4.6 * min(len(shown), 3), 4.2 * -(-len(shown) // 3)) as figure:
         panels = figure.subplots(-(-len(shown) // 3), min(len(shown), 3), sharey=True, squeeze=False).flatten()
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
@@ -126,7 +126,7 @@ def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str 
         places = order[torch.arange(width) * len(order) // width]
         rows[0].append(layer.ratio[places].clamp(min=2.0**-20).log2())
         rows[1].append(layer.correlation[places])
-    with _figure(path, 11, 1.6 + 0.2 * len(layers)) as figure:
+    with open_figure(path, 11, 1.6 + 0.2 * len(layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, values, (name, colours, low, high) in zip(
             panels,
@@ -170,7 +170,7 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
 
 
 @contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
+def open_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A new figure, saved when the block ends; errors as `draw_demo` has them."""
     if not have_matplotlib():
         raise ResuscitateError("a picture needs matplotlib: pip install 'resuscitate[plots]'")
