@@ -95,9 +95,7 @@ def input_of(batch: Any) -> Tensor:
 
     The keys are `INPUT_KEYS`, tried in that order. Raises CalibrationError, naming the type and keys, for another kind.
     """
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, np.ndarray):
+    if isinstance(batch, Tensor | np.ndarray):
         return _as_tensor(batch)
     if isinstance(batch, Mapping):
         for key in INPUT_KEYS:
@@ -160,6 +158,8 @@ def _describe(batch: Any) -> str:
 def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
     """The tensor, or one over the array's memory; a copy of what torch cannot share (read-only, reversed)."""
     if isinstance(array, Tensor):
+        if array.layout is not torch.strided:
+            raise CalibrationError(f"a tensor of layout {array.layout} holds no images; make it dense: .to_dense()")
         return array
     shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
     try:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,10 +46,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     _check_stored(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what torch.load raises for a file of another kind depends on the kind
+        with open(path, "rb") as file:
+            loaded = _unpacked(file)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a checkpoint that can be read without unpickling, which may run any code; if you trust it, "
             "load it and save the weights alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
@@ -143,13 +142,23 @@ def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _unpacked(file: IO[bytes]) -> Any:
+    """What is in it, without unpickling. Raises ValueError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what it raises for a file of another kind depends on the kind
+        raise ValueError from error
+
+
 def _check_stored(path: Path) -> None:
     """Refuse an archive that would unpack to more than it is: torch compresses nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile:
-        return  # the format before torch 1.6, or none
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return  # the format before torch 1.6, or none
+        try:
+            size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+        except Exception as error:  # a broken directory may raise anything
+            raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
     if size > path.stat().st_size:
         raise CheckpointError(f"{path}: unpacks to {size:,} bytes, as no file of torch.save does; it is refused")
 

@@ -128,17 +128,20 @@ class DenseStatistics:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path}: holds no dense statistics; make some with: resuscitate stats")
-        layers = {
-            name: [
-                ak.ChannelMoments(count, tensors[f"{name}:{turn}:mean"], tensors[f"{name}:{turn}:m2"])
-                for turn, count in enumerate(counts)
-            ]
-            for name, counts in json.loads(metadata["counts"]).items()
-        }
-        names = [key.removesuffix(":running_mean") for key in tensors if key.endswith(":running_mean")]
-        batchnorms = {name: (tensors[f"{name}:running_mean"], tensors[f"{name}:running_var"]) for name in names}
-        digest, model = metadata["digest"], metadata["model"]
-        return cls(layers, batchnorms, int(metadata["images"]), digest, model, str(path))
+        try:
+            layers = {
+                name: [
+                    ak.ChannelMoments(count, tensors[f"{name}:{turn}:mean"], tensors[f"{name}:{turn}:m2"])
+                    for turn, count in enumerate(counts)
+                ]
+                for name, counts in json.loads(metadata["counts"]).items()
+            }
+            names = [key.removesuffix(":running_mean") for key in tensors if key.endswith(":running_mean")]
+            batchnorms = {name: (tensors[f"{name}:running_mean"], tensors[f"{name}:running_var"]) for name in names}
+            digest, model = metadata["digest"], metadata["model"]
+            return cls(layers, batchnorms, int(metadata["images"]), digest, model, str(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its statistics are damaged ({type(error).__name__}: {error})") from error
 
 
 Dense = nn.Module | DenseStatistics | str | Path
