@@ -2,7 +2,7 @@
 
 ResNet-20 and ResNet-32 for CIFAR-10, pruned by global magnitude, repaired by every method in both schedules with each
 recalibration, tested on images that calibration never saw. Writes accuracy.json (everything), accuracy.csv (a row per
-run) and accuracy.md (the table in the README).
+run) and accuracy.md (the table in docs/results.md).
 """
 
 from __future__ import annotations

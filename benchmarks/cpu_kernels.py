@@ -182,7 +182,7 @@ def show(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """For the README: two tensors on one thread, and the first of them on more."""
+    """For the docs: two tensors on one thread, and the first of them on more."""
     lines = ["| operation | tensor | threads | ms | times as fast as |", "|" + " --- |" * 5]
     for row in rows:
         first, second = (tuple(row["shape"]) == shape for shape in SHAPES[:2])

@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py measured: a table for the terminal, one for the README, a plot, the targets missed."""
+"""What benchmarks/kernels.py measured: a table for the terminal, one for the docs, a plot, the targets missed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def show(rows: list[dict[str, Any]], repairs: list[dict[str, Any]], copied: floa
 
 
 def markdown(rows: list[dict[str, Any]], repairs: list[dict[str, Any]], copied: float) -> str:
-    """The table for the README: the larger batch of every shape."""
+    """The table for the docs: the larger batch of every shape."""
     lines = ["| operation | tensor | us | GB/s | of a copy | times as fast as |", "|" + " --- |" * 6]
     for row in rows:
         if row["shape"][0] != 64:

@@ -3,7 +3,7 @@
 ResNet-20 and 20,000 images from a loader that makes each batch anew, so that the repair has to keep them: 0.25 GB of
 images, and up to 2.6 GB of activations at a time. Each budget runs in a process of its own; the peak is what the
 process's resident memory grew by during the repair (Linux), beside the same repair without a budget to speak of.
-Checks that the budget changes no bit of the result. Writes memory.json and memory.md (the table in the README).
+Checks that the budget changes no bit of the result. Writes memory.json and memory.md (the table in docs/walk.md).
 """
 
 from __future__ import annotations

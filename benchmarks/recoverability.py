@@ -2,7 +2,7 @@
 
 ResNet-20 and ResNet-32 for CIFAR-10, pruned to many sparsities by every allocation, repaired by several methods, tested
 on images that calibration never saw. Writes recoverability_NET.{json,csv} (every cell), a figure for each network, the
-damage of one pruning as a heat map, and recoverability.{json,md} (what is in the README).
+damage of one pruning as a heat map, and recoverability.{json,md} (what is in docs/allocation.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "refit": {"method": "refit", "relu_aware": False},  # least squares alone, at half the time
 }
 
-SHOWN = (0.7, 0.8, 0.9, 0.95)  # in the README; every cell is in the files
+SHOWN = (0.7, 0.8, 0.9, 0.95)  # in the docs; every cell is in the files
 
 
 def scores(maps: dict[str, RecoverabilityMap], shown: tuple[str, ...]) -> str:

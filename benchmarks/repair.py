@@ -4,7 +4,7 @@ Sequential ASR and exact BatchNorm recalibration, all candidates of a case timed
 Peers: the bare forward passes that the job needs (dense and pruned, nothing else); a plain hook implementation (dense
 variances once, then one early-stopped pass of the pruned network per layer, `torch.var_mean`), in batches and with all
 images in one batch; `torch.optim.swa_utils.update_bn`. Then our time alone against the number of images and of layers.
-Writes repair.json, repair.md (the tables in the README) and repair.svg.
+Writes repair.json, repair.md (the tables in docs/walk.md) and repair.svg.
 
 malloc is told to keep what is freed, for all candidates alike: else pages that go back to the system and come again
 cost each of them up to half its time, more or less by chance.
@@ -171,7 +171,7 @@ def scaling(folder: Path, images: Tensor, rounds: int) -> dict[str, list[dict[st
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The tables for the README."""
+    """The tables for the docs."""
     lines = []
     for job in dict.fromkeys(row["job"] for row in rows):
         mine = [row for row in rows if row["job"] == job]

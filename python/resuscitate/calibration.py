@@ -113,7 +113,8 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     if isinstance(source, Tensor | np.ndarray):
         if source.ndim == 0:
             raise CalibrationError("the calibration images are a tensor without dimensions; give (N, ...)")
-        return iter(_as_tensor(source[:max_samples]).split(batch_size) if len(source) else ())
+        images = _as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
+        return iter(images[:max_samples].split(batch_size) if len(images) else ())
     if isinstance(source, str | bytes | Path):
         raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with images.load_images")
     if isinstance(source, Mapping):

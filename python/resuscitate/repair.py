@@ -95,8 +95,8 @@ def repair(
         dense: the network before pruning, with the same layers. Or what `DenseStatistics.measure` found of it, or the
             file where that was saved: a study over many prunings then runs it once. Or "running": the layer before a
             BatchNorm is to have that BatchNorm's running statistics, for which no dense network is needed. With
-            "channelwise" this is **exact recalibration by another name**, and no stronger (see recalibrate); layers
-            that no BatchNorm alone reads are left alone. Only method "bn" does without any of them.
+            "channelwise" and skip_first=False this is **exact recalibration by another name**, and no stronger (see
+            recalibrate); layers that no BatchNorm alone reads are left alone. Only method "bn" needs none of them.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
         method: "refit" finds all surviving weights anew, by least squares from the inputs that the layer now has to the
@@ -104,7 +104,7 @@ def repair(
             and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`) match each layer's outputs to
             the dense ones by a gain and a shift. "two-stage", for whole channels that went: first the layers that read
             them take over what they carried from those that stay (`aggregate.aggregate`), then refit. "mean" replaces
-            what was pruned by its mean, without images (`means.replace_by_means`); BatchNorm then as recalibrate says.
+            what was pruned by its mean; BatchNorm then as recalibrate says. (`replace_by_means` takes no images.)
             "bn" re-estimates BatchNorm alone. "auto" is "refit" where it can be; else "asr": without the dense model
             itself, in the "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or
             correlations are given.
@@ -114,7 +114,7 @@ def repair(
             pruned model's differ, but for those behind layers that include and exclude leave out). "exact" pools them
             over all images and thereby **cancels** the gain and the shift of every layer that is read through a
             BatchNorm alone. "ema" is the published protocol: reset, then `ema_batches` batches of `ema_batch_size` at
-            `ema_momentum`. "auto": "exact" for "bn", else None.
+            `ema_momentum`; a shift that a BatchNorm took is reset with it. "auto": "exact" for "bn", else None.
         max_samples, max_batches: read no more than this.
         gain_samples, recalibrate_samples: images for the gains, and for an exact recalibration; None: all that are
             read.
@@ -128,7 +128,7 @@ def repair(
         ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
         relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
             that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
-        include, exclude: layers to repair, as globs over their names or as module types.
+        include, exclude: layers to repair, as globs over their names or as module types. Not for "bn".
         skip_first: leave the first convolution alone, as published: its input is the image. None: not if refitted.
         skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: in the "parallel"
             schedule and where BatchNorm is re-estimated, for there its inputs are not the dense ones, and matching

@@ -16,7 +16,7 @@ import resuscitate
 from resuscitate.errors import ResuscitateError
 from resuscitate.page import render
 from resuscitate.page.figures import log_axis, slope
-from tests.networks import chain, images, seeded
+from tests.networks import chain, images, pruned_copy, seeded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -176,3 +176,11 @@ def test_a_browser_sorts_and_reads_it(tmp_path):
     dead = [int(row) for row in re.findall(r"<tr>(?:<td[^>]*>[^<]*</td>){4}<td[^>]*>(\d+)</td>", done.stdout)]
     assert dead == sorted(dead)
     assert 'aria-sort="ascending"' in done.stdout
+
+
+@pytest.mark.parametrize("method", ["asr", "bn", "mean", "refit"])
+def test_the_summary_counts_whatever_was_changed(method):
+    dense = seeded(chain)
+    found = resuscitate.repair(pruned_copy(dense), dense, images(), method=method, progress=False).to_dict()
+    changed = {"asr": 3, "bn": 3, "mean": 4, "refit": 4}[method]
+    assert f"{changed} of {len(found['layers'])}" in " ".join(read(render(found)).text)

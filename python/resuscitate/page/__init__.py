@@ -64,7 +64,7 @@ def _method(document: Row, last: Row) -> str:
 
 def _summary(document: Row, last: Row, layers: Sequence[Row]) -> str:
     options = document.get("provenance", {}).get("options", {})
-    changed = sum(row.get("action", "").startswith(("repaired", "refitted")) for row in layers)
+    changed = sum(not row.get("action", "left alone").startswith(("left alone", "skipped")) for row in layers)
     cards = {
         "layers repaired": f"{changed} of {len(layers)}",
         "images": f"{last.get('images', 0):,}",
