@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -85,6 +90,23 @@ class RepairReport:
             self._undo = undo
         del plain["_undo"]
         return plain
+
+    def save(self, path: str | Path) -> None:
+        """Write .json (everything) or .csv (a row for each layer), whole or not at all. Raises OSError, ValueError."""
+        path = Path(path)
+        if path.suffix not in (".json", ".csv"):
+            raise ValueError(f"{path}: a report is written as .json or .csv")
+        with atomic(path) as temporary, temporary.open("w", newline="") as file:
+            if path.suffix == ".json":
+                json.dump(self.to_dict(), file, indent=2)
+                file.write("\n")
+                return
+            columns = [column.name for column in fields(LayerReport) if column.name != "gain"]
+            writer = csv.DictWriter(file, [*columns, "gain_least", "gain_greatest"])
+            writer.writeheader()
+            for row in self.to_dict()["layers"]:
+                least, greatest = row.pop("gain") or (None, None)
+                writer.writerow(row | {"gain_least": least, "gain_greatest": greatest})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape  # here, for it takes longer to import than all the rest

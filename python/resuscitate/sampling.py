@@ -1,20 +1,26 @@
-"""Is what a loader gives a fair sample? Classes one after the other, samplers that pad: no error would show them."""
+"""Are these images a fair sample? Sorted classes, samplers that pad, another normalisation: no error shows them."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DistributedSampler
+
+import asr_kernels as ak
 
 log = logging.getLogger("resuscitate")
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "cls", "y")
-ENOUGH = 32  # labels in order that are no accident
+ENOUGH = 32  # labels in order, or values of a channel, that are no accident
+told: WeakSet[nn.Module] = WeakSet()  # whose images have been warned of
 
 
 class ClassOrder:
@@ -58,6 +64,49 @@ def warn_of_padding(loader: Any) -> None:
                 "does with shard=(rank, ranks)",
                 repeated,
             )
+
+
+def warn_of_normalisation(dense: nn.Module, batch: Any, run: Callable[[Any], Any]) -> None:
+    """Say so where the first BatchNorm of the dense network sees far other statistics than in training.
+
+    run: a forward pass of it on the batch; only its beginning is run. Far: the median channel's mean by over one
+    standard deviation, or its variance by over a factor of four. A wrong `mean` or `std` for the images does that.
+    """
+    if dense in told:
+        return
+    seen: list[tuple[_BatchNorm, Tensor]] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append((module, args[0]))  # type: ignore[arg-type]
+        raise _SeenError
+
+    batchnorms = [m for m in dense.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+    handles = [module.register_forward_pre_hook(take) for module in batchnorms]
+    try:
+        with suppress(_SeenError):
+            run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen or seen[0][1].shape[0] * seen[0][1][0, 0].numel() < ENOUGH:
+        return
+    batchnorm, x = seen[0]
+    mean, var = (t.double() for t in (batchnorm.running_mean, batchnorm.running_var))  # type: ignore[union-attr]
+    moments = ak.channel_moments(x)
+    off = float(((moments.mean - mean).abs() / (var + batchnorm.eps).sqrt()).median())
+    ratio = float((moments.var / (var + batchnorm.eps)).median())
+    if off > 1 or not 1 / 4 < ratio < 4:
+        told.add(dense)
+        log.warning(
+            "the images may not be normalised as the network was trained: before its first BatchNorm the median "
+            "channel has %.3g times the variance and a mean %.3g standard deviations off",
+            ratio,
+            off,
+        )
+
+
+class _SeenError(BaseException):
+    """Ends a forward pass; not an Exception, lest a model catches it."""
 
 
 def _labels_of(batch: Any, images: int) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """What a repair does to each kind of layer, and what it says about it."""
 
 import copy
+import csv
 import io
 import json
 import logging
@@ -275,6 +276,22 @@ def test_the_report_is_plain_data_and_a_table():
     assert "re-estimated" in text
     assert "24 images for gains, 24 for BatchNorm" in text
     report.undo()
+
+
+@pytest.mark.parametrize("method", ["asr", "bn"])
+def test_a_report_is_saved_as_json_and_csv(method, tmp_path):
+    dense = seeded(chain)
+    report = resuscitate.repair(pruned_copy(dense), dense, images(), method=method)
+    report.save(tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    report.save(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [layer.name for layer in report.layers]
+    gains = [layer.gain or ("", "") for layer in report.layers]
+    assert [(row["gain_least"], row["gain_greatest"]) for row in rows] == [tuple(map(str, gain)) for gain in gains]
+    with pytest.raises(ValueError, match=r"written as \.json or \.csv"):
+        report.save(tmp_path / "run.txt")
 
 
 def test_equal_models_are_noticed(caplog):

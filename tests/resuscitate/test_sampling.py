@@ -1,4 +1,4 @@
-"""What makes a loader's images a poor sample is said: classes one after the other, samplers that repeat images."""
+"""What makes images a poor sample is said: sorted classes, samplers that repeat images, another normalisation."""
 
 import io
 import logging
@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import resuscitate
 from resuscitate.calibration import read_batches
 from resuscitate.distributed import Ranks
 from resuscitate.sampling import warn_of_padding
+from tests.networks import chain, images, pruned_copy, seeded
 
 IMAGES = torch.rand(100, 1, 2, 2)
 SORTED = torch.arange(10).repeat_interleave(10)
@@ -79,3 +81,36 @@ def packed(images):
     buffer = io.BytesIO()
     torch.save(images.clone(), buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+class TestNormalisation:
+    @pytest.fixture
+    def trained(self):
+        dense = seeded(chain)
+        resuscitate.recalibrate_batchnorm(dense, images(seed=2), progress=False)
+        return dense
+
+    @pytest.mark.parametrize("change", [lambda x: x * 4, lambda x: x / 4, lambda x: x + 9, lambda x: (x + 2) * 60])
+    @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: [(x, None)]])
+    def test_images_of_another_normalisation_are_warned_of_once(self, trained, caplog, change, wrap):
+        model = pruned_copy(trained)
+        resuscitate.repair(model, trained, wrap(change(images())), progress=False)
+        resuscitate.repair(model, trained, wrap(change(images())), progress=False)
+        said = [w for w in warnings(caplog) if "may not be normalised as the network was trained" in w]
+        assert len(said) == 1
+        assert all(not module._forward_pre_hooks for module in trained.modules())
+
+    @pytest.mark.parametrize("change", [lambda x: x, lambda x: x * 1.5, lambda x: x + 0.2, lambda x: x[:1, :, :2, :2]])
+    def test_nothing_is_said_of_what_is_near_or_too_little(self, trained, caplog, change):
+        resuscitate.repair(pruned_copy(trained), trained, change(images()), progress=False)
+        assert not [w for w in warnings(caplog) if "normalised" in w]
+
+    @pytest.mark.real_data
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_on_a_real_network(self, real, caplog, wrong):
+        dense, calibration, _, _ = real
+        std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+        mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+        x = calibration[:64] * std + mean if wrong else calibration[:64]
+        resuscitate.repair(pruned_copy(dense), dense, x, method="asr", progress=False)
+        assert bool([w for w in warnings(caplog) if "normalised" in w]) == wrong
