@@ -16,6 +16,7 @@ from .recoverability import Accuracy, recoverability
 from .regrow import GrowthRound, Regrowth, regrow
 from .repair import repair
 from .report import LayerReport, RepairReport
+from .semistructured import SemiStructured, to_semi_structured
 from .sparsify import Repairability, Shrinkage, allocate, shrink, sparsify
 from .targets import DenseStatistics
 
@@ -35,6 +36,7 @@ __all__ = [
     "Regrowth",
     "RepairReport",
     "Repairability",
+    "SemiStructured",
     "Shrinkage",
     "allocate",
     "compress",
@@ -51,4 +53,5 @@ __all__ = [
     "sparsify",
     "to_hyperspherical",
     "to_plain",
+    "to_semi_structured",
 ]
