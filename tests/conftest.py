@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,13 @@ BACKENDS = ["reference", "torch", "triton"]
 # a worker of pytest-xdist sets it, and output would be cut to it
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("COLUMNS", None)
+
+# a machine may be busy: no example fails for its time
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 # the tests' tensors are small: threads would only wait for one another
 torch.set_num_threads(1)
