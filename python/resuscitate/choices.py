@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from .distributed import Ranks
+from .errors import ModelMismatchError
 from .means import PER
 
 Method = Literal["auto", "bn", "layerwise", "channelwise", "asr", "refit", "two-stage", "mean"]
@@ -36,6 +37,21 @@ def check_options(
         raise ValueError("means='layer' is for method 'mean'; a refit finds one for each 'filter' or 'kernel'")
     if method == "bn" and recalibrate is None:
         raise ValueError("method 'bn' with recalibrate=None does nothing; choose 'exact' or 'ema'")
+
+
+def check_target(method: str, target: Any, schedule: str, correlations: bool) -> None:
+    """Raise ValueError or ModelMismatchError where a method needs more of the dense network than there is."""
+    whole = isinstance(target, nn.Module)
+    if method == "mean" and (not whole or schedule == "parallel" or correlations):
+        raise ValueError("method 'mean' takes the pruned weights from dense: pass it as a model, schedule='sequential'")
+    if correlations and not whole:
+        raise ValueError(
+            "correlations compares both networks image by image: pass dense as a model, not its statistics"
+        )
+    if method != "bn" and target is None:
+        raise ModelMismatchError(
+            f"method {method!r} matches the dense model's outputs: pass dense, or use method 'bn' or dense='running'"
+        )
 
 
 def check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float, ranks: Ranks) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -53,6 +54,26 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Ma
             found = re.search(r"os error (\d+)", str(error))
             number = int(found[1]) if found else errno.EIO
             raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
+
+
+def write_rows(
+    path: str | Path, document: Mapping[str, Any], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write .json, the whole document, or .csv, the columns of its rows, whole or not at all.
+
+    Raises OSError; ValueError for another ending.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".csv"):
+        raise ValueError(f"{path}: it is written as .json or .csv")
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        if path.suffix == ".json":
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        else:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def check_writable(path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import CheckpointError, did_you_mean
-from .files import atomic
+from .files import write_rows
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -107,18 +106,9 @@ class RecoverabilityMap:
 
     def save(self, path: str | Path) -> None:
         """Write .json (everything) or .csv (a row for each cell), whole or not at all. Raises OSError, ValueError."""
-        path = Path(path)
-        if path.suffix not in (".json", ".csv"):
-            raise ValueError(f"{path}: a map is written as .json or .csv")
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(asdict(self), file, indent=1)
-                file.write("\n")
-                return
-            shared = {"dense": self.dense, "chance": self.chance, "pattern": self.pattern, "images": self.images}
-            writer = csv.DictWriter(file, [field.name for field in fields(Cell)] + list(shared))
-            writer.writeheader()
-            writer.writerows({**asdict(cell), **shared} for cell in self.cells)
+        shared = {"dense": self.dense, "chance": self.chance, "pattern": self.pattern, "images": self.images}
+        columns = [*(column.name for column in fields(Cell)), *shared]
+        write_rows(path, asdict(self), columns, [{**asdict(cell), **shared} for cell in self.cells])
 
     @classmethod
     def load(cls, path: str | Path) -> RecoverabilityMap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -21,11 +21,11 @@ from .aggregate import aggregate
 from .batches import Batches, cut, first_images, most_images, read_share, rebatch
 from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
-from .choices import Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options, check_refit
+from .choices import Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options, check_refit, check_target
 from .corrections import Corrector
 from .digest import MODULUS, digest_images, digest_model, digest_tensors
 from .distributed import Ranks
-from .errors import CalibrationError, ModelMismatchError, ResuscitateError
+from .errors import CalibrationError, ResuscitateError
 from .graph import observe
 from .journal import Journal
 from .layers import Selector, out_channels, unwrap, window_of
@@ -171,6 +171,7 @@ def repair(
         method = "refit" if can_refit else "asr"
         check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
     ranks, precision, fits = Ranks(group), as_dtype(dtype), method in ("refit", "two-stage")
+    check_target(method, target, schedule, correlations)
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
         raise ValueError(
             "recalibrate='ema' cuts its own batches: it takes no recalibrate_samples, no forward_fn and no group"
@@ -182,16 +183,6 @@ def repair(
         check_count(option, limit)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
-    if method == "mean" and (not isinstance(target, nn.Module) or schedule == "parallel" or correlations):
-        raise ValueError("method 'mean' takes the pruned weights from dense: pass it as a model, schedule='sequential'")
-    if correlations and not isinstance(target, nn.Module):
-        raise ValueError(
-            "correlations compares both networks image by image: pass dense as a model, not its statistics"
-        )
-    if method != "bn" and target is None:
-        raise ModelMismatchError(
-            f"method {method!r} matches the dense model's outputs: pass dense, or use method 'bn' or dense='running'"
-        )
     report = RepairReport(method, schedule, recalibrate, ranks=ranks.size)
     layers = {} if method == "bn" else matching_layers(model, target, include, exclude, report)
     batchnorms = {} if recalibrate is None else batchnorms_to_estimate(model, frozen == "keep", report)
@@ -277,22 +268,19 @@ def repair(
         matched = wanted_by(target, net, wiring)
         show = progress if ranks.rank == 0 else False
         known = set(journal.entries)
+        stops = [Stop(name, exact) for name in batchnorms if recalibrate == "exact"]
         if schedule == "parallel":
             unknown = [name for name in layers if name not in known]
-            passes = [track(batches.head(gains), f"repair ({method})", gains, show) for _ in range(2)]
-            pruned = measure(net, passes[0], unknown)
-            original = measure(others[0], passes[1], unknown) if others else {}
-            visits = [Visit(name, pruned[name], original.get(name, [])) for name in unknown]
-            visits = [ranks.merge(visit, net.device) for visit in visits]
-            for visit in visits + [Visit(name) for name in layers if name in known]:
+            passes = [track(batches.head(gains), f"repair ({method})", gains, show) for _ in models]
+            for visit in _measure_at_once([net, *others], passes, unknown):
+                corrector.correct(merged := ranks.merge(visit, net.device), matched(merged))
+            for visit in (Visit(name) for name in layers if name in known):
                 corrector.correct(visit, matched(visit))
-            stops = []
         else:
             how: dict[str, bool] = {"dense": bool(others), "paired": correlations}
-            stops = [Stop(name, gains, **how) for name in layers if name not in fit]
+            stops += [Stop(name, gains, **how) for name in layers if name not in fit]
             stops += [Stop(name, gains, True, refit=True, gated=relu_aware) for name in fit - wide]
             stops += [Stop(name, gains, True, refit=True, wide=True) for name in wide]
-        stops += [Stop(name, exact) for name in batchnorms if recalibrate == "exact"]
         stops = [replace(stop, batches=0) if stop.name in known else stop for stop in stops]
         clock.end("looking at the models")
         walker = Walker(net, others[0] if others else None, wiring, store, example)
@@ -327,6 +315,12 @@ def _as_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
     return unwrap(model)
+
+
+def _measure_at_once(nets: Sequence[Network], passes: Sequence[Iterable[Any]], names: Sequence[str]) -> list[Visit]:
+    """What each layer gives in the unrepaired network, and in the dense one where that is there: a pass of each."""
+    pruned, *dense = (measure(net, batches, names) for net, batches in zip(nets, passes, strict=True))
+    return [Visit(name, pruned[name], dense[0].get(name, []) if dense else []) for name in names]
 
 
 def _fill(model: nn.Module, dense: nn.Module, per: Per, layers: Mapping[str, nn.Module], report: RepairReport) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import atomic
+from .files import write_rows
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -93,20 +91,13 @@ class RepairReport:
 
     def save(self, path: str | Path) -> None:
         """Write .json (everything) or .csv (a row for each layer), whole or not at all. Raises OSError, ValueError."""
-        path = Path(path)
-        if path.suffix not in (".json", ".csv"):
-            raise ValueError(f"{path}: a report is written as .json or .csv")
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(self.to_dict(), file, indent=2)
-                file.write("\n")
-                return
-            columns = [column.name for column in fields(LayerReport) if column.name != "gain"]
-            writer = csv.DictWriter(file, [*columns, "gain_least", "gain_greatest"])
-            writer.writeheader()
-            for row in self.to_dict()["layers"]:
-                least, greatest = row.pop("gain") or (None, None)
-                writer.writerow(row | {"gain_least": least, "gain_greatest": greatest})
+        document = self.to_dict()
+        columns = [*(column.name for column in fields(LayerReport)), "gain_least", "gain_greatest"]
+        columns.remove("gain")
+        gains = [layer.gain or (None, None) for layer in self.layers]
+        pairs = zip(document["layers"], gains, strict=True)
+        rows = [row | {"gain_least": least, "gain_greatest": greatest} for row, (least, greatest) in pairs]
+        write_rows(path, document, columns, rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape  # here, for it takes longer to import than all the rest

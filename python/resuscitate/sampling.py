@@ -10,11 +10,10 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DistributedSampler
-
-import asr_kernels as ak
 
 log = logging.getLogger("resuscitate")
 
@@ -92,9 +91,9 @@ def warn_of_normalisation(dense: nn.Module, batch: Any, run: Callable[[Any], Any
         return
     batchnorm, x = seen[0]
     mean, var = (t.double() for t in (batchnorm.running_mean, batchnorm.running_var))  # type: ignore[union-attr]
-    moments = ak.channel_moments(x)
-    off = float(((moments.mean - mean).abs() / (var + batchnorm.eps).sqrt()).median())
-    ratio = float((moments.var / (var + batchnorm.eps)).median())
+    now_var, now_mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+    off = float(((now_mean - mean).abs() / (var + batchnorm.eps).sqrt()).median())
+    ratio = float((now_var / (var + batchnorm.eps)).median())
     if off > 1 or not 1 / 4 < ratio < 4:
         told.add(dense)
         log.warning(
