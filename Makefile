@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu bench-repair bench-memory docs lint format clean
+.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu paper bench-repair bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -59,6 +59,11 @@ bench-repair: $(READY) ## the whole repair against bare forward passes and peers
 
 bench-memory: $(READY) ## peak memory under a budget; two minutes
 	@$(BIN)/python benchmarks/memory.py $(ARGS)
+
+paper: ## with the Python that is there: trains four networks, then the published comparison; goes on where it was stopped
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/zoo/train.py --output build/zoo $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/paper_table.py --checkpoints build/zoo $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/paper_table.py --checkpoints build/zoo --speed $(ARGS)
 
 docs: $(READY) ## the API reference, into build/docs
 	@$(BIN)/pdoc --output-directory build/docs --docformat google resuscitate asr_kernels

@@ -39,6 +39,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from zoo import NETS
 from zoo.budget import Budget
+from zoo.checkpoints import is_trained
 from zoo.rows import Row, about, extended, kept, write
 from zoo.speed import JOBS, candidates, measured, race
 from zoo.speed import markdown as speeds
@@ -222,7 +223,7 @@ def make_speed(
 
 def main(
     checkpoints: Annotated[Path | None, typer.Option(help="Folder that zoo/train.py wrote.")] = None,
-    nets: Annotated[str | None, typer.Option(help="By comma; else all that are in the checkpoints.")] = None,
+    nets: Annotated[str | None, typer.Option(help="By comma; else all that are trained to the end.")] = None,
     sparsities: Annotated[str, typer.Option(help="By comma.")] = "0.5,0.7,0.8,0.9,0.95,2:4",
     only: Annotated[str, typer.Option(help="Which kinds of runs, by comma.")] = ",".join(PROTOCOLS),
     data: Annotated[Path | None, typer.Option(help="Folder of the images; else RESUSCITATE_DATA.")] = None,
@@ -247,10 +248,9 @@ def main(
 ) -> None:
     """Compare the repairs as published, and as they are here."""
     budget = Budget(budget_seconds)
-    trained = [name for name in NETS if checkpoints and (checkpoints / f"{name}.safetensors").exists()]
-    chosen = nets.split(",") if nets else trained
+    chosen = nets.split(",") if nets else [name for name in NETS if checkpoints and is_trained(name, checkpoints)]
     if not chosen:
-        sys.exit("no networks: name a folder that benchmarks/zoo/train.py wrote, --checkpoints, or --nets resnet20")
+        sys.exit("no networks: name a folder where benchmarks/zoo/train.py has finished one, or --nets resnet20")
     folder = None if train_images and test_images else data_folder(data)
     given = {"train": train_images, "test": test_images}
     train, test = (path or folder / f"cifar10_jpeg_{part}.npz" for part, path in given.items())

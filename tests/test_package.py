@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import resuscitate
+from resuscitate import doctor
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "pyproject.toml").exists():
@@ -50,6 +51,10 @@ def test_every_dependency_is_listed_with_its_licence(package):
     classifiers = [c for c in found.get_all("Classifier") or [] if c.startswith("License")]
     told = " ".join([found.get("License-Expression") or "", (found.get("License") or "")[:300], *classifiers])
     assert row.replace("Apache-2.0", "Apache").split()[0].lower() in told.lower()
+
+
+def test_the_doctor_knows_every_extra():
+    assert set(doctor.EXTRAS) == set(EXTRAS) - {"dev"}
 
 
 def test_every_dependency_of_the_development_environment_is_pinned():

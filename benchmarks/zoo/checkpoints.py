@@ -30,6 +30,11 @@ def read_about(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def is_trained(name: str, folder: Path) -> bool:
+    """To the end."""
+    return (folder / f"{name}.safetensors").exists() and not (folder / f"{name}.pt").exists()
+
+
 def load(name: str, folder: Path) -> tuple[nn.Module, dict[str, str]]:
     """A trained network, in eval mode, and what was said about it."""
     path = folder / f"{name}.safetensors"

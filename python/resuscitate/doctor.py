@@ -27,6 +27,7 @@ EXTRAS = {
     "demo": ("sklearn", "the digits of the demo"),
     "onnx": ("onnxscript", "ONNX files"),
     "structured": ("torch_pruning", 'pattern "channels" and shrink'),
+    "parquet": ("pyarrow", "parquet tables"),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = ((16, 32, 32, 32), (64, 64, 7, 7), (3, 5, 9, 7), (33, 17))
