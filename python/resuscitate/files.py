@@ -126,6 +126,8 @@ def _sweep(target: Path) -> None:
 
 
 def _runs(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there, to ask is to send a Ctrl-C
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
