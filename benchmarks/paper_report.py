@@ -126,7 +126,7 @@ def ablation(table: Table, b: int) -> list[str]:
 
 
 def costs(table: Table, b: int, most: int) -> list[str]:
-    """Medians over all sparsities and seeds."""
+    """Medians over all sparsities and seeds; the most memory."""
     shown = [("BN only, EMA", "BN only", "ema", b), ("ASR, EMA", "ASR", "ema", b)]
     shown += [("BN only, exact", "BN only", "exact", most), ("ASR, exact", "ASR", "exact", most)]
     shown += [(f"{name}, sequential", name, "sequential", 0) for name in ("channel-wise", "ASR")]
@@ -141,7 +141,7 @@ def costs(table: Table, b: int, most: int) -> list[str]:
                 peak = max(row["peak_bytes"] for row in mine) / 2**20
                 cells = f"{mine[0]['images']:,} | {seconds:.2f} | {rate:,.0f} | {peak:,.0f} MiB"
                 lines.append(f"| {net} | {label} | {cells} |")
-    return lines
+    return [*lines, "", "Peak memory: on a GPU of the call, on a CPU of the process so far."]
 
 
 def orderings(table: Table, b: int) -> list[str]:

@@ -171,13 +171,13 @@ def repair(
         method = "refit" if can_refit else "asr"
         check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
     ranks, precision, fits = Ranks(group), as_dtype(dtype), method in ("refit", "two-stage")
-    check_target(method, target, schedule, correlations)
     if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
         raise ValueError(
             "recalibrate='ema' cuts its own batches: it takes no recalibrate_samples, no forward_fn and no group"
         )
     if fits:
         check_refit(method, target, schedule, bias, ridge, ranks)
+    check_target(method, target, schedule, correlations)
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
         check_count(option, limit)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,9 @@ class TestInTheProcess:
         monkeypatch.setattr(
             nn.Conv2d, "_conv_forward", lambda self, x, w, b: failing(x, w, b, self.stride, self.padding)
         )
-        repair(copy.deepcopy(model), dense, images(), **options, batch_size=8)
+        for _ in range(2):  # the first time has one look more at the images
+            calls[0] = 0
+            repair(copy.deepcopy(model), dense, images(), **options, batch_size=8)
         total = calls[0]
         assert total >= 3
         for at in range(1, total + 1, max(1, total // 20)):
@@ -108,18 +111,19 @@ class TestInTheProcess:
         dense = seeded(chain)
         model = pruned_copy(dense)
         before, repaired = state(model), copy.deepcopy(model)
-        total = traced(lambda: repair(repaired, dense, images(), **options), None)
+        repair(copy.deepcopy(model), dense, images(), **options)  # the first time has one look more at the images
+        total = traced(partial(repair, repaired, dense, images(), **options), None)
         after = state(repaired)
         for at in range(1, total, max(1, total // 60)):
             report = None
             with contextlib.suppress(KeyboardInterrupt):
-                traced(lambda: repair(model, dense, images(), **options), at)
+                traced(partial(repair, model, dense, images(), **options), at)
                 report = True
             if report is None:
                 unchanged(model, before)
             else:  # an interrupt within a generator's clean-up may be swallowed by Python itself
                 unchanged(model, after)
-                model.load_state_dict(before[0])
+                model = pruned_copy(dense)
 
     def test_one_journal_takes_one_run_at_a_time(self, tmp_path):
         dense = seeded(chain)
