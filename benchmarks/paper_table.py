@@ -167,15 +167,15 @@ def variances(net: str, sparsity: str, study: Study) -> dict[str, tuple[Tensor, 
     return found
 
 
-def make_table(study: Study, todo: list[Job], ablated: tuple[str, str], output: Path, budget: Budget) -> str:
+def make_table(study: Study, planned: list[Job], ablated: tuple[str, str], output: Path, budget: Budget) -> str:
     """Compute what is missing, writing the rows after each; then the tables and the figures."""
     path, settings = output / "paper_table.json", asdict(study.settings)
-    digests = {net: digest_model(study.dense(net)) for net in dict.fromkeys(job.net for job in todo)}
+    digests = {net: digest_model(study.dense(net)) for net in dict.fromkeys(job.net for job in planned)}
     before = kept(path, settings, digests)
     rows, slopes = before["rows"], before["slopes"]
     found = about() | {"settings": settings, "networks": before["networks"] | digests, "slopes": slopes, "rows": rows}
     done = {Job(*(row[key] for key in Job._fields)) for row in rows}
-    missing = [job for job in todo if job not in done]
+    missing = [job for job in planned if job not in done]
     for _ in extended(rows, missing, lambda job: row_of(job, study), budget):
         write(path, found)
     picture = output / "paper_table_variance.svg"
@@ -213,8 +213,8 @@ def make_speed(
         images = study.calibration(how.images, 0)[:count]
         return {"net": net, "job": job, "images": count} | race(runs, pruned(dense, "0.9"), images, size, rounds)
 
-    todo = [case for case in product(nets, JOBS, counts) if case not in done]
-    for _ in extended(rows, todo, compute, budget):
+    planned = [case for case in product(nets, JOBS, counts) if case not in done]
+    for _ in extended(rows, planned, compute, budget):
         write(path, found)
     table = speeds(rows)
     (output / "paper_table_speed.md").write_text(table)
@@ -264,9 +264,9 @@ def main(
         table = make_speed(study, chosen, rounds, hook_images, output, budget, dtype=dtype, memory=memory)
     else:
         ablated = ("resnet50" if "resnet50" in chosen else chosen[0], ablate)
-        todo = jobs(chosen, sparsities.split(","), counts, seeds, ablated)
+        planned = jobs(chosen, sparsities.split(","), counts, seeds, ablated)
         wanted = only.split(",")
-        table = make_table(study, [job for job in todo if job.protocol in wanted], ablated, output, budget)
+        table = make_table(study, [job for job in planned if job.protocol in wanted], ablated, output, budget)
     Console().print(table, markup=False, soft_wrap=True)
 
 

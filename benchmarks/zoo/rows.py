@@ -45,11 +45,11 @@ def kept(path: Path, settings: dict[str, Any], digests: dict[str, str]) -> dict[
     return {key: found[key] for key in empty}
 
 
-def extended(rows: list[Row], todo: list[Any], compute: Callable[[Any], Row], budget: Budget) -> Iterator[list[Row]]:
+def extended(rows: list[Row], planned: list[Any], compute: Callable[[Any], Row], budget: Budget) -> Iterator[list[Row]]:
     """The rows, each time with one more."""
-    for index, job in enumerate(track(todo, "repairing", console=console, disable=not console.is_terminal)):
+    for index, job in enumerate(track(planned, "repairing", console=console, disable=not console.is_terminal)):
         if not budget.another():
-            console.print(f"{len(todo) - index} of {len(todo)} runs are left: the same command goes on")
+            console.print(f"{len(planned) - index} of {len(planned)} runs are left: the same command goes on")
             return
         rows.append(compute(job))
         yield rows

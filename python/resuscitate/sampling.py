@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -76,8 +77,9 @@ def warn_of_normalisation(dense: nn.Module, batch: Any, run: Callable[[Any], Any
     seen: list[tuple[_BatchNorm, Tensor]] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append((module, args[0]))  # type: ignore[arg-type]
-        raise _SeenError
+        if args and isinstance(args[0], Tensor):
+            seen.append((module, args[0]))  # type: ignore[arg-type]
+            raise _SeenError
 
     batchnorms = [m for m in dense.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     handles = [module.register_forward_pre_hook(take) for module in batchnorms]
@@ -94,7 +96,8 @@ def warn_of_normalisation(dense: nn.Module, batch: Any, run: Callable[[Any], Any
     now_var, now_mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
     off = float(((now_mean - mean).abs() / (var + batchnorm.eps).sqrt()).median())
     ratio = float((now_var / (var + batchnorm.eps)).median())
-    if off > 1 or not 1 / 4 < ratio < 4:
+    # of NaN and infinity the walk says more
+    if math.isfinite(off + ratio) and (off > 1 or not 1 / 4 < ratio < 4):
         told.add(dense)
         log.warning(
             "the images may not be normalised as the network was trained: before its first BatchNorm the median "

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import resuscitate
 from resuscitate.calibration import read_batches
 from resuscitate.distributed import Ranks
+from resuscitate.errors import NonFiniteError
 from resuscitate.sampling import warn_of_padding
 from tests.networks import chain, images, pruned_copy, seeded
 
@@ -103,6 +104,13 @@ class TestNormalisation:
     @pytest.mark.parametrize("change", [lambda x: x, lambda x: x * 1.5, lambda x: x + 0.2, lambda x: x[:1, :, :2, :2]])
     def test_nothing_is_said_of_what_is_near_or_too_little(self, trained, caplog, change):
         resuscitate.repair(pruned_copy(trained), trained, change(images()), progress=False)
+        assert not [w for w in warnings(caplog) if "normalised" in w]
+
+    def test_nothing_is_said_of_values_that_are_not_finite(self, trained, caplog):
+        x = images()
+        x[0] = torch.nan
+        with pytest.raises(NonFiniteError):
+            resuscitate.repair(pruned_copy(trained), trained, x, progress=False)
         assert not [w for w in warnings(caplog) if "normalised" in w]
 
     @pytest.mark.real_data

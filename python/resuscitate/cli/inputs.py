@@ -162,7 +162,7 @@ class Dealt:
                 self.counts["images"] = mine
                 if len(share):
                     yield share
-        except (CalibrationError, GeneratorExit):
+        except CalibrationError:
             raise
         except Exception as error:  # the user's own code, which may raise anything
             where = ":".join(self.source)
