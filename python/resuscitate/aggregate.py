@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import asr_kernels as ak
 
-from .layers import columns_of, effective_weight, find_layers, refresh_weight, stored_weight, window_of
+from .layers import columns_of, effective_weight, find_layers, reads_patches, refresh_weight, stored_weight
 from .network import Network
 
 RIDGE = 1e-3
@@ -72,5 +72,4 @@ def _read(name: str, layer: nn.Module) -> Tensor:
 
 def _is_whole(layer: nn.Module) -> bool:
     """Does every output of the layer read every input channel, along axis 1 of its weight?"""
-    window = window_of(layer)
-    return window is not None and window.groups == 1
+    return reads_patches(layer) and getattr(layer, "groups", 1) == 1

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from asr_kernels import CrossProducts, PatchMoments, cross_products
 
 from .graph import Gate, is_sum
-from .layers import window_of, with_weight
+from .layers import BATCHNORMS
 from .network import Network, has_hooks
+from .operands import operands, product
 
 FURTHEST = 4.0  # standard deviations of a channel that a hidden output may be away from the mean
 IMAGES = 64  # at a time: little memory beside what the walk keeps
@@ -32,11 +33,12 @@ Seen = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def usable(gate: Gate | None, net: Network) -> bool:
-    """Is there a gate, whose BatchNorm does what its statistics say?"""
+    """Is there a gate, whose BatchNorm does what its statistics say, and no more (a subclass may)?"""
     if gate is None or gate.batchnorm is None:
         return gate is not None
     module = net.modules[gate.batchnorm]
-    return not module.training and not has_hooks(module) and getattr(module, "running_var", None) is not None
+    plain = type(module) in BATCHNORMS and not module.training and not has_hooks(module)
+    return plain and getattr(module, "running_var", None) is not None
 
 
 def aim(
@@ -50,20 +52,19 @@ def aim(
     patches: PatchMoments,
 ) -> CrossProducts:
     """See `Visit.aim`; `gates` are those of the layer in the pruned and in the dense network."""
-    layer = with_weight(net.modules[name], weight, bias)
-    window, mean = window_of(layer), patches.target.view(-1)
+    layer = net.modules[name]
+    mean = patches.target.view(-1)
     reach = FURTHEST * (patches.yy.view(-1) / patches.count).sqrt()
     vectors = *_affine(net, gates[0], mean), *_affine(dense, gates[1], mean), mean - reach, mean + reach
     dtype = torch.float64 if net.dtype == torch.float64 else torch.float32
     goal = Goal(*(vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors))
-    assert window is not None
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
         chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in batch]
         for x, own, y, theirs in zip(*chunks, strict=False):
-            with net.precision():
-                now = layer(x)
-            found += cross_products(x, goal.nearest(now, y, own, theirs), window, patches.mean, patches.target)
+            read, window = operands(name, layer, x)
+            wanted = goal.nearest(product(read, weight, bias, window), y, own, theirs)
+            found += cross_products(read, wanted, window, patches.mean, patches.target)
     return found
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .layers import LAYERS
+from .operands import PRODUCTS, named_arguments
 
 # layers called as functions, outside any layer module: they run, and nothing can repair them
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
@@ -39,14 +40,17 @@ class Wiring:
 
     `calls` counts the calls of every module that ran, by name, in the order of their first calls; `layers` has the
     types of the layers among them. `batchnorm_of` names, for a layer, the one BatchNorm that alone reads its output,
-    where both are called once, and `gates` the ReLU that does so, behind that BatchNorm maybe. `functional` counts the
-    convolutions and linear maps that ran as functions, outside a layer module.
+    where both are called once, and `gates` the ReLU that does so, behind that BatchNorm maybe. `products` are layers
+    whose output was, in each call, their own weight times patches of an input, and a bias: the weight was not computed
+    from another, and nothing was done to the product. `functional` counts the convolutions and linear maps that ran as
+    functions, outside a layer module.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     layers: dict[str, type[nn.Module]] = field(default_factory=dict)
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
+    products: set[str] = field(default_factory=set)
     functional: Counter[str] = field(default_factory=Counter)
 
 
@@ -66,17 +70,21 @@ class _Value:
 
 
 class _Watch(TorchFunctionMode):
-    """Counts the torch functions that read the values of the tensors it watches, and the layers called as functions."""
+    """Counts the torch functions that read the values of the tensors it watches, and the layers called as functions.
+
+    `within`: for each layer that is running, the weights and the results of the products within it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.values = WeakIdKeyDictionary()
-        self.within_layers = self.called = 0
+        self.within: list[list[tuple[Any, Any]]] = []
+        self.called = 0
         self.functional: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in FUNCTIONAL_LAYERS and not self.within_layers:
+        if name in FUNCTIONAL_LAYERS and not self.within:
             self.functional[name] += 1
         read, leaves = list[_Value](), list[Tensor]()
         if name not in DESCRIPTIONS:
@@ -86,6 +94,8 @@ class _Watch(TorchFunctionMode):
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)
         result = func(*args, **(kwargs or {}))
+        if name in PRODUCTS and self.within:
+            self.within[-1].append((named_arguments(args, kwargs)["weight"], result))
         if read and is_sum(name, args, kwargs) and isinstance(result, Tensor):
             # of two that are watched, the later one: the other was there before
             latest = max(read, key=lambda value: value.made)
@@ -125,7 +135,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     Works whatever the control flow. A layer is paired with a BatchNorm when the BatchNorm is the only function that
     reads its output: the output is neither returned nor used by anything else.
     """
-    wiring, outputs = Wiring(), list[_Value]()
+    wiring, outputs, others = Wiring(), list[_Value](), set[str]()
     watch = _Watch()
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -133,12 +143,14 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         watch.called += isinstance(module, (*LAYERS, _BatchNorm))
         if isinstance(module, LAYERS):
             wiring.layers[name] = type(module)
-        watch.within_layers += isinstance(module, LAYERS)
+            watch.within.append([])
         if isinstance(module, _BatchNorm) and args and args[0] in watch.values:
             watch.values[args[0]].batchnorm = name
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        watch.within_layers -= isinstance(module, LAYERS)
+        if isinstance(module, LAYERS):
+            is_product = [(w is module.weight, out is output) for w, out in watch.within.pop()] == [(True, True)]
+            (wiring.products if is_product else others).add(name)
         if not isinstance(output, Tensor):
             return
         if isinstance(module, LAYERS) and not _on_sequences(module, output):
@@ -161,6 +173,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
     wiring.functional = watch.functional
+    wiring.products -= others
     alone = [out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1]
     for out in alone:
         if out.batchnorm and wiring.calls[out.batchnorm] == 1:

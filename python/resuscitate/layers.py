@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from asr_kernels import Window
-
 from .errors import LayerError, did_you_mean
 
 LAYERS = (_ConvNd, nn.Linear)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # of just these types: a subclass may do more
 Selector = str | type[nn.Module]
 
 
@@ -189,14 +188,6 @@ def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -
     return double
 
 
-def window_of(layer: nn.Module) -> Window | None:
-    """What a layer reads; None for a kind whose outputs are no products with patches (transposed convolutions)."""
-    if isinstance(layer, nn.Linear):
-        return Window()
-    if not isinstance(layer, _ConvNd) or isinstance(layer, _ConvTransposeNd):
-        return None
-    # (last axis before, after, ..., first axis before, after), as pad takes it; of "same" too
-    flat = layer._reversed_padding_repeated_twice
-    padding = tuple((flat[i], flat[i + 1]) for i in range(len(flat) - 2, -1, -2))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return Window(layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups, mode)
+def reads_patches(layer: nn.Module) -> bool:
+    """Is it a kind of layer whose outputs are products of its weight with patches of its input? No transposed one."""
+    return isinstance(layer, LAYERS) and not isinstance(layer, _ConvTransposeNd)

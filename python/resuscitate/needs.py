@@ -20,7 +20,7 @@ from .distributed import Ranks
 from .errors import CalibrationError, LayerError, ModelMismatchError
 from .graph import observe
 from .journal import Journal
-from .layers import effective_weight, find_layers, stored_weight, window_of
+from .layers import effective_weight, find_layers, stored_weight
 from .network import Network, as_dtype
 from .refit import RIDGE, blocks, by_block, drops, whole
 from .state import moved_to, undisturbed
@@ -64,13 +64,18 @@ class Surveyor:
         `resume`, keeps what was found. Raises LayerError, NonFiniteError, JournalError.
         """
         layers = {name: find_layers(model)[name] for name in names}
-        if worth and (odd := [name for name, layer in layers.items() if window_of(layer) is None]):
-            raise LayerError(odd[0], "saliency 'residual' cannot tell a transposed convolution's; choose 'magnitude'")
         (images,) = self.ranks.total(digest_images(self.batches)) if resume is not None else (0,)
         identity = {"model": digest_model(model), "dense": digest_model(self.dense), "images": images % MODULUS}
         identity |= {"worth": worth, "dtype": str(as_dtype(self.dtype))}
         needs = Needs()
         with self._side_by_side(model) as (walker, batches), Journal(resume, identity, self.ranks) as journal:
+            odd = [name for name in layers if name in walker.wiring.calls.keys() - walker.wiring.products]
+            if worth and odd:
+                raise LayerError(
+                    odd[0],
+                    "its output is more than its weight times patches of its input (a transposed convolution?): "
+                    "saliency 'residual' cannot rank its weights; choose 'magnitude'",
+                )
             stops, show = [], False if self.ranks.rank else progress
             for name, layer in layers.items():
                 if name in journal.entries:

@@ -91,7 +91,7 @@ class Network:
         """
         self.check_tensor(name, x)
         self.check_tensor(name, wanted)
-        found = moments_of(self.modules[name], dense.modules[name], x, wanted)
+        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted)
         check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
         check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
         return found

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from asr_kernels import CrossProducts, PatchMoments, Window, patch_moments
 
 from .distributed import Ranks
-from .layers import effective_weight, stored_bias, window_of, with_weight
+from .layers import effective_weight, stored_bias
+from .operands import operands, product
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
 # where a ReLU hides errors: passes over the images to let go of them, each a look so many steps ahead of the last; none
 # where least squares alone leave so little of the variance unexplained
 PASSES, AHEAD, LITTLE = 2, 2.0, 0.01
+POINTWISE = Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
 # padded systems are solved together as long as they take no more than this
 SOLVE_BYTES = 256 << 20
@@ -42,30 +44,27 @@ def whole(weight: Tensor, shape: torch.Size, count: int) -> Tensor:
     return weight.unflatten(0, (count, -1)).transpose(0, 1).reshape(shape)
 
 
-def contributions(layer: nn.Module, x: Tensor, count: int) -> Tensor:
+def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
     """What each block of input channels adds to the output, (N, count * O, ...); the first adds the bias too."""
-    weight, old = by_block(effective_weight("", layer), count), stored_bias("", layer)
+    (x, window), old = operands(name, layer, x), stored_bias(name, layer)
+    weight = by_block(effective_weight(name, layer), count)
     bias = None if old is None else torch.cat([old, old.new_zeros(len(weight) - len(old))])
-    if isinstance(layer, nn.Linear):
-        return nn.functional.conv1d(x.reshape(-1, x.shape[-1], 1), weight[:, :, None], bias, groups=count)
-    double: Any = with_weight(layer, weight)
-    double._parameters["bias"] = bias
-    double.groups, double.out_channels = count, len(weight)
-    return double(x)
+    if not window.kernel:
+        x, weight, window = x.reshape(-1, x.shape[-1], 1), weight[:, :, None], POINTWISE
+    return product(x, weight, bias, replace(window, groups=count))
 
 
-def moments_of(layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor) -> PatchMoments:
+def moments_of(name: str, layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor) -> PatchMoments:
     """What `fit` needs of one batch: `x` is what the layer reads; `wanted` the output of the dense one.
 
     Where the layer is cut into blocks, `wanted` is what the dense one *reads*: each block is to add what the same block
     adds in the dense layer, which leaves what they could do for one another unused.
     """
-    window, count = window_of(layer), blocks(layer)
-    assert window is not None
+    (x, window), count = operands(name, layer, x), blocks(layer)
     if count > 1:
-        wanted = contributions(dense, wanted, count)
-        if isinstance(layer, nn.Linear):
-            x, window = x.reshape(-1, x.shape[-1], 1), Window((1,), (1,), ((0, 0),), (1,))
+        wanted = contributions(name, dense, wanted, count)
+        if not window.kernel:
+            x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
         window = replace(window, groups=count)
     return patch_moments(x, wanted, window)
 

@@ -28,7 +28,7 @@ from .distributed import Ranks
 from .errors import CalibrationError, ResuscitateError
 from .graph import observe
 from .journal import Journal
-from .layers import Selector, out_channels, unwrap, window_of
+from .layers import Selector, out_channels, unwrap
 from .masks import in_use
 from .matching import copy_statistics, layers_to_repair, matching_layers
 from .means import Per, replace_by_means
@@ -254,7 +254,7 @@ def repair(
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
 
-        fit = {name for name, layer in layers.items() if fits and window_of(layer) is not None}
+        fit = {name for name in layers if fits and name in wiring.products}
         wide = {name for name in fit if blocks(layers[name]) > 1}
         rule: Any = "asr" if method in ("bn", "mean") else "channelwise" if fits else method
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)

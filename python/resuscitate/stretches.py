@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import LAYERS
+from .layers import BATCHNORMS, LAYERS
 from .network import Network, has_hooks
 from .stops import Stop
 from .storage import leaves
 
 Values = dict[Any, Any]
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)

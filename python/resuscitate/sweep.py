@@ -20,11 +20,12 @@ import asr_kernels as ak
 from .batches import Batches
 from .gates import Seen, aim
 from .graph import Gate, Wiring
+from .layers import BATCHNORMS
 from .network import Network, check_finite, has_hooks
 from .progress import Bar
 from .stops import Calls, Stop, Visit, merge_patches
 from .storage import Frame, Store
-from .stretches import BATCHNORMS, Stretch, cut, run_step
+from .stretches import Stretch, cut, run_step
 
 
 def node_walk(

@@ -23,3 +23,13 @@ def real():
     calibration = load_images(DATA / "cifar10_jpeg_train.npz", max_samples=256, **NORMALISED)
     test = DATA / "cifar10_jpeg_test.npz"
     return dense, calibration, load_images(test, max_samples=2000, **NORMALISED), load_labels(test, max_samples=2000)
+
+
+@pytest.fixture(scope="session")
+def keywords():
+    """The trained keyword-spotting DS-CNN, which pads as TensorFlow's "SAME"; its clips, and their labels."""
+    if not (DATA / "kws_dscnn.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    from benchmarks.zoo.dscnn import load_dscnn
+
+    return load_dscnn(DATA)

@@ -258,7 +258,7 @@ class TestWideLayers:
     def test_the_contributions_of_all_blocks_are_the_output(self, layer):
         shape = {nn.Linear: (7, 12), nn.Conv2d: (7, 6, 5, 5), nn.Conv1d: (7, 6, 9)}[type(layer)]
         x = torch.randn(shape)
-        parts = contributions(layer, x, 3).unflatten(1, (3, -1)).sum(1)
+        parts = contributions("layer", layer, x, 3).unflatten(1, (3, -1)).sum(1)
         torch.testing.assert_close(parts.view(layer(x).shape), layer(x))
         weight = layer.weight.detach()
         assert torch.equal(whole(by_block(weight, 3).flatten(1), weight.shape, 3), weight)
