@@ -142,6 +142,7 @@ class Masks(Mapping[str, Tensor]):
             target = stored_weight(name, module) if mask is None else mask
             target.masked_fill_(~self[name].to(target.device), 0)
             refresh_weight(module)
+        torch.clear_autocast_cache()  # the casts of these weights that the caller's autocast keeps
 
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `apply_` after every step of the optimizer from now on, until the handle that is returned is removed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import asr_kernels as ak
 from .errors import LayerError, NonFiniteError
 from .layers import LAYERS, channel_dim
 from .refit import moments_of
+from .state import autocast
 
 # error allowed in a measured variance: far below that of any sample of images, and it saves time on a CPU
 TOLERANCE = 1e-5
@@ -40,11 +41,18 @@ class Network:
         """A copy of the batch on the model's device and in its dtype; the caller's own is never written to."""
         return batch.detach().to(self.device, self.dtype if batch.is_floating_point() else None, copy=True)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """The context that every part of a forward pass runs in. No cast is cached, for weights change on the way."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Every part of a forward pass runs in this context: autocast to `autocast`, or none; the caller's is left.
+
+        No cast of a weight is kept, for weights change between passes: not by this context, and not by an autocast in
+        the model, whose casts PyTorch keeps until the caller's autocast ends.
+        """
+        with autocast(self.device.type, self.autocast):
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()
 
     def run(self, batch: Any) -> Any:
         """The model's output for one batch."""

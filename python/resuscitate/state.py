@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Snapshot:
             getattr(module, name).copy_(copy)
         for module in find_layers(self.model).values():
             refresh_weight(module)
+        torch.clear_autocast_cache()
 
     def forget_unchanged(self) -> None:
         """Keep only the copies that differ from the model as it is now."""
@@ -104,9 +105,18 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to `dtype` on a type of device, or with None no autocast, whatever the caller's is. No cast is kept."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 @contextmanager
 def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
+
+    Full precision: without the caller's autocast, and without TF32.
 
     Kept: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the TF32 and
     cuDNN settings.
@@ -120,6 +130,8 @@ def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_full_precision())
+        for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
+            stack.enter_context(autocast(device, None))
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)

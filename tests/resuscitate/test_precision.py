@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import resuscitate
 from tests.networks import Residual, Untraceable, chain, images, pruned_copy, seeded
@@ -28,6 +29,64 @@ def test_other_precisions_are_refused_before_anything_is_read():
     dense = seeded(chain)
     with pytest.raises(ValueError, match="dtype='int8' is unknown; there are 'bf16', 'fp16' and None"):
         resuscitate.repair(pruned_copy(dense), dense, iter(()), dtype="int8")
+
+
+class Casting(nn.Module):
+    """Runs its layers under an autocast of its own, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.body(x).float()
+
+
+def acts(model, dense):
+    """What a repair, a compression and a regrowth leave of the weights, and what measurements say."""
+    found = []
+    for method in ("asr", "refit", "bn", "two-stage", "mean"):
+        repaired = copy.deepcopy(model)
+        resuscitate.repair(repaired, None if method == "bn" else dense, images(), method=method, batch_size=7)
+        found.append(repaired.state_dict())
+    compressed = copy.deepcopy(dense)
+    masks = resuscitate.compress(compressed, 0.7, images(), steps=2).masks
+    found.append(compressed.state_dict())
+    resuscitate.regrow(compressed, dense, masks, 0.5, images(), saliency="residual", budget="damage")
+    found.append(compressed.state_dict())
+    statistics = resuscitate.DenseStatistics.measure(dense, images())
+    found.append({name: calls[0].m2 for name, calls in statistics.layers.items()})
+    found.append({name: each.correlation for name, each in resuscitate.damage(model, dense, images()).items()})
+    found.append(resuscitate.allocate(dense, 0.8, "rr", calibration=images()))
+    return found
+
+
+@pytest.mark.parametrize("build", [chain, Residual, Untraceable, Casting], ids=lambda b: b.__name__)
+def test_the_callers_autocast_changes_no_bit(build):
+    dense = seeded(build)
+    model = pruned_copy(dense)
+    wanted = acts(model, dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()), dense(images())  # PyTorch keeps the casts of these weights from here on
+        found = acts(model, dense)
+        assert torch.is_autocast_cache_enabled()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_what_changes_weights_leaves_no_old_casts_to_the_callers_autocast():
+    dense = seeded(chain)
+    model = pruned_copy(dense)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = model(images())
+        report = resuscitate.repair(model, dense, images())
+        repaired = model(images())
+        assert torch.equal(repaired, copy.deepcopy(model)(images()))
+        assert not torch.equal(repaired, before)
+        report.undo()
+        assert torch.equal(model(images()), before)
+        resuscitate.sparsify(model, 0.9)
+        assert torch.equal(model(images()), copy.deepcopy(model)(images()))
 
 
 @pytest.mark.real_data
