@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .errors import LayerError
-from .layers import channel_dim, effective_weight, out_channels, refuse_means, with_weight
+from .layers import channel_dim, effective_weight, out_channels, with_weight
+from .state import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-AGREEMENT = 1e-3  # relative; what standardises is off by as much as there is
+AGREEMENT = 1e-3  # relative, or eight roundings of a shorter dtype; what standardises is off by as much as there is
 
 
-def check_layers(layers: Mapping[str, nn.Module]) -> None:
-    """Raise LayerError, naming the layer, where a change of its weight or bias would not come out as that change."""
-    refuse_means(layers)
-    for name, layer in layers.items():
-        if _has_forward_of_its_own(layer) and (objection := _objection(name, layer)):
-            raise LayerError(name, f"{type(layer).__name__} {objection}; exclude it")
+def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Of each layer where a change of its weight or bias would not come out as that change, by name: why."""
+    found = {name: _objection(name, layer) for name, layer in layers.items() if _has_forward_of_its_own(layer)}
+    return {name: f"{type(layers[name]).__name__} {objection}" for name, objection in found.items() if objection}
 
 
 def _has_forward_of_its_own(layer: nn.Module) -> bool:
@@ -42,17 +40,21 @@ def _objection(name: str, layer: nn.Module) -> str:
     def output(scale: float, shift: float) -> Tensor:
         double = with_weight(layer, weight * scale, bias + shift)
         double.training = False
-        found: Tensor = double(x)
+        with autocast(weight.device.type, None):
+            found: Tensor = double(x)
         return found.double()
 
+    agreement = max(AGREEMENT, 8 * torch.finfo(weight.dtype).eps)
     try:
         none, once, twice, shifted = (output(*change) for change in ((0, 0), (1, 0), (2, 0), (1, 1)))
     except Exception:  # the forward is the user's own code, which may want other inputs; then a walk will show
         return ""
     size = float((once - none).abs().max()) or 1.0
-    if not float((twice - none - 2 * (once - none)).abs().max()) <= AGREEMENT * size:
+    if not float((twice - none - 2 * (once - none)).abs().max()) <= agreement * size:
         return "does not compute with its weight as it is (a weight standardisation?), so that a gain would be lost"
-    if none.shape[channel_dim(layer)] == len(bias) and not float((shifted - once - 1).abs().max()) <= AGREEMENT:
+    if none.shape[channel_dim(layer)] == len(bias) and not float((shifted - once - 1).abs().max()) <= agreement * max(
+        size, 1
+    ):
         return "does more to its output than add a bias (a built-in activation?), so that a shift would be lost"
     return ""
 

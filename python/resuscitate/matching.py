@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .behaviour import check_layers
-from .errors import ModelMismatchError, ResuscitateError
+from .behaviour import objections
+from .errors import LayerError, ModelMismatchError, ResuscitateError
 from .graph import Wiring
 from .layers import (
     LAYERS,
@@ -19,6 +19,7 @@ from .layers import (
     effective_weight,
     find_batchnorms,
     out_channels,
+    refuse_means,
     select_layers,
     stored_bias,
 )
@@ -35,13 +36,25 @@ def matching_layers(
     exclude: Iterable[Selector] | Selector | None,
     report: RepairReport,
 ) -> dict[str, nn.Module]:
-    """The selected layers, each checked against its dense counterpart as far as one is there."""
+    """The selected layers, each checked against its dense counterpart as far as one is there.
+
+    Left out, with a row in the report: layers that do not compute with their weight as it is.
+    """
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
-    check_layers(layers)
+    refuse_means(layers)
+    found = objections(layers)
+    if len(found) == len(layers):
+        name, objection = next(iter(found.items()))
+        raise LayerError(name, f"{objection}; no other layer is selected, so that nothing can be repaired")
+    report.layers += [
+        LayerReport(name, type(layers[name]).__name__, out_channels(layers[name]), f"left alone: {objection}")
+        for name, objection in found.items()
+    ]
+    layers = {name: layer for name, layer in layers.items() if name not in found}
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):

@@ -1,4 +1,4 @@
-"""Layers that do not compute with their weight as it is are found by trying, and refused by name."""
+"""Layers that do not compute with their weight as it is are found by trying, and left alone, by name."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resuscitate
-from resuscitate.behaviour import check_layers
+from resuscitate.behaviour import objections
 from resuscitate.errors import LayerError
 from tests.networks import chain, images, pruned_copy, seeded
 
@@ -47,6 +47,10 @@ class Masked(nn.Linear):
         return super().forward(x) * mask
 
 
+def children(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def with_layer(layer):
     model = seeded(chain)
     model[3] = layer
@@ -62,20 +66,41 @@ def with_layer(layer):
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_would_lose_a_gain_or_a_shift_is_refused_by_name(kind, message, bias):
-    dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
-    model = pruned_copy(dense)
-    before = copy.deepcopy(model.state_dict())
-    for act in (
-        lambda: resuscitate.repair(model, dense, images()),
-        lambda: resuscitate.sparsify(model, 0.5),
-        lambda: resuscitate.compress(model, 0.5, images(), steps=1),
-    ):
-        with pytest.raises(LayerError, match=rf"'3': {kind.__name__} {message}.*exclude it"):
-            act()
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    resuscitate.repair(model, dense, images(), exclude="3")
-    resuscitate.sparsify(model, 0.9, exclude="3")
+class TestWhatWouldLoseAGainOrAShift:
+    def test_is_left_alone_and_the_others_are_repaired(self, kind, message, bias):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        report = resuscitate.repair(model, dense, images())
+        rows = {row.name: row.action for row in report.layers}
+        assert rows["3"].startswith(f"left alone: {kind.__name__} {message}")
+        assert {rows[name] for name in ("0", "6", "11")} == {"refitted"}
+        torch.testing.assert_close(model[3].state_dict(), children(before, "3."), rtol=0, atol=0)
+        report.undo()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+    def test_is_left_dense_with_a_warning(self, kind, message, bias, caplog):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = copy.deepcopy(dense)
+        masks = resuscitate.sparsify(model, 0.5)
+        assert sorted(masks) == ["0", "11", "6"]
+        assert f"1 of 4 layers are left dense: '3': {kind.__name__} {message}" in caplog.text
+        assert torch.equal(model[3].weight, dense[3].weight)
+        report = resuscitate.compress(copy.deepcopy(dense), 0.5, images(), steps=1)
+        assert "3" not in report.masks
+
+    def test_is_refused_by_name_where_nothing_else_is_selected(self, kind, message, bias):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        for act in (
+            lambda: resuscitate.repair(model, dense, images(), include="3"),
+            lambda: resuscitate.sparsify(model, 0.5, include="3"),
+            lambda: resuscitate.compress(model, 0.5, images(), steps=1, include="3"),
+        ):
+            with pytest.raises(LayerError, match=rf"'3': {kind.__name__} {message}.*no other layer is selected"):
+                act()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -92,11 +117,20 @@ def test_what_would_lose_a_gain_or_a_shift_is_refused_by_name(kind, message, bia
 )
 def test_what_computes_with_its_weight_is_let_through(layer):
     state = torch.get_rng_state()
-    check_layers({"layer": layer})
+    assert objections({"layer": layer}) == {}
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_layer_with_nothing_left_and_one_in_training_are_let_through():
     empty = Harmless(8, 8, 3)
     nn.init.zeros_(empty.weight)
-    check_layers({"empty": empty, "training": Harmless(8, 8, 3).train()})
+    assert objections({"empty": empty, "training": Harmless(8, 8, 3).train()}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_dtype_or_the_callers_autocast_makes_no_layer_one_that_is_left_alone(dtype):
+    layer = Harmless(8, 8, 3, padding=1)
+    assert objections({"layer": copy.deepcopy(layer).to(dtype)}) == {}
+    assert objections({"layer": Standardised(8, 8, 3).to(dtype)}).keys() == {"layer"}
+    with torch.autocast("cpu", dtype):
+        assert objections({"layer": layer}) == {}

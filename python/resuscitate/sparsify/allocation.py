@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from ..behaviour import check_layers
+from ..behaviour import objections
 from ..errors import CalibrationError, LayerError, did_you_mean
-from ..layers import Selector, matching, select_layers, unwrap
+from ..layers import Selector, matching, refuse_means, select_layers, unwrap
 from ..masks import tied_layers
 from .units import Units, check_floors, units_of
 
 if TYPE_CHECKING:
     pass
+
+log = logging.getLogger("resuscitate")
 
 # the units of every layer, the number of weights to remove in all -> the number of units to remove from each
 Allocation = Callable[[Mapping[str, Units], int], dict[str, int]]
@@ -209,13 +212,24 @@ def prunable(
 ) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
     """The selected layers, and which of them share a weight (see `tied_layers`).
 
-    Raises ValueError when none is selected, LayerError when a selected layer shares its weight with one that is not.
+    Left out, with a warning: layers that do not compute with their weight as it is, in which a zero would not be one.
+    Raises ValueError when none is selected, LayerError when all are such layers, and when a selected layer shares its
+    weight with one that is not.
     """
     model = unwrap(model)
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
-    check_layers(layers)
+    refuse_means(layers)
+    found = objections(layers)
+    if len(found) == len(layers):
+        name, objection = next(iter(found.items()))
+        raise LayerError(name, f"{objection}; no other layer is selected, so that nothing can be pruned")
+    if found:
+        reasons = [f"{name!r}: {objection}" for name, objection in found.items()]
+        more = ", ..." if len(reasons) > 3 else ""
+        log.warning("%d of %d layers are left dense: %s%s", len(found), len(layers), ", ".join(reasons[:3]), more)
+    layers = {name: layer for name, layer in layers.items() if name not in found}
     owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
     for name, module in select_layers(model).items():
         weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
