@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibration import check_count, first_tensor, read_batches
+from .digest import image_keys
 from .distributed import Ranks
 from .errors import CalibrationError
 from .sampling import warn_of_padding
@@ -17,13 +18,20 @@ from .storage import Frame, Store
 
 
 class Batches:
-    """Batches that can be read again and again: those in the caller's hands as they are, others kept in `store`."""
+    """Batches that can be read again and again: those in the caller's hands as they are, others kept in `store`.
 
-    def __init__(self, source: Iterable[Any], store: Store | None = None) -> None:
+    to_deal: note what `deal` needs while the images come by.
+    """
+
+    def __init__(self, source: Iterable[Any], store: Store | None = None, to_deal: bool = False) -> None:
         self.counts: list[int] = []
+        self._keys: list[int] = []
+        self._turns: Sequence[Tensor] = ()
         self._kept: list[Any] = []
         for batch in source:
             self.counts.append(count_images(batch))
+            if to_deal:
+                self._keys += image_keys(batch)
             if store is None:
                 self._kept.append(batch)
             else:
@@ -49,6 +57,19 @@ class Batches:
     def images(self, batches: int | None = None) -> int:
         """How many images the first so many batches hold; None for all."""
         return sum(self.counts[:batches])
+
+    def deal(self, ranks: Ranks) -> None:
+        """Number the images of all ranks by their contents, so that neither order, batches nor ranks matter."""
+        own = torch.tensor(self._keys, dtype=torch.int64)
+        self._turns = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts)
+
+    def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
+        """Which of a batch's rows, int64, belong to each fold of the images: number i, once they are dealt, to i modulo
+        `folds`. The rows follow one another as the images do, as many to each: they may be windows, or positions.
+        """
+        turns = self._turns[index]
+        fold = turns[torch.arange(rows) * len(turns) // max(rows, 1)] % folds
+        return {each: (fold == each).nonzero().flatten() for each in fold.unique().tolist()}
 
     def holding(self, images: int | None) -> int:
         """How many whole batches hold the first `images` images, or at least so many; None for all."""

@@ -54,7 +54,7 @@ def check_target(method: str, target: Any, schedule: str, correlations: bool) ->
         )
 
 
-def check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float, ranks: Ranks) -> None:
+def check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: float | None, ranks: Ranks) -> None:
     """Raise ValueError for what a refit cannot do."""
     if not isinstance(target, nn.Module) or schedule != "sequential":
         raise ValueError(
@@ -62,7 +62,7 @@ def check_refit(method: str, target: Any, schedule: str, bias: bool, ridge: floa
         )
     if not bias:
         raise ValueError(f"method {method!r} always fits the bias")
-    if not ridge >= 0:
+    if ridge is not None and not ridge >= 0:
         raise ValueError(f"ridge={ridge} must be at least 0")
     if method == "two-stage" and ranks.size > 1:
         raise ValueError("method 'two-stage' runs in one process: it takes no group")

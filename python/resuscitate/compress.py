@@ -20,7 +20,6 @@ from .errors import CalibrationError
 from .layers import Selector, unwrap
 from .masks import Masks
 from .progress import track
-from .refit import RIDGE
 from .repair import repair
 from .report import RepairReport
 from .sparsify import sparsify
@@ -92,7 +91,7 @@ def compress(
     min_per_channel: int = 0,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     relu_aware: bool = True,
     max_samples: int | None = None,
     batch_size: int = 128,

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from .layers import (
 )
 from .means import can_carry, carry, fit_with_means
 from .network import Network
-from .refit import blocks, by_block, fit, whole
+from .refit import blocks, by_block, choose_ridge, fit, whole
 from .report import LayerReport, RepairReport
 from .stops import Calls, Visit
 
@@ -67,8 +68,11 @@ class Corrector:
         visit.correct(gain, torch.zeros_like(shift) if row.shift_into == "running_mean" else shift)
         log.info("%s: variance %s of the dense one, now %s", name, row.variance_before, row.variance_after)
 
-    def refit(self, visit: Visit, ridge: float) -> None:
-        """Give one layer the weights that bring its outputs nearest to the dense ones, on the inputs it now has."""
+    def refit(self, visit: Visit, ridge: float | None) -> None:
+        """Give one layer the weights that bring its outputs nearest to the dense ones, on the inputs it now has.
+
+        ridge: None has it chosen by cross-validation over the folds of the images.
+        """
         name, layer = visit.name, self.net.modules[visit.name]
         if name in self.journal.entries:
             tensors, plain = self.journal.entries[name]
@@ -76,18 +80,20 @@ class Corrector:
         else:
             row, tensors = LayerReport(name, type(layer).__name__, out_channels(layer), "refitted"), {}
             row.dead = int(dead_channels(name, layer).sum())
-            if visit.patches is None:
+            if not visit.folds:
                 row.action = "left alone: these images never reach it"
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
                 parts, support = (by_block(each, count).flatten(1) for each in (weight, self.in_use[name]))
-                options: dict[str, Any] = {"ridge": ridge, "aim": self._aim(visit), "ranks": self.ranks}
+                patches = reduce(ak.PatchMoments.merge, visit.folds.values())
+                row.ridge = choose_ridge(visit.folds, parts, support, self.ranks) if ridge is None else ridge
+                options: dict[str, Any] = {"ridge": row.ridge, "aim": self._aim(visit, patches), "ranks": self.ranks}
                 means = None
                 if self.means is not None and count == 1 and can_carry(layer) and not support.all():
-                    found, means = fit_with_means(visit.patches, parts, support, weight.shape, self.means, **options)
+                    found, means = fit_with_means(patches, parts, support, weight.shape, self.means, **options)
                     row.action += f" with {means.numel():,} means"
                 else:
-                    found = fit(visit.patches, parts, support, **options)
+                    found = fit(patches, parts, support, **options)
                 row.variance_before, row.variance_after, row.explained = found.before, found.after, found.explained
                 row.action += f" in {count} blocks of inputs" if count > 1 else ""
                 bias = found.bias.view(count, -1).sum(0)
@@ -102,10 +108,10 @@ class Corrector:
                 carry(layer, tensors["means"].to(self.net.device))
             log.info("%s: refitted, explains %s of the dense variance", name, row.explained)
 
-    def _aim(self, visit: Visit) -> Callable[[Tensor, Tensor], ak.CrossProducts] | None:
+    def _aim(self, visit: Visit, patches: ak.PatchMoments) -> Callable[[Tensor, Tensor], ak.CrossProducts] | None:
         """The visit's `aim` for the weights of `fit`, added up over the ranks."""
-        aim, patches, weight = visit.aim, visit.patches, effective_weight(visit.name, self.net.modules[visit.name])
-        if aim is None or patches is None:
+        aim, weight = visit.aim, effective_weight(visit.name, self.net.modules[visit.name])
+        if aim is None:
             return None
 
         def aim_of_all(w: Tensor, bias: Tensor) -> ak.CrossProducts:

@@ -23,7 +23,7 @@ from torch import Tensor
 import asr_kernels as ak
 
 from .errors import DistributedError
-from .stops import Calls, Visit, merge_calls, merge_patches
+from .stops import Calls, Visit, merge_calls, merge_folds
 
 log = logging.getLogger("resuscitate")
 
@@ -137,9 +137,8 @@ class Ranks:
             merged.calls = merge_calls(merged.calls, calls)
             merged.dense = merge_calls(merged.dense, dense)
             merged.pairs = merge_calls(merged.pairs, pairs)
-        for vector in self.gather(_pack_patches(visit.patches)):
-            if len(vector):
-                merged.patches = merge_patches(merged.patches, _unpack_patches(vector.to(device)))
+        for vector in self.gather(_pack_folds(visit.folds)):
+            merged.folds = merge_folds(merged.folds, _unpack_folds(vector.to(device)))
         return merged
 
     def _all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -190,19 +189,23 @@ def _pack(visit: Visit) -> Tensor:
     return torch.cat([part.cpu() for part in numbers])
 
 
-def _pack_patches(patches: ak.PatchMoments | None) -> Tensor:
-    if patches is None:
-        return torch.empty(0, dtype=torch.float64)
-    parts = [patches.mean, patches.target, patches.xx, patches.xy, patches.yy]
-    sizes = [patches.count, *patches.xy.shape]
-    return torch.cat([torch.tensor(sizes, dtype=torch.float64), *(part.cpu().flatten() for part in parts)])
+def _pack_folds(folds: dict[int, ak.PatchMoments]) -> Tensor:
+    """Fold by fold: its number, the count, the shape of `xy`, and all numbers; float64."""
+    numbers: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+    for fold, found in folds.items():
+        numbers += [torch.tensor([fold, found.count, *found.xy.shape], dtype=torch.float64)]
+        numbers += [part.cpu().flatten() for part in (found.mean, found.target, found.xx, found.xy, found.yy)]
+    return torch.cat(numbers)
 
 
-def _unpack_patches(vector: Tensor) -> ak.PatchMoments:
-    count, G, K, O = (int(number) for number in vector[:4])
-    shapes = [(G, K), (G, O), (G, K, K), (G, K, O), (G, O)]
-    parts = vector[4:].split([math.prod(shape) for shape in shapes])
-    return ak.PatchMoments(count, *(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+def _unpack_folds(vector: Tensor) -> dict[int, ak.PatchMoments]:
+    folds = {}
+    while len(vector):
+        fold, count, G, K, O = (int(number) for number in vector[:5])
+        shapes = [(G, K), (G, O), (G, K, K), (G, K, O), (G, O)]
+        *parts, vector = vector[5:].split([*map(math.prod, shapes), len(vector) - 5 - sum(map(math.prod, shapes))])
+        folds[fold] = ak.PatchMoments(count, *(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+    return folds
 
 
 def _unpack(vector: Tensor) -> tuple[Calls, Calls, list[ak.PairedMoments]]:

@@ -88,10 +88,10 @@ class Surveyor:
                 for visit in walk:
                     visit = self.ranks.merge(visit, walker.pruned.device)
                     tensors, lost = {}, None
-                    if visit.patches is not None:
+                    if visit.folds:
                         layer = layers[visit.name]
                         weight, parts = effective_weight(visit.name, layer), blocks(layer)
-                        found, lost = drops(visit.patches, by_block(weight, parts).flatten(1), ridge=RIDGE)
+                        found, lost = drops(visit.folds[0], by_block(weight, parts).flatten(1), ridge=RIDGE)
                         tensors["worth"] = whole(found, weight.shape, parts).float().cpu().contiguous()
                     elif visit.pairs and any(pair.dense.m2.any() for pair in visit.pairs):
                         lost = 1 - explained(visit.pairs)

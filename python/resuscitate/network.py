@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
+from .batches import Batches
 from .errors import LayerError, NonFiniteError
 from .layers import LAYERS, channel_dim
 from .refit import moments_of
@@ -92,16 +93,20 @@ class Network:
         self.check_tensor(name, x)
         return ak.channel_moments(x, self.axis(name), running=running, tolerance=TOLERANCE)
 
-    def patches(self, name: str, batch: int, x: Any, dense: Network, wanted: Any) -> ak.PatchMoments:
+    def patches(
+        self, name: str, batch: int, x: Any, dense: Network, wanted: Any, batches: Batches, folds: int
+    ) -> dict[int, ak.PatchMoments]:
         """Patch moments of what a layer reads, and of what the dense network wants (see `refit.moments_of`).
 
-        Raises LayerError, NonFiniteError.
+        One set for each of the `folds` that images of this batch belong to. Raises LayerError, NonFiniteError.
         """
         self.check_tensor(name, x)
         self.check_tensor(name, wanted)
-        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted)
-        check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
-        check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
+        rows: Mapping[int, Tensor | None] = {0: None} if folds == 1 else batches.folds(batch, folds, len(x))
+        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted, rows)
+        for each in found.values():
+            check_finite(name, [(batch, ak.ChannelMoments(each.count, each.mean, each.xx.diagonal(dim1=1, dim2=2)))])
+            check_finite(name, [(batch, ak.ChannelMoments(each.count, each.target, each.yy))])
         return found
 
     def check_tensor(self, name: str, x: Any) -> None:

@@ -19,7 +19,7 @@ from .gates import Seen, WatchSum, aim
 from .graph import Gate, Wiring
 from .network import Network, check_finite
 from .progress import Bar
-from .stops import Calls, Stop, Visit, merge_calls, merge_patches
+from .stops import Calls, Stop, Visit, merge_calls, merge_folds
 
 
 class _ReachedError(BaseException):
@@ -60,7 +60,8 @@ def prefix_walk(
         for index, batch in enumerate(batches.head(stop.batches)):
             if stop.refit and dense is not None:
                 for x, y in _reads_and_wanted(dense, pruned, batch, last, stop.wide):
-                    visit.patches = merge_patches(visit.patches, pruned.patches(stop.name, index, x, dense, y))
+                    by_fold = pruned.patches(stop.name, index, x, dense, y, batches, stop.folds)
+                    visit.folds = merge_folds(visit.folds, by_fold)
             elif stop.paired and dense is not None:
                 pairs = _pair_batch(dense, pruned, batch, index, last)
                 visit.pairs = merge_calls(visit.pairs, pairs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from .layers import effective_weight, stored_bias
 from .operands import operands, product
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
+# cross-validation: the ridges to choose from, the channels of a layer to judge them by, and the parts of the images, 2
+# where a patch has more than `LARGE` values
+RIDGES, JUDGES, FOLDS, LARGE = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), 32, 4, 2048
 # where a ReLU hides errors: passes over the images to let go of them, each a look so many steps ahead of the last; none
 # where least squares alone leave so little of the variance unexplained
 PASSES, AHEAD, LITTLE = 2, 2.0, 0.01
@@ -54,11 +58,14 @@ def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
     return product(x, weight, bias, replace(window, groups=count))
 
 
-def moments_of(name: str, layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor) -> PatchMoments:
+def moments_of(
+    name: str, layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor, rows: Mapping[int, Tensor | None]
+) -> dict[int, PatchMoments]:
     """What `fit` needs of one batch: `x` is what the layer reads; `wanted` the output of the dense one.
 
     Where the layer is cut into blocks, `wanted` is what the dense one *reads*: each block is to add what the same block
-    adds in the dense layer, which leaves what they could do for one another unused.
+    adds in the dense layer, which leaves what they could do for one another unused. `rows`: the rows of x, along its
+    first axis, of each fold of the images; None: all.
     """
     (x, window), count = operands(name, layer, x), blocks(layer)
     if count > 1:
@@ -66,7 +73,11 @@ def moments_of(name: str, layer: nn.Module, dense: nn.Module, x: Tensor, wanted:
         if not window.kernel:
             x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
         window = replace(window, groups=count)
-    return patch_moments(x, wanted, window)
+    found = {}
+    for fold, chosen in rows.items():
+        read, outputs = (each if chosen is None else each[chosen.to(each.device)] for each in (x, wanted))
+        found[fold] = patch_moments(read, outputs, window)
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,52 @@ def fit(
     return Fit(w, torch.where(nothing, 0.0, bias), *(float(share / total) if total else None for share in shares))
 
 
+def folds_of_layer(layer: Any) -> int:
+    """Into how many parts the images are dealt for `choose_ridge`: fewer where the moments of each are large."""
+    values = layer.weight[0].numel() // blocks(layer)
+    return FOLDS if values <= LARGE else 2
+
+
+def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Tensor, ranks: Ranks) -> float:
+    """The ridge whose least squares predict best the outputs for images that they have not seen.
+
+    folds: moments of parts of the images; weight, support: as in `fit`. Each part in turn is left out, and the error of
+    the weights w and biases b that the others give follows from its moments,
+
+        E (y - w x - b)^2 = var y - 2 w Cov(x, y) + w C w' + (mean y - w mean x - b)^2,
+
+    summed over parts and over at most `JUDGES` of the channels. `RIDGES` are tried from the weakest on, until one is no
+    better than the one before. `RIDGE` where there is one part only.
+    """
+    if len(folds) < 2:
+        return RIDGE
+    kept = support.any(1).nonzero().flatten()
+    some = kept[torch.linspace(0, len(kept) - 1, min(JUDGES, len(kept)), device=kept.device).round().long()]
+    judged = torch.zeros_like(support)
+    judged[some] = support[some]
+    parts = []
+    for fold, unseen in folds.items():
+        seen = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
+        parts.append([_Problem(moments, weight, judged, RIDGE, ranks) for moments in (seen, unseen)])
+
+    def error(ridge: float) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for seen, unseen in parts:
+            seen.set_ridge(ridge)
+            given, wanted = (each.targets(each.moments.xy, each.moments.yy) for each in (seen, unseen))
+            w = seen.solve(given)
+            off = unseen.bias(w, wanted) - seen.bias(w, given)
+            total += unseen.count * (unseen.unexplained(w, wanted) + off.square())[some].sum()
+        return float(ranks.gather(total[None])[0])  # the same on all ranks, for their machines may differ
+
+    best, least = RIDGES[0], error(RIDGES[0])
+    for ridge in RIDGES[1:]:
+        if not (found := error(ridge)) < least:
+            break
+        best, least = ridge, found
+    return best
+
+
 def drops(moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, float | None]:
     """What each weight alone, moved to where it is best, takes off the error; and how large the error is.
 
@@ -171,8 +228,12 @@ class _Problem:
         self.count, channels = max(moments.count, 1), len(weight)
         self.c, self.present = moments.xx / self.count, weight.double() * support
         self.group = torch.arange(channels, device=weight.device) // (channels // len(self.c))
-        diagonal = self.c.diagonal(dim1=1, dim2=2)
-        self.rho, self.moves = ridge * diagonal.mean(1), (diagonal != 0).any(1)
+        self.moves = (self.c.diagonal(dim1=1, dim2=2) != 0).any(1)
+        self.set_ridge(ridge)
+
+    def set_ridge(self, ridge: float) -> None:
+        """In units of the mean variance of the inputs."""
+        self.rho = ridge * self.c.diagonal(dim1=1, dim2=2).mean(1)
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> _Targets:
         """Sums of products about the means of the inputs and, short of them by `y` in all, of the outputs."""

@@ -35,7 +35,7 @@ from .means import Per, replace_by_means
 from .network import Network, as_dtype
 from .prefix import measure, screen
 from .progress import Stopwatch, track
-from .refit import RIDGE, blocks
+from .refit import blocks, folds_of_layer
 from .report import LayerReport, RepairReport
 from .sampling import warn_of_normalisation
 from .state import Snapshot, moved_to, undisturbed
@@ -67,7 +67,7 @@ def repair(
     exclude: Iterable[Selector] | Selector | None = None,
     masks: Mapping[str, Any] | None = None,
     means: Per | None = None,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     relu_aware: bool = True,
     skip_first: bool | None = None,
     skip_last: bool | None = None,
@@ -127,6 +127,7 @@ def repair(
             channel. Of "refit", which finds means along with the weights: a "filter", a "kernel", or None: no means.
             Layers with means have another class and one more parameter; `densify(model)` makes plain ones of them.
         ridge: of "refit": how strongly weights are pulled towards what they are, in units of the inputs' mean variance.
+            None: for each layer what predicts best, by cross-validation over images (`refit.choose_ridge`).
         relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
             that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
         include, exclude: layers to repair, as globs over their names or as module types. Not for "bn".
@@ -207,7 +208,8 @@ def repair(
         images, skipped = read_share(calibration, ranks, **reading), Counter[str]()
         images = screen([net, *others], images, skipped) if on_nonfinite == "skip" else images
         marks = ranks.share(gain_samples), ranks.share(recalibrate_samples)
-        batches = Batches(cut(images, marks), None if is_held(calibration) else for_images)
+        chosen_by_fold = fits and ridge is None
+        batches = Batches(cut(images, marks), None if is_held(calibration) else for_images, to_deal=chosen_by_fold)
         gains = batches.holding(marks[0]) if layers else 0
         exact = batches.holding(marks[1]) if recalibrate == "exact" else 0
         counts = [batches.images(count) for count in (None, gains, exact)]
@@ -237,6 +239,8 @@ def repair(
         options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
+        if chosen_by_fold:
+            batches.deal(ranks)
         if layers:
             report.target = describe(target)
             if isinstance(target, DenseStatistics):
@@ -279,8 +283,10 @@ def repair(
         else:
             how: dict[str, bool] = {"dense": bool(others), "paired": correlations}
             stops += [Stop(name, gains, **how) for name in layers if name not in fit]
-            stops += [Stop(name, gains, True, refit=True, gated=relu_aware) for name in fit - wide]
-            stops += [Stop(name, gains, True, refit=True, wide=True) for name in wide]
+            how = {"dense": True, "refit": True}
+            folds = {name: folds_of_layer(layers[name]) if chosen_by_fold else 1 for name in fit}
+            stops += [Stop(name, gains, **how, gated=relu_aware, folds=folds[name]) for name in fit - wide]
+            stops += [Stop(name, gains, **how, wide=True, folds=folds[name]) for name in wide]
         stops = [replace(stop, batches=0) if stop.name in known else stop for stop in stops]
         clock.end("looking at the models")
         walker = Walker(net, others[0] if others else None, wiring, store, example)

@@ -23,7 +23,8 @@ class LayerReport:
     the channels whose weights are all zero. `gain` is the least and the greatest gain. `shift_into` says what took
     the shift. `explained`, where correlations were asked for, is the share of the dense variance that any gain and
     shift per channel could bring back: the squared correlation before the correction, weighted by the dense variance.
-    Of a layer that was refitted it is the share that the refit explains; `gain` is then None.
+    Of a layer that was refitted it is the share that the refit explains; `gain` is then None. `ridge` is that of its
+    least squares.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerReport:
     gain: tuple[float, float] | None = None
     shift_into: str | None = None
     explained: float | None = None
+    ridge: float | None = None
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:

@@ -23,7 +23,7 @@ from .graph import Gate, Wiring
 from .layers import BATCHNORMS
 from .network import Network, check_finite, has_hooks
 from .progress import Bar
-from .stops import Calls, Stop, Visit, merge_patches
+from .stops import Calls, Stop, Visit, merge_folds
 from .storage import Frame, Store
 from .stretches import Stretch, cut, run_step
 
@@ -60,7 +60,8 @@ def node_walk(
             x = pruned.advance(part, index, batches)
             bar.advance(stop.name, batches.counts[index])
             if index < stop.batches and stop.refit and dense is not None:
-                visit.patches = merge_patches(visit.patches, pruned.net.patches(stop.name, index, x, dense.net, y))
+                by_fold = pruned.net.patches(stop.name, index, x, dense.net, y, batches, stop.folds)
+                visit.folds = merge_folds(visit.folds, by_fold)
             elif index < stop.batches and stop.paired and y is not None:
                 pruned.net.check_tensor(stop.name, x)
                 pairs[index] = ak.paired_moments(y, x, pruned.net.axis(stop.name))

@@ -47,7 +47,9 @@ def compress(
     min_per_channel: Annotated[int, opt("Weights that stay in each output channel.", min=0)] = 0,
     include: Include = None,
     exclude: Exclude = None,
-    ridge: Annotated[float, opt("The pull towards the weights as they are.")] = 1e-2,
+    ridge: Annotated[
+        float | None, opt("The pull towards the weights as they are; without it, by cross-validation.")
+    ] = None,
     relu_aware: Annotated[bool, opt("Let go of errors that the ReLU behind a layer hides.")] = True,
     max_samples: MaxSamples = None,
     batch_size: BatchSize = 128,

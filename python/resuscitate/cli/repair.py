@@ -63,7 +63,9 @@ def repair(
     masks: Annotated[Path | None, opt("Which weights are in use, by `prune --masks`; default: those not zero.")] = None,
     means: Annotated[Per | None, opt("Of mean and refit: what shares a mean of pruned weights.")] = None,
     fill: Annotated[bool, opt("Write layers with means as plain dense weights.")] = False,
-    ridge: Annotated[float, opt("Of refit: the pull towards the weights as they are.")] = 1e-2,
+    ridge: Annotated[
+        float | None, opt("Of refit: the pull towards the weights as they are; without it, by cross-validation.")
+    ] = None,
     relu_aware: Annotated[bool, opt("Of refit: let go of errors that the ReLU behind a layer hides.")] = True,
     skip_first: Annotated[bool | None, opt("Leave the first convolution alone; default: unless refitted.")] = None,
     skip_last: Annotated[bool | None, opt("Leave the classifier alone; default: if its inputs differ.")] = None,
