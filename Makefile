@@ -21,8 +21,8 @@ demo: $(READY) ## a network collapses and comes back, in about a minute
 
 test: lint ## lint, then every test, then the Triton kernels in Triton's interpreter
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
-	@echo "the kernels again, in Triton's interpreter"
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED_OUT) tests/asr_kernels -k triton
+	@echo "the kernels again, and the walk with them, in Triton's interpreter"
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED_OUT) tests/asr_kernels tests/resuscitate/test_storage.py -k triton
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
 	@$(BIN)/python benchmarks/headline.py $(ARGS)

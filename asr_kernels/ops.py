@@ -131,8 +131,9 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1, *, rel
 
     `x` as in `channel_moments`, and it may be a view with gaps: its own memory is written and none beside it. `gain`
     and `shift`: shape (C,), any floating dtype and device. Computed in float32 (float64 for float64), rounded once to
-    x's dtype. An empty tensor is left as it is. Raises ValueError for other shapes or memory that overlaps itself
-    (expanded tensors), TypeError for another dtype.
+    x's dtype. The version of x moves, as for any operation in place: autograd refuses to go back through a value of x
+    that it had saved. An empty tensor is left as it is. Raises ValueError for other shapes or memory that overlaps
+    itself (expanded tensors), TypeError for another dtype.
     """
     _check(x, channel_dim, empty=True)
     channels = x.shape[channel_dim]

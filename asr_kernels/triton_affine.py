@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,3 +93,6 @@ def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> L
 def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
     """x <- gain * x + shift in place on an (N, C, L) view of any strides, and what is negative to 0 with `relu`."""
     plan_affine(x, gain, shift, relu).run()
+    # PyTorch does not see what a kernel writes; x, and all that share its memory, would count as unchanged
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)

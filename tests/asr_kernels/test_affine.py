@@ -84,6 +84,44 @@ def test_leaf_that_requires_grad_is_corrected(backend, device):
     assert x.requires_grad
 
 
+@pytest.mark.parametrize("relu", [False, True], ids=["affine", "relu"])
+def test_version_moves_for_the_tensor_and_all_that_share_its_memory(backend, device, layout, relu):
+    x, memory = layout.place(torch.float32, device)
+    other = memory[:1]
+    assert len({x._version, memory._version, other._version}) == 1
+    before = x._version
+    ak.affine_(x, *factors(x.shape[layout.channel_dim], device), layout.channel_dim, relu=relu)
+    assert x._version > before
+    assert x._version == memory._version == other._version
+
+
+def test_version_moves_with_repair(backend, device):
+    x = torch.randn(4, 3, 6, 6, device=device)
+    target, before = ak.channel_moments(2 * x), x._version
+    ak.repair_(x, target)
+    assert x._version > before
+
+
+def test_version_moves_in_inference_mode_where_there_is_one(backend, device):
+    x = torch.ones(2, 3, device=device)
+    with torch.inference_mode():
+        ak.affine_(x, torch.full((3,), 2.0), torch.ones(3))
+        unversioned = torch.ones(2, 3, device=device)
+        ak.affine_(unversioned, torch.full((3,), 2.0), torch.ones(3))
+    assert x._version == 1
+    assert (x == 3).all()
+    assert (unversioned == 3).all()
+
+
+def test_autograd_refuses_a_saved_value_that_was_corrected(backend, device):
+    weight = torch.ones(2, 3, device=device, requires_grad=True)
+    y = 2 * weight
+    loss = y.sin().sum()  # y is saved for cos(y)
+    ak.affine_(y, torch.full((3,), 2.0), torch.ones(3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_relu_follows_the_correction(backend, device, layout, dtype):
     x, _ = layout.place(dtype, device)
@@ -146,6 +184,7 @@ def test_bad_arguments_are_errors(backend, device):
 def test_empty_tensor_is_left_as_it_is(backend, device):
     x = torch.empty(0, 3, 4, device=device)
     assert ak.affine_(x, torch.ones(3), torch.ones(3)) is x
+    assert x._version == 0
 
 
 def test_offsets_pass_2_to_the_31(backend, vast):

@@ -22,8 +22,10 @@ def test_repair_is_one_graph(backend, device):
         gain, shift, before = ak.repair_(x, target, rule="channelwise", relu=True)
         return x.sin(), gain, shift, before.var, before.merge(target).mean
 
+    before = x._version
     found, wanted = compiled(repair)(x), repair(y)
     assert torch.equal(x, y)
+    assert x._version > before
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import resuscitate
@@ -18,6 +19,20 @@ from resuscitate.storage import Frame, Store, free_memory, parse_memory
 from tests.networks import Residual, Shuffled, Zoo, chain, images, pruned_copy, seeded
 
 CPU = torch.device("cpu")
+
+
+class ReadTwice(nn.Module):
+    """Four convolutions without BatchNorm; a sum behind the third one reads the first one's output once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3, self.conv4 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.conv1(x)
+        b = self.conv2(a.relu())
+        return self.conv4((self.conv3(b.relu()) + a).relu())
 
 
 def open_files(folder) -> list[str]:
@@ -138,6 +153,16 @@ class TestBudget:
         assert all(
             torch.equal(a, b) for a, b in zip(plain.state_dict().values(), spilled.state_dict().values(), strict=True)
         )
+
+    def test_a_layer_read_twice_is_corrected_for_both_whatever_is_free(self, backend, device, tmp_path):
+        dense = seeded(ReadTwice).to(device)
+        models, scratch = [pruned_copy(dense), pruned_copy(dense)], []
+        for model, memory in zip(models, ("1GiB", "10KB"), strict=True):
+            options = {"method": "asr", "skip_first": False, "batch_size": 4, "memory": memory, "scratch": tmp_path}
+            scratch.append(resuscitate.repair(model, dense, images(4).to(device), **options).scratch)
+        assert scratch[0] == 0 < scratch[1]
+        for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
+            assert torch.equal(a, b)
 
     @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts open files as Linux shows them")
     @pytest.mark.parametrize("end", ["success", "error", "interrupt"])
