@@ -8,17 +8,17 @@ products of rows. Along the other axes the taps stand side by side, as so many c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 2
     x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *spatial after), or (..., O).
     budget: bytes for the copies of x at a time; images are taken in chunks that fit (one at least).
 
-    Products are summed in float32 (float64 for float64) about the mean of the chunk, and chunks merge in float64.
+    Products are taken and summed in IEEE float32 (float64 for float64), whatever the caller's autocast and TF32
+    settings, about the mean of the chunk, and chunks merge in float64.
     Raises ValueError where y is not what a layer with this window makes of x.
     """
     if not window.kernel:
@@ -105,16 +106,21 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 2
     copies = prod(window.kernel[1:]) * max(x.element_size(), 4)
     padded = prod(n + sum(pad) for n, pad in zip(x.shape[2:], window.padding, strict=True))
     images = max(1, budget // max(copies * x.shape[1] * padded, 1))
-    parts = map(_moments, x.split(images), y.split(images), repeat(window))
-    return reduce(PatchMoments.merge, parts)
+    with full_precision(x.device):
+        return reduce(PatchMoments.merge, map(_moments, x.split(images), y.split(images), repeat(window)))
 
 
 def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
     """The cross products of one batch, about the points `mean` (G, K) and `target` (G, O), float64, near the means.
 
-    x, y, window: as in `patch_moments`, which tells the means too. A fraction of its work where its `xx` are known: one
-    gradient of a convolution by its weight. Products are summed in float32 (float64 for float64).
+    x, y, window, precision: as in `patch_moments`, which tells the means too. A fraction of its work where its `xx` are
+    known: one gradient of a convolution by its weight.
     """
+    with full_precision(x.device):
+        return _cross_products(x, y, window, mean, target)
+
+
+def _cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
     G, O = target.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wanted = y.to(dtype, copy=True)
@@ -144,25 +150,8 @@ def _weight_gradient(x: Tensor, y: Tensor, window: Window) -> Tensor:
     weight, zeros = x.new_empty(y.shape[1], x.shape[1] // window.groups, *window.kernel), [0] * len(window.kernel)
     mask = [False, True, False]
     options = (window.stride, zeros, window.dilation, False, zeros, window.groups, mask)
-    with _full_precision(x):
-        found: Tensor = torch.ops.aten.convolution_backward(y, x, weight, None, *options)[1]
+    found: Tensor = torch.ops.aten.convolution_backward(y, x, weight, None, *options)[1]
     return found
-
-
-@contextmanager
-def _full_precision(x: Tensor) -> Iterator[None]:
-    """On a GPU, float32 products in float32, and not in the short format that PyTorch takes for convolutions."""
-    if not x.is_cuda:
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    convolutions = cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
 
 
 def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import asr_kernels as ak
+from asr_kernels.precision import full_precision_of_models
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -116,7 +117,21 @@ def test_inductor_takes_the_kernels_into_its_graph(pair):
     torch.testing.assert_close(torch.compile(repair, fullgraph=True)(pruned), expected.relu())
 
 
-def test_second_moments_are_as_near_as_on_the_host(pair):
+@pytest.fixture(params=["plain", "older flags", "fp32_precision", "autocast"])
+def caller(request) -> Iterator[None]:
+    """Each way in which a caller asks for short formats."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with full_precision_of_models():
+        if request.param == "older flags":
+            torch.set_float32_matmul_precision("high")
+            cudnn.allow_tf32 = True
+        if request.param == "fp32_precision":
+            cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"
+        with torch.autocast("cuda", torch.bfloat16, enabled=request.param == "autocast"):
+            yield
+
+
+def test_second_moments_are_as_near_as_on_the_host(pair, caller):
     dense, pruned = (t.cpu().contiguous() for t in pair)
     window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2)
     there = ak.patch_moments(pruned.cuda(), dense.cuda(), window)

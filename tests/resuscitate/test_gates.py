@@ -1,7 +1,6 @@
 """What a ReLU hides: which layers it stands behind, what they may put out then, and what a refit makes of that."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 
 import resuscitate
 from asr_kernels import Window, cross_products, patch_moments
-from asr_kernels.patches import _full_precision
 from resuscitate.gates import Goal
 from resuscitate.graph import Gate, observe
 from resuscitate.refit import fit
@@ -124,14 +122,6 @@ def test_cross_products_are_those_of_the_patch_moments():
         torch.testing.assert_close(moments.target + mean, expected.target, rtol=1e-7, atol=0)
         variance = total.yy - moments.count * mean.square()
         torch.testing.assert_close(variance, expected.yy, rtol=1e-4, atol=0)
-
-
-def test_on_a_gpu_products_are_taken_in_full_precision():
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    with _full_precision(SimpleNamespace(is_cuda=True)):
-        assert convolutions.fp32_precision == "ieee"
-    assert convolutions.fp32_precision == before
 
 
 def rectified_error(model, dense, x):
