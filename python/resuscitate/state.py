@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from asr_kernels.precision import full_precision_of_models
+
 from .interrupts import Interrupts
 from .layers import find_layers, refresh_weight
 
@@ -157,18 +159,13 @@ def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 def _full_precision() -> Iterator[None]:
     """TF32 off and cuDNN deterministic, for a while."""
     cudnn: Any = torch.backends.cudnn
-    settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
-    found = [setting.fp32_precision for setting in settings]
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        for setting, precision in zip(settings, found, strict=True):
-            setting.fp32_precision = precision
-        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+    with full_precision_of_models():
+        try:
+            cudnn.deterministic, cudnn.benchmark = True, False
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
 
 
 @contextmanager

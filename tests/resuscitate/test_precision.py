@@ -1,12 +1,14 @@
 """Autocast and memory formats: the repair stays what it is."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import resuscitate
+from asr_kernels.precision import full_precision_of_models
 from tests.networks import Residual, Untraceable, chain, images, pruned_copy, seeded
 
 
@@ -87,6 +89,77 @@ def test_what_changes_weights_leaves_no_old_casts_to_the_callers_autocast():
         assert torch.equal(model(images()), before)
         resuscitate.sparsify(model, 0.9)
         assert torch.equal(model(images()), copy.deepcopy(model)(images()))
+
+
+class Reading(nn.Module):
+    """A network that reads a setting, or makes one for itself, wherever it runs."""
+
+    def __init__(self, setting):
+        super().__init__()
+        self.body, self.setting, self.found = chain(), setting, []
+
+    def forward(self, x):
+        with self.setting() or nullcontext() as found:
+            self.found.append(found)
+            return self.body(x)
+
+
+SETTINGS = {
+    "cudnn.flags": lambda: torch.backends.cudnn.flags(enabled=False),
+    "cudnn.flags, all of them": lambda: torch.backends.cudnn.flags(True, False, 10, True, False),
+    "backends.flags": lambda: torch.backends.flags(fp32_precision="ieee"),
+    "mkldnn.matmul": lambda: nullcontext(torch.backends.mkldnn.matmul.fp32_precision),
+    "cudnn.allow_tf32": lambda: nullcontext(torch.backends.cudnn.allow_tf32),
+    "cuda.matmul.allow_tf32": lambda: nullcontext(torch.backends.cuda.matmul.allow_tf32),
+    "get_float32_matmul_precision": lambda: nullcontext(torch.get_float32_matmul_precision()),
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "cudnn.allow_tf32 = True": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
+    "cudnn.conv.fp32_precision": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32"),
+}
+
+
+def older_flags():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def newer_settings():
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def settings():
+    """What each setting reads as, in both interfaces; None where they disagree."""
+    found = []
+    for read in (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    places = [torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    places += [torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    return [*found, *(place.fp32_precision for place in places)]
+
+
+@pytest.mark.parametrize("caller", [older_flags, newer_settings], ids=lambda caller: caller.__name__)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_model_may_read_and_make_settings_of_precision_and_the_callers_stay(setting, caller):
+    dense = seeded(lambda: Reading(setting))
+    plain, model = pruned_copy(dense.body), pruned_copy(dense)
+    options = {"method": "channelwise", "batch_size": 6}
+    resuscitate.repair(plain, dense.body, images(6), **options)
+    # within it, the settings of this test do not reach the others
+    with full_precision_of_models():
+        caller()
+        before = settings()
+        resuscitate.repair(model, dense, images(6), **options)
+        assert settings() == before
+    assert dense.found
+    assert set(dense.found) <= {None, False, "highest", "ieee"}
+    torch.testing.assert_close(model.body.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.real_data
