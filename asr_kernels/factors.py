@@ -19,15 +19,20 @@ Prior = Literal["median", "mean"] | float
 def repair_factors(
     dense: ChannelMoments, pruned: ChannelMoments, rule: Rule, prior: Prior, bias: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 (C,), by the formulas at `asr_kernels.repair_factors`."""
+    """Gain and shift, float64 (C,), by the formulas at `asr_kernels.repair_factors`.
+
+    Raises ValueError for a rule that has no formula here.
+    """
     vd, vp = dense.var, pruned.var
     # a constant, but for the rounding of the float32 that it was computed in
     vp = torch.where(vp <= (ROUNDING * pruned.mean).square(), 0.0, vp)
     if rule == "layerwise":
         raw = (_finite_mean(vd) / (_finite_mean(vp) + eps)).sqrt().expand_as(vp)
         gain = torch.where(_finite_mean(vp) == 0, 1.0, raw)
-    else:
+    elif rule in ("channelwise", "asr"):
         gain = torch.where(vp == 0, 1.0, (vd / (vp + eps)).sqrt())
+    else:
+        raise ValueError(f"there is no formula for the rule {rule!r}")
     if rule == "asr":
         lam = _prior_variance(vp, prior)
         trust = vp / (vp + lam)

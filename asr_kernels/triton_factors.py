@@ -12,6 +12,8 @@ from .factors import Prior, Rule
 from .moments import ChannelMoments
 from .triton_tiles import Launch
 
+# those that the kernel computes; for another one the PyTorch formula is taken
+RULES = ("layerwise", "channelwise", "asr")
 # channels looked at together
 BLOCK = 2048
 ROUNDING = tl.constexpr(factors.ROUNDING)
@@ -108,6 +110,7 @@ def factors_kernel(
             b_trust = b_vp / (b_vp + prior)
             b_gain = tl.where(prior == 0.0, 1.0, b_trust * b_raw + (1.0 - b_trust))
         else:
+            tl.static_assert(RULE == "channelwise", "the kernel computes no other rule")
             b_gain = b_raw
         b_shift = tl.zeros([BLOCK], dtype=tl.float64)
         if BIAS:
@@ -147,6 +150,8 @@ def repair_factors(
     dense: ChannelMoments, pruned: ChannelMoments, rule: Rule, prior: Prior, bias: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gain and shift, float64 (C,); all moments on one device."""
+    if rule not in RULES:
+        return factors.repair_factors(dense, pruned, rule, prior, bias, eps)
     launch, found = plan_factors(dense, pruned, rule, prior, bias, eps)
     launch.run()
     return found[0], found[1]

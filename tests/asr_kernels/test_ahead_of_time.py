@@ -198,11 +198,23 @@ def test_odd_shapes_compile(variant, tmp_path):
     assert variant.width in widths_of(kernel, "sm_90", "load")
 
 
-@pytest.mark.parametrize("rule", [("asr", "median"), ("asr", "mean"), ("asr", 0.1), ("layerwise", "median")], ids=str)
-@pytest.mark.parametrize("target", TARGETS)
-def test_factors_compile(target, rule, tmp_path):
+def factors(rule: str, prior: str | float = "median") -> Any:
     from asr_kernels.triton_factors import plan_factors
 
     moments = ak.ChannelMoments.empty(2048, "meta")
-    launch, _ = plan_factors(moments, moments, *rule, bias=True, eps=1e-8)
+    return plan_factors(moments, moments, rule, prior, bias=True, eps=1e-8)[0]
+
+
+RULES = [("asr", "median"), ("asr", "mean"), ("asr", 0.1), ("layerwise", "median"), ("channelwise", "median")]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_factors_compile(target, rule, tmp_path):
+    launch = factors(*rule)
     assert assert_sound(compiled(launch, target), launch, target, tmp_path) >= 1
+
+
+def test_factors_of_a_rule_that_the_kernel_does_not_know_do_not_compile():
+    with pytest.raises(triton.CompilationError, match="no other rule"):
+        compiled(factors("new"), "sm_90")

@@ -1,6 +1,7 @@
 """The algebra of the repair rules, on C numbers (arXiv 2605.21426)."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -110,6 +111,35 @@ def test_moments_of_nothing_or_of_other_channels_are_refused():
         ak.repair_factors(moments([1.0]), ak.ChannelMoments.empty(1))
     with pytest.raises(ValueError, match="2 dense channels cannot repair 1"):
         ak.repair_factors(moments([1.0, 1.0]), moments([1.0]))
+
+
+def test_a_rule_that_a_backend_does_not_know_is_never_another_rule(backend, device, monkeypatch):
+    dense, pruned = moments([4.0, 3.0, 1.0]), moments([1.0, 3.0, 4.0])
+    there = [ak.ChannelMoments(m.count, m.mean.to(device), m.m2.to(device)) for m in (dense, pruned)]
+    # a name in `Rule` and nothing else
+    monkeypatch.setattr(ak.ops, "Rule", Literal["layerwise", "channelwise", "asr", "new"])
+    with pytest.raises(ValueError, match="no formula for the rule 'new'"):
+        ak.repair_factors(*there, rule="new")
+
+
+def test_a_new_rule_is_its_formula_on_triton_until_the_kernel_knows_it(monkeypatch):
+    kernels = pytest.importorskip("asr_kernels.triton_factors")
+    dense, pruned = moments([4.0, 3.0, 1.0], 2.0), moments([1.0, 3.0, 4.0])
+    monkeypatch.setattr(ak.factors, "repair_factors", lambda dense, pruned, *_: (dense.var, pruned.var))
+    gain, shift = kernels.repair_factors(dense, pruned, "new", "median", True, 1e-8)
+    assert gain.tolist() == [4, 3, 1]
+    assert shift.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernel_refuses_a_rule_that_it_does_not_know(backend, device):
+    from asr_kernels.triton_factors import plan_factors
+
+    there = ak.ChannelMoments.empty(3, device)
+    launch, _ = plan_factors(there, there, "new", "median", True, 1e-8)
+    with pytest.raises(Exception, match="no other rule"):
+        launch.run()
 
 
 AWKWARD = {
