@@ -1,4 +1,7 @@
-"""Per-channel moments that merge: count, mean and sum of squared deviations, kept in float64."""
+"""Per-channel moments that merge: count, mean and sum of squared deviations, kept in float64.
+
+Moments from two devices merge too: those of the argument are moved.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ from torch import Tensor
 class ChannelMoments:
     """First two moments of C channels, each over the same `count` values.
 
-    `mean` and `m2` (the sum of squared deviations from the mean) are float64 of shape (C,). A count of 0 stands for
-    nothing seen yet. Merging follows Chan, Golub and LeVeque (1979), so any split of the data gives the same answer to
-    rounding.
+    `mean` and `m2` (the sum of squared deviations from the mean) are float64 of shape (C,); what is given in another
+    dtype is converted. A count of 0 stands for nothing seen yet. Merging follows Chan, Golub and LeVeque (1979), so any
+    split of the data gives the same answer to rounding.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
+
+    def __post_init__(self) -> None:
+        self.mean, self.m2 = self.mean.double(), self.m2.double()
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> ChannelMoments:
@@ -38,21 +44,29 @@ class ChannelMoments:
         """Population variance, float64 (C,); NaN while nothing was seen."""
         return self.m2 / self.count if self.count else torch.full_like(self.m2, torch.nan)
 
+    def to(self, device: torch.device | str) -> ChannelMoments:
+        """The same moments on `device`; the tensors themselves where they are there already."""
+        return ChannelMoments(self.count, self.mean.to(device), self.m2.to(device))
+
     def merge(self, other: ChannelMoments) -> ChannelMoments:
-        """Moments of both sets of values together, as a new object. Raises ValueError when C differs."""
+        """Moments of both sets of values together, as a new object, on the device of these.
+
+        Raises ValueError when C differs.
+        """
         return merge_weighted(self, other)[0]
 
     @classmethod
     def pool(cls, parts: Sequence[ChannelMoments]) -> ChannelMoments:
-        """Moments of the values of all parts together: as merging one by one, in a few operations for all of them.
+        """Moments of the values of all parts together, on the device of the first one.
 
-        Raises ValueError for no parts, or where C differs.
+        As merging one by one, in a few operations for all of them. Raises ValueError for no parts, or where C differs.
         """
         if len({part.channels for part in parts}) != 1:
             raise ValueError(f"cannot pool moments of {[part.channels for part in parts]} channels")
         count = sum(part.count for part in parts)
         if len(parts) == 1 or not count:
             return parts[0]
+        parts = [part.to(parts[0].mean.device) for part in parts]
         share = torch.tensor([part.count / count for part in parts], dtype=torch.float64, device=parts[0].mean.device)
         # steps from the first mean: parts of one constant have it for their mean, to the bit
         steps = torch.stack([part.mean for part in parts]) - parts[0].mean
@@ -65,7 +79,10 @@ class ChannelMoments:
         return ChannelMoments(self.count, gain * self.mean + shift, gain.square() * self.m2)
 
     def update_(self, x: Tensor, channel_dim: int = 1) -> ChannelMoments:
-        """Take in the values of `x`, shape (N, C, ...), in place; returns self. Errors as `channel_moments`."""
+        """Take in the values of `x`, shape (N, C, ...), in place; returns self, which is then on the device of x.
+
+        Errors as `channel_moments`.
+        """
         from .ops import channel_moments
 
         merged = channel_moments(x, channel_dim, running=self)
@@ -76,10 +93,12 @@ class ChannelMoments:
 def merge_weighted(a: ChannelMoments, b: ChannelMoments) -> tuple[ChannelMoments, Tensor, float]:
     """Chan's merge, with the two numbers that a merge of co-moments needs too: the step between the means, its weight.
 
-    Returns (merged, delta, weight): delta = mean_b - mean_a, float64 (C,), and weight = n_a * n_b / (n_a + n_b).
+    Returns (merged, delta, weight), on the device of a: delta = mean_b - mean_a, float64 (C,), and
+    weight = n_a * n_b / (n_a + n_b).
     """
     if a.channels != b.channels:
         raise ValueError(f"moments of {a.channels} and of {b.channels} channels do not merge")
+    b = b.to(a.mean.device)
     delta = b.mean - a.mean
     if not a.count or not b.count:
         seen = a if a.count else b
@@ -113,11 +132,12 @@ class PairedMoments:
         return torch.where(scale == 0, 0.0, self.comoment / scale).clamp(-1.0, 1.0)
 
     def merge(self, other: PairedMoments) -> PairedMoments:
-        """Paired moments of both sets of values together, as a new object."""
+        """Paired moments of both sets of values together, as a new object, on the device of these."""
         dense, step_dense, weight = merge_weighted(self.dense, other.dense)
         pruned, step_pruned, _ = merge_weighted(self.pruned, other.pruned)
+        theirs = other.comoment.to(self.comoment.device)
         if weight:
-            comoment = self.comoment + other.comoment + step_dense * step_pruned * weight
+            comoment = self.comoment + theirs + step_dense * step_pruned * weight
         else:
-            comoment = (self if self.dense.count else other).comoment.clone()
+            comoment = (self.comoment if self.dense.count else theirs).clone()
         return PairedMoments(dense, pruned, comoment)

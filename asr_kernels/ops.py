@@ -46,13 +46,14 @@ def channel_moments(
     `x`: float16, bfloat16, float32 or float64, of any strides, never empty; float64 moments of shape (C,) on the same
     device. Half precision is summed in float32, and every sum is shifted or checked against cancellation, so that the
     variance holds at a mean of 1e4 standard deviations. `running`: moments of earlier values, merged with these (by the
-    kernel itself where there is one). `tolerance` is the relative error of the variance up to which that check lets
-    plain sums stand: a larger one saves the torch backend a second pass. Raises ValueError for an empty tensor, a
-    missing dimension or unlike C, TypeError for another dtype.
+    kernel itself where there is one); from another device they are moved. `tolerance` is the relative error of the
+    variance up to which that check lets plain sums stand: a larger one saves the torch backend a second pass. Raises
+    ValueError for an empty tensor, a missing dimension or unlike C, TypeError for another dtype.
     """
     _check(x, channel_dim)
     if running is not None and running.channels != x.shape[channel_dim]:
         raise ValueError(f"moments of {running.channels} and of {x.shape[channel_dim]} channels do not merge")
+    running = running and running.to(x.device)
     count = x.numel() // x.shape[channel_dim]
     if torch.compiler.is_compiling():
         found = ChannelMoments(count, *compiled.channel_moments(x, channel_dim, tolerance))
@@ -106,9 +107,9 @@ def repair_factors(
 
     The shift is mean_d - gain * mean_p, or 0 without `bias`. The gain is 1 for a dead channel (vp = 0, or
     no more than float32's rounding of a constant), and for the whole layer where the prior is 0 (half the channels
-    dead). Statistics over channels take the finite ones; a NaN or an infinity stays in its own channel. Nothing waits
-    for the device. Raises ValueError for moments of nothing, unlike
-    C, an unknown rule or prior.
+    dead). Statistics over channels take the finite ones; a NaN or an infinity stays in its own channel. Dense moments
+    from another device than the pruned ones' are moved; else nothing waits for the device. Raises ValueError for
+    moments of nothing, unlike C, an unknown rule or prior.
     """
     if dense.channels != pruned.channels:
         raise ValueError(f"{dense.channels} dense channels cannot repair {pruned.channels} pruned ones")
@@ -120,6 +121,7 @@ def repair_factors(
         raise ValueError(f"unknown rule {rule!r}; there are {', '.join(get_args(Rule))}")
     if prior not in ("median", "mean") and (isinstance(prior, str) or not 0 < prior < float("inf")):
         raise ValueError(f"prior must be 'median', 'mean' or a positive variance, not {prior!r}")
+    dense = dense.to(pruned.mean.device)
     if torch.compiler.is_compiling():
         return factors.repair_factors(dense, pruned, rule, prior, bias, eps)
     with torch.no_grad(), _device_guard(pruned.mean):
@@ -172,8 +174,9 @@ def repair_(
     """Measure the pruned outputs `x`, decide by `repair_factors`, and correct them in place.
 
     Returns the gain and the shift that were applied, float64 (C,), and the moments of `x` before. On a GPU that is four
-    launches and two conversions; none waits for the host, so a CUDA graph can hold them. Errors as `channel_moments`,
-    `repair_factors` and `affine_`; `x` is unchanged when one is raised.
+    launches and two conversions; none waits for the host, so a CUDA graph can hold them. Dense moments from another
+    device are moved first. Errors as `channel_moments`, `repair_factors` and `affine_`; `x` is unchanged when one is
+    raised.
     """
     pruned = channel_moments(x, channel_dim)
     gain, shift = repair_factors(dense_moments, pruned, rule=rule, prior=prior, bias=bias, eps=eps)

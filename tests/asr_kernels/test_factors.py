@@ -164,6 +164,28 @@ def test_a_constant_but_for_rounding_is_dead():
     assert ak.repair_factors(moments([4.0] * 3), pruned, rule="channelwise", eps=0.0)[0][2] > 1e7
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
+def test_moments_of_any_dtype_are_taken_as_float64(backend, device, rule, dtype):
+    mean, m2 = torch.tensor([1.0, -2.0, 0.5], device=device), torch.tensor([100.0, 400.0, 300.0], device=device)
+    wanted = [ak.ChannelMoments(100, mean.double(), (m2 * k).double()) for k in (1, 0.5)]
+    short = [ak.ChannelMoments(100, mean.to(dtype), (m2 * k).to(dtype)) for k in (1, 0.5)]
+    for a, b in zip(ak.repair_factors(*short, rule=rule), ak.repair_factors(*wanted, rule=rule), strict=True):
+        assert a.dtype == torch.float64
+        assert torch.equal(a, b)
+
+
+def test_dense_moments_from_another_device_are_moved_to_that_of_the_pruned_ones():
+    # "meta" stands for another device: it knows all but the values
+    dense, x = moments([4.0, 3.0, 1.0]), torch.randn(4, 3, 5, device="meta")
+    with ak.use_backend("reference"):
+        gain, shift = ak.repair_factors(dense, ak.channel_moments(x))
+        repaired, _, pruned = ak.repair_(x, dense)
+    for found in (gain, shift, repaired, pruned.mean):
+        assert found.device.type == "meta"
+        assert found.shape == (3,)
+
+
 @pytest.mark.parametrize("case", AWKWARD.values(), ids=AWKWARD.keys())
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(

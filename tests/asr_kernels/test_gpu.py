@@ -90,6 +90,24 @@ def test_the_tensor_decides_the_device(pair):
     torch.testing.assert_close(pruned, expected)
 
 
+def test_moments_from_the_host_are_moved_to_the_tensor(pair):
+    dense, pruned = pair
+    expected = wanted(dense, pruned)
+    target = ak.channel_moments(dense.cpu())
+    whole = ak.channel_moments(torch.cat([dense, pruned]))
+    for merged in (
+        ak.ChannelMoments.empty(24).update_(dense).update_(pruned),
+        ak.channel_moments(pruned, running=target),
+        ak.channel_moments(pruned).merge(target),
+        ak.paired_moments(dense, dense).merge(ak.paired_moments(pruned.cpu(), pruned.cpu())).pruned,
+    ):
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged.var, whole.var, rtol=1e-6, atol=0)
+    gain, _, _ = ak.repair_(pruned, target)
+    assert gain.is_cuda
+    torch.testing.assert_close(pruned, expected)
+
+
 def test_new_memory_may_hold_nan(pair):
     dense, pruned = pair
     expected = wanted(dense, pruned)

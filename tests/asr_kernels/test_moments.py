@@ -284,6 +284,35 @@ def test_running_moments_of_other_channels_are_refused(backend, device):
         ak.channel_moments(torch.zeros(2, 3, device=device), running=ak.ChannelMoments.empty(4, device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_moments_of_any_dtype_are_taken_as_float64(backend, device, dtype):
+    x = torch.randn(4, 3, 5, device=device, generator=generator(device))
+    mean, m2 = torch.tensor([1.0, -2.0, 0.5], device=device), torch.tensor([4.0, 0.0, 3.0], device=device)
+    wanted = ak.channel_moments(x, running=ak.ChannelMoments(7, mean.double(), m2.double()))
+    found = ak.channel_moments(x, running=ak.ChannelMoments(7, mean.to(dtype), m2.to(dtype)))
+    assert found.mean.dtype == found.m2.dtype == torch.float64
+    assert torch.equal(found.mean, wanted.mean)
+    assert torch.equal(found.m2, wanted.m2)
+
+
+def test_moments_from_another_device_are_moved_to_that_of_the_tensor():
+    # "meta" stands for another device: it knows all but the values
+    here, there = ak.channel_moments(torch.randn(4, 3, 5)), torch.randn(4, 3, 5, device="meta")
+    with ak.use_backend("reference"):
+        found = [ak.channel_moments(there, running=here), ak.ChannelMoments.empty(3).update_(there)]
+        found.append(found[0].merge(here))
+        found += [ak.ChannelMoments.pool([found[0], here]), ak.ChannelMoments.empty(3, "meta").merge(here)]
+        pair = ak.paired_moments(there, there)
+    nearby = ak.paired_moments(*torch.randn(2, 4, 3, 5))
+    nothing = ak.PairedMoments(*(ak.ChannelMoments.empty(3, "meta") for _ in range(2)), pair.comoment)
+    for merged in (pair.merge(nearby), nothing.merge(nearby)):
+        found += [merged.dense, merged.pruned]
+        assert merged.comoment.device.type == "meta"
+    for moments in found:
+        assert moments.mean.device.type == moments.m2.device.type == "meta"
+    assert here.mean.device.type == "cpu"
+
+
 def test_merging_with_nothing_changes_nothing():
     m = ak.channel_moments(torch.randn(4, 3))
     nothing = ak.ChannelMoments.empty(3)
