@@ -59,7 +59,7 @@ def test_the_ridge_is_the_first_whose_successor_predicts_no_better(samples):
 
 def test_samples_in_plenty_take_the_weakest_ridge_and_few_a_stronger_one():
     chosen = []
-    for samples, noise in ((4000, 0.1), (40, 1.0)):
+    for samples, noise in ((40000, 0.1), (40, 1.0)):
         _, moments, present, support, _ = regression(samples, noise=noise)
         chosen.append(choose_ridge(moments, present, support, Ranks()))
     assert chosen[0] == RIDGES[0] < chosen[1]
