@@ -63,11 +63,12 @@ def gradual(
 ) -> dict[str, float]:
     """Accuracy at the sparsities that are shown; `alone`: each of them pruned and refitted by itself."""
     found, model = {}, copy.deepcopy(dense)
+    options = options if "method" in options else {"method": "refit", "ridge": refit.RIDGE, **options}
     with most_gain(most):
         for stop in SHOWN if alone else stops:
             model = copy.deepcopy(dense) if alone else model
             resuscitate.sparsify(model, stop, allocation=allocation)
-            resuscitate.repair(model, dense, images, **{"method": "refit", **options}, progress=False)
+            resuscitate.repair(model, dense, images, **options, progress=False)
             if stop in SHOWN:
                 found[f"{stop:.0%}"] = score(model)
     return found

@@ -1,9 +1,9 @@
 """Means of pruned weights on real networks: `make means`, or `python benchmarks/means.py`.
 
 Trained ResNet-20 and ResNet-32, global magnitude. What was pruned is left at zero or replaced by its mean, with the
-dense BatchNorm or exact statistics; or the rest is refitted, without means and with means found along with it. A mean
-for each kernel is one more number for every nine weights of a 3x3 convolution: the last row has no means and as many
-numbers in all. Writes means.json and .md.
+dense BatchNorm or exact statistics; or the rest is refitted, at a ridge of 1e-2, without and with means found along
+with it. A mean for each kernel is one more number for every nine weights of a 3x3 convolution: the last row has no
+means and as many numbers in all. Writes means.json and .md.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "exact BatchNorm": {"method": "bn"},
     "mean per filter, exact BatchNorm": {"method": "mean", "recalibrate": "exact"},
     "mean per kernel, exact BatchNorm": {"method": "mean", "means": "kernel", "recalibrate": "exact"},
-    "refit": {"method": "refit"},
-    "refit with a mean per filter": {"method": "refit", "means": "filter"},
-    "refit with a mean per kernel": {"method": "refit", "means": "kernel"},
-    "refit, as many numbers as with a mean per kernel": {"method": "refit"},
+    "refit": {"method": "refit", "ridge": 1e-2},
+    "refit with a mean per filter": {"method": "refit", "ridge": 1e-2, "means": "filter"},
+    "refit with a mean per kernel": {"method": "refit", "ridge": 1e-2, "means": "kernel"},
+    "refit, as many numbers as with a mean per kernel": {"method": "refit", "ridge": 1e-2},
 }
 
 

@@ -118,10 +118,11 @@ def repair(model: nn.Module, job: Job, study: Study) -> int:
     if job.protocol in ("sequential", "refit", "compress"):
         images = study.calibration(how.images, job.seed)
         if job.protocol == "compress":
-            resuscitate.compress(model, float(job.sparsity), images, progress=False)
+            resuscitate.compress(model, float(job.sparsity), images, ridge=1e-2, progress=False)
         else:
-            method = METHODS[job.method]["method"] if job.protocol == "sequential" else "refit"
-            resuscitate.repair(model, dense, images, method=method, progress=False)
+            refit = {"method": "refit", "ridge": 1e-2}
+            options = {"method": METHODS[job.method]["method"]} if job.protocol == "sequential" else refit
+            resuscitate.repair(model, dense, images, **options, progress=False)
         return len(images)
     options = dict(METHODS[job.method])
     options |= {} if job.method == "BN only" else {"schedule": "parallel", "gain_samples": how.gain_samples}

@@ -54,7 +54,7 @@ def recover(how: str, model: nn.Module, dense: nn.Module, images: Tensor) -> int
     if how.startswith("mean"):
         return sum(resuscitate.replace_by_means(model, dense, per=how.split()[-1]).values())
     if how == "refit":
-        resuscitate.repair(model, dense, images, progress=False)
+        resuscitate.repair(model, dense, images, ridge=1e-2, progress=False)
     return 0
 
 

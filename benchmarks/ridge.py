@@ -40,7 +40,7 @@ def case(net: str, sparsity: float, seed: int, folder: Path, test_images: int) -
     if net == "dscnn":
         dense, clips, labels = load_dscnn(folder)
         order = torch.randperm(len(clips), generator=generator)
-        images, score = clips[order[:256]], resuscitate.Accuracy(clips[order[256:]], labels[order[256:]].numpy())
+        images, score = clips[order[:256]], resuscitate.Accuracy(clips[order[256:]], labels[order[256:]])
     elif net == "wide classifier":
         dense, images, score = wide_classifier(generator)
         allocation = "uniform"

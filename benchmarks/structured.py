@@ -48,8 +48,8 @@ def repair(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> Non
     elif name == "aggregate":
         aggregate(model, Network(dense), images.split(128))
     elif name != "no repair":
-        # least squares alone, at half the time
-        resuscitate.repair(model, dense, images, method=name, relu_aware=False, progress=False)
+        # least squares alone, at half the time, and a fixed ridge
+        resuscitate.repair(model, dense, images, method=name, relu_aware=False, ridge=1e-2, progress=False)
 
 
 def main(
