@@ -22,7 +22,7 @@ from asr_kernels import CrossProducts, PatchMoments, cross_products
 from .graph import Gate, is_sum
 from .layers import BATCHNORMS
 from .network import Network, has_hooks
-from .operands import operands, product
+from .operands import operands, product, with_batch_axis
 
 FURTHEST = 4.0  # standard deviations of a channel that a hidden output may be away from the mean
 IMAGES = 64  # at a time: little memory beside what the walk keeps
@@ -60,7 +60,8 @@ def aim(
     goal = Goal(*(vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors))
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
-        chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in batch]
+        parts = with_batch_axis(layer, *batch)
+        chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in parts]
         for x, own, y, theirs in zip(*chunks, strict=False):
             read, window = operands(name, layer, x)
             wanted = goal.nearest(product(read, weight, bias, window), y, own, theirs)

@@ -102,8 +102,11 @@ class Network:
         """
         self.check_tensor(name, x)
         self.check_tensor(name, wanted)
-        rows: Mapping[int, Tensor | None] = {0: None} if folds == 1 else batches.folds(batch, folds, len(x))
-        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted, rows)
+
+        def deal(rows: int) -> Mapping[int, Tensor | None]:
+            return {0: None} if folds == 1 else batches.folds(batch, folds, rows)
+
+        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted, deal)
         for each in found.values():
             check_finite(name, [(batch, ak.ChannelMoments(each.count, each.mean, each.xx.diagonal(dim1=1, dim2=2)))])
             check_finite(name, [(batch, ak.ChannelMoments(each.count, each.target, each.yy))])

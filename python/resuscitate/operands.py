@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from asr_kernels import Window
@@ -40,6 +41,12 @@ def operands(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, Window]:
     except _CaughtError:
         return catch.found["input"], _window(catch.found)
     raise LayerError(name, f"{type(layer).__name__}.forward does not multiply with the layer's own weight; exclude it")
+
+
+def with_batch_axis(layer: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
+    """A layer's inputs or outputs; a convolution's (C, *spatial), of one image, as (1, C, *spatial)."""
+    lone = isinstance(layer, _ConvNd) and any(x is not None and x.dim() < layer.weight.dim() for x in tensors)
+    return [x[None] if lone and x is not None else x for x in tensors]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

@@ -15,7 +15,7 @@ from asr_kernels import CrossProducts, PatchMoments, Window, patch_moments
 
 from .distributed import Ranks
 from .layers import effective_weight, stored_bias
-from .operands import operands, product
+from .operands import operands, product, with_batch_axis
 
 RIDGE, MOST_GAIN = 1e-2, 3.0
 # cross-validation: the ridges to choose from, the channels of a layer to judge them by, and the parts of the images, 2
@@ -59,14 +59,20 @@ def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
 
 
 def moments_of(
-    name: str, layer: nn.Module, dense: nn.Module, x: Tensor, wanted: Tensor, rows: Mapping[int, Tensor | None]
+    name: str,
+    layer: nn.Module,
+    dense: nn.Module,
+    x: Any,
+    wanted: Any,
+    deal: Callable[[int], Mapping[int, Tensor | None]],
 ) -> dict[int, PatchMoments]:
     """What `fit` needs of one batch: `x` is what the layer reads; `wanted` the output of the dense one.
 
     Where the layer is cut into blocks, `wanted` is what the dense one *reads*: each block is to add what the same block
-    adds in the dense layer, which leaves what they could do for one another unused. `rows`: the rows of x, along its
-    first axis, of each fold of the images; None: all.
+    adds in the dense layer, which leaves what they could do for one another unused. `deal`: for so many rows, along the
+    first axis of what is read, those of each fold of the images; None: all.
     """
+    x, wanted = with_batch_axis(layer, x, wanted)
     (x, window), count = operands(name, layer, x), blocks(layer)
     if count > 1:
         wanted = contributions(name, dense, wanted, count)
@@ -74,7 +80,7 @@ def moments_of(
             x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
         window = replace(window, groups=count)
     found = {}
-    for fold, chosen in rows.items():
+    for fold, chosen in deal(len(x)).items():
         read, outputs = (each if chosen is None else each[chosen.to(each.device)] for each in (x, wanted))
         found[fold] = patch_moments(read, outputs, window)
     return found

@@ -211,3 +211,25 @@ def test_the_keyword_network_is_refitted_from_its_real_weights(keywords):
     report = resuscitate.repair(model, dense, calibration)
     assert {row.action for row in report.layers} == {"refitted"}
     assert accuracy(model) > 0.75
+
+
+class Averaged(nn.Module):
+    """Reads the mean of its images, with or without a batch axis."""
+
+    def __init__(self, keepdim):
+        super().__init__()
+        self.body, self.keepdim = nn.Sequential(*seeded(lambda: chain(batchnorm=False))[:5]), keepdim
+
+    def forward(self, x):
+        return self.body(x.mean(0, keepdim=self.keepdim))
+
+
+def test_a_convolution_of_one_image_without_a_batch_axis_is_refitted_as_of_a_batch_of_one():
+    found = []
+    for keepdim in (False, True):
+        dense = Averaged(keepdim)
+        model = pruned_copy(dense)
+        report = resuscitate.repair(model, dense, images(24).split(4), method="refit")
+        assert {row.action for row in report.layers} == {"refitted"}
+        found.append(model.state_dict())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
