@@ -37,7 +37,7 @@ from .prefix import measure, screen
 from .progress import Stopwatch, track
 from .refit import blocks, folds_of_layer
 from .report import LayerReport, RepairReport
-from .sampling import warn_of_normalisation
+from .sampling import NORMALISED_FROM, warn_of_normalisation
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
 from .storage import Store, parse_memory
@@ -221,7 +221,8 @@ def repair(
         example = ranks.lend(first_images(batches[0]) if len(batches) else None)
 
         if others and len(batches) and ranks.rank == 0:
-            warn_of_normalisation(others[0].model, first_images(batches[0], 64), others[0].run)
+            heads = (first_images(batch, NORMALISED_FROM) for batch in batches.head())
+            warn_of_normalisation(others[0].model, heads, others[0].run)
         wiring = observe(model, lambda: net.run(example))
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DistributedSampler
 
+import asr_kernels as ak
+
 log = logging.getLogger("resuscitate")
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "cls", "y")
-ENOUGH = 32  # labels in order, or values of a channel, that are no accident
+ENOUGH = 32  # labels in order that are no accident
+NORMALISED_FROM = 64  # images to judge the normalisation from, where there are as many
+ENOUGH_IMAGES = 16  # the fewest to judge it from
+FAR = 0.4  # Jeffreys' divergence: a variance 3.3 times off, or a mean 0.9 standard deviations off
 told: WeakSet[nn.Module] = WeakSet()  # whose images have been warned of
 
 
@@ -66,44 +71,63 @@ def warn_of_padding(loader: Any) -> None:
             )
 
 
-def warn_of_normalisation(dense: nn.Module, batch: Any, run: Callable[[Any], Any]) -> None:
-    """Say so where the first BatchNorm of the dense network sees far other statistics than in training.
+@torch.no_grad()
+def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
+    """Say so where the first BatchNorm of the dense network reads far other statistics than in training.
 
-    run: a forward pass of it on the batch; only its beginning is run. Far: the median channel's mean by over one
-    standard deviation, or its variance by over a factor of four. A wrong `mean` or `std` for the images does that.
+    batches: as `run`, a forward pass of the network, takes them; each runs up to that BatchNorm only, and no more are
+    taken once `NORMALISED_FROM` images are seen. Fewer than `ENOUGH_IMAGES` tell nothing, nor does a BatchNorm that was
+    never trained. With the variance ratio r = sum now_var / sum var and the squared offset
+    d2 = sum (now_mean - mean)^2 / sum var, both over all channels, so that near-dead channels have no weight, far is
+    Jeffreys' divergence of two normal distributions, (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
     """
     if dense in told:
         return
+    batchnorms = [m for m in dense.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     seen: list[tuple[_BatchNorm, Tensor]] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
+        # the channels of a subclass may lie elsewhere
+        if args and isinstance(args[0], Tensor) and args[0].shape[1:2] == module.running_mean.shape:
             seen.append((module, args[0]))  # type: ignore[arg-type]
             raise _SeenError
 
-    batchnorms = [m for m in dense.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+    first, found, images = None, list[ak.ChannelMoments](), 0
     handles = [module.register_forward_pre_hook(take) for module in batchnorms]
     try:
-        with suppress(_SeenError):
-            run(batch)
+        for batch in batches:
+            with suppress(_SeenError):
+                run(batch)
+            if not seen or first not in (None, seen[0][0]):
+                return
+            first, x = seen.pop()
+            var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+            count = x.numel() // x.shape[1]
+            found.append(ak.ChannelMoments(count, mean, var * count))
+            images += len(x)
+            if images >= NORMALISED_FROM:
+                break
     finally:
         for handle in handles:
             handle.remove()
-    if not seen or seen[0][1].shape[0] * seen[0][1][0, 0].numel() < ENOUGH:
+    if first is None or images < ENOUGH_IMAGES:
         return
-    batchnorm, x = seen[0]
-    mean, var = (t.double() for t in (batchnorm.running_mean, batchnorm.running_var))  # type: ignore[union-attr]
-    now_var, now_mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
-    off = float(((now_mean - mean).abs() / (var + batchnorm.eps).sqrt()).median())
-    ratio = float((now_var / (var + batchnorm.eps)).median())
+    moments = ak.ChannelMoments.pool(found)
+    mean, var = (t.double() for t in (first.running_mean, first.running_var))  # type: ignore[union-attr]
+    untrained = bool((mean == 0).all()) and bool((var == 1).all())
+    if untrained or not 0 < float(var.sum()) < math.inf:
+        return
+    ratio = float(moments.var.sum() / var.sum())
+    offset = float((moments.mean - mean).square().sum() / var.sum())
     # of NaN and infinity the walk says more
-    if math.isfinite(off + ratio) and (off > 1 or not 1 / 4 < ratio < 4):
+    if math.isfinite(ratio + offset) and (ratio == 0 or (ratio + 1 / ratio - 2 + offset * (1 + 1 / ratio)) / 4 > FAR):
         told.add(dense)
         log.warning(
-            "the images may not be normalised as the network was trained: before its first BatchNorm the median "
-            "channel has %.3g times the variance and a mean %.3g standard deviations off",
+            "the images may not be normalised as the network was trained: what its first BatchNorm reads has %.3g "
+            "times the variance that it had in training, and a mean %.3g standard deviations off; look at the images' "
+            "mean and standard deviation",
             ratio,
-            off,
+            math.sqrt(offset),
         )
 
 

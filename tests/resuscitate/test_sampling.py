@@ -2,17 +2,19 @@
 
 import io
 import logging
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import resuscitate
 from resuscitate.calibration import read_batches
 from resuscitate.distributed import Ranks
 from resuscitate.errors import NonFiniteError
-from resuscitate.sampling import warn_of_padding
+from resuscitate.sampling import warn_of_normalisation, warn_of_padding
 from tests.networks import chain, images, pruned_copy, seeded
 
 IMAGES = torch.rand(100, 1, 2, 2)
@@ -101,10 +103,45 @@ class TestNormalisation:
         assert len(said) == 1
         assert all(not module._forward_pre_hooks for module in trained.modules())
 
-    @pytest.mark.parametrize("change", [lambda x: x, lambda x: x * 1.5, lambda x: x + 0.2, lambda x: x[:1, :, :2, :2]])
+    @pytest.mark.parametrize("change", [lambda x: x, lambda x: x * 1.25, lambda x: x + 0.2, lambda x: x[:15] * 9])
     def test_nothing_is_said_of_what_is_near_or_too_little(self, trained, caplog, change):
         resuscitate.repair(pruned_copy(trained), trained, change(images()), progress=False)
         assert not [w for w in warnings(caplog) if "normalised" in w]
+
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_images_are_gathered_from_small_batches(self, trained, caplog, wrong):
+        given = (images() * (9 if wrong else 1)).split(1)
+        resuscitate.repair(pruned_copy(trained), trained, given, progress=False)
+        assert bool([w for w in warnings(caplog) if "normalised" in w]) == wrong
+
+    def test_no_more_images_than_needed_are_looked_at(self, trained):
+        seen = []
+        batches = (seen.append(1) or images(40) for _ in range(9))
+        warn_of_normalisation(trained, batches, trained)
+        assert len(seen) == 2
+
+    def test_nothing_is_said_of_a_batchnorm_that_was_never_trained(self, caplog):
+        dense = chain().eval()
+        resuscitate.repair(pruned_copy(dense), dense, images() * 9, progress=False)
+        assert not [w for w in warnings(caplog) if "normalised" in w]
+
+    @pytest.mark.parametrize("alive", [1, 3])
+    @pytest.mark.parametrize("change", [None, lambda x: x * 0.229 + 0.485, lambda x: (x * 0.229 + 0.485) * 255])
+    def test_near_dead_channels_have_no_say(self, caplog, alive, change):
+        # as in a MobileNetV1 from Keras: of most channels the variance is far below eps, and what remains drifts
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            dense = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24, eps=1e-3)).eval()
+            variance, drift = 10 ** (torch.rand(24) * 6 - 10), 10 ** (torch.rand(24) * 4 - 2)
+        variance[:alive], drift[:alive] = 0.4, 1
+        conv, batchnorm = dense
+        with torch.no_grad():
+            conv.weight *= (variance / conv(images(256, seed=2)).var((0, 2, 3))).sqrt().view(-1, 1, 1, 1)
+        resuscitate.recalibrate_batchnorm(dense, images(256, seed=2), progress=False)
+        batchnorm.running_var *= drift
+        x = images(64)
+        warn_of_normalisation(dense, [x if change is None else change(x)], dense)
+        assert bool([w for w in warnings(caplog) if "normalised" in w]) == (change is not None)
 
     def test_nothing_is_said_of_values_that_are_not_finite(self, trained, caplog):
         x = images()
@@ -113,12 +150,54 @@ class TestNormalisation:
             resuscitate.repair(pruned_copy(trained), trained, x, progress=False)
         assert not [w for w in warnings(caplog) if "normalised" in w]
 
-    @pytest.mark.real_data
-    @pytest.mark.parametrize("wrong", [False, True])
-    def test_on_a_real_network(self, real, caplog, wrong):
-        dense, calibration, _, _ = real
-        std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-        mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-        x = calibration[:64] * std + mean if wrong else calibration[:64]
-        resuscitate.repair(pruned_copy(dense), dense, x, method="asr", progress=False)
-        assert bool([w for w in warnings(caplog) if "normalised" in w]) == wrong
+
+def coarser(x):
+    """Lossy: only the mean of each 2x2 pixels is left."""
+    return nn.functional.interpolate(nn.functional.avg_pool2d(x, 2), scale_factor=2.0)
+
+
+def augmented(x):
+    """Shifted by two pixels, zeros in their place, and mirrored."""
+    return nn.functional.pad(x, (2, 0, 2, 0))[..., :-2, :-2].flip(-1)
+
+
+PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PIXEL_MEAN, PIXEL_STD = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+
+@pytest.mark.real_data
+class TestNormalisationOfRealNetworks:
+    RIGHT: ClassVar = {"as they are": lambda x: x, "coarser": coarser, "augmented": augmented, "few": lambda x: x[:16]}
+    WRONG: ClassVar = {
+        "0 to 1": lambda x: x * PIXEL_STD + PIXEL_MEAN,
+        "0 to 255": lambda x: 255 * (x * PIXEL_STD + PIXEL_MEAN),
+        "-1 to 1": lambda x: 2 * (x * PIXEL_STD + PIXEL_MEAN) - 1,
+        "twice": lambda x: (x - PIXEL_MEAN) / PIXEL_STD,
+        "mean not taken off": lambda x: x + PIXEL_MEAN / PIXEL_STD,
+    }
+
+    def alarms(self, caplog, dense, x):
+        warn_of_normalisation(dense, [x], dense)
+        return bool([w for w in warnings(caplog) if "normalised" in w])
+
+    @pytest.fixture(params=["resnet20", "resnet32"])
+    def dense(self, trained_network, request):
+        return trained_network(request.param)
+
+    @pytest.mark.parametrize("change", RIGHT.values(), ids=RIGHT)
+    def test_images_as_it_was_trained_on_pass(self, real, dense, caplog, change):
+        assert not self.alarms(caplog, dense, change(real[1][:64]))
+
+    @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+    def test_others_are_warned_of(self, real, dense, caplog, change):
+        assert self.alarms(caplog, dense, change(real[1][:64]))
+
+    @pytest.mark.parametrize("clips", [16, 64, 500])
+    def test_clips_of_speech_pass(self, keywords, caplog, clips):
+        network, x, _ = keywords
+        assert not self.alarms(caplog, network, x[:clips])
+
+    @pytest.mark.parametrize("change", [lambda x: x / 0.58 + 83, lambda x: x / x.std(), lambda x: x + 49])
+    def test_others_than_these_clips_are_warned_of(self, keywords, caplog, change):
+        network, x, _ = keywords
+        assert self.alarms(caplog, network, change(x[:64]))

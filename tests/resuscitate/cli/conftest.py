@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import resuscitate
+from resuscitate.images import load_images
 from tests.networks import chain, seeded
-from tests.user import NETWORKS
+from tests.user import MEAN, NETWORKS, STD
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +31,9 @@ def files(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 10, 12, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images=pixels)
     bare = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU())
-    for name, dense in (("", seeded(chain)), ("bare_", bare)):
+    trained = seeded(chain)  # on images normalised like these
+    resuscitate.recalibrate_batchnorm(trained, load_images(folder / "images.npz", mean=MEAN, std=STD), progress=False)
+    for name, dense in (("", trained), ("bare_", bare)):
         save_file(dense.state_dict(), folder / f"{name}dense.safetensors")
         resuscitate.sparsify(dense, 0.7)
         save_file(dense.state_dict(), folder / f"{name}pruned.safetensors")
