@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +76,18 @@ class RepairReport:
     _undo: Callable[[], None] | None = field(default=None, repr=False)
 
     def undo(self) -> None:
-        """Put the model back as it was before the repair, bit for bit. Raises RuntimeError the second time."""
+        """Put the model back as it was before the repair, bit for bit.
+
+        Raises RuntimeError the second time, and for a step of `compress` or `regrow`: only the whole is undone.
+        """
         if self._undo is None:
             raise RuntimeError("this repair has been undone already")
         self._undo()
         self._undo = None
+
+    def belongs_to(self, whole: str) -> None:
+        """Make this a step of `whole`, which alone can be undone: `undo` says so from now on."""
+        self._undo = partial(_refuse, whole)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
@@ -133,3 +141,9 @@ class RepairReport:
             f"{'; '.join([*extras, f'{self.walk} walk', f'{self.seconds:.2f} s'])}"
         )
         yield from map(escape, self.notes)
+
+
+def _refuse(whole: str) -> None:
+    raise RuntimeError(
+        f"this repair is one step of {whole}, and steps are not undone one by one: call undo() of the whole"
+    )
