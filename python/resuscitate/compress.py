@@ -146,7 +146,7 @@ def compress(
             masks = sparsify(model, stop, **pruning)
             journal = None if folder is None else folder / f"step-{index + 1}.journal"
             reports.append(repair(model, dense, batches, **fitting, resume=journal, progress=False))
-            reports[-1]._undo = None  # only the whole is undone
+            reports[-1].belongs_to("what compress returned")
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
         snapshot.forget_unchanged()
         return CompressReport(stops, reports, masks, time.perf_counter() - started, snapshot.restore)

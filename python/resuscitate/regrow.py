@@ -204,7 +204,7 @@ def regrow(
             if method is not None:
                 options: dict[str, Any] = {"method": method, **running, "group": group, "resume": journals[1]}
                 report = repair(model, dense, batches, masks=masks, **options, progress=False)
-                report._undo = None  # only the whole is undone
+                report.belongs_to("what regrow returned")
             if finetune is not None:
                 _finetune(model, masks, finetune, ranks)
             total, gone = space.counts(masks)

@@ -91,6 +91,19 @@ class TestCompress:
         with pytest.raises(RuntimeError, match="undone already"):
             report.undo()
 
+    def test_a_step_alone_says_that_the_whole_is_to_be_undone(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        report = compress(model, 0.8, images(), steps=3)
+        after = copy.deepcopy(model)
+        for step in report.steps * 2:
+            with pytest.raises(RuntimeError, match=r"one step of what compress returned.* call undo\(\) of the whole"):
+                step.undo()
+            assert step.to_dict()["method"] == "refit"
+        assert same(model, after)
+        report.undo()
+        assert same(model, before)
+
 
 class TestAllOrNothing:
     def test_a_failure_in_the_last_step_leaves_the_model_as_it_was(self, monkeypatch):

@@ -238,6 +238,8 @@ class TestRounds:
         before = copy.deepcopy(model)
         grown = regrow(model, dense, masks, 0.5, images())
         assert not same(model, before)
+        with pytest.raises(RuntimeError, match=r"one step of what regrow returned.* call undo\(\) of the whole"):
+            grown.rounds[-1].report.undo()
         grown.undo()
         assert same(model, before)
         with pytest.raises(RuntimeError, match="undone already"):
