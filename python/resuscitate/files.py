@@ -45,7 +45,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors, whole or not at all, with metadata: strings as they are, all else as JSON. Raises OSError."""
+    """Write tensors as .safetensors, whole or not at all, with metadata: strings as they are, all else as JSON.
+
+    Raises OSError; ValueError for another ending.
+    """
+    check_ending(path, ".safetensors")
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic(path) as temporary:
         try:
@@ -63,17 +67,22 @@ def write_rows(
 
     Raises OSError; ValueError for another ending.
     """
-    path = Path(path)
-    if path.suffix not in (".json", ".csv"):
-        raise ValueError(f"{path}: it is written as .json or .csv")
+    ending = check_ending(path, ".json", ".csv")
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        if path.suffix == ".json":
+        if ending == ".json":
             json.dump(document, file, indent=1)
             file.write("\n")
         else:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+
+
+def check_ending(path: str | Path, *endings: str) -> str:
+    """Which of the endings the path has. Raises ValueError, naming them, for another: nothing is written under it."""
+    if (ending := Path(path).suffix) not in endings:
+        raise ValueError(f"{path}: it is written as {' or '.join(endings)}")
+    return ending
 
 
 def check_writable(path: str | Path) -> None:

@@ -80,7 +80,10 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: masks[name] for name in layers})
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write as safetensors, a bit for each weight, whole or not at all. Raises OSError."""
+        """Write as .safetensors, a bit for each weight, whole or not at all.
+
+        Raises OSError; ValueError for another ending.
+        """
         stored: dict[int, str] = {}
         packed, layers = {}, {}
         for name, mask in self.items():

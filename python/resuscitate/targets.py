@@ -104,7 +104,7 @@ class DenseStatistics:
             return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(dense))
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write as safetensors, whole or not at all."""
+        """Write as .safetensors, whole or not at all. Raises OSError; ValueError for another ending."""
         tensors: dict[str, Tensor] = {}
         counts: dict[str, list[int]] = {}
         for name, calls in self.layers.items():

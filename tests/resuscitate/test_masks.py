@@ -211,6 +211,12 @@ class TestFiles:
         assert loaded.notes == {"a": "left dense"}
         assert len(load_file(tmp_path / "m.safetensors")) == 1
 
+    @pytest.mark.parametrize("name", ["masks.json", "masks.csv", "masks"])
+    def test_no_other_ending_is_written_under(self, tmp_path, name):
+        with pytest.raises(ValueError, match=rf"{name}: it is written as \.safetensors"):
+            Masks({"a": torch.ones(2)}).save(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
     def test_a_file_of_another_kind_is_refused(self, tmp_path):
         path = tmp_path / "m.safetensors"
         with pytest.raises(FileNotFoundError):

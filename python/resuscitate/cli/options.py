@@ -51,10 +51,10 @@ def parse_densities(given: list[str] | None) -> dict[str, float] | None:
     return found or None
 
 
-def check_suffix(path: Path) -> Path:
-    """A name for safetensors."""
-    if path.suffix != ".safetensors":
-        raise typer.BadParameter(f"weights are written as safetensors: name it {path.with_suffix('.safetensors')}")
+def check_suffix(path: Path | None) -> Path | None:
+    """A name for safetensors, if any."""
+    if path is not None and path.suffix != ".safetensors":
+        raise typer.BadParameter(f"it is written as safetensors: name it {path.with_suffix('.safetensors')}")
     return path
 
 
@@ -68,6 +68,7 @@ Model = Annotated[str, opt("A name, such as resnet20, or package.module:factory.
 Include = Annotated[list[str] | None, opt("Layers to take, as a glob over names; repeatable.", metavar="GLOB")]
 Exclude = Annotated[list[str] | None, opt("Layers to leave out, likewise; repeatable.", metavar="GLOB")]
 Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_suffix)]
+WrittenMasks = Annotated[Path | None, opt("Write the masks to this .safetensors file too.", callback=check_suffix)]
 Calibration = Annotated[Path, opt(f"Unlabelled images: {SOURCES}.", "--calibration", "-c")]
 Images = Annotated[Path | None, opt("Unlabelled images, for what is measured.", "--calibration", "-c")]
 MaxSamples = Annotated[int | None, opt("At most so many images.", min=1)]

@@ -9,7 +9,21 @@ import typer
 
 from .app import app, options_of, show
 from .inputs import build_model, read_images
-from .options import Exclude, Images, Include, MaxSamples, Mean, Model, Output, Seed, Size, Std, opt, parse_densities
+from .options import (
+    Exclude,
+    Images,
+    Include,
+    MaxSamples,
+    Mean,
+    Model,
+    Output,
+    Seed,
+    Size,
+    Std,
+    WrittenMasks,
+    opt,
+    parse_densities,
+)
 
 Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
 Indivisible = Literal["dense", "pad", "raise"]
@@ -35,7 +49,7 @@ def prune(
     std: Std = None,
     size: Size = None,
     seed: Seed = 0,
-    masks: Annotated[Path | None, opt("Write the masks to this .safetensors file too.")] = None,
+    masks: WrittenMasks = None,
 ) -> None:
     """Set the smallest weights to zero."""
     options = options_of(locals())

@@ -27,6 +27,7 @@ from .options import (
     Std,
     Timeout,
     Workers,
+    WrittenMasks,
     opt,
     parse_densities,
 )
@@ -63,7 +64,7 @@ def regrow(
     scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
     resume: Annotated[Path | None, opt("Folder of journals: a killed run goes on from it.")] = None,
     seed: Seed = 0,
-    write_masks: Annotated[Path | None, opt("Write the new masks to this .safetensors file too.")] = None,
+    write_masks: WrittenMasks = None,
     report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
     workers: Workers = 0,
     timeout: Timeout = 600.0,

@@ -75,6 +75,24 @@ class TestPrune:
         assert "'conv1' is not GLOB=DENSITY" in unframed(done.stderr)
 
 
+PRUNED = ["--pruned", "pruned.safetensors", "--dense", "dense.safetensors", "-c", "images.npz"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "--dense", "dense.safetensors", "--masks", "masks.json"],
+        ["compress", "--dense", "dense.safetensors", "-c", "images.npz", "--masks", "masks.json"],
+        ["regrow", *PRUNED, "--write-masks", "masks.json"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_masks_are_named_safetensors_before_any_work(user, words):
+    done = invoke(*words, "-m", MODEL, "--sparsity", 0.5, "-o", "out.safetensors", code=2)
+    assert "name it masks.safetensors" in unframed(done.stderr)
+    assert not Path("out.safetensors").exists()
+
+
 class TestRegrow:
     FILES = ("--pruned", "pruned.safetensors", "--dense", "dense.safetensors", "-c", "images.npz")
     WRITTEN = ("-o", "out.safetensors", "--report", "run.json", "--write-masks", "new.safetensors")
