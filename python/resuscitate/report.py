@@ -47,6 +47,10 @@ class LayerReport:
         return cls(**{**plain, "gain": None if gain is None else (gain[0], gain[1])})
 
 
+ENDINGS = (".json", ".csv", ".safetensors")  # of a report that has masks
+COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"), "gain_least", "gain_greatest"]
+
+
 @dataclass
 class RepairReport:
     """The outcome of `repair`: the settings in force, what became of every layer, images used, seconds taken.
@@ -101,13 +105,15 @@ class RepairReport:
 
     def save(self, path: str | Path) -> None:
         """Write .json (everything) or .csv (a row for each layer), whole or not at all. Raises OSError, ValueError."""
-        document = self.to_dict()
-        columns = [*(column.name for column in fields(LayerReport)), "gain_least", "gain_greatest"]
-        columns.remove("gain")
-        gains = [layer.gain or (None, None) for layer in self.layers]
-        pairs = zip(document["layers"], gains, strict=True)
-        rows = [row | {"gain_least": least, "gain_greatest": greatest} for row, (least, greatest) in pairs]
-        write_rows(path, document, columns, rows)
+        write_rows(path, self.to_dict(), COLUMNS, self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What a table of the layers holds, under `COLUMNS`: the least and the greatest gain apart."""
+        found = []
+        for layer in self.layers:
+            least, greatest = layer.gain or (None, None)
+            found.append({**vars(layer), "gain_least": least, "gain_greatest": greatest})
+        return found
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape  # here, for it takes longer to import than all the rest
