@@ -17,11 +17,12 @@ from .batches import read_share
 from .calibration import hold
 from .distributed import Ranks
 from .errors import CalibrationError
+from .files import check_ending, write_rows
 from .layers import Selector, unwrap
 from .masks import Masks
 from .progress import track
 from .repair import repair
-from .report import RepairReport
+from .report import COLUMNS, ENDINGS, RepairReport
 from .sparsify import sparsify
 from .sparsify.allocation import check_sparsity
 from .state import Snapshot
@@ -62,6 +63,18 @@ class CompressReport:
         """The report as plain data, ready for JSON."""
         steps = [{"sparsity": s, **report.to_dict()} for s, report in zip(self.sparsities, self.steps, strict=True)]
         return {"steps": steps, "masks": [row._asdict() for row in self.masks.table()], "seconds": self.seconds}
+
+    def save(self, path: str | Path) -> None:
+        """Write .json (everything), .csv (a row for each layer in each step) or .safetensors (the masks).
+
+        Whole or not at all. Raises OSError; ValueError for another ending.
+        """
+        if check_ending(path, *ENDINGS) == ".safetensors":
+            return self.masks.save(path)
+        rows = []
+        for index, (sparsity, report) in enumerate(zip(self.sparsities, self.steps, strict=True)):
+            rows += [{"step": index + 1, "sparsity": sparsity, **row} for row in report.rows()]
+        write_rows(path, self.to_dict(), ["step", "sparsity", *COLUMNS], rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table

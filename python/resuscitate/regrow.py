@@ -21,6 +21,7 @@ from .calibration import hold
 from .digest import digest_model
 from .distributed import Ranks
 from .errors import CalibrationError, MaskError, ModelMismatchError
+from .files import check_ending, write_rows
 from .growth import Budget, Channels, Chooser, Saliency, Weights, stops
 from .layers import find_layers, unwrap
 from .masks import Masks
@@ -28,7 +29,7 @@ from .matching import same_layers
 from .needs import Loss, Surveyor
 from .progress import track
 from .repair import repair
-from .report import RepairReport
+from .report import COLUMNS, ENDINGS, RepairReport
 from .sparsify.structured import restore_units, shrink
 from .state import Snapshot, flags_kept
 
@@ -85,6 +86,23 @@ class Regrowth(Masks):
             {**vars(each), "report": None if each.report is None else each.report.to_dict()} for each in self.rounds
         ]
         return {"rounds": rounds, "masks": [row._asdict() for row in self.table()], "seconds": self.seconds}
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write .safetensors (the masks, as `Masks.save`), .json (everything) or .csv (a row for each layer and round).
+
+        Whole or not at all; .csv has no place for `provenance`. Raises OSError; ValueError for another ending.
+        """
+        if check_ending(path, *ENDINGS) == ".safetensors":
+            return super().save(path, provenance)
+        rows = []
+        for index, each in enumerate(self.rounds):
+            repaired = {row["name"]: row for row in each.report.rows()} if each.report else {}
+            shared = {"round": index + 1, "sparsity": each.sparsity, "score": each.score}
+            for name in dict.fromkeys([*each.regrown, *repaired]):
+                given = {"name": name, "regrown": each.regrown.get(name), "damage": each.damage.get(name)}
+                rows.append({**shared, **given, **repaired.get(name, {})})
+        document = self.to_dict() | ({"provenance": dict(provenance)} if provenance else {})
+        write_rows(path, document, ["round", "sparsity", "score", "regrown", "damage", *COLUMNS], rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table

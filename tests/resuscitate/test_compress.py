@@ -1,6 +1,8 @@
 """Compression in steps: the schedule, the budget, all or nothing, and going on after a kill."""
 
 import copy
+import csv
+import json
 import sys
 from itertools import pairwise
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import resuscitate
-from resuscitate import compress
+from resuscitate import Masks, compress
 from resuscitate.compress import schedule
 from tests.networks import Residual, chain, images, seeded
 
@@ -103,6 +105,23 @@ class TestCompress:
         assert same(model, after)
         report.undo()
         assert same(model, before)
+
+    def test_the_ending_says_whether_the_report_or_the_masks_are_saved(self, tmp_path):
+        report = compress(seeded(chain), 0.8, images(), steps=3)
+        for name in ("run.json", "run.csv", "run.safetensors"):
+            report.save(tmp_path / name)
+        assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+        with open(tmp_path / "run.csv", newline="") as file:
+            rows = [
+                (int(row["step"]), float(row["sparsity"]), row["name"], row["action"]) for row in csv.DictReader(file)
+            ]
+        steps = enumerate(zip(report.sparsities, report.steps, strict=True), 1)
+        assert rows == [(at, sparsity, row.name, row.action) for at, (sparsity, step) in steps for row in step.layers]
+        assert Masks.load(tmp_path / "run.safetensors") == report.masks
+        for name in ("run.txt", "run"):
+            with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
+                report.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
 
 
 class TestAllOrNothing:

@@ -1,6 +1,8 @@
 """Regrowth: exact budgets, who gets them, which weights come back, and what a user may do between the rounds."""
 
 import copy
+import csv
+import json
 
 import pytest
 import torch
@@ -244,6 +246,30 @@ class TestRounds:
         assert same(model, before)
         with pytest.raises(RuntimeError, match="undone already"):
             grown.undo()
+
+    @pytest.mark.parametrize("method", ["asr", None])
+    def test_the_ending_says_whether_the_report_or_the_masks_are_saved(self, tmp_path, method):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), rounds=2, budget="damage", method=method)
+        for name in ("run.json", "run.csv", "run.safetensors"):
+            grown.save(tmp_path / name, {"command": "x"})
+        written = json.loads((tmp_path / "run.json").read_text())
+        assert written == json.loads(json.dumps(grown.to_dict() | {"provenance": {"command": "x"}}))
+        with open(tmp_path / "run.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for index, each in enumerate(grown.rounds):
+            mine = {row["name"]: row for row in rows if row["round"] == str(index + 1)}
+            assert {name: int(row["regrown"]) for name, row in mine.items() if row["regrown"]} == each.regrown
+            assert {name: row["action"] for name, row in mine.items() if row["action"]} == (
+                {row.name: row.action for row in each.report.layers} if each.report else {}
+            )
+            assert {float(row["sparsity"]) for row in mine.values()} == {each.sparsity}
+        assert Masks.load(tmp_path / "run.safetensors") == grown
+        for name in ("run.txt", "run"):
+            with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
+                grown.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
 
     def test_a_killed_run_goes_on_from_its_journals(self, tmp_path, monkeypatch):
         dense = seeded(Residual)
