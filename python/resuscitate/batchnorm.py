@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import called
+
 if TYPE_CHECKING:
     from .network import Network
     from .report import RepairReport
@@ -62,9 +64,9 @@ def batchnorms_to_estimate(model: nn.Module, keep_frozen: bool, report: RepairRe
         if not isinstance(module, _BatchNorm):
             continue
         if module.running_mean is None:
-            report.notes.append(f"BatchNorm {name!r} keeps no running statistics: nothing to re-estimate")
+            report.notes.append(f"{called(name, 'BatchNorm')} keeps no running statistics: nothing to re-estimate")
         elif keep_frozen and model.training and not module.training:
-            report.notes.append(f"BatchNorm {name!r} is frozen (in eval mode while the model trains): kept")
+            report.notes.append(f"{called(name, 'BatchNorm')} is frozen (in eval mode while the model trains): kept")
         else:
             chosen[name] = module
     return chosen

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from .distributed import Ranks
-from .errors import LayerError, ModelMismatchError
+from .errors import LayerError, ModelMismatchError, called
 from .graph import Wiring
 from .journal import Journal
 from .layers import (
@@ -135,7 +135,7 @@ class Corrector:
             moments = ak.ChannelMoments.pool(visit.calls)
             self.journal.add(name, {"mean": moments.mean, "m2": moments.m2}, {"count": moments.count})
         else:
-            self.report.notes.append(f"BatchNorm {name!r} is never reached by these images: kept")
+            self.report.notes.append(f"{called(name, 'BatchNorm')} is never reached by these images: kept")
             return
         write_statistics(name, self.net.modules[name], moments)
         self.note_batchnorm(name)
@@ -154,7 +154,7 @@ class Corrector:
             row.action = "left alone: these images never reach it"
             return row, {}
         if len(wanted) != uses:
-            raise ModelMismatchError(f"layer {name!r} runs {uses} times in the model, {len(wanted)} in the dense one")
+            raise ModelMismatchError(f"{called(name)} runs {uses} times in the model, {len(wanted)} in the dense one")
         dead = dead_channels(name, layer)
         dense, pruned = ak.ChannelMoments.pool(wanted), ak.ChannelMoments.pool(visit.calls)
         # what variance a dead channel has left is rounding. Not in place: the walk has the same moments in hand

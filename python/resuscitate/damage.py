@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import asr_kernels as ak
 
 from .calibration import read_batches
-from .errors import ModelMismatchError
+from .errors import ModelMismatchError, called
 from .layers import find_layers, unwrap
 from .matching import same_layers
 from .network import Network, as_dtype, check_finite
@@ -71,7 +71,7 @@ def damage(
             def compare(name: str, x: Tensor, index: int = index, outputs: Any = outputs) -> None:
                 pruned.check_tensor(name, x)
                 if not outputs.get(name):
-                    raise ModelMismatchError(f"layer {name!r} runs more often in the model than in the dense one")
+                    raise ModelMismatchError(f"{called(name)} runs more often in the model than in the dense one")
                 pair = ak.paired_moments(outputs[name].pop(0), x, pruned.axis(name))
                 check_finite(name, [(index, pair.dense), (index, pair.pruned)])
                 found[name] = found[name].merge(pair) if name in found else pair

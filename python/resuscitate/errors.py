@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MODEL = "the model itself"  # what has the empty name in `model.named_modules()`
+
 
 class ResuscitateError(Exception):
     """Root of the errors raised on purpose; the model is as it was when one of these arrives."""
@@ -18,11 +20,16 @@ class CheckpointError(ResuscitateError, ValueError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
+def called(name: str, kind: str = "layer") -> str:
+    """A layer, or another kind of module, in a message: by its name, or `MODEL` where that is empty."""
+    return f"{kind} {name!r}" if name else MODEL
+
+
 class LayerError(ResuscitateError, ValueError):
     """A layer cannot be repaired, pruned or folded; `layer` is its name in `model.named_modules()`."""
 
     def __init__(self, layer: str, problem: str) -> None:
-        super().__init__(f"layer {layer!r}: {problem}")
+        super().__init__(f"{called(layer)}: {problem}")
         self.layer = layer
 
 

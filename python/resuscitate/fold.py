@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_leaves
 
-from .errors import LayerError
+from .errors import LayerError, called
 from .graph import observe, trace, wiring_of
 from .layers import find_layers, refresh_weight
 
@@ -73,7 +73,7 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
             raise LayerError(name, f"cannot be folded: {reason}")
         if reason:
             report.left[name] = reason
-            log.warning("BatchNorm %r is not folded: %s", name, reason)
+            log.warning("%s is not folded: %s", called(name, "BatchNorm"), reason)
         elif layer is not None:
             _fold(modules[layer], batchnorm)
             folded.set_submodule(name, nn.Identity())
@@ -139,6 +139,6 @@ def _compare(before: Any, after: Any) -> float:
         if isinstance(x, Tensor) and x.is_floating_point():
             scale, error = float(x.abs().max()), float((x - y).abs().max())
             if not error <= 1e-3 * max(scale, 1e-6):
-                raise LayerError("", f"folding changed the output by {error:.3g} on a scale of {scale:.3g}")
+                raise LayerError("", f"folding changed its output by {error:.3g} on a scale of {scale:.3g}")
             worst = max(worst, error / max(scale, 1e-6))
     return worst

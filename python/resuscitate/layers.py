@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from .errors import LayerError, did_you_mean
+from .errors import MODEL, LayerError, did_you_mean
 
 LAYERS = (_ConvNd, nn.Linear)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # of just these types: a subclass may do more
@@ -70,7 +70,10 @@ def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Se
         else:
             hits = {n for n, module in layers.items() if isinstance(module, selector)}
         if not hits:
-            hint = did_you_mean(str(selector), layers, 3) or f"; the layers are {', '.join(layers) or 'none'}"
+            hint = (
+                did_you_mean(str(selector), layers, 3)
+                or f"; the layers are {', '.join(n or MODEL for n in layers) or 'none'}"
+            )
             raise ValueError(f"{option}={selector!r} selects no layer{hint}")
         found |= hits
     return found

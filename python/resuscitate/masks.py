@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import CheckpointError, MaskError
+from .errors import MODEL, CheckpointError, MaskError
 from .files import write_safetensors
 from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
@@ -187,7 +187,7 @@ class Masks(Mapping[str, Tensor]):
             table.add_column("")
         for row in self.table():
             shape = "x".join(map(str, row.shape))
-            cells = [escape(row.layer), shape, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"]
+            cells = [escape(row.layer or MODEL), shape, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"]
             table.add_row(*cells, *[escape(row.note)] * bool(self.notes))
         yield table
         yield f"{self.sparsity:.2%} of the original weights of these layers are pruned"

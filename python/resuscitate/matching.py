@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .behaviour import objections
-from .errors import LayerError, ModelMismatchError, ResuscitateError
+from .errors import LayerError, ModelMismatchError, ResuscitateError, called
 from .graph import Wiring
 from .layers import (
     LAYERS,
@@ -64,11 +64,11 @@ def matching_layers(
     elif isinstance(dense, DenseStatistics):
         for name, layer in layers.items():
             if name not in dense.layers:
-                raise ModelMismatchError(f"{dense.path}: nothing is known of layer {name!r}; measure its dense model")
+                raise ModelMismatchError(f"{dense.path}: nothing is known of {called(name)}; measure its dense model")
             for moments in dense.layers[name]:
                 if moments.channels != out_channels(layer):
                     raise ModelMismatchError(
-                        f"{dense.path}: layer {name!r} had {moments.channels} channels, the model has "
+                        f"{dense.path}: {called(name)} had {moments.channels} channels, the model has "
                         f"{out_channels(layer)}; measure the dense model of this very network"
                     )
     return layers
@@ -85,13 +85,13 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
             raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
         kind, dense_kind = (type(each).__name__.removeprefix("Mean") for each in (layer, originals[name]))
         if not isinstance(originals[name], LAYERS) or kind != dense_kind:
-            raise ModelMismatchError(f"layer {name!r} is {kind} in the pruned model and {dense_kind} in the dense one")
+            raise ModelMismatchError(f"{called(name)} is {kind} in the pruned model and {dense_kind} in the dense one")
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
         if weight.shape != original.shape:
             shapes = f"{tuple(weight.shape)} in the pruned model and {tuple(original.shape)} in the dense one"
-            raise ModelMismatchError(f"the weight of layer {name!r} is {shapes}")
+            raise ModelMismatchError(f"the weight of {called(name)} is {shapes}")
         if weight.data_ptr() == original.data_ptr():
-            raise ModelMismatchError(f"layer {name!r} shares its weight with the dense model; pass a deep copy")
+            raise ModelMismatchError(f"{called(name)} shares its weight with the dense model; pass a deep copy")
         same = same and torch.equal(weight, original.to(weight.device))
     return same
 

@@ -17,7 +17,7 @@ from .batches import Batches, first_images
 from .corrections import explained
 from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
-from .errors import CalibrationError, LayerError, ModelMismatchError
+from .errors import CalibrationError, LayerError, ModelMismatchError, called
 from .graph import observe
 from .journal import Journal
 from .layers import effective_weight, find_layers, stored_weight
@@ -125,7 +125,7 @@ class Surveyor:
                 def compare(name: str, x: Tensor, wanted: dict[str, list[Tensor]] = wanted) -> None:
                     pruned.check_tensor(name, x)
                     if not wanted[name]:
-                        raise ModelMismatchError(f"layer {name!r} runs more often in the model than in the dense one")
+                        raise ModelMismatchError(f"{called(name)} runs more often in the model than in the dense one")
                     similar = ssim(wanted[name].pop(0), x, pruned.axis(name))
                     sums[names.index(name)] += torch.tensor([float(similar.sum()), similar.numel()])
 

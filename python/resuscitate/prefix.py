@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import asr_kernels as ak
 
 from .batches import Batches, count_images
-from .errors import LayerError, ModelMismatchError
+from .errors import LayerError, ModelMismatchError, called
 from .gates import Seen, WatchSum, aim
 from .graph import Gate, Wiring
 from .network import Network, check_finite
@@ -185,7 +185,7 @@ def _reads_and_wanted(
         _run(dense, batch, [name], lambda _, y: wanted.append(y.clone()), last)
     reads = _reads(pruned, batch, last)
     if len(reads) != len(wanted):
-        raise ModelMismatchError(f"layer {name!r} runs {len(reads)} times in the model, {len(wanted)} in the dense one")
+        raise ModelMismatchError(f"{called(name)} runs {len(reads)} times in the model, {len(wanted)} in the dense one")
     return list(zip(reads, wanted, strict=True))
 
 
@@ -211,7 +211,7 @@ def _pair_batch(
     def take(name: str, x: Tensor) -> None:
         pruned.check_tensor(name, x)
         if len(pairs) == len(originals):
-            raise ModelMismatchError(f"layer {name!r} runs more often in the model than in the dense one")
+            raise ModelMismatchError(f"{called(name)} runs more often in the model than in the dense one")
         pairs.append(ak.paired_moments(originals[len(pairs)], x, pruned.axis(name)))
         check_finite(name, [(index, pairs[-1].pruned), (index, pairs[-1].dense)])
 

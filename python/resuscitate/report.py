@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import MODEL
 from .files import write_rows
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class RepairReport:
             low, high = layer.gain or (None, None)
             numbers = (layer.variance_before, layer.variance_after, low, high, *[layer.explained] * paired)
             table.add_row(
-                escape(layer.name),
+                escape(layer.name or MODEL),
                 escape(layer.kind),
                 escape(layer.action),
                 str(layer.channels),

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResuscitateError
+from ..errors import MODEL, ResuscitateError
 from .figures import bars, figure, grid, key, log_axis, slope, table
 
 Row = Mapping[str, Any]
@@ -117,7 +117,7 @@ def _layers_figure(layers: Sequence[Row]) -> str:
     parts = grid(ticks, place, height - 24)
     for index, row in enumerate(rows):
         y, before, after = 16 + 22 * index, place(row["variance_before"]), place(row["variance_after"])
-        name = escape(row["name"])
+        name = escape(row["name"] or MODEL)
         parts.append(f'<text x="0" y="{y + 4}">{name}</text>')
         parts.append(f'<line class="link" x1="{before:.1f}" x2="{after:.1f}" y1="{y}" y2="{y}"/>')
         for kind, x, value in (("before", before, row["variance_before"]), ("after", after, row["variance_after"])):
@@ -176,7 +176,7 @@ def _kept(masks: Sequence[Row]) -> str:
     for index, row in enumerate(masks):
         y, share = 4 + 20 * index, row["kept"] / row["total"] if row["total"] else 0.0
         label = f"{share:.1%} of {row['total']:,}"
-        parts.append(f'<text x="0" y="{y + 12}">{escape(row["layer"])}</text>')
+        parts.append(f'<text x="0" y="{y + 12}">{escape(row["layer"] or MODEL)}</text>')
         parts.append(f'<rect class="after" x="150" y="{y}" width="{280 * share:.1f}" height="14" rx="2"/>')
         parts.append(f'<text class="soft" x="{156 + 280 * share:.1f}" y="{y + 12}">{escape(label)}</text>')
     return figure("What each layer keeps", parts, 20 * len(masks) + 8, "share of the original weights")
@@ -191,7 +191,7 @@ def _layers_table(layers: Sequence[Row], channels: Mapping[str, Any]) -> str:
     for row in layers:
         low, high = row.get("gain") or (None, None)
         numbers = [row.get("variance_before"), row.get("variance_after"), low, high, row.get("explained")]
-        cells = [row["name"], row["kind"], row["action"], row["channels"], row["dead"], *numbers]
+        cells = [row["name"] or MODEL, row["kind"], row["action"], row["channels"], row["dead"], *numbers]
         if channels:
             its = channels.get(row["name"])
             cells.append(slope(zip(its["dense"], its["repaired"], strict=True)) if its else None)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..behaviour import objections
-from ..errors import CalibrationError, LayerError, did_you_mean
+from ..errors import CalibrationError, LayerError, called, did_you_mean
 from ..layers import Selector, matching, refuse_means, select_layers, unwrap
 from ..masks import tied_layers
 from .units import Units, check_floors, units_of
@@ -254,7 +254,7 @@ def _removed_at(name: str, layer: Units, density: float) -> int:
     removed = layer.count - round(density * layer.count)
     if removed > layer.spare:
         least = (layer.count - layer.spare) / layer.count
-        raise ValueError(f"densities: layer {name!r} must keep at least {least:.6g} of its weights, not {density}")
+        raise ValueError(f"densities: {called(name)} must keep at least {least:.6g} of its weights, not {density}")
     return removed
 
 

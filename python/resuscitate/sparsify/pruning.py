@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError
+from ..errors import LayerError, called
 from ..layers import Selector, effective_weight, find_layers, out_channels, rows_of, unwrap
 from ..masks import Masks
 from ..state import Snapshot
@@ -165,7 +165,7 @@ def _check_kept(
             ("min_per_channel", min_per_channel, int(rows.min())),
         ):
             if kept < floor:
-                raise ValueError(f"{option}={floor}: this pattern keeps {kept} in layer {name!r}; lower it, or exclude")
+                raise ValueError(f"{option}={floor}: this pattern keeps {kept} in {called(name)}; lower it, or exclude")
 
 
 def _channels(

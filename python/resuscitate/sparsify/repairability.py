@@ -16,7 +16,7 @@ import asr_kernels as ak
 from ..batches import count_images, read_share
 from ..corrections import explained
 from ..distributed import Ranks
-from ..errors import CalibrationError, ModelMismatchError
+from ..errors import CalibrationError, ModelMismatchError, called
 from ..layers import Selector, effective_weight, unwrap, with_weight
 from ..network import Network, as_dtype, check_finite
 from ..progress import Bar
@@ -94,7 +94,7 @@ class Repairability:
         Raises ModelMismatchError for a layer that was not measured.
         """
         if name not in self.residuals:
-            raise ModelMismatchError(f"layer {name!r} is not among those whose repairability was measured")
+            raise ModelMismatchError(f"{called(name)} is not among those whose repairability was measured")
         between = [(1 - density, residual) for density, residual in self.residuals[name].items()]
         return [(0.0, 0.0), *sorted(between), (1.0, 1.0)]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError
+from ..errors import LayerError, called
 from ..layers import columns_of, effective_weight, rows_of
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def units_of(name: str, module: nn.Module, filters: bool, min_per_layer: int, mi
     ):
         if floor > weights > 0:
             raise ValueError(
-                f"{option}={floor} cannot be met in layer {name!r}: {of} has {weights} weights; lower the floor to "
+                f"{option}={floor} cannot be met in {called(name)}: {of} has {weights} weights; lower the floor to "
                 f"{weights} at most, or exclude the layer"
             )
     shape = tuple(scores.shape)
