@@ -31,7 +31,7 @@ from .layers import (
 from .means import can_carry, carry, fit_with_means
 from .network import Network
 from .refit import blocks, by_block, choose_ridge, fit, whole
-from .report import LayerReport, RepairReport
+from .report import RE_ESTIMATED, LayerReport, RepairReport
 from .stops import Calls, Visit
 
 log = logging.getLogger("resuscitate")
@@ -144,7 +144,7 @@ class Corrector:
         """Report one BatchNorm as re-estimated."""
         module = self.net.modules[name]
         assert isinstance(module, _BatchNorm)
-        self.report.layers.append(LayerReport(name, type(module).__name__, module.num_features, "re-estimated"))
+        self.report.layers.append(LayerReport(name, type(module).__name__, module.num_features, RE_ESTIMATED))
 
     def _decide(self, visit: Visit, wanted: Calls) -> tuple[LayerReport, dict[str, Tensor]]:
         """The layer's row in the report, and its gain and shift; no tensors where it is left alone."""

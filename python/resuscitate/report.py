@@ -48,6 +48,7 @@ class LayerReport:
         return cls(**{**plain, "gain": None if gain is None else (gain[0], gain[1])})
 
 
+RE_ESTIMATED = "re-estimated"  # the action of a BatchNorm's row; all others are layers'
 ENDINGS = (".json", ".csv", ".safetensors")  # of a report that has masks
 COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"), "gain_least", "gain_greatest"]
 
@@ -59,8 +60,8 @@ class RepairReport:
     `images` counts the images behind the gains, `batchnorm_images` those behind the BatchNorm statistics, `skipped`
     those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "node" (one
     pass), "prefix" (one pass per layer) or "none"; `scratch` counts the bytes that did not fit the memory budget, and
-    `resumed` the layers whose correction came from a journal. Under ranks, images are those of all ranks together.
-    `stages` has the seconds of each stage.
+    `resumed` the layers and BatchNorms whose correction came from a journal. Under ranks, images are those of all ranks
+    together. `stages` has the seconds of each stage.
     """
 
     method: str
@@ -142,7 +143,7 @@ class RepairReport:
         extras = [f"target: {self.target}"] if self.target != "none" else []
         extras += [f"{self.ranks} ranks"] if self.ranks > 1 else []
         extras += [f"{self.scratch / 2**20:,.0f} MiB through scratch"] if self.scratch else []
-        extras += [f"{self.resumed} layers from the journal"] if self.resumed else []
+        extras += [f"{self.resumed} corrections from the journal"] if self.resumed else []
         yield escape(
             f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped; "
             f"{'; '.join([*extras, f'{self.walk} walk', f'{self.seconds:.2f} s'])}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MODEL, ResuscitateError
+from ..report import RE_ESTIMATED
 from .figures import bars, figure, grid, key, log_axis, slope, table
 
 Row = Mapping[str, Any]
@@ -64,10 +65,13 @@ def _method(document: Row, last: Row) -> str:
 
 def _summary(document: Row, last: Row, layers: Sequence[Row]) -> str:
     options = document.get("provenance", {}).get("options", {})
-    changed = sum(not row.get("action", "left alone").startswith(("left alone", "skipped")) for row in layers)
-    cards = {
-        "layers repaired": f"{changed} of {len(layers)}",
-        "images": f"{last.get('images', 0):,}",
+    actions = [row.get("action", "left alone") for row in layers]
+    batchnorms = actions.count(RE_ESTIMATED)
+    repaired = sum(not action.startswith(("left alone", "skipped", RE_ESTIMATED)) for action in actions)
+    cards = {"layers repaired": f"{repaired} of {len(actions) - batchnorms}"} if len(actions) > batchnorms else {}
+    cards |= {"BatchNorms re-estimated": f"{batchnorms:,}"} if batchnorms else {}
+    cards |= {
+        "images": f"{last.get('images') or last.get('batchnorm_images') or 0:,}",
         "seconds": f"{document.get('seconds', last.get('seconds', 0)):.1f}",
         "dead channels": f"{sum(row.get('dead', 0) for row in layers):,}",
     }
@@ -77,7 +81,8 @@ def _summary(document: Row, last: Row, layers: Sequence[Row]) -> str:
         cards["weights pruned"] = f"{1 - sum(row['kept'] for row in masks) / total:.2%}" if total else "none"
     if last.get("skipped"):
         cards["images skipped"] = f"{last['skipped']:,}"
-    how = [f"method {last.get('method')}, {last.get('schedule')}"]
+    schedule = "" if last.get("method") == "bn" else f", {last.get('schedule')}"
+    how = [f"method {last.get('method')}{schedule}"]
     how.append(f"BatchNorm {last.get('recalibrate') or 'kept as the dense model has it'}")
     how.append(f"{last.get('walk')} walk")
     shown = "".join(f'<div class="card"><b>{escape(text)}</b>{escape(name)}</div>' for name, text in cards.items())
