@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .distributed import Ranks
 from .errors import CalibrationError
 from .sampling import warn_of_padding
 from .storage import Frame, Store
+
+if TYPE_CHECKING:
+    from .room import Room
 
 
 class Batches:
@@ -79,9 +82,16 @@ class Batches:
 
 
 def read_share(
-    calibration: Any, ranks: Ranks, *, max_samples: int | None, max_batches: int | None, batch_size: int, raw: bool
+    calibration: Any,
+    ranks: Ranks,
+    *,
+    max_samples: int | None,
+    max_batches: int | None,
+    batch_size: int,
+    raw: bool,
+    room: Room | None = None,
 ) -> Iterable[Any]:
-    """This rank's batches by `read_batches`: its share of `max_samples`, which may be none; `max_batches` is its own.
+    """This rank's batches by `read_batches`: its share of `max_samples`, which may be none; all else is its own.
 
     Raises CalibrationError.
     """
@@ -91,7 +101,7 @@ def read_share(
         warn_of_padding(calibration)
     if share == 0:
         return ()
-    options: dict[str, Any] = {"max_batches": max_batches, "batch_size": batch_size, "raw": raw}
+    options: dict[str, Any] = {"max_batches": max_batches, "batch_size": batch_size, "raw": raw, "room": room}
     return read_batches(calibration, max_samples=share, allow_empty=ranks.size > 1, **options)
 
 

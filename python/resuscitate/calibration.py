@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .errors import CalibrationError
 from .sampling import ClassOrder
+
+if TYPE_CHECKING:
+    from .room import Room
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -28,6 +32,7 @@ def read_batches(
     batch_size: int = 128,
     raw: bool = False,
     allow_empty: bool = False,
+    room: Room | None = None,
 ) -> Iterator[Any]:
     """The batches' input tensors, (n, ...) each, one after the other: never changed and not copied.
 
@@ -38,12 +43,15 @@ def read_batches(
     raw: yield the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
         that reaches `max_samples`, counted along the first tensor found in each.
     allow_empty: have no batches at all without an error, as one of several ranks may.
+    room: end, with a line in the log, where a batch has no room beside those before it. None, and for what the caller
+        holds anyway, a tensor, array, list or tuple: as long as there are batches.
     Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
     for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
         check_count(option, limit)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
-    return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty)
+    room = None if is_held(source) else room
+    return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty, room)
 
 
 def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
@@ -64,9 +72,15 @@ def is_held(calibration: Any) -> bool:
 
 
 def _read(
-    source: Any, batches: Iterator[Any], max_samples: int | None, max_batches: int | None, raw: bool, allow_empty: bool
+    source: Any,
+    batches: Iterator[Any],
+    max_samples: int | None,
+    max_batches: int | None,
+    raw: bool,
+    allow_empty: bool,
+    room: Room | None,
 ) -> Iterator[Any]:
-    samples, dimensions, order = 0, set(), ClassOrder()
+    samples, total, dimensions, order = 0, None, set(), ClassOrder()
     for index, batch in enumerate(batches):
         try:
             images = first_tensor(batch) if raw else input_of(batch)
@@ -79,9 +93,17 @@ def _read(
                 f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
                 "an (images, labels) pair is one batch: put it in a list"
             )
-        order.see(batch, count)
+        if room is not None and index == 0:
+            total = _total(source, count, max_samples, max_batches)
+            room.hint(total if max_samples is None and max_batches is None else None)
         left = count if max_samples is None else max_samples - samples
-        yield batch if raw else images if images is None or count <= left else images[:left]
+        part = batch if raw else images if images is None or count <= left else images[:left]
+        if room is not None and not room.take(part) and index:
+            order.warn()
+            room.warn(samples, total)
+            return
+        order.see(batch, count)
+        yield part
         samples += count
         if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
             order.warn()
@@ -124,6 +146,17 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
         raise CalibrationError(f"calibration must be a tensor or an iterable of batches, not {type(source).__name__}")
     return iter(source)
+
+
+def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | None) -> int | None:
+    """How many images there are to read, in batches of so many; None where nobody knows."""
+    known = [] if max_samples is None else [max_samples]
+    known += [] if max_batches is None else [max_batches * batch]
+    with suppress(TypeError, NotImplementedError):  # of a loader without a length
+        known.append(len(source) * batch)
+        if getattr(source, "batch_sampler", None) is not None:  # the last batch may be short
+            known.append(len(source.dataset))
+    return min(known, default=None)
 
 
 def first_tensor(batch: Any) -> Tensor | np.ndarray | None:

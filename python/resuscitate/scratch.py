@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,14 @@ class HostMemory:
 
     def close(self) -> None:
         self.held.clear()
+
+
+def free_disk(folder: str) -> int:
+    """Bytes that may yet be written to a folder; 0 where that cannot be told."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def view_bytes(data: Tensor) -> memoryview:

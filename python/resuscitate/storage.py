@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .scratch import HostMemory, Place, Region, ScratchFile
+from .scratch import HostMemory, Place, Region, ScratchFile, free_disk
 
 log = logging.getLogger("resuscitate")
 
@@ -54,6 +54,12 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self._place.close()
+
+    def room(self) -> int:
+        """How many more bytes it may keep: those left of its budget, and half of what is free where the rest goes."""
+        place = self._place
+        beyond = free_disk(place.folder) if isinstance(place, ScratchFile) else free_memory(torch.device("cpu"))
+        return max(self.budget - self.reserve - self.resident, 0) + beyond // 2
 
     def set_aside(self, size: int) -> None:
         """Leave so many bytes of the budget to whoever computes."""

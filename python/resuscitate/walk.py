@@ -113,6 +113,16 @@ class Walker:
             yield visit
 
 
+def most_waiting(net: Network, batch: Any) -> int:
+    """The bytes of activations that a walk may keep of a batch, at most; none where it walks by prefixes."""
+    if net.forward_fn is not None:
+        return 0
+    try:
+        return follow(net, trace(net.model), batch)[1]
+    except Exception:  # what the model itself raises, the walk meets again
+        return 0
+
+
 def _graph(
     net: Network, batch: Any, stops: Sequence[Stop], wiring: Wiring, gates: Mapping[str, Gate]
 ) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
