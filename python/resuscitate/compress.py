@@ -23,6 +23,7 @@ from .masks import Masks
 from .progress import track
 from .repair import repair
 from .report import COLUMNS, ENDINGS, RepairReport
+from .room import in_memory
 from .sparsify import sparsify
 from .sparsify.allocation import check_sparsity
 from .state import Snapshot
@@ -127,7 +128,8 @@ def compress(
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
             "rr" is measured anew in each step, in one process.
         calibration, ridge, relu_aware, max_samples, batch_size, forward_fn, dtype, device, memory, scratch, group,
-            seed, progress: as in `repair` with method "refit". The images are read once.
+            seed, progress: as in `repair` with method "refit". The images are read once, and held: of a
+            loader no more than fit `memory`, where the model runs on the host, else half of the host's.
         steps: how many, or the sparsities to stop at, ascending, the last of which is `sparsity`. A number of steps
             begins at `FIRST` and keeps the same fraction of the weights in each step from there on.
         resume: a folder for the journals of the steps. A run that was killed goes on from them; delete it once the
@@ -153,7 +155,8 @@ def compress(
     fitting |= {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory, "scratch": scratch}
     fitting |= {"group": group, "seed": seed}
     with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
-        batches = hold(calibration, read_share(calibration, ranks, **reading, raw=forward_fn is not None))
+        reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
+        batches = hold(calibration, read_share(calibration, ranks, **reading))
         pruning["calibration"] = batches if allocation == "rr" else None
         for index, stop in enumerate(track(stops, "compress", len(stops), False if ranks.rank else progress)):
             masks = sparsify(model, stop, **pruning)

@@ -30,6 +30,7 @@ from .maps import Cell, RecoverabilityMap
 from .progress import track
 from .regrow import regrow
 from .repair import repair
+from .room import in_memory
 from .sparsify import Repairability, sparsify
 from .sparsify.allocation import check_method, check_sparsity
 from .sparsify.patterns import NofM, parse_pattern
@@ -117,7 +118,8 @@ def recoverability(
         raise ValueError(f"workers={workers} must be at least 1")
     jobs = _jobs(sparsities, allocations, methods, pattern)
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
-    batches = hold(calibration, read_batches(calibration, **reading, raw=forward_fn is not None))
+    reading |= {"raw": forward_fn is not None, "room": in_memory(None, "cpu", dense, workers)}
+    batches = hold(calibration, read_batches(calibration, **reading))
     common = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device, "seed": seed}
     pruning = {"pattern": pattern, "include": include, "exclude": exclude}
     cells = _Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)

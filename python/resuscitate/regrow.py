@@ -30,6 +30,7 @@ from .needs import Loss, Surveyor
 from .progress import track
 from .repair import repair
 from .report import COLUMNS, ENDINGS, RepairReport
+from .room import in_memory
 from .sparsify.structured import restore_units, shrink
 from .state import Snapshot, flags_kept
 
@@ -182,7 +183,7 @@ def regrow(
             The next round's repair starts from it but pulls towards the dense network: with labels enough to train,
             method=None may be better.
         resume: a folder for journals, as in `compress`. A fine-tuning is not in them.
-        calibration and the others: as in `repair`. The images are read once.
+        calibration and the others: as in `repair`. The images are read once, and held, as in `compress`.
 
     Raises ValueError for a choice that there is not, a sparsity above that of the masks; MaskError for masks of another
     model, and where `finetune` changes them; what `repair` raises.
@@ -200,7 +201,8 @@ def regrow(
     running |= {"scratch": scratch, "seed": seed}
     found, given = list[GrowthRound](), masks
     with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
-        batches = hold(calibration, read_share(calibration, ranks, **reading, raw=forward_fn is not None))
+        reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
+        batches = hold(calibration, read_share(calibration, ranks, **reading))
         example = None
         if pattern == "channels":
             example = ranks.lend(first_images(batches[0]) if batches else None)

@@ -37,6 +37,7 @@ from .prefix import measure, screen
 from .progress import Stopwatch, track
 from .refit import blocks, folds_of_layer
 from .report import LayerReport, RepairReport
+from .room import in_stores
 from .sampling import NORMALISED_FROM, warn_of_normalisation
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
@@ -99,7 +100,8 @@ def repair(
             "channelwise" and skip_first=False this is **exact recalibration by another name**, and no stronger (see
             recalibrate); layers that no BatchNorm alone reads are left alone. Only method "bn" needs none of them.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
-            function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
+            function that returns such an iterable. Read once; what is no tensor, array or list, only as far as there is
+            room (see memory). No labels are used. Under ranks, this rank's own share.
         method: "refit" finds all surviving weights anew, by least squares from the inputs that the layer now has to the
             dense outputs (`refit.fit`); a transposed convolution is given its channel-wise gain. "asr", "channelwise"
             and "layerwise" (arXiv 2605.21426; formulas at `asr_kernels.repair_factors`) match each layer's outputs to
@@ -144,6 +146,8 @@ def repair(
         device: where to run; the models are moved there and back.
         memory: for images and activations on the device, such as "4GiB" or a number of bytes; None: half of what is
             free. What exceeds it goes to a scratch file (CPU) or to pinned host memory (GPU); results do not change.
+            A loader is read until its images and their activations would take more than half of it and half of what is
+            free there; then the log says how many were used, and `report.images` too.
         scratch: folder for that file, which has no name and cannot be left behind. None: TMPDIR, or /var/tmp.
         group: a `torch.distributed` process group whose ranks all call this with the same model and options, and with
             images of their own (dealt out one by one, image i to rank i modulo the ranks, the result is that of one
@@ -205,7 +209,8 @@ def repair(
             wanted.append(recalibrate_samples if recalibrate == "exact" else ema_batches * ema_batch_size)
         reading: dict[str, Any] = {"max_samples": most_images(wanted, max_samples), "max_batches": max_batches}
         reading |= {"batch_size": batch_size, "raw": forward_fn is not None}
-        images, skipped = read_share(calibration, ranks, **reading), Counter[str]()
+        room = in_stores(for_images, store, [net, *others] if fits or correlations else [net])
+        images, skipped = read_share(calibration, ranks, **reading, room=room), Counter[str]()
         images = screen([net, *others], images, skipped) if on_nonfinite == "skip" else images
         marks = ranks.share(gain_samples), ranks.share(recalibrate_samples)
         chosen_by_fold = fits and ridge is None
