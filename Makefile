@@ -54,7 +54,7 @@ bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)
 	@PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
 
-bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about 20 minutes
+bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about half an hour
 	@$(BIN)/python benchmarks/repair.py $(ARGS)
 
 bench-memory: $(READY) ## peak memory under a budget; two minutes

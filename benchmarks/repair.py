@@ -6,24 +6,22 @@ variances once, then one early-stopped pass of the pruned network per layer, `to
 images in one batch; `torch.optim.swa_utils.update_bn`. Then our time alone against the number of images and of layers.
 Writes repair.json, repair.md (the tables in docs/walk.md) and repair.svg.
 
-malloc is told to keep what is freed, for all candidates alike: else pages that go back to the system and come again
-cost each of them up to half its time, more or less by chance.
+Each of `SETTINGS` is a process of its own, for threads and malloc are set before it begins. "default" is what a user
+has who sets nothing: torch's own number of threads, and malloc as it comes, whose pages go back to the system and come
+again. "tuned" is one thread, and malloc told to keep what is freed, for all candidates alike; fewest images only.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-KEEP = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
-if __name__ == "__main__" and not KEEP.keys() <= os.environ.keys():  # both are read before Python begins
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
-
 import contextlib
 import copy
 import json
+import os
 import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import product
@@ -39,6 +37,9 @@ from torch import Tensor, nn
 import resuscitate
 
 BATCH = 128
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
+SETTINGS = {"default": {}, "tuned": {"OMP_NUM_THREADS": "1", **KEEP}}
+SETS = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # threads or malloc
 LAYERS = (nn.Conv2d, nn.Linear)
 console = Console(stderr=True)
 
@@ -129,14 +130,15 @@ def timed(run: Callable[[nn.Module, Tensor], Any], pruned: nn.Module, images: Te
 
 
 def compare(
-    name: str, images: Tensor, folder: Path, threads: int, rounds: int, slow_rounds: int
+    name: str, images: Tensor, folder: Path, setting: str, rounds: int, slow_rounds: int
 ) -> list[dict[str, Any]]:
     """One row for each job, the seconds of every candidate in it."""
-    torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
     dense = network(name, folder, images)
     rows: list[dict[str, Any]] = []
     pruned = pruned_copy(dense)
-    for job, runs in candidates(dense).items():
+    for job, found in candidates(dense).items():
+        runs = {candidate: run for candidate, run in found.items() if slow_rounds or "hooks" not in candidate}
         seconds: dict[str, list[float]] = {candidate: [] for candidate in runs}
         for run in runs.values():
             timed(run, pruned, images[:BATCH])  # warm
@@ -144,12 +146,18 @@ def compare(
             for candidate, run in runs.items():
                 if turn < slow_rounds or "hooks" not in candidate:
                     seconds[candidate].append(timed(run, pruned, images))
-        medians = {candidate: statistics.median(found) for candidate, found in seconds.items()}
-        console.print(name, len(images), threads, job, {k: round(v, 2) for k, v in medians.items()})
-        row = {"network": name, "images": len(images), "threads": threads, "job": job}
-        row |= {"seconds": medians, "rounds": seconds}
-        rows.append({**row, "ratio": {k: v / medians["ours"] for k, v in medians.items() if k != "ours"}})
+        medians = {candidate: statistics.median(each) for candidate, each in seconds.items()}
+        console.print(name, len(images), threads, setting, job, {k: round(v, 2) for k, v in medians.items()})
+        row = {"network": name, "images": len(images), "threads": threads, "malloc": setting, "job": job}
+        rows.append({**row, "seconds": medians, "rounds": seconds, "ratio": ratios(medians)})
     return rows
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Ours over the bare forward passes; all others over ours."""
+    bare = {k: v for k, v in seconds.items() if k.startswith("bare")}
+    found = {f"ours / {peer}": seconds["ours"] / value for peer, value in bare.items()}
+    return found | {f"{k} / ours": v / seconds["ours"] for k, v in seconds.items() if k not in ("ours", *bare)}
 
 
 def scaling(folder: Path, images: Tensor, rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -171,17 +179,16 @@ def scaling(folder: Path, images: Tensor, rounds: int) -> dict[str, list[dict[st
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The tables for the docs."""
+    """The tables for the docs: one for each setting and job."""
     lines = []
-    for job in dict.fromkeys(row["job"] for row in rows):
-        mine = [row for row in rows if row["job"] == job]
-        peers = list(mine[0]["ratio"])
-        lines += [f"| {job} | ours, s | {' | '.join(f'{peer}, times ours' for peer in peers)} |"]
-        lines += [f"| --- |{' --- |' * (len(peers) + 1)}"]
+    for setting, job in dict.fromkeys((row["malloc"], row["job"]) for row in rows):
+        mine = [row for row in rows if (row["malloc"], row["job"]) == (setting, job)]
+        ratio, threads = list(mine[0]["ratio"]), mine[0]["threads"]
+        lines += [f"| {job}, {threads} thread{'s' * (threads > 1)}, {setting} malloc | ours, s | {' | '.join(ratio)} |"]
+        lines += [f"| --- |{' --- |' * (len(ratio) + 1)}"]
         for row in mine:
-            cells = " | ".join(f"{row['ratio'][peer]:.2f}" for peer in peers)
-            case = f"{row['network']}, {row['images']:,} images, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-            lines.append(f"| {case} | {row['seconds']['ours']:.2f} | {cells} |")
+            cells = " | ".join(f"{row['ratio'][column]:.2f}" for column in ratio)
+            lines.append(f"| {row['network']}, {row['images']:,} images | {row['seconds']['ours']:.2f} | {cells} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -205,30 +212,49 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path)
 
 
+def measure(setting: str, *options: Any) -> dict[str, Any]:
+    """What a process of this setting finds, with these options of the command line."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETS)}
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        line = [sys.executable, __file__, "--within", setting, "--output", found, *options]
+        subprocess.run(list(map(str, line)), env=kept | SETTINGS[setting], check=True)
+        return json.loads(found.read_text())
+
+
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of networks and images.")] = None,
     images: Annotated[list[int], typer.Option(help="Numbers of images; repeatable.")] = [512, 4096],  # noqa: B006
     networks: Annotated[list[str], typer.Option(help="Networks; repeatable.")] = ["resnet20", "resnet56"],  # noqa: B006
-    threads: Annotated[list[int], typer.Option(help="Numbers of threads; repeatable.")] = [1],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds for what takes seconds.")] = 3,
-    slow_rounds: Annotated[int, typer.Option(help="Rounds for the hook implementations.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds for what takes seconds.")] = 5,
+    slow_rounds: Annotated[int, typer.Option(help="Rounds for the hook implementations; 0: without.")] = 1,
     scale: Annotated[bool, typer.Option(help="Measure growth with images and layers too.")] = True,
     output: Annotated[Path, typer.Option(help="The .json; .md and .svg go beside it.")] = RESULTS / "repair.json",
+    within: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Time the whole repair against its peers."""
     folder = data_folder(data)
-    pool = calibration_images(folder, max(images))
-    rows = [
-        row
-        for name, count, used in product(networks, images, threads)
-        for row in compare(name, pool[:count], folder, used, rounds, slow_rounds)
-    ]
-    grown = scaling(folder, pool, rounds) if scale else {}
+    if within is not None:
+        pool = calibration_images(folder, max(images))
+        rows = [
+            row
+            for name, count in product(networks, images)
+            for row in compare(name, pool[:count], folder, within, rounds, slow_rounds)
+        ]
+        output.write_text(json.dumps({"rows": rows, "scaling": scaling(folder, pool, rounds) if scale else {}}))
+        return
+    shared: list[Any] = ["--data", folder, "--rounds", rounds, "--slow-rounds", slow_rounds]
+    shared += [word for name in networks for word in ("--networks", name)]
+    counts = [word for count in images for word in ("--images", count)]
+    first = measure("default", *shared, *counts, "--scale" if scale else "--no-scale")
+    second = measure("tuned", *shared, "--images", min(images), "--no-scale")
+    rows = first["rows"] + second["rows"]
     about = machine(shlex.join(["python", "benchmarks/repair.py", *sys.argv[1:]]))
-    output.write_text(json.dumps({**about, "rows": rows, "scaling": grown}, indent=1) + "\n")
+    del about["threads"], about["omp_wait_policy"]  # of this process; each row has its own
+    output.write_text(json.dumps({**about, "rows": rows, "scaling": first["scaling"]}, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(rows))
-    if grown:
-        draw(grown, output.with_suffix(".svg"))
+    if scale:
+        draw(first["scaling"], output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -61,3 +61,31 @@ def test_training_for_pruning_runs(tmp_path):
     assert len(rows) == 4 * 4
     assert {row["stored"] > 0 for row in rows if row["recovery"] == "mean per kernel"} == {True}
     assert "| hyperspherical + penalty (" in (tmp_path / "recoverable.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_repair_benchmark_measures_what_a_user_gets_first(tmp_path, monkeypatch):
+    data = Path(os.environ.get("RESUSCITATE_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "cifar10_resnet20.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    script = "import torch; print(torch.get_num_threads())"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    threads = int(subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, check=True).stdout)
+    output = tmp_path / "repair.json"
+    options = ["--images", "64", "--networks", "resnet20", "--rounds", "1", "--slow-rounds", "0", "--no-scale"]
+    run("benchmarks/repair.py", *options, "--data", str(data), "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    settings = [("default", threads), ("tuned", 1)]
+    jobs = ("sequential ASR", "exact BatchNorm")
+    assert [(row["malloc"], row["threads"], row["job"]) for row in rows] == [
+        (*s, job) for s in settings for job in jobs
+    ]
+    for row in rows[::2]:
+        seconds = row["seconds"]
+        assert row["ratio"]["ours / bare forwards"] == seconds["ours"] / seconds["bare forwards"]
+    heads = [line for line in output.with_suffix(".md").read_text().splitlines() if "ours, s" in line]
+    assert heads[0].startswith(f"| sequential ASR, {threads} thread{'s' * (threads > 1)}, default malloc |")
+    assert heads[2].startswith("| sequential ASR, 1 thread, tuned malloc |")

@@ -1,5 +1,6 @@
 """What README and docs say is so: their Python and commands run, their tables are the committed results."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -82,6 +83,25 @@ def test_every_command_runs(page, folder):
 @pytest.mark.parametrize("table", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda path: path.name)
 def test_every_table_is_the_committed_result(table):
     assert table.read_text().strip() in TEXT
+
+
+@pytest.mark.parametrize(
+    ("column", "words", "pages"),
+    [
+        ("ours / bare forwards", "times the bare forward passes", ["docs/walk.md", "docs/methods/asr.md"]),
+        ("update_bn / ours", "times ours", ["docs/walk.md"]),
+    ],
+)
+def test_what_a_repair_costs_is_said_as_measured(column, words, pages):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "repair.json").read_text())["rows"]
+    claims = set()
+    for malloc in ("default", "tuned"):
+        found = [row["ratio"][column] for row in rows if row["malloc"] == malloc and column in row["ratio"]]
+        claims.add(f"{min(found):.2f} to {max(found):.2f} {words}" if found else "not yet measured")
+    for page in pages:
+        text = " ".join(PAGES[ROOT / page].split())
+        assert all(claim in text for claim in claims), claims
+        assert set(re.findall(rf"[\d.]+ to [\d.]+ {words}", text)) <= claims
 
 
 def test_every_make_target_exists():
