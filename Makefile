@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline ablation accuracy map structured regrow recoverable means bench gpu paper bench-repair bench-memory docs lint format clean
+.PHONY: help demo test headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -44,6 +44,9 @@ regrow: $(READY) ## one shot, in steps, or past the target and back, on real net
 
 recoverable: $(READY) ## training for pruning, and means of what was pruned, on digits; five minutes
 	@$(BIN)/python benchmarks/recoverable.py $(ARGS)
+
+ridge: $(READY) ## the ridge of a refit, fixed or cross-validated, by the number of images; half an hour
+	@$(BIN)/python benchmarks/ridge.py $(ARGS)
 
 means: $(READY) ## means of pruned weights on real networks; a quarter of an hour
 	@$(BIN)/python benchmarks/means.py $(ARGS)

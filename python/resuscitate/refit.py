@@ -128,7 +128,7 @@ def fit(
     line is then solved anew for them, and again; var y and mean(y) are theirs.
     """
     problem = _Problem(moments, weight, support, ridge, Ranks() if ranks is None else ranks)
-    targets = problem.targets(moments.xy, moments.yy)
+    targets = problem.own_targets()
     total, w = targets.variance.sum(), problem.solve(targets)
     if aim is not None and problem.unexplained(w, targets).sum() > LITTLE * total:
         ahead = w
@@ -157,13 +157,14 @@ def folds_of_layer(layer: Any) -> int:
 def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Tensor, ranks: Ranks) -> float:
     """The ridge whose least squares predict best the outputs for images that they have not seen.
 
-    folds: moments of parts of the images; weight, support: as in `fit`. Each part in turn is left out, and the error of
-    the weights w and biases b that the others give follows from its moments,
+    folds: moments of parts of the images; weight, support: as in `fit`. Each part in turn is left out, and the others
+    give the weights w. What these leave unexplained on the parts that were left out follows from the moments,
 
-        E (y - w x - b)^2 = var y - 2 w Cov(x, y) + w C w' + (mean y - w mean x - b)^2,
+        sum over channels of  var y (1 - r^2),   r = w Cov(x, y) / sqrt(w C w' var y),
 
-    summed over parts and over at most `JUDGES` of the channels. `RIDGES` are tried from the weakest on, until one is no
-    better than the one before. `RIDGE` where there is one part only.
+    variances and covariances being sums over the parts; a correlation r below 0 counts as 0. It is a correlation, not a
+    squared error, for `fit` gives the variance back that a regression loses. At most `JUDGES` channels are looked at.
+    `RIDGES` are tried from the weakest on, until one is no better than the one before. `RIDGE` if there is one part.
     """
     if len(folds) < 2:
         return RIDGE
@@ -172,23 +173,26 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
     judged = torch.zeros_like(support)
     judged[some] = support[some]
     parts = []
-    for fold, unseen in folds.items():
+    for fold, left_out in folds.items():
         seen = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
-        parts.append([_Problem(moments, weight, judged, RIDGE, ranks) for moments in (seen, unseen)])
+        parts.append([_Problem(moments, weight, judged, RIDGE, ranks) for moments in (seen, left_out)])
 
-    def error(ridge: float) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=weight.device)
-        for seen, unseen in parts:
+    def unexplained(ridge: float) -> float:
+        sums = torch.zeros(3, len(weight), dtype=torch.float64, device=weight.device)
+        for seen, left_out in parts:
             seen.set_ridge(ridge)
-            given, wanted = (each.targets(each.moments.xy, each.moments.yy) for each in (seen, unseen))
-            w = seen.solve(given)
-            off = unseen.bias(w, wanted) - seen.bias(w, given)
-            total += unseen.count * (unseen.unexplained(w, wanted) + off.square())[some].sum()
-        return float(ranks.gather(total[None])[0])  # the same on all ranks, for their machines may differ
+            w = seen.solve(seen.own_targets())
+            wanted = left_out.own_targets()
+            found = (w * wanted.cross).sum(1), left_out.variance(w), wanted.variance
+            sums += left_out.count * torch.stack(found)
+        covariance, varies, total = sums[:, some]
+        explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
+        # the same on all ranks, whose machines may differ
+        return float(ranks.gather((total - explained).sum()[None])[0])
 
-    best, least = RIDGES[0], error(RIDGES[0])
+    best, least = RIDGES[0], unexplained(RIDGES[0])
     for ridge in RIDGES[1:]:
-        if not (found := error(ridge)) < least:
+        if not (found := unexplained(ridge)) < least:
             break
         best, least = ridge, found
     return best
@@ -205,7 +209,7 @@ def drops(moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE) -> tup
     (None where the wanted outputs are constant).
     """
     problem = _Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
-    targets = problem.targets(moments.xy, moments.yy)
+    targets = problem.own_targets()
     total, varies = targets.variance.sum(), problem.variance(problem.present)
     if not total:
         return torch.zeros_like(problem.present), None
@@ -246,6 +250,10 @@ class _Problem:
         short = torch.zeros_like(yy) if y is None else y / self.count
         variance, mean = yy / self.count - short.square(), self.moments.target + short
         return _Targets((xy / self.count).mT.reshape(self.present.shape), variance.view(-1), mean.view(-1))
+
+    def own_targets(self) -> _Targets:
+        """Those of the moments."""
+        return self.targets(self.moments.xy, self.moments.yy)
 
     def solve(self, targets: _Targets) -> Tensor:
         """The weights (O, K) by ridge regression; the present ones where the inputs do not vary."""

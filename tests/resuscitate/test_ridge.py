@@ -29,30 +29,30 @@ def regression(samples, inputs=40, outputs=6, noise=1.0, folds=4, seed=0):
     return parts, moments, present, support, (x[samples:], y[samples:])
 
 
-def left_out_error(parts, present, support, ridge):
-    """The sum over parts of the squared errors on each by the weights that the others give, term by term."""
+def left_unexplained(parts, present, support, ridge):
+    """What the weights that the other parts give leave unexplained of each part, image by image, up to a gain."""
     total = 0.0
-    for left_out, (x, y) in parts.items():
-        seen = [part for n, part in parts.items() if n != left_out]
-        moments = patch_moments(*(torch.cat(each) for each in zip(*seen, strict=True)), Window())
-        found = fit(moments, present, support, ridge=ridge, most=1.0)
-        c = (x_seen := torch.cat([part[0] for part in seen])).T.cov(correction=0)
-        rho = ridge * c.diagonal().mean()
-        for channel, places in enumerate(support):
-            mine = c[places][:, places] + rho * torch.eye(int(places.sum()))
-            targets = torch.cat([part[1] for part in seen])[:, channel]
-            cross = ((x_seen - x_seen.mean(0)).mT @ (targets - targets.mean()))[places] / len(x_seen)
-            w = torch.linalg.solve(mine, cross + rho * present[channel, places])
-            bias = targets.mean() - x_seen.mean(0)[places] @ w
-            total += float((y[:, channel] - x[:, places] @ w - bias).square().sum())
-        assert found.weight.shape == present.shape
+    for channel, places in enumerate(support):
+        predicted, wanted = [], []
+        for left_out, (x, y) in parts.items():
+            seen = [part for n, part in parts.items() if n != left_out]
+            x_seen, y_seen = (torch.cat(each) for each in zip(*seen, strict=True))
+            c = x_seen.T.cov(correction=0)
+            cross = ((x_seen - x_seen.mean(0)).mT @ (y_seen - y_seen.mean(0)))[places, channel] / len(x_seen)
+            rho = ridge * c.diagonal().mean()
+            c = c[places][:, places] + rho * torch.eye(int(places.sum()))
+            w = torch.linalg.solve(c, cross + rho * present[channel, places])
+            predicted.append((x - x.mean(0))[:, places] @ w)
+            wanted.append((y - y.mean(0))[:, channel])
+        p, t = torch.cat(predicted), torch.cat(wanted)
+        total += float(t @ t - max(float(p @ t), 0.0) ** 2 / (p @ p))
     return total
 
 
 @pytest.mark.parametrize("samples", [24, 48, 200])
 def test_the_ridge_is_the_first_whose_successor_predicts_no_better(samples):
     parts, moments, present, support, _ = regression(samples)
-    errors = [left_out_error(parts, present, support, ridge) for ridge in RIDGES]
+    errors = [left_unexplained(parts, present, support, ridge) for ridge in RIDGES]
     rises = [index for index in range(len(RIDGES) - 1) if errors[index + 1] >= errors[index]]
     assert choose_ridge(moments, present, support, Ranks()) == RIDGES[min(rises, default=len(RIDGES) - 1)]
 
