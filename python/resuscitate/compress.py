@@ -15,13 +15,14 @@ from torch import nn
 
 from .batches import read_share
 from .calibration import hold
+from .choices import check_options
 from .distributed import Ranks
 from .errors import CalibrationError
 from .files import check_ending, write_rows
 from .layers import Selector, unwrap
 from .masks import Masks
 from .progress import track
-from .repair import repair
+from .repair import DEFAULTS, repair
 from .report import COLUMNS, ENDINGS, RepairReport
 from .room import in_memory
 from .sparsify import sparsify
@@ -154,6 +155,7 @@ def compress(
     fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, "batch_size": batch_size}
     fitting |= {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory, "scratch": scratch}
     fitting |= {"group": group, "seed": seed}
+    check_options({**DEFAULTS, **fitting}, DEFAULTS, dense, ranks)
     with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
         reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
         batches = hold(calibration, read_share(calibration, ranks, **reading))

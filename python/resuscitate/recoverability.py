@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .batches import count_images
 from .calibration import hold, read_batches
+from .choices import check_options
 from .digest import digest_images, digest_model
 from .distributed import Ranks
 from .errors import ResuscitateError, did_you_mean
@@ -28,8 +29,8 @@ from .journal import Journal
 from .layers import Selector, unwrap
 from .maps import Cell, RecoverabilityMap
 from .progress import track
-from .regrow import regrow
-from .repair import repair
+from .regrow import check_choices, regrow
+from .repair import DEFAULTS, repair
 from .room import in_memory
 from .sparsify import Repairability, sparsify
 from .sparsify.allocation import check_method, check_sparsity
@@ -116,11 +117,11 @@ def recoverability(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    jobs = _jobs(sparsities, allocations, methods, pattern)
+    common = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device, "seed": seed}
+    jobs = _jobs(sparsities, allocations, methods, pattern, dense, common)
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
     reading |= {"raw": forward_fn is not None, "room": in_memory(None, "cpu", dense, workers)}
     batches = hold(calibration, read_batches(calibration, **reading))
-    common = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device, "seed": seed}
     pruning = {"pattern": pattern, "include": include, "exclude": exclude}
     cells = _Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
@@ -225,7 +226,8 @@ class _Cells:
         model, started = copy.deepcopy(self.dense), time.perf_counter()
         further = 1 - past * (1 - job.sparsity)
         masks = sparsify(model, further, allocation=job.allocation, calibration=self.repairability, **self.pruning)
-        grown = regrow(model, self.dense, masks, job.sparsity, self.batches, **{**self.common, **options})
+        options = {**self.common, "progress": False, **options}
+        grown = regrow(model, self.dense, masks, job.sparsity, self.batches, **options)
         seconds = round(time.perf_counter() - started, 3)
         return Cell(job.sparsity, job.allocation, job.method, self.score(model), grown.sparsity, seconds)
 
@@ -286,6 +288,8 @@ def _jobs(
     allocations: Iterable[str],
     methods: Iterable[str] | Mapping[str, Mapping[str, Any] | None],
     pattern: str,
+    dense: nn.Module,
+    common: Mapping[str, Any],
 ) -> dict[str, _Job]:
     """The cells to fill, by a key that tells all that is peculiar to each. Raises ValueError or TypeError."""
     if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
@@ -304,6 +308,8 @@ def _jobs(
             raise ValueError(f"method {label!r}: {act.__name__} has no option {', '.join(sorted(unknown))}")
         if act is regrow and not 0 < (options or {})["past"] <= 1:
             raise ValueError(f"method {label!r}: past={(options or {})['past']} must be a part of what is left, 0 to 1")
+        if options is not None:
+            _check_method(label, {**common, **options}, dense)
     jobs = {}
     for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
         check_sparsity(sparsity)
@@ -314,6 +320,18 @@ def _jobs(
     if not jobs:
         raise ValueError("a map needs at least one sparsity, one allocation and one method")
     return jobs
+
+
+def _check_method(label: str, options: Mapping[str, Any], dense: nn.Module) -> None:
+    """ValueError, naming the method, for options that `repair` or `regrow` would refuse."""
+    try:
+        if "past" in options:
+            defaults = {name: parameter.default for name, parameter in signature(regrow).parameters.items()}
+            check_choices({**defaults, **options}, dense, Ranks())
+        else:
+            check_options({**DEFAULTS, **options}, DEFAULTS, dense, Ranks())
+    except ValueError as error:
+        raise ValueError(f"method {label!r}: {error}") from error
 
 
 def _listed(option: str, names: Iterable[str]) -> list[str]:

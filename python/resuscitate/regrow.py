@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .batches import first_images, read_share
 from .calibration import hold
+from .choices import check_options
 from .digest import digest_model
 from .distributed import Ranks
 from .errors import CalibrationError, MaskError, ModelMismatchError
@@ -28,7 +29,7 @@ from .masks import Masks
 from .matching import same_layers
 from .needs import Loss, Surveyor
 from .progress import track
-from .repair import repair
+from .repair import DEFAULTS, repair
 from .report import COLUMNS, ENDINGS, RepairReport
 from .room import in_memory
 from .sparsify.structured import restore_units, shrink
@@ -188,12 +189,13 @@ def regrow(
     Raises ValueError for a choice that there is not, a sparsity above that of the masks; MaskError for masks of another
     model, and where `finetune` changes them; what `repair` raises.
     """
-    started = time.perf_counter()
+    chosen, started, ranks = dict(locals()), time.perf_counter(), Ranks(group)
+    with ranks.together():
+        check_choices(chosen, dense, ranks)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
-    _check(pattern, budget, saliency, initial, rounds, method, accuracy, evaluate, labelled, forward_fn)
     if calibration is None:
         raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
-    folder, ranks = None if resume is None else Path(resume), Ranks(group)
+    folder = None if resume is None else Path(resume)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
@@ -223,7 +225,8 @@ def regrow(
             masks, report = grown, None
             if method is not None:
                 options: dict[str, Any] = {"method": method, **running, "group": group, "resume": journals[1]}
-                report = repair(model, dense, batches, masks=masks, **options, progress=False)
+                options |= {} if method == "bn" else {"masks": masks}
+                report = repair(model, dense, batches, **options, progress=False)
                 report.belongs_to("what regrow returned")
             if finetune is not None:
                 _finetune(model, masks, finetune, ranks)
@@ -241,39 +244,35 @@ def regrow(
         return Regrowth(masks, found, time.perf_counter() - started, snapshot.restore)
 
 
-def _check(
-    pattern: str,
-    budget: str,
-    saliency: Any,
-    initial: str,
-    rounds: int,
-    method: str | None,
-    accuracy: float | None,
-    evaluate: Any,
-    labelled: Any,
-    forward_fn: Any,
-) -> None:
-    """Raise ValueError for options that there are not, or that do not go together."""
-    for option, value, choices in (
-        ("pattern", pattern, get_args(Pattern)),
-        ("budget", budget, get_args(Budget)),
-        ("saliency", saliency, get_args(Saliency)),
-        ("initial", initial, get_args(Initial)),
+def check_choices(options: Mapping[str, Any], dense: nn.Module, ranks: Ranks) -> None:
+    """Raise ValueError for options of `regrow`, by name, that there are not, or that do not go together."""
+    names = "pattern", "saliency", "initial", "rounds", "method", "labelled"
+    pattern, saliency, initial, rounds, method, labelled = (options[name] for name in names)
+    for option, choices in (
+        ("pattern", get_args(Pattern)),
+        ("budget", get_args(Budget)),
+        ("saliency", get_args(Saliency)),
+        ("initial", get_args(Initial)),
     ):
+        value = options[option]
         if value not in choices and not (option == "saliency" and isinstance(value, Mapping)):
             raise ValueError(f"{option}={value!r} is unknown; there are {', '.join(map(repr, choices))}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be a whole number of at least 1")
     if pattern == "channels" and saliency == "residual":
         raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
-    if pattern == "channels" and forward_fn is not None:
+    if pattern == "channels" and options["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     if initial == "refit" and method not in ("auto", "refit"):
         raise ValueError(f"initial='refit' needs a refit to find the values, not method={method!r}")
     if (saliency == "gradient") != (labelled is not None):
         raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
-    if accuracy is not None and evaluate is None:
+    if options["loss"] is not None and saliency != "gradient":
+        raise ValueError("loss is for saliency 'gradient'")
+    if options["accuracy"] is not None and options["evaluate"] is None:
         raise ValueError("accuracy is a goal for evaluate(model): pass that too")
+    if method is not None:
+        check_options({**DEFAULTS, "method": method}, DEFAULTS, dense, ranks)
 
 
 def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:

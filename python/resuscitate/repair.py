@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .aggregate import aggregate
 from .batches import Batches, cut, first_images, most_images, read_share, rebatch
 from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
-from .choices import Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options, check_refit, check_target
+from .choices import FITS, Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options
 from .corrections import Corrector
 from .digest import MODULUS, digest_images, digest_model, digest_tensors
 from .distributed import Ranks
@@ -108,21 +109,21 @@ def repair(
             the dense ones by a gain and a shift. "two-stage", for whole channels that went: first the layers that read
             them take over what they carried from those that stay (`aggregate.aggregate`), then refit. "mean" replaces
             what was pruned by its mean; BatchNorm then as recalibrate says. (`replace_by_means` takes no images.)
-            "bn" re-estimates BatchNorm alone. "auto" is "refit" where it can be; else "asr": without the dense model
-            itself, in the "parallel" schedule, where BatchNorm is re-estimated, or where prior, bias, eps or
-            correlations are given.
+            "bn" re-estimates BatchNorm alone. "auto" is "refit" where `dense` is a model and the schedule is
+            "sequential", else "asr". An option that is given and that the method does not read is an error.
         schedule: "sequential" measures each layer once all before it are corrected; "parallel", as published, measures
             them all on the unrepaired network.
         recalibrate: None keeps the dense model's BatchNorm statistics, which corrected outputs match (copied where the
             pruned model's differ, but for those behind layers that include and exclude leave out). "exact" pools them
             over all images and thereby **cancels** the gain and the shift of every layer that is read through a
-            BatchNorm alone. "ema" is the published protocol: reset, then `ema_batches` batches of `ema_batch_size` at
-            `ema_momentum`; a shift that a BatchNorm took is reset with it. "auto": "exact" for "bn", else None.
+            BatchNorm alone; a refit it does not cancel. "ema" is the published protocol: reset, then `ema_batches`
+            batches of `ema_batch_size` at `ema_momentum`; a shift that a BatchNorm took is reset with it. "auto":
+            "exact" for "bn", else None.
         max_samples, max_batches: read no more than this.
-        gain_samples, recalibrate_samples: images for the gains, and for an exact recalibration; None: all that are
-            read.
+        gain_samples, recalibrate_samples: images for the gains or the refit, and for an exact recalibration; None: all
+            that are read.
         batch_size: how a lone tensor is cut. It never changes the result beyond rounding.
-        prior, bias, eps: see `asr_kernels.repair_factors`.
+        prior, bias, eps: of the gains, prior of "asr" alone: see `asr_kernels.repair_factors`.
         masks: which weights are in use, as `Masks` or {layer: tensor of True and False}; a refit then finds values for
             those, too, that are in use but zero. None, or a layer left out: the weights that are not zero.
         means: what shares a mean: of "mean" a "layer", a "filter" (None) or a "kernel", a filter's window on one input
@@ -132,14 +133,15 @@ def repair(
             None: for each layer what predicts best, by cross-validation over images (`refit.choose_ridge`).
         relu_aware: of "refit": where a ReLU alone reads a layer, straight or through a BatchNorm and a sum, an output
             that it sets to zero need not be right, only low enough (see `gates`). Doubles the time.
-        include, exclude: layers to repair, as globs over their names or as module types. Not for "bn".
+        include, exclude: layers to repair, as globs over their names or as module types.
         skip_first: leave the first convolution alone, as published: its input is the image. None: not if refitted.
         skip_last: leave the last layer alone where no BatchNorm reads it (the classifier). None: in the "parallel"
             schedule and where BatchNorm is re-estimated, for there its inputs are not the dense ones, and matching
-            the dense logits costs accuracy; where they were matched too it gains some.
-        correlations: report for each layer what share of the dense variance a gain can bring back at all. Needs the
-            dense network itself.
-        frozen: "keep" leaves a BatchNorm alone that is in eval mode while the model trains.
+            the dense logits costs accuracy; where they were matched too it gains some. But a refit with exact
+            statistics fits it to the inputs that it then has.
+        correlations: report for each layer what share of the dense variance a gain can bring back at all; of a refit,
+            which says it anyway, what the refit explains. Needs the dense network itself, schedule="sequential".
+        frozen: of a recalibration: "keep" leaves a BatchNorm alone that is in eval mode while the model trains.
         on_nonfinite: "raise", or "skip" the images (with `forward_fn`: batches) that give NaN or infinite activations.
         forward_fn: `forward_fn(model, batch)` runs one batch as it came, for models that take more than one tensor.
         dtype: run under autocast to "bf16" or "fp16"; moments stay float32 sums in float64. None: as the model is.
@@ -164,25 +166,12 @@ def repair(
         MaskError: `masks` are of another model, or a weight that they prune is not zero.
         JournalError: `resume` names another run's journal. CheckpointError: a statistics file cannot be read.
         LayerError, NonFiniteError: a layer cannot be repaired; the message names it, and the batch.
-        ValueError: an option is unknown or contradicts another.
+        ValueError: an option is unknown, out of range, not read by the method, or contradicts another.
     """
-    clock = Stopwatch()
-    model, target = _as_model(model), as_target(dense)
-    recalibrate = ("exact" if method == "bn" else None) if recalibrate == "auto" else recalibrate
-    check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
-    if method == "auto":
-        of_gains = recalibrate is not None or correlations or (prior, bias, eps) != ("median", True, 1e-8)
-        can_refit = isinstance(target, nn.Module) and schedule == "sequential" and not of_gains
-        method = "refit" if can_refit else "asr"
-        check_options(method, schedule, recalibrate, frozen, on_nonfinite, means)
-    ranks, precision, fits = Ranks(group), as_dtype(dtype), method in ("refit", "two-stage")
-    if recalibrate == "ema" and (recalibrate_samples is not None or forward_fn is not None or ranks.size > 1):
-        raise ValueError(
-            "recalibrate='ema' cuts its own batches: it takes no recalibrate_samples, no forward_fn and no group"
-        )
-    if fits:
-        check_refit(method, target, schedule, bias, ridge, ranks)
-    check_target(method, target, schedule, correlations)
+    given, clock = dict(locals()), Stopwatch()
+    ranks, precision = Ranks(group), as_dtype(dtype)
+    method, recalibrate = check_options(given, DEFAULTS, dense, ranks)
+    model, target, fits = _as_model(model), as_target(dense), method in FITS
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
         check_count(option, limit)
@@ -222,6 +211,7 @@ def repair(
         if not total:
             cause = f"all {report.skipped} give NaN or infinite activations" if report.skipped else "there are none"
             raise CalibrationError(f"no images are left: {cause}")
+        cuts = rebatch(batches, ema_batch_size, ema_batches) if recalibrate == "ema" else ()
         clock.end("reading images")
         example = ranks.lend(first_images(batches[0]) if len(batches) else None)
 
@@ -232,8 +222,9 @@ def repair(
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]
         selected = set(layers)
-        unmatched = bool(batchnorms) or schedule == "parallel"
-        skip_first = method not in ("refit", "two-stage", "mean") if skip_first is None else skip_first
+        # an exact recalibration is done before a later layer is refitted, a momentum one once all are
+        unmatched = schedule == "parallel" or (bool(batchnorms) and not (fits and recalibrate == "exact"))
+        skip_first = method not in (*FITS, "mean") if skip_first is None else skip_first
         ends = skip_first, unmatched and method != "mean" if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
         zeros = in_use(model, layers, masks)
@@ -308,7 +299,6 @@ def repair(
                     corrector.recalibrate(visit)
         report.walk = walker.taken
         if recalibrate == "ema":
-            cuts = rebatch(batches, ema_batch_size, ema_batches)
             estimate_by_momentum(net, batchnorms, cuts, ema_momentum)
             report.batchnorm_images = ema_batches * ema_batch_size
             for name in batchnorms:
@@ -321,6 +311,9 @@ def repair(
         clock.end("checking")
         report.stages, report.seconds = clock.stages, sum(clock.stages.values())
         return report
+
+
+DEFAULTS = {name: parameter.default for name, parameter in signature(repair).parameters.items()}
 
 
 def _as_model(model: Any) -> nn.Module:

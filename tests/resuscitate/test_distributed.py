@@ -61,6 +61,7 @@ FAILING = {
     "a loader fails in regrow": {"broken": 1, "regrow": True},
     "different models": {"other weights": 1},
     "different options": {"other options": 1},
+    "a stray option": {"stray option": 1},
     "no images": {"sizes": (0, 0, 0)},
     "momentum": {"options": {"recalibrate": "ema", "ema_batches": 1, "ema_batch_size": 8}},
 }
@@ -88,7 +89,9 @@ def work(rank, size, job):
         with torch.no_grad():
             next(model.parameters()).add_(1)
     if rank == job.get("other options"):
-        options["eps"] = 0.5
+        options["ridge"] = 0.5
+    if rank == job.get("stray option"):
+        options["prior"] = "mean"
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         if job.get("statistics"):
@@ -166,6 +169,7 @@ def test_ranks_end_with_the_same_bits_and_the_result_of_one_process(job, ranks):
         ("an image is not finite", "NonFiniteError: layer '0': batch 0", "DistributedError: rank 0 failed"),
         ("different models", *["rank 1 has a model or options other than rank 0"] * 2),
         ("different options", *["rank 1 has a model or options other than rank 0"] * 2),
+        ("a stray option", "DistributedError: rank 1 failed", "prior='mean' is for method 'asr'"),
         ("no images", *["no images are left"] * 2),
         ("momentum", *["it takes no recalibrate_samples, no forward_fn and no group"] * 2),
     ],

@@ -22,7 +22,13 @@ from tests.user import same
 OPTIONS = {
     "refit": {},
     "asr and BatchNorm": {"method": "asr", "recalibrate": "exact"},
-    "parallel": {"method": "channelwise", "schedule": "parallel", "recalibrate": "ema", "ema_batches": 2},
+    "parallel": {
+        "method": "channelwise",
+        "schedule": "parallel",
+        "recalibrate": "ema",
+        "ema_batches": 2,
+        "ema_batch_size": 8,
+    },
     "means": {"means": "kernel"},
     "mean": {"method": "mean"},
     "bn": {"method": "bn"},
@@ -55,8 +61,7 @@ def unchanged(model, before):
 
 
 def repair(model, dense, calibration, **options):
-    options = {"ema_batch_size": 8, "progress": False, **options}
-    return resuscitate.repair(model, dense, calibration, **options)
+    return resuscitate.repair(model, dense, calibration, progress=False, **options)
 
 
 class TestInTheProcess:

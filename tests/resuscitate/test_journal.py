@@ -116,7 +116,7 @@ def test_a_checksum_that_fails_ends_what_is_believed(tmp_path):
     ("change", "part"),
     [
         ({"method": "channelwise"}, "options"),
-        ({"eps": 0.1}, "options"),
+        ({"ridge": 0.1}, "options"),
         ({"include": "3"}, "options"),
         ({"calibration": images(seed=5)}, "images"),
         ({"dense": seeded(chain, 3)}, "dense"),

@@ -269,10 +269,10 @@ class TestRefused:
         for options, message in (
             ({"method": "mean", "means": "row"}, "means='row' is unknown"),
             ({"method": "asr", "means": "filter"}, "for methods 'refit' and 'mean'"),
-            ({"means": "filter", "prior": 1.0}, "for methods 'refit' and 'mean'"),
+            ({"means": "filter", "schedule": "parallel"}, "for methods 'refit' and 'mean'"),
             ({"means": "layer"}, "'filter' or 'kernel'"),
             ({"method": "mean", "schedule": "parallel"}, "pass it as a model"),
-            ({"method": "mean", "correlations": True}, "pass it as a model"),
+            ({"method": "mean", "correlations": True}, "correlations=True is for methods .*, not 'mean'"),
         ):
             with pytest.raises(ValueError, match=message):
                 repair(model, dense, images(), **options)

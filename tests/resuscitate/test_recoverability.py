@@ -74,7 +74,7 @@ class TestCells:
         found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
         model = copy.deepcopy(dense)
         sparsify(model, 0.7, allocation="erk")
-        repair(model, dense, images(), prior=1.0, gain_samples=8)
+        repair(model, dense, images(), method="asr", prior=1.0, gain_samples=8)
         assert found.methods == ["flat", "nothing", "pairs"]
         assert found.curve("erk", "flat")[0.7] == pytest.approx(score(model), abs=1e-5)
 

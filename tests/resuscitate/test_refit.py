@@ -230,7 +230,7 @@ class TestRepair:
         for target, options in ((statistics, {}), ("running", {}), (None, {}), (dense, {"schedule": "parallel"})):
             with pytest.raises(ValueError, match="pass dense as a model, schedule='sequential'"):
                 resuscitate.repair(pruned_copy(dense), target, images(), method="refit", **options)
-        with pytest.raises(ValueError, match="always fits the bias"):
+        with pytest.raises(ValueError, match="bias=False is for methods"):
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", bias=False)
         with pytest.raises(ValueError, match="ridge=-1 must be at least 0"):
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", ridge=-1)

@@ -340,6 +340,7 @@ class TestRefused:
             ({"initial": "refit", "method": None}, ValueError, "needs a refit"),
             ({"rounds": 0}, ValueError, "rounds=0"),
             ({"accuracy": 0.5}, ValueError, "evaluate"),
+            ({"loss": F.cross_entropy}, ValueError, "loss is for saliency 'gradient'"),
             ({"evaluate": lambda model: float("nan")}, ValueError, "not a score"),
             ({"masks": {}}, ValueError, "masks is empty"),
             ({"masks": {"0": torch.ones(3, 3)}}, MaskError, "made for another model"),

@@ -134,22 +134,22 @@ def test_the_first_convolution_is_skipped_unless_asked_for():
     assert not torch.equal(model[0].weight, first)
 
 
-def test_auto_is_a_refit_unless_something_else_is_asked_for():
+def test_auto_is_a_refit_where_the_dense_model_is_followed_in_sequence_else_asr():
     dense, chosen = seeded(chain), []
     statistics = resuscitate.DenseStatistics.measure(dense, images())
     for target, options in (
         (dense, {}),
         (dense, {"recalibrate": None, "batch_size": 7}),
-        (dense, {"prior": "mean"}),
-        (dense, {"bias": False}),
         (dense, {"correlations": True}),
         (dense, {"recalibrate": "exact"}),
         (dense, {"schedule": "parallel"}),
+        (dense, {"schedule": "parallel", "prior": "mean", "bias": False}),
         (statistics, {}),
+        (statistics, {"recalibrate": "exact"}),
         ("running", {}),
     ):
         chosen.append(resuscitate.repair(pruned_copy(dense), target, images(), **options).method)
-    assert chosen == ["refit"] * 2 + ["asr"] * 7
+    assert chosen == ["refit"] * 4 + ["asr"] * 5
 
 
 def test_the_last_layer_is_skipped_where_its_inputs_are_not_matched():
@@ -297,7 +297,7 @@ def test_a_report_is_saved_as_json_and_csv(method, tmp_path):
 def test_equal_models_are_noticed(caplog):
     dense = seeded(chain)
     with caplog.at_level(logging.WARNING, logger="resuscitate"):
-        report = resuscitate.repair(copy.deepcopy(dense), dense, images(), eps=0.0)
+        report = resuscitate.repair(copy.deepcopy(dense), dense, images(), method="asr", eps=0.0)
     assert "nothing was pruned" in caplog.text
     assert "nothing was pruned" in report.notes[0]
     assert all(row.gain == pytest.approx((1, 1), abs=1e-4) for row in report.layers if row.gain)

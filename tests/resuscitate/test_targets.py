@@ -171,7 +171,7 @@ class TestCorrelations:
         y, x = (out.transpose(0, 1).flatten(1).double() for out in outputs)
         corr = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(y, x, strict=True)])
         expected = float((corr.square() * y.var(1)).sum() / y.var(1).sum())
-        options = {"correlations": True, "include": name, "skip_first": False, "batch_size": 5}
+        options = {"method": "asr", "correlations": True, "include": name, "skip_first": False, "batch_size": 5}
         report = resuscitate.repair(model, dense, images(), **options)
         assert report.layers[-1].explained == pytest.approx(expected, rel=1e-4)
 

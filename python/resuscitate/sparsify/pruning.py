@@ -79,6 +79,10 @@ def sparsify(
         raise ValueError(
             f'remove=True takes whole channels out of the model: it needs pattern="channels", not {pattern!r}'
         )
+    if kind == "channels" and (min_per_layer, min_per_channel) != (1, 0):
+        raise ValueError('min_per_layer and min_per_channel count weights; pattern "channels" has no such floor')
+    if indivisible != "dense" and not isinstance(kind, NofM):
+        raise ValueError(f"indivisible={indivisible!r} is for patterns n:m, not {pattern!r}")
     layers, ties = prunable(model, include, exclude)
     if kind == "channels":
         return _channels(model, sparsity, allocation, densities, example, remove, include, exclude)

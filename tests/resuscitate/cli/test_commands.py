@@ -29,7 +29,9 @@ USAGE = [
     (["--mean", "red"], "'red' is neither a number"),
     (["--size", "large"], "'large' is not a size"),
     (["--include", "33"], "include='33' selects no layer; did you mean"),
-    (["--prior", "mode"], "prior must be 'median', 'mean' or a positive variance"),
+    (["--method", "asr", "--prior", "mode"], "prior='mode' must be 'median', 'mean' or a positive variance"),
+    (["--prior", "mean"], "prior='mean' is for method 'asr', not 'refit', which 'auto' stands for here"),
+    (["--method", "asr", "--no-relu-aware"], "relu_aware=False is for methods 'refit' and 'two-stage', not 'asr'"),
     (["--method", "bn", "--recalibrate", "none"], "does nothing; choose 'exact' or 'ema'"),
 ]
 FAILURES = [

@@ -37,8 +37,9 @@ class TestRepair:
         [
             (["--schedule", "parallel", "--recalibrate", "exact"], {"schedule": "parallel", "recalibrate": "exact"}),
             (["--gain-samples", "8", "-b", "5"], {"gain_samples": 8, "batch_size": 5}),
-            (["--prior", "0.5", "--no-bias", "--no-skip-first"], {"prior": 0.5, "bias": False, "skip_first": False}),
-            (["--prior", "mean", "--skip-last"], {"prior": "mean", "skip_last": True}),
+            (["--method", "asr", "--prior", "0.5", "--no-bias"], {"method": "asr", "prior": 0.5, "bias": False}),
+            (["--method", "asr", "--prior", "mean"], {"method": "asr", "prior": "mean"}),
+            (["--no-skip-first", "--skip-last"], {"skip_first": False, "skip_last": True}),
             (["--include", "3", "--include", "6", "--exclude", "3"], {"include": ["3", "6"], "exclude": "3"}),
             (
                 ["--recalibrate", "ema", "--ema-batches", "3", "--ema-batch-size", "10", "--ema-momentum", "0.5"],

@@ -243,6 +243,15 @@ class TestRefusals:
             with pytest.raises(ValueError, match='choose "unstructured", "filter", "channels", or "n:m"'):
                 sparsify(seeded(chain), 0.5, pattern=pattern)
 
+    def test_options_of_another_pattern_are_refused(self):
+        for options, message in (
+            ({"indivisible": "pad"}, "indivisible='pad' is for patterns n:m, not 'unstructured'"),
+            ({"pattern": "channels", "min_per_layer": 5}, "count weights"),
+            ({"pattern": "channels", "min_per_channel": 5}, "count weights"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                sparsify(seeded(chain), 0.5, example=images(2), **options)
+
     def test_selectors_that_leave_nothing_are_refused(self):
         with pytest.raises(ValueError, match="did you mean conv1"):
             sparsify(seeded(Residual), 0.5, include="conv11")
