@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import called
+from .places import IMAGES, NETWORK, check_places
 
 if TYPE_CHECKING:
     from .network import Network
@@ -19,7 +20,7 @@ log = logging.getLogger("resuscitate")
 
 
 def recalibrate_batchnorm(
-    model: nn.Module, calibration: Any, *, mode: Literal["exact", "ema"] = "exact", **options: Any
+    model: nn.Module, calibration: Any = None, *, mode: Literal["exact", "ema"] = "exact", **options: Any
 ) -> RepairReport:
     """Re-estimate every BatchNorm's running statistics from images, in place: `repair` with method "bn".
 
@@ -30,6 +31,8 @@ def recalibrate_batchnorm(
     """
     from .repair import repair
 
+    call = "recalibrate_batchnorm(model, images)"
+    check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
     return repair(model, None, calibration, method="bn", recalibrate=mode, **options)
 
 

@@ -17,10 +17,10 @@ from .batches import read_share
 from .calibration import hold
 from .choices import check_options
 from .distributed import Ranks
-from .errors import CalibrationError
 from .files import check_ending, write_rows
 from .layers import Selector, unwrap
 from .masks import Masks
+from .places import IMAGES, NETWORK, NUMBER, check_places
 from .progress import track
 from .repair import DEFAULTS, repair
 from .report import COLUMNS, ENDINGS, RepairReport
@@ -139,9 +139,9 @@ def compress(
     Raises what `sparsify` and `repair` raise; ValueError for steps that do not ascend to `sparsity`.
     """
     started = time.perf_counter()
+    places: dict[str, Any] = {"model": (model, NETWORK), "sparsity": (sparsity, NUMBER)}
+    check_places("compress(model, sparsity, images)", **places, calibration=(calibration, IMAGES))
     model, stops = unwrap(model), schedule(sparsity, steps)
-    if calibration is None:
-        raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
     ranks, reports = Ranks(group), list[RepairReport]()
     if allocation == "rr" and ranks.size > 1:
         raise ValueError("allocation 'rr' measures in one process: it takes no group")

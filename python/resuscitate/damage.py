@@ -17,6 +17,7 @@ from .errors import ModelMismatchError, called
 from .layers import find_layers, unwrap
 from .matching import same_layers
 from .network import Network, as_dtype, check_finite
+from .places import IMAGES, NETWORK, check_places
 from .state import moved_to, undisturbed
 
 
@@ -52,6 +53,8 @@ def damage(
     activations of one batch are held at a time. A layer that is used several times is taken over all its uses.
     Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
     """
+    places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK)}
+    check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))
     model, dense = unwrap(model), unwrap(dense)
     same_layers(find_layers(model), dense)
     found: dict[str, ak.PairedMoments] = {}

@@ -28,6 +28,7 @@ from .errors import ResuscitateError, did_you_mean
 from .journal import Journal
 from .layers import Selector, unwrap
 from .maps import Cell, RecoverabilityMap
+from .places import FUNCTION, IMAGES, NETWORK, check_places
 from .progress import track
 from .regrow import check_choices, regrow
 from .repair import DEFAULTS, repair
@@ -115,6 +116,8 @@ def recoverability(
     Raises ValueError or TypeError for an unknown choice, before any work; JournalError where `resume` is of another
     model, images or score; ResuscitateError, naming the cell, where one fails.
     """
+    places: dict[str, Any] = {"dense": (dense, NETWORK), "calibration": (calibration, IMAGES)}
+    check_places("recoverability(dense, images, evaluate)", **places, evaluate=(evaluate, FUNCTION))
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     common = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device, "seed": seed}

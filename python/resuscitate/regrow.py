@@ -21,13 +21,14 @@ from .calibration import hold
 from .choices import check_options
 from .digest import digest_model
 from .distributed import Ranks
-from .errors import CalibrationError, MaskError, ModelMismatchError
+from .errors import MaskError, ModelMismatchError
 from .files import check_ending, write_rows
 from .growth import Budget, Channels, Chooser, Saliency, Weights, stops
 from .layers import find_layers, unwrap
 from .masks import Masks
 from .matching import same_layers
 from .needs import Loss, Surveyor
+from .places import IMAGES, MASKS, NETWORK, NUMBER, check_places
 from .progress import track
 from .repair import DEFAULTS, repair
 from .report import COLUMNS, ENDINGS, RepairReport
@@ -190,11 +191,12 @@ def regrow(
     model, and where `finetune` changes them; what `repair` raises.
     """
     chosen, started, ranks = dict(locals()), time.perf_counter(), Ranks(group)
+    places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK), "masks": (masks, MASKS)}
+    places |= {"sparsity": (sparsity, NUMBER), "calibration": (calibration, IMAGES)}
+    check_places("regrow(model, dense, masks, sparsity, images)", **places)
     with ranks.together():
         check_choices(chosen, dense, ranks)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
-    if calibration is None:
-        raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
     folder = None if resume is None else Path(resume)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

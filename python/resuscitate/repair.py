@@ -34,6 +34,7 @@ from .masks import in_use
 from .matching import copy_statistics, layers_to_repair, matching_layers
 from .means import Per, replace_by_means
 from .network import Network, as_dtype
+from .places import IMAGES, NETWORK, check_places
 from .prefix import measure, screen
 from .progress import Stopwatch, track
 from .refit import blocks, folds_of_layer
@@ -43,7 +44,7 @@ from .sampling import NORMALISED_FROM, warn_of_normalisation
 from .state import Snapshot, moved_to, undisturbed
 from .stops import Stop, Visit
 from .storage import Store, parse_memory
-from .targets import Dense, DenseStatistics, as_target, compare_images, describe, identify, wanted_by
+from .targets import TARGET, Dense, DenseStatistics, as_target, compare_images, describe, identify, wanted_by
 from .walk import Walker
 
 log = logging.getLogger("resuscitate")
@@ -99,7 +100,8 @@ def repair(
             file where that was saved: a study over many prunings then runs it once. Or "running": the layer before a
             BatchNorm is to have that BatchNorm's running statistics, for which no dense network is needed. With
             "channelwise" and skip_first=False this is **exact recalibration by another name**, and no stronger (see
-            recalibrate); layers that no BatchNorm alone reads are left alone. Only method "bn" needs none of them.
+            recalibrate); layers that no BatchNorm alone reads are left alone. Only method "bn" needs none of them, and
+            takes images in this place too.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once; what is no tensor, array or list, only as far as there is
             room (see memory). No labels are used. Under ranks, this rank's own share.
@@ -160,6 +162,7 @@ def repair(
         progress: show a progress bar; None: where standard error is a terminal.
 
     Raises:
+        TypeError: an argument stands in another one's place; the message says what to write.
         CalibrationError: no images, too few, or of an unknown kind.
         ModelMismatchError: the two models' layers differ, or they are one and the same.
         DistributedError: another rank failed, or no longer answers.
@@ -169,14 +172,16 @@ def repair(
         ValueError: an option is unknown, out of range, not read by the method, or contradicts another.
     """
     given, clock = dict(locals()), Stopwatch()
+    if method == "bn" and calibration is None and not isinstance(dense, Dense | None):
+        dense, calibration = None, dense  # no dense network is needed, and these are the images
+    call = "repair(model, dense, images), or repair(model, images, method='bn') where there is no dense network"
+    check_places(call, model=(model, NETWORK), dense=(dense, TARGET), calibration=(calibration, IMAGES))
     ranks, precision = Ranks(group), as_dtype(dtype)
     method, recalibrate = check_options(given, DEFAULTS, dense, ranks)
-    model, target, fits = _as_model(model), as_target(dense), method in FITS
+    model, target, fits = unwrap(model), as_target(dense), method in FITS
     limits = {"max_samples": max_samples, "gain_samples": gain_samples, "recalibrate_samples": recalibrate_samples}
     for option, limit in limits.items():
         check_count(option, limit)
-    if calibration is None:
-        raise CalibrationError("calibration is missing: pass images, as a tensor or any iterable of batches")
     report = RepairReport(method, schedule, recalibrate, ranks=ranks.size)
     layers = {} if method == "bn" else matching_layers(model, target, include, exclude, report)
     batchnorms = {} if recalibrate is None else batchnorms_to_estimate(model, frozen == "keep", report)
@@ -314,12 +319,6 @@ def repair(
 
 
 DEFAULTS = {name: parameter.default for name, parameter in signature(repair).parameters.items()}
-
-
-def _as_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    return unwrap(model)
 
 
 def _measure_at_once(nets: Sequence[Network], passes: Sequence[Iterable[Any]], names: Sequence[str]) -> list[Visit]:

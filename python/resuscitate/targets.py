@@ -25,6 +25,7 @@ from .files import write_safetensors
 from .graph import Wiring
 from .layers import find_batchnorms, find_layers, unwrap
 from .network import Network, as_dtype
+from .places import IMAGES, NETWORK, Kind, check_places
 from .prefix import measure
 from .progress import Bar
 from .report import RepairReport
@@ -72,6 +73,8 @@ class DenseStatistics:
         Give it the images that the repairs will have, and as many. Raises CalibrationError, LayerError, NonFiniteError,
         DistributedError.
         """
+        call = "DenseStatistics.measure(dense, images)"
+        check_places(call, dense=(dense, NETWORK), calibration=(calibration, IMAGES))
         dense, ranks, seen = unwrap(dense), Ranks(group), [0, 0]
         show = progress if ranks.rank == 0 else False
         with ExitStack() as stack:
@@ -145,17 +148,14 @@ class DenseStatistics:
 
 
 Dense = nn.Module | DenseStatistics | str | Path
+TARGET: Kind = (lambda value: isinstance(value, Dense | None), "a module, a statistics file or 'running'")
 
 
 def as_target(dense: Any) -> nn.Module | DenseStatistics | Literal["running"] | None:
-    """What `repair` takes as `dense`, wrappers taken off and files read. Raises TypeError, OSError, CheckpointError."""
-    if dense is None or isinstance(dense, DenseStatistics) or dense == "running":
-        return dense
-    if isinstance(dense, str | Path):
-        return DenseStatistics.load(dense)
+    """What `repair` takes as `dense`, wrappers taken off and files read. Raises OSError, CheckpointError."""
     if isinstance(dense, nn.Module):
         return unwrap(dense)
-    raise TypeError(f"dense must be a module, a statistics file or 'running', not {type(dense).__name__}")
+    return DenseStatistics.load(dense) if isinstance(dense, str | Path) and dense != "running" else dense
 
 
 def identify(target: nn.Module | DenseStatistics | str | None) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,9 +242,10 @@ def prunable(
 def check_sparsity(sparsity: float) -> float:
     """The sparsity itself if it is a float in [0, 1); TypeError or ValueError otherwise, saying why."""
     if not isinstance(sparsity, float):
+        shown = f"sparsity={sparsity!r}" if isinstance(sparsity, Real) else "sparsity"
         raise TypeError(
-            f"sparsity={sparsity!r} is of type {type(sparsity).__name__}; give a float in [0, 1), the fraction of the "
-            "original weights that goes (0.9 keeps every tenth)"
+            f"{shown} is of type {type(sparsity).__name__}; give a float in [0, 1), the fraction of the original "
+            "weights that goes (0.9 keeps every tenth)"
         )
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity={sparsity} is not in [0, 1), the fraction of the original weights that goes")

@@ -19,6 +19,7 @@ from ..distributed import Ranks
 from ..errors import CalibrationError, ModelMismatchError, called
 from ..layers import Selector, effective_weight, unwrap, with_weight
 from ..network import Network, as_dtype, check_finite
+from ..places import IMAGES, NETWORK, check_places
 from ..progress import Bar
 from ..state import moved_to, undisturbed
 from .units import units_of
@@ -64,6 +65,8 @@ class Repairability:
         """
         from .allocation import prunable
 
+        call = "Repairability.measure(model, images)"
+        check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
         grid = sorted(set(densities), reverse=True)
         if not grid or not all(0 < density < 1 for density in grid):
             raise ValueError(f"densities={grid} must lie between 0 and 1")
