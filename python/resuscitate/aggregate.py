@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,16 @@ RIDGE = 1e-3
 
 
 @torch.no_grad()
-def aggregate(model: nn.Module, dense: Network, batches: Iterable[Any], ridge: float = RIDGE) -> list[str]:
+def aggregate(
+    model: nn.Module,
+    dense: Network,
+    batches: Iterable[Any],
+    ridge: float = RIDGE,
+    names: Collection[str] | None = None,
+) -> list[str]:
     """Have each layer that no longer reads some channels read what they carried from those that it still reads.
+
+    names: the layers that may be changed; None: all.
 
     With G the second moments of the *dense* layer's input channels, H all of them and P those that are still read:
 
@@ -30,7 +38,8 @@ def aggregate(model: nn.Module, dense: Network, batches: Iterable[Any], ridge: f
     what never varied). W is the dense weight; what is zero in the model stays zero. Returns the names of the layers
     that were changed. Convolutions in groups and transposed ones are left alone.
     """
-    layers = {name: layer for name, layer in find_layers(model).items() if _is_whole(layer)}
+    chosen = {name: layer for name, layer in find_layers(model).items() if names is None or name in names}
+    layers = {name: layer for name, layer in chosen.items() if _is_whole(layer)}
     read = {name: _read(name, layer) for name, layer in layers.items()}
     original = {name: _read(name, dense.modules[name]) for name in read}
     missing = {name for name, kept in read.items() if kept.any() and (original[name] & ~kept).any()}

@@ -26,7 +26,7 @@ from .repair import DEFAULTS, repair
 from .report import COLUMNS, ENDINGS, RepairReport
 from .room import in_memory
 from .sparsify import sparsify
-from .sparsify.allocation import check_sparsity
+from .sparsify.allocation import check_sparsity, listed
 from .state import Snapshot
 
 if TYPE_CHECKING:
@@ -151,19 +151,20 @@ def compress(
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
     pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
-    pruning |= {"include": include, "exclude": exclude}
-    fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, "batch_size": batch_size}
-    fitting |= {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory, "scratch": scratch}
-    fitting |= {"group": group, "seed": seed}
+    pruning |= {"include": listed(include), "exclude": listed(exclude)}
+    running: dict[str, Any] = {"batch_size": batch_size, "forward_fn": forward_fn, "dtype": dtype, "device": device}
+    running |= {"seed": seed, "progress": False}
+    fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, **running}
+    fitting |= {"memory": memory, "scratch": scratch, "group": group}
     check_options({**DEFAULTS, **fitting}, DEFAULTS, dense, ranks)
     with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
         reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
         batches = hold(calibration, read_share(calibration, ranks, **reading))
-        pruning["calibration"] = batches if allocation == "rr" else None
+        pruning |= {"calibration": batches, **running} if allocation == "rr" else {}
         for index, stop in enumerate(track(stops, "compress", len(stops), False if ranks.rank else progress)):
             masks = sparsify(model, stop, **pruning)
             journal = None if folder is None else folder / f"step-{index + 1}.journal"
-            reports.append(repair(model, dense, batches, **fitting, resume=journal, progress=False))
+            reports.append(repair(model, dense, batches, **fitting, resume=journal))
             reports[-1].belongs_to("what compress returned")
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
         snapshot.forget_unchanged()

@@ -34,7 +34,7 @@ from .regrow import check_choices, regrow
 from .repair import DEFAULTS, repair
 from .room import in_memory
 from .sparsify import Repairability, sparsify
-from .sparsify.allocation import check_method, check_sparsity
+from .sparsify.allocation import check_method, check_sparsity, listed
 from .sparsify.patterns import NofM, parse_pattern
 from .targets import DenseStatistics
 
@@ -125,7 +125,7 @@ def recoverability(
     reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
     reading |= {"raw": forward_fn is not None, "room": in_memory(None, "cpu", dense, workers)}
     batches = hold(calibration, read_batches(calibration, **reading))
-    pruning = {"pattern": pattern, "include": include, "exclude": exclude}
+    pruning = {"pattern": pattern, "include": listed(include), "exclude": listed(exclude)}
     cells = _Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:

@@ -265,7 +265,7 @@ def repair(
         rule: Any = "asr" if method in ("bn", "mean") else "channelwise" if fits else method
         factors = partial(ak.repair_factors, rule=rule, prior=prior, bias=bias, eps=eps)
         if method == "two-stage":
-            changed = aggregate(model, others[0], batches.head(gains))
+            changed = aggregate(model, others[0], batches.head(gains), names=layers)
             report.notes.append(f"{len(changed)} layers took over what removed channels carried: {', '.join(changed)}")
         if method == "mean":
             _fill(model, others[0].model, means or "filter", layers, report)

@@ -71,6 +71,28 @@ class TestCompress:
         filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
         assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
 
+    def test_relative_repairability_is_measured_with_the_callers_options(self, monkeypatch):
+        batches = [{"a": part, "scale": 2.0} for part in images(40).split(8)]
+        options = {"forward_fn": lambda model, batch: model(batch["a"] * batch["scale"]), "dtype": "bf16", "seed": 3}
+        model, by_hand, dense = seeded(chain), seeded(chain), seeded(chain)
+        seen, measure = [], resuscitate.Repairability.measure
+        monkeypatch.setattr(
+            resuscitate.Repairability, "measure", lambda *a, **given: seen.append(given) or measure(*a, **given)
+        )
+        running = {**options, "device": "cpu", "batch_size": 8}
+        compress(model, 0.8, batches, allocation="rr", steps=[0.6, 0.8], **running)
+        assert [{name: given[name] for name in running} for given in seen] == [running] * 2
+        for stop in (0.6, 0.8):
+            resuscitate.sparsify(by_hand, stop, allocation="rr", calibration=measure(by_hand, batches, **options))
+            resuscitate.repair(by_hand, dense, batches, **options)
+        assert same(model, by_hand)
+
+    def test_selectors_may_be_an_iterator(self):
+        model, other = seeded(chain), seeded(chain)
+        compress(model, 0.8, images(40), steps=3, exclude=iter(["11"]))
+        compress(other, 0.8, images(40), steps=3, exclude=["11"])
+        assert same(model, other)
+
     def test_images_are_read_once(self):
         reads = []
 

@@ -316,6 +316,33 @@ class TestTwoStage:
         torch.testing.assert_close(model[3].weight[:, kept].double(), wanted, rtol=1e-3, atol=1e-4)
         assert (model[3].weight[:, [1, 5]] == 0).all()
 
+    @pytest.mark.parametrize(
+        ("options", "left"),
+        [
+            ({"exclude": "6"}, "6"),
+            ({"include": ["0", "3"]}, "6"),
+            ({"skip_last": True}, "11"),
+            ({"skip_first": True}, "0"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_layers_that_are_left_out_stay_as_they_are(self, options, left):
+        dense, x = seeded(chain), images(40)
+        model = copy.deepcopy(dense)
+        with torch.no_grad():
+            model[0].weight[:, 2] = 0
+            model[3].weight[:, 4:] = 0
+            model[6].weight[:, 4:] = 0
+            model[11].weight[:, 8:] = 0
+        before = copy.deepcopy(model)
+        report = resuscitate.repair(model, dense, x, method="two-stage", **options)
+        assert torch.equal(model[int(left)].weight, before[int(left)].weight)
+        assert not torch.equal(model[3].weight, before[3].weight)
+        (note,) = (note for note in report.notes if "took over" in note)
+        assert set(note.partition(": ")[2].split(", ")) == {"0", "3", "6", "11"} & {
+            row.name for row in report.layers if row.action == "refitted"
+        }
+
     def test_a_projection_network_is_repaired_and_shrunk(self):
         pytest.importorskip("torch_pruning")
         dense, x, errors = seeded(Residual), images(60), {}

@@ -24,8 +24,11 @@ class Comparison:
         detail: bool,
         images: Tensor,
         device: str | None,
+        dtype: str | None,
+        batch_size: int,
     ) -> None:
         self.score, self.dense, self.images, self.device = score, dense if detail else None, images[:IMAGES], device
+        self.running: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
         self.scores: dict[str, float] = {}
         self.channels: dict[str, dict[str, Any]] = {}
         if score is not None and dense is not None:
@@ -38,7 +41,7 @@ class Comparison:
         if self.score is not None:
             self.scores[when] = self._score(network)
         if self.dense is not None:
-            for name, found in damage(network, self.dense, self.images, device=self.device).items():
+            for name, found in damage(network, self.dense, self.images, **self.running).items():
                 layer = self.channels.setdefault(name, {"dense": found.variance.tolist()})
                 layer[when] = (found.variance * found.ratio.nan_to_num()).tolist()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..recoverability import METHODS
 from .app import app, show
@@ -102,6 +102,7 @@ def map_(
             written.append(output / f"map-{method}.svg")
             draw_map(found, written[-1], [method])
     if damage is not None and pictures:
+        running: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed}
         for allocation in found.allocations:
             pruned = copy.deepcopy(network)
             sparsify(
@@ -112,9 +113,10 @@ def map_(
                 calibration=images,
                 include=include,
                 exclude=exclude,
+                **(running if allocation == "rr" else {}),
             )
             written.append(output / f"damage-{allocation}.svg")
-            layers = compare(pruned, network, images, batch_size=batch_size, dtype=dtype, device=device, seed=seed)
+            layers = compare(pruned, network, images, **running)
             draw_damage(layers, written[-1], f"{model}, sparsity {damage:g}, {allocation}")
     elif plot and not pictures:
         show("pictures skipped: they need matplotlib, pip install 'resuscitate[plots]'")

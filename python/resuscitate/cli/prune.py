@@ -10,6 +10,8 @@ import typer
 from .app import app, options_of, show
 from .inputs import build_model, read_images
 from .options import (
+    BatchSize,
+    Device,
     Exclude,
     Images,
     Include,
@@ -17,6 +19,7 @@ from .options import (
     Mean,
     Model,
     Output,
+    Precision,
     Seed,
     Size,
     Std,
@@ -48,6 +51,9 @@ def prune(
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
+    batch_size: BatchSize = 128,
+    dtype: Precision = None,
+    device: Device = None,
     seed: Seed = 0,
     masks: WrittenMasks = None,
 ) -> None:
@@ -68,7 +74,8 @@ def prune(
         images, described = found.all, [found.describe()]
     elif allocation == "rr" or pattern == "channels":
         raise typer.BadParameter(f"{'allocation rr' if allocation == 'rr' else 'channels'} needs images: --calibration")
-    names = ("allocation", "pattern", "min_per_layer", "min_per_channel", "indivisible", "include", "exclude")
+    names = ["allocation", "pattern", "min_per_layer", "min_per_channel", "indivisible", "include", "exclude"]
+    names += ["batch_size", "dtype", "device", *(["seed"] if allocation == "rr" else [])]
     chosen = {name: options[name] for name in names}
     pruned = sparsify(network, sparsity, densities=fixed, calibration=images, example=images, **chosen)
     made_by = provenance("prune", options)

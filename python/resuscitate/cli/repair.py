@@ -122,7 +122,7 @@ def repair(
         check_runs(network, images.head, calibration, device)
         score = None if test is None or ranks.rank else Accuracy(*read_labelled(test, mean, std, size, None, seed))
         seen = target if not isinstance(target, Path | str) and not ranks.rank else None
-        eyes = Comparison(score, seen, detail and len(images.head) > 0, images.head, device)
+        eyes = Comparison(score, seen, detail and len(images.head) > 0, images.head, device, dtype, batch_size)
         eyes.look("pruned", network)
         keywords = {name: options[name] for name in run.__kwdefaults__ if name in options}  # type: ignore[union-attr]
         keywords["masks"] = None if masks is None else Masks.load(masks)

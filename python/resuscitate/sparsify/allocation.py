@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..behaviour import objections
@@ -39,6 +41,13 @@ def allocate(
     min_per_channel: int = 0,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 128,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> dict[str, float]:
     """Fraction of weights that each selected layer keeps, {layer name: density}, for one sparsity over all of them.
 
@@ -59,15 +68,22 @@ def allocate(
     densities: {glob over layer names: density in (0, 1]} for layers that are to keep just that, such as
         {"conv1": 1.0}; a later glob overrules an earlier one. The others share what is left of the budget.
     min_per_layer, min_per_channel: least number of weights that stay in each layer, and in each output channel.
+    max_samples, batch_size, forward_fn, dtype, device, seed, progress: of what "rr" measures, as in `repair`.
 
-    Raises ValueError for an unknown method, a sparsity outside [0, 1), and floors or densities that leave no room for
-    it, saying what would; TypeError for a sparsity that is not a float; LayerError for a weight that is not finite.
+    Raises ValueError for an unknown method, an option of "rr" where nothing is measured, a sparsity outside [0, 1), and
+    floors or densities that leave no room for it, saying what would; TypeError for a sparsity that is not a float;
+    LayerError for a weight that is not finite.
     """
+    measuring: dict[str, Any] = {"max_samples": max_samples, "batch_size": batch_size, "forward_fn": forward_fn}
+    measuring |= {"dtype": dtype, "device": device, "seed": seed, "progress": progress}
+    check_measuring(method, calibration, measuring)
     check_floors(min_per_layer, min_per_channel)
+    include, exclude = listed(include), listed(exclude)
     layers, ties = prunable(model, include, exclude)
     units = {first: units_of(first, layers[first], False, min_per_layer, min_per_channel) for first in ties}
     pinned = pin(layers, ties, densities)
-    removed = removals(units, sparsity, allocator(method, model, calibration, include, exclude), pinned)
+    measuring |= {"include": include, "exclude": exclude}
+    removed = removals(units, sparsity, allocator(method, model, calibration, **measuring), pinned)
     kept = {
         name: (units[first].count - removed[first]) / units[first].count
         for first, names in ties.items()
@@ -167,14 +183,25 @@ def check_method(method: str) -> None:
         raise ValueError(f"unknown allocation {method!r}; choose from {', '.join(METHODS)}{hint}")
 
 
-def allocator(
-    method: str,
-    model: nn.Module,
-    calibration: Any,
-    include: Iterable[Selector] | Selector | None,
-    exclude: Iterable[Selector] | Selector | None,
-) -> Allocation:
-    """The allocation of that name; "rr" measures the images once it is asked."""
+def check_measuring(method: str, calibration: Any, measuring: Mapping[str, Any]) -> None:
+    """ValueError for an option of what "rr" measures that is not its default where nothing is measured."""
+    from .repairability import Repairability
+
+    if method == "rr" and not isinstance(calibration, Repairability):
+        return
+    defaults = signature(allocate).parameters
+    for option, value in measuring.items():
+        if value != defaults[option].default:
+            raise ValueError(f"{option} is of what allocation 'rr' measures from images, and here nothing is measured")
+
+
+def listed(selectors: Iterable[Selector] | Selector | None) -> list[Selector] | Selector | None:
+    """Selectors that can be gone through more than once."""
+    return selectors if selectors is None or isinstance(selectors, str | type) else list(selectors)
+
+
+def allocator(method: str, model: nn.Module, calibration: Any, **measuring: Any) -> Allocation:
+    """The allocation of that name; "rr" measures the images once it is asked, by `Repairability.measure`."""
     check_method(method)
     if method != "rr":
         return ALLOCATIONS[method]
@@ -186,7 +213,7 @@ def allocator(
     def measured(units: Mapping[str, Units], budget: int) -> dict[str, int]:
         found = calibration
         if not isinstance(found, Repairability):
-            found = Repairability.measure(model, calibration, include=include, exclude=exclude)
+            found = Repairability.measure(model, calibration, **measuring)
         return by_repairability(units, budget, {name: found.curve(name) for name in units})
 
     return measured

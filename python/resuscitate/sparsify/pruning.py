@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -13,7 +13,17 @@ from ..errors import LayerError, called
 from ..layers import Selector, effective_weight, find_layers, out_channels, rows_of, unwrap
 from ..masks import Masks
 from ..state import Snapshot
-from .allocation import ALLOCATIONS, Allocation, allocator, check_method, pin, prunable, removals
+from .allocation import (
+    ALLOCATIONS,
+    Allocation,
+    allocator,
+    check_measuring,
+    check_method,
+    listed,
+    pin,
+    prunable,
+    removals,
+)
 from .patterns import Indivisible, NofM, check_nm_sparsity, fits, input_channels, nm_mask, parse_pattern, unit_mask
 from .structured import channel_groups, channel_masks, shrink
 from .units import Units, check_floors, magnitude, units_of, units_of_channels
@@ -36,6 +46,13 @@ def sparsify(
     example: Any = None,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 128,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> Masks:
     """Zero the smallest weights (by magnitude) of a model's convolutions and linear layers in place; return the masks.
 
@@ -61,6 +78,7 @@ def sparsify(
         the same. The masks still have the shapes from before. To repair a pruned model against the dense one, which
         has those shapes too, do that first and then call `shrink(model, masks, example)`.
     include, exclude: globs over layer names, or module types (see `select_layers`).
+    max_samples, batch_size, forward_fn, dtype, device, seed, progress: of what "rr" measures, as in `repair`.
 
     A weight shared by several layers is ranked and counted once. `torch.nn.utils.prune` masks stay and take the new
     zeros in. Dtype, memory format and requires_grad are kept. All or nothing: on an error the model is as it was.
@@ -70,6 +88,9 @@ def sparsify(
     """
     kind = parse_pattern(pattern)
     check_method(allocation)
+    measuring: dict[str, Any] = {"max_samples": max_samples, "batch_size": batch_size, "forward_fn": forward_fn}
+    measuring |= {"dtype": dtype, "device": device, "seed": seed, "progress": progress}
+    check_measuring(allocation, calibration, measuring)
     if indivisible not in get_args(Indivisible):
         raise ValueError(
             f"indivisible={indivisible!r} is unknown; there are {', '.join(map(repr, get_args(Indivisible)))}"
@@ -83,6 +104,7 @@ def sparsify(
         raise ValueError('min_per_layer and min_per_channel count weights; pattern "channels" has no such floor')
     if indivisible != "dense" and not isinstance(kind, NofM):
         raise ValueError(f"indivisible={indivisible!r} is for patterns n:m, not {pattern!r}")
+    include, exclude = listed(include), listed(exclude)
     layers, ties = prunable(model, include, exclude)
     if kind == "channels":
         return _channels(model, sparsity, allocation, densities, example, remove, include, exclude)
@@ -95,7 +117,7 @@ def sparsify(
     else:
         floors = min_per_layer, min_per_channel
         units = {first: units_of(first, layers[first], kind == "filter", *floors) for first in ties}
-        method = allocator(allocation, model, calibration, include, exclude)
+        method = allocator(allocation, model, calibration, include=include, exclude=exclude, **measuring)
         chosen, notes = _by_score(units, layers, sparsity, method, pin(layers, ties, densities)), {}
     placed = {first: mask.to(effective_weight(first, layers[first]).device) for first, mask in chosen.items()}
     by_name = {name: placed[first] for first, names in ties.items() for name in names}

@@ -121,7 +121,7 @@ def test_the_command_line_has_the_choices_of_the_library():
             resuscitate.sparsify,
             {"dense", "output", "masks", "max_samples", "mean", "std", "size", "seed"},
             # a smaller network has no name to build it by again; the images are the example
-            {"remove", "example"},
+            {"remove", "example", "forward_fn", "progress"},
         ),
         (
             resuscitate.recoverability,

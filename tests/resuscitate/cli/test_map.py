@@ -53,6 +53,18 @@ def test_it_writes_what_recoverability_finds_and_goes_on_from_there(user, test_i
     assert "80.0%" in invoke(*words(*GRID, "--no-plot")).stdout
 
 
+def test_damage_is_shown_of_what_was_measured_with_the_options_given(user, test_images, monkeypatch):
+    if not have_matplotlib():
+        pytest.skip("draws pictures")
+    seen, measure = [], resuscitate.Repairability.measure
+    monkeypatch.setattr(
+        resuscitate.Repairability, "measure", lambda *a, **given: seen.append(given) or measure(*a, **given)
+    )
+    grid = ["--sparsities", 0.5, "--allocations", "rr", "--methods", "bn", "--damage", 0.8]
+    invoke(*words(*grid, "-o", "damaged", "--dtype", "bf16", "-b", 7, "--seed", 3))
+    assert [(given["dtype"], given["batch_size"], given["seed"]) for given in seen] == [("bf16", 7, 3)] * 2
+
+
 def test_what_makes_no_sense_is_refused_before_any_work(user, test_images):
     assert "did you mean erk" in invoke(*words("--allocations", "erkk"), code=2).stderr
     assert "not in [0, 1)" in invoke(*words("--damage", 1.5), code=2).stderr

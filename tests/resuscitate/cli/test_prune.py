@@ -61,6 +61,17 @@ class TestPrune:
         assert same(load_file("out.safetensors"), expected.state_dict())
         assert "allocation rr needs images: --calibration" in unframed(invoke(*words, code=2).stderr)
 
+    def test_relative_repairability_is_measured_with_the_options_given(self, user, monkeypatch):
+        seen, measure = {}, resuscitate.Repairability.measure
+        monkeypatch.setattr(
+            resuscitate.Repairability, "measure", lambda *a, **given: seen.update(given) or measure(*a, **given)
+        )
+        words = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", "--sparsity", 0.6]
+        words += ["-c", "images.npz", "--dtype", "bf16", "--device", "cpu", "-b", 7]
+        invoke(*words, "--allocation", "rr", "--seed", 3)
+        assert {"dtype": "bf16", "device": "cpu", "batch_size": 7, "seed": 3}.items() <= seen.items()
+        assert "is of what allocation 'rr' measures" in unframed(invoke(*words, code=2).stderr)
+
     def test_masks_are_written_and_notes_shown(self, user):
         words = ["--pattern", "2:4", "--masks", "masks.safetensors", "-o", "out.safetensors"]
         done = invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", *words)

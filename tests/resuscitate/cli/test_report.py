@@ -1,13 +1,14 @@
 """`resuscitate report`, and what `resuscitate repair` puts into a report for it."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from resuscitate.page import render
-from tests.user import MODEL, invoke
+from tests.user import MODEL, invoke, repair
 
 
 class TestCommand:
@@ -52,3 +53,11 @@ def test_repair_reports_accuracy_and_channels_where_they_are_asked_for(user):
     assert set(document["stages"]) >= {"reading images", "measuring and correcting"}
     assert sum(document["stages"].values()) == pytest.approx(document["seconds"])
     assert "Variance of each channel" in render(document)
+
+
+def test_channels_are_compared_with_the_precision_that_the_repair_runs_in(user, monkeypatch):
+    module, seen = sys.modules["resuscitate.damage"], []
+    damage = module.damage
+    monkeypatch.setattr(module, "damage", lambda *a, **given: seen.append(given) or damage(*a, **given))
+    repair("--detail", "--dtype", "bf16", "--device", "cpu", "-b", 7, "--report", "run.json")
+    assert seen == [{"dtype": "bf16", "device": "cpu", "batch_size": 7}] * 2

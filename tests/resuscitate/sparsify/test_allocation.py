@@ -243,6 +243,34 @@ class TestRepairability:
         with pytest.raises(ModelMismatchError, match="'6' is not among those"):
             allocate(model, 0.5, "rr", calibration=measured)
 
+    @pytest.mark.parametrize("act", [allocate, sparsify], ids=lambda act: act.__name__)
+    def test_it_measures_with_the_callers_options(self, act, monkeypatch):
+        batches = [{"a": part, "scale": 2.0} for part in images(16).split(5)]
+        options = {"forward_fn": lambda model, batch: model(batch["a"] * batch["scale"]), "dtype": "bf16", "seed": 3}
+        options |= {"max_samples": 7, "batch_size": 4, "device": "cpu", "progress": False}
+        measured = Repairability.measure(seeded(chain), batches, **options)
+        how = {"method" if act is allocate else "allocation": "rr"}
+        expected = act(seeded(chain), 0.7, calibration=measured, **how)
+        assert act(seeded(chain), 0.7, calibration=batches, **options, **how) == expected
+        seen = {}
+        monkeypatch.setattr(Repairability, "measure", lambda *_, **found: seen.update(found) or measured)
+        act(seeded(chain), 0.7, calibration=batches, **options, **how)
+        assert options.items() <= seen.items()
+
+    @pytest.mark.parametrize("act", [allocate, sparsify], ids=lambda act: act.__name__)
+    def test_its_options_are_refused_where_nothing_is_measured(self, act):
+        model = seeded(chain)
+        measured = Repairability.measure(model, images(8))
+        how = "method" if act is allocate else "allocation"
+        for chosen in ({how: "erk", "calibration": images(8)}, {how: "rr", "calibration": measured}):
+            with pytest.raises(ValueError, match="dtype is of what allocation 'rr' measures"):
+                act(model, 0.5, dtype="bf16", **chosen)
+        assert all(module.weight.all() for module in model if isinstance(module, nn.Conv2d))
+
+    def test_selectors_may_be_an_iterator(self):
+        wanted = allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=["0", "3"])
+        assert allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=iter(["0", "3"])) == wanted
+
     @pytest.mark.parametrize("build", [Zoo, Shared], ids=lambda build: build.__name__)
     def test_transposed_grouped_shared_and_unreached_layers_are_measured_or_taken_evenly(self, build):
         model = seeded(build)
