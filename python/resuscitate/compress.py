@@ -16,10 +16,13 @@ from torch import nn
 from .batches import read_share
 from .calibration import hold
 from .choices import check_options
+from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
 from .files import check_ending, write_rows
+from .journal import Journal, told
 from .layers import Selector, unwrap
 from .masks import Masks
+from .network import as_dtype
 from .places import IMAGES, NETWORK, NUMBER, check_places
 from .progress import track
 from .repair import DEFAULTS, repair
@@ -133,12 +136,12 @@ def compress(
             loader no more than fit `memory`, where the model runs on the host, else half of the host's.
         steps: how many, or the sparsities to stop at, ascending, the last of which is `sparsity`. A number of steps
             begins at `FIRST` and keeps the same fraction of the weights in each step from there on.
-        resume: a folder for the journals of the steps. A run that was killed goes on from them; delete it once the
-            result is saved.
+        resume: a folder for the journals of the steps, and one that says which run they are of: another one is refused.
+            A run that was killed goes on from them; delete it once the result is saved.
 
     Raises what `sparsify` and `repair` raise; ValueError for steps that do not ascend to `sparsity`.
     """
-    started = time.perf_counter()
+    given, started = dict(locals()), time.perf_counter()
     places: dict[str, Any] = {"model": (model, NETWORK), "sparsity": (sparsity, NUMBER)}
     check_places("compress(model, sparsity, images)", **places, calibration=(calibration, IMAGES))
     model, stops = unwrap(model), schedule(sparsity, steps)
@@ -157,9 +160,16 @@ def compress(
     fitting: dict[str, Any] = {"method": "refit", "ridge": ridge, "relu_aware": relu_aware, **running}
     fitting |= {"memory": memory, "scratch": scratch, "group": group}
     check_options({**DEFAULTS, **fitting}, DEFAULTS, dense, ranks)
-    with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
+    with Snapshot(model) as snapshot, snapshot.settling() as stack, ranks.together():
         reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
         batches = hold(calibration, read_share(calibration, ranks, **reading))
+        if folder is not None:
+            (images,) = ranks.total(digest_images(batches))
+            given |= {"include": pruning["include"], "exclude": pruning["exclude"]}
+            options = told(given, "model", "calibration", "max_samples")
+            options |= {"steps": stops, "dtype": str(as_dtype(dtype))}
+            identity = {"model": digest_model(model), "images": images % MODULUS, "options": options}
+            stack.enter_context(Journal(folder / "run.journal", identity, ranks))
         pruning |= {"calibration": batches, **running} if allocation == "rr" else {}
         for index, stop in enumerate(track(stops, "compress", len(stops), False if ranks.rank else progress)):
             masks = sparsify(model, stop, **pruning)

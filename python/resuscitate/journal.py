@@ -13,26 +13,34 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors.torch import load as decode
 from safetensors.torch import save as encode
 from torch import Tensor
 
+from .digest import fingerprint
 from .distributed import Ranks
 from .errors import JournalError
 from .files import open_locked
 
+# options of a run that change nothing in its journal but rounding
+HARMLESS = ("batch_size", "device", "memory", "scratch", "group", "resume", "progress")
 MAGIC = b"resuscitate journal 1\n"
 HEAD = struct.Struct("<QI")  # length, crc32
 Entry = tuple[dict[str, Tensor], dict[str, object]]  # the tensors and the row of the report
+
+
+def told(given: Mapping[str, Any], *otherwise: str) -> dict[str, object]:
+    """For an identity, the arguments of a call by name, but for those that it knows otherwise or that are harmless."""
+    return {name: fingerprint(value) for name, value in given.items() if name not in (*HARMLESS, *otherwise)}
 
 
 class Journal:
     """What is known of a run: entries by the name of the layer or BatchNorm. Without a path, for this run only.
 
     Rank 0 reads and writes the file; the others know what it knows. Raises JournalError for a file that is no journal,
-    or the journal of something else: `identity` says, part by part, of what it must be.
+    or the journal of something else: `identity`, that of rank 0, says part by part of what it must be.
     """
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, object], ranks: Ranks) -> None:
@@ -45,9 +53,10 @@ class Journal:
             self._file = _open(Path(path))
         try:
             content = ranks.broadcast(b"" if self._file is None else self._file.read())
+            wanted = ranks.broadcast(json.dumps(identity).encode())
             records = list(_records(path, content))
             if records:
-                _check_identity(path, json.loads(records[0]), identity)
+                _check_identity(path, json.loads(records[0]), json.loads(wanted))
             for record in records[1:]:
                 self._remember(record)
             if self._file is not None:
@@ -55,7 +64,7 @@ class Journal:
                 self._file.seek(0, os.SEEK_END)
                 if not records:
                     self._file.write(MAGIC)
-                    self._append(json.dumps(identity).encode())
+                    self._append(wanted)
         except BaseException:
             self.__exit__()
             raise
@@ -111,9 +120,19 @@ def _records(path: str | Path, content: bytes) -> Iterator[bytes]:
 
 
 def _check_identity(path: str | Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    plain = json.loads(json.dumps(wanted))
-    differ = [key for key in {**found, **plain} if found.get(key) != plain.get(key)]
-    if differ:
+    if differ := _differing(found, wanted):
         raise JournalError(
-            f"{path} is the journal of another run: {', '.join(differ)} differ; give the same again, or another file"
+            f"{path} is the journal of another run: {', '.join(differ)} differ; give the same again, or name another"
         )
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The names of the parts that differ; of a part that has parts, which of those."""
+    names = []
+    for key in {**found, **wanted}:
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [f"{key} ({', '.join(parts)})"] if (parts := _differing(old, new)) else []
+        elif old != new:
+            names.append(key)
+    return names

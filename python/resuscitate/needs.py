@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from .batches import Batches, first_images
 from .corrections import explained
-from .digest import MODULUS, digest_images, digest_model
+from .digest import MODULUS, digest_images, digest_model, fingerprint
 from .distributed import Ranks
 from .errors import CalibrationError, LayerError, ModelMismatchError, called
 from .graph import observe
@@ -65,8 +65,9 @@ class Surveyor:
         """
         layers = {name: find_layers(model)[name] for name in names}
         (images,) = self.ranks.total(digest_images(self.batches)) if resume is not None else (0,)
-        identity = {"model": digest_model(model), "dense": digest_model(self.dense), "images": images % MODULUS}
-        identity |= {"worth": worth, "dtype": str(as_dtype(self.dtype))}
+        identity: dict[str, object] = {"model": digest_model(model), "dense": digest_model(self.dense)}
+        identity |= {"images": images % MODULUS, "worth": worth, "dtype": str(as_dtype(self.dtype)), "seed": self.seed}
+        identity |= {"forward_fn": fingerprint(self.forward_fn) if resume is not None else None}
         needs = Needs()
         with self._side_by_side(model) as (walker, batches), Journal(resume, identity, self.ranks) as journal:
             odd = [name for name in layers if name in walker.wiring.calls.keys() - walker.wiring.products]

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from .batches import count_images
 from .calibration import hold, read_batches
 from .choices import check_options
-from .digest import digest_images, digest_model
+from .digest import digest_in_order, digest_model, fingerprint
 from .distributed import Ranks
 from .errors import ResuscitateError, did_you_mean
-from .journal import Journal
+from .journal import Journal, told
 from .layers import Selector, unwrap
 from .maps import Cell, RecoverabilityMap
+from .network import as_dtype
 from .places import FUNCTION, IMAGES, NETWORK, check_places
 from .progress import track
 from .regrow import check_choices, regrow
@@ -110,11 +111,12 @@ def recoverability(
         workers: processes to share the cells out to. `evaluate` and the model must then be picklable, and a script
             needs its `if __name__ == "__main__":`. Each holds the model and the images.
         resume: a journal to append each cell to. With it, a cell that is done is not done again, also when the
-            map is asked for once more with other sparsities, allocations or methods.
+            map is asked for once more with other sparsities, allocations or methods. (How a `forward_fn` is known:
+            `digest.fingerprint`.)
         progress: show a progress bar; None: where standard error is a terminal.
 
     Raises ValueError or TypeError for an unknown choice, before any work; JournalError where `resume` is of another
-    model, images or score; ResuscitateError, naming the cell, where one fails.
+    model, score, option, or other images; ResuscitateError, naming the cell, where one fails.
     """
     places: dict[str, Any] = {"dense": (dense, NETWORK), "calibration": (calibration, IMAGES)}
     check_places("recoverability(dense, images, evaluate)", **places, evaluate=(evaluate, FUNCTION))
@@ -133,9 +135,11 @@ def recoverability(
             f"the dense model scores {score:g}, which is no more than chance={chance:g}; look at its weights, and "
             "at the images that it is scored on, their normalisation and their labels"
         )
-    identity: dict[str, object] = {"model": digest_model(cells.dense), "images": digest_images(batches)}
-    identity |= {"dense score": score, "pruning": repr(pruning), "forward_fn": forward_fn is not None}
-    identity |= {name: str(common[name]) for name in ("batch_size", "dtype", "seed")}
+    identity: dict[str, object] = {"model": digest_model(cells.dense), "dense score": score}
+    if resume is not None:
+        options = told({**pruning, **common}) | {"dtype": str(as_dtype(dtype))}
+        identity |= {"images": digest_in_order(batches), "options": options}
+        identity |= {"evaluate": fingerprint(evaluate) if isinstance(evaluate, Accuracy) else None}
     with Journal(resume, identity, Ranks()) as journal:
         found = {key: Cell(**row) for key, (_, row) in journal.entries.items() if key in jobs}  # type: ignore[arg-type]
         left = {key: job for key, job in jobs.items() if key not in found}
@@ -319,7 +323,8 @@ def _jobs(
         check_method(allocation)
         for method, options in chosen.items():
             job = _Job(sparsity, allocation, method, options)
-            jobs[f"{job}: {sorted((options or {}).items())}"] = job
+            told = {name: fingerprint(value) for name, value in (options or {}).items()}
+            jobs[f"{job}: {sorted(told.items())}"] = job
     if not jobs:
         raise ValueError("a map needs at least one sparsity, one allocation and one method")
     return jobs

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from .batches import first_images, read_share
 from .calibration import hold
 from .choices import check_options
-from .digest import digest_model
+from .digest import MODULUS, digest_images, digest_model
 from .distributed import Ranks
 from .errors import MaskError, ModelMismatchError
 from .files import check_ending, write_rows
 from .growth import Budget, Channels, Chooser, Saliency, Weights, stops
+from .journal import Journal, told
 from .layers import find_layers, unwrap
 from .masks import Masks
 from .matching import same_layers
 from .needs import Loss, Surveyor
+from .network import as_dtype
 from .places import IMAGES, MASKS, NETWORK, NUMBER, check_places
 from .progress import track
 from .repair import DEFAULTS, repair
@@ -204,9 +206,16 @@ def regrow(
     running: dict[str, Any] = {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory}
     running |= {"scratch": scratch, "seed": seed}
     found, given = list[GrowthRound](), masks
-    with Snapshot(model) as snapshot, snapshot.settling(), ranks.together():
+    with Snapshot(model) as snapshot, snapshot.settling() as stack, ranks.together():
         reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
         batches = hold(calibration, read_share(calibration, ranks, **reading))
+        if folder is not None:
+            (images,) = ranks.total(digest_images(batches))
+            # evaluate and accuracy say when to stop, which is not in the journals
+            options = told(chosen, "model", "dense", "calibration", "max_samples", "evaluate", "accuracy")
+            options |= {"dtype": str(as_dtype(dtype))}
+            identity = {"model": digest_model(model), "dense": digest_model(dense), "images": images % MODULUS}
+            stack.enter_context(Journal(folder / "run.journal", {**identity, "options": options}, ranks))
         example = None
         if pattern == "channels":
             example = ranks.lend(first_images(batches[0]) if batches else None)
@@ -226,9 +235,9 @@ def regrow(
             space.plant(model, dense, masks, grown, initial == "dense")
             masks, report = grown, None
             if method is not None:
-                options: dict[str, Any] = {"method": method, **running, "group": group, "resume": journals[1]}
-                options |= {} if method == "bn" else {"masks": masks}
-                report = repair(model, dense, batches, **options, progress=False)
+                repairing: dict[str, Any] = {"method": method, **running, "group": group, "resume": journals[1]}
+                repairing |= {} if method == "bn" else {"masks": masks}
+                report = repair(model, dense, batches, **repairing, progress=False)
                 report.belongs_to("what regrow returned")
             if finetune is not None:
                 _finetune(model, masks, finetune, ranks)

@@ -24,11 +24,11 @@ from .batchnorm import batchnorms_to_estimate, estimate_by_momentum
 from .calibration import check_count, is_held
 from .choices import FITS, Frozen, Method, OnNonfinite, Recalibrate, Schedule, check_options
 from .corrections import Corrector
-from .digest import MODULUS, digest_images, digest_model, digest_tensors
+from .digest import MODULUS, digest_images, digest_model, digest_tensors, fingerprint
 from .distributed import Ranks
 from .errors import CalibrationError, ResuscitateError
 from .graph import observe
-from .journal import Journal
+from .journal import Journal, told
 from .layers import Selector, out_channels, unwrap
 from .masks import in_use
 from .matching import copy_statistics, layers_to_repair, matching_layers
@@ -157,7 +157,8 @@ def repair(
             images of their own (dealt out one by one, image i to rank i modulo the ranks, the result is that of one
             process). Counts of images are those of all ranks together, `max_batches` that of each.
         resume: a journal to append each layer's correction to. A run that was killed goes on from it, measuring
-            nothing twice. Not removed: delete it once the result is saved.
+            nothing twice; one that differs in models, images or an option that changes the result is refused. (How
+            `forward_fn` is known: `digest.fingerprint`.) Not removed: delete it once the result is saved.
         seed: of the random numbers drawn meanwhile, such as a loader's shuffling.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -233,12 +234,11 @@ def repair(
         ends = skip_first, unmatched and method != "mean" if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, *ends, need_batchnorm=target == "running")
         zeros = in_use(model, layers, masks)
-        options: dict[str, object] = {"method": method, "schedule": schedule, "recalibrate": recalibrate, "eps": eps}
-        options |= {"prior": prior, "bias": bias, "layers": list(layers), "batchnorms": list(batchnorms)}
-        options |= {"ridge": ridge, "relu_aware": relu_aware} if fits else {}
-        options |= {"masks": digest_tensors(zeros)} if masks is not None else {}
-        options |= {"means": means} if means is not None else {}
-        options |= {"dtype": str(precision), "images": [total, report.images, report.batchnorm_images]}
+        options = told(given, *SEEN)
+        options |= {"method": method, "recalibrate": recalibrate, "dtype": str(precision)}
+        options |= {"layers": list(layers), "batchnorms": list(batchnorms)}
+        options |= {"masks": None if masks is None else digest_tensors(zeros)}
+        options |= {"images": [total, report.images, report.batchnorm_images]}
         if ranks.size > 1:
             ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
         if chosen_by_fold:
@@ -256,6 +256,7 @@ def repair(
             # each step's images by themselves, for the digest of them all is the same in any order
             seen = ranks.total(*(digest_images(batches.head(count)) for count in (gains, exact, None)))
             seen = [digest % MODULUS for digest in seen]
+            options |= {"forward_fn": fingerprint(forward_fn)}
             identity = {"model": digest_model(model), "dense": identify(target), "images": seen, "options": options}
         journal = stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
@@ -318,6 +319,20 @@ def repair(
         return report
 
 
+# arguments that a journal knows by what comes of them: the models, the layers, the images; or as another kind of value
+SEEN = [
+    "model",
+    "dense",
+    "calibration",
+    "masks",
+    "forward_fn",
+    "dtype",
+    "include",
+    "exclude",
+    "skip_first",
+    "skip_last",
+]
+SEEN += ["max_samples", "max_batches", "gain_samples", "recalibrate_samples"]
 DEFAULTS = {name: parameter.default for name, parameter in signature(repair).parameters.items()}
 
 

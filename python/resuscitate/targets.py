@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from .batches import count_images, read_share
-from .digest import MODULUS, digest_images, digest_model
+from .digest import MODULUS, digest_images, digest_model, fingerprint
 from .distributed import Ranks
 from .errors import CalibrationError, CheckpointError
 from .files import write_safetensors
@@ -162,7 +162,10 @@ def identify(target: nn.Module | DenseStatistics | str | None) -> str:
     """A name for the contents of a target, to know it by later."""
     if isinstance(target, nn.Module):
         return digest_model(target)
-    return f"{target.model} on {target.digest}" if isinstance(target, DenseStatistics) else str(target)
+    if not isinstance(target, DenseStatistics):
+        return str(target)
+    moments = [[(m.count, m.mean, m.m2) for m in calls] for calls in target.layers.values()]
+    return f"{target.model} on {target.digest}, {fingerprint([list(target.layers), moments, target.batchnorms])}"
 
 
 def wanted_by(

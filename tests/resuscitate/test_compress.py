@@ -15,6 +15,7 @@ from torch import nn
 import resuscitate
 from resuscitate import Masks, compress
 from resuscitate.compress import schedule
+from resuscitate.errors import JournalError
 from tests.networks import Residual, chain, images, seeded
 
 
@@ -201,6 +202,49 @@ def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
     assert len(fits) == 6 + 3 * 4 - 5  # nothing is fitted twice but for the one that was interrupted
     assert [step.resumed for step in report.steps] == [4, 1, 0]
     assert same(model, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"sparsity": 0.9}, "sparsity, steps"),
+        ({"steps": 2}, "steps"),
+        ({"steps": [0.5, 0.8]}, "steps"),
+        ({"allocation": "erk"}, "allocation"),
+        ({"pattern": "filter"}, "pattern"),
+        ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
+        ({"relu_aware": False}, "relu_aware"),
+        ({"ridge": 0.5}, "ridge"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"exclude": "11"}, "exclude"),
+        ({"include": ["0", "3"]}, "include"),
+        ({"densities": {"0": 1.0}}, "densities"),
+        ({"min_per_layer": 9}, "min_per_layer"),
+        ({"min_per_channel": 1}, "min_per_channel"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_the_folder_of_another_compression_is_refused_and_the_message_names_the_option(changes, options, tmp_path):
+    given = {"sparsity": 0.8, "calibration": images(), "steps": 3, "resume": tmp_path / "journals"}
+    compress(seeded(chain), **given)
+    before = {path: path.read_bytes() for path in (tmp_path / "journals").iterdir()}
+    model = seeded(chain)
+    with pytest.raises(
+        JournalError, match=rf"run\.journal is the journal of another run: options \({options}\) differ"
+    ):
+        compress(model, **given | changes)
+    assert same(model, seeded(chain))
+    assert {path: path.read_bytes() for path in (tmp_path / "journals").iterdir()} == before
+    assert [step.resumed for step in compress(seeded(chain), **given).steps] == [4, 4, 4]
+
+
+def test_the_folder_of_another_model_or_other_images_is_refused(tmp_path):
+    given = {"steps": 2, "resume": tmp_path / "journals"}
+    compress(seeded(chain), 0.8, images(), **given)
+    for model, x, part in ((seeded(chain, 3), images(), "model"), (seeded(chain), images(seed=5), "images")):
+        with pytest.raises(JournalError, match=f"journal of another run: {part} differ"):
+            compress(model, 0.8, x, **given)
 
 
 def test_a_model_that_is_one_layer_is_compressed_too():

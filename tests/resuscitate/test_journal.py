@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,93 @@ def test_the_journal_of_another_run_is_refused_and_nothing_is_changed(change, pa
         resuscitate.repair(**given, batch_size=7, resume=journal)
     assert journal.read_bytes() == content
     assert all(torch.equal(value, before[key]) for key, value in given["model"].state_dict().items())
+
+
+def scaled(model, batch, by=1.0):
+    return model(batch * by)
+
+
+def masked(**options):
+    return {"masks": resuscitate.Masks.from_zeros(pruned_copy(seeded(chain))), **options}
+
+
+EMA = {"method": "asr", "recalibrate": "ema", "ema_batches": 2, "ema_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "option"),
+    [
+        ({}, {"forward_fn": scaled}, "forward_fn"),
+        ({"forward_fn": scaled}, {"forward_fn": partial(scaled, by=2.0)}, "forward_fn"),
+        ({"forward_fn": lambda m, x: m(x)}, {"forward_fn": lambda m, x: m(x + 1)}, "forward_fn"),
+        ({}, {"seed": 1}, "seed"),
+        ({}, {"on_nonfinite": "skip"}, "on_nonfinite"),
+        ({}, {"include": ["0", "3"]}, "layers"),
+        ({}, {"exclude": "3"}, "layers"),
+        ({}, {"skip_last": True}, "layers"),
+        ({}, {"correlations": True}, "correlations"),
+        ({"correlations": True}, {}, "correlations"),
+        ({"method": "asr"}, {"method": "asr", "correlations": True}, "correlations"),
+        ({}, masked(), "masks"),
+        ({}, {"relu_aware": False}, "relu_aware"),
+        ({}, {"means": "filter"}, "means"),
+        ({}, {"dtype": "bf16"}, "dtype"),
+        ({}, {"recalibrate": "exact"}, "recalibrate"),
+        ({"recalibrate": "exact"}, {"recalibrate": "exact", "frozen": "recalibrate"}, "frozen"),
+        ({"method": "asr"}, {"method": "asr", "prior": "mean"}, "prior"),
+        ({"method": "asr"}, {"method": "asr", "bias": False}, "bias"),
+        ({"method": "asr"}, {"method": "asr", "schedule": "parallel"}, "schedule"),
+        (EMA, {**EMA, "ema_momentum": 0.5}, "ema_momentum"),
+        ({}, {"gain_samples": 8}, "images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "default",
+)
+def test_a_journal_under_another_option_is_refused_and_the_message_names_it(first, then, option, tmp_path):
+    journal = tmp_path / "journal"
+    repaired(chain, **first, resume=journal)
+    content = journal.read_bytes()
+    with pytest.raises(JournalError, match=rf"journal of another run: .*options \(.*\b{option}\b.*\) differ"):
+        repaired(chain, **then, resume=journal)
+    assert journal.read_bytes() == content
+    _, report = repaired(chain, **first, resume=journal)
+    assert report.resumed >= 2
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    journal = tmp_path / "journal"
+    repaired(chain, forward_fn=partial(scaled, by=2.0), resume=journal)
+    harmless = {"memory": "1GiB", "scratch": tmp_path, "device": "cpu", "progress": False}
+    _, report = repaired(chain, forward_fn=partial(scaled, by=2.0), resume=journal, **harmless)
+    assert report.resumed == 4
+
+
+def test_statistics_that_were_measured_otherwise_are_another_dense_network(tmp_path):
+    dense, journal = seeded(chain), tmp_path / "journal"
+    plain, half = (resuscitate.DenseStatistics.measure(dense, images(), dtype=dtype) for dtype in (None, "bf16"))
+    assert (plain.model, plain.digest) == (half.model, half.digest)
+    resuscitate.repair(pruned_copy(dense), plain, images(), resume=journal)
+    with pytest.raises(JournalError, match="journal of another run: dense differ"):
+        resuscitate.repair(pruned_copy(dense), half, images(), resume=journal)
+
+
+def test_rank_0_says_whose_journal_it_is(tmp_path):
+    """What another rank computes of its own function, with its own device in it, is not compared."""
+    from resuscitate.distributed import Ranks
+
+    class Second(Ranks):
+        def __init__(self):
+            super().__init__()
+            self.rank, self.sent = 1, []
+
+        def broadcast(self, content, source=0):
+            return self.sent.pop(0)
+
+    with Journal(tmp_path / "journal", {"forward_fn": "on cuda:0"}, Ranks()) as first:
+        first.add("conv", {"weight": torch.ones(2)}, {"action": "refitted"})
+    second = Second()
+    second.sent = [(tmp_path / "journal").read_bytes(), b'{"forward_fn": "on cuda:0"}']
+    with Journal(tmp_path / "journal", {"forward_fn": "on cuda:1"}, second) as journal:
+        assert list(journal.entries) == ["conv"]
 
 
 def test_the_same_images_in_another_order_are_other_images_where_only_the_first_count(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ class Likeness:
         assert not any(module.training for module in model.modules())
         with torch.no_grad():
             return 100 - float((model(self.inputs) - self.wanted).abs().mean())
+
+
+def scaled(model, batch, by):
+    return model(batch * by)
 
 
 def of(scores, dense=90.0, chance=10.0):
@@ -167,6 +172,44 @@ class TestResume:
         ):
             with pytest.raises(JournalError, match="the journal of another run"):
                 recoverability(model, x, score, **GRID, resume=journal)
+
+    def test_another_option_is_refused_and_the_message_names_it(self, tmp_path):
+        dense, journal = seeded(chain), tmp_path / "map.journal"
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
+        first = {"forward_fn": lambda m, x: m(x)}
+        recoverability(dense, images(), Likeness(dense), **grid, **first)
+        for name, value in (
+            ("forward_fn", lambda m, x: m(x + 1)),
+            ("seed", 1),
+            ("dtype", "bf16"),
+            ("exclude", "0"),
+            ("include", ["3"]),
+            ("pattern", "filter"),
+        ):
+            with pytest.raises(JournalError, match=rf"options \({name}\) differ"):
+                recoverability(dense, images(), Likeness(dense), **{**grid, **first, name: value})
+        again = Likeness(dense)
+        recoverability(dense, images(), again, **grid, **first)
+        assert again.calls == 1
+
+    def test_images_in_another_order_and_other_labels_are_refused(self, tmp_path):
+        dense, journal, x = seeded(chain), tmp_path / "map.journal", images(20)
+        labels = dense(x).argmax(1)
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
+        recoverability(dense, images(), Accuracy(x, labels), **grid)
+        with pytest.raises(JournalError, match="images differ"):
+            recoverability(dense, images().flip(0), Accuracy(x, labels), **grid)
+        # all right too, but on fewer images
+        with pytest.raises(JournalError, match="evaluate differ"):
+            recoverability(dense, images(), Accuracy(x[:9], labels[:9]), **grid)
+
+    def test_methods_that_differ_in_a_function_are_different_cells(self, tmp_path):
+        dense, score = seeded(chain), Likeness(seeded(chain))
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "resume": tmp_path / "map.journal"}
+        for by, calls in ((1.0, 2), (1.0, 3), (2.0, 5)):
+            run = partial(scaled, by=by)
+            recoverability(dense, images(), score, **grid, methods={"mine": {"method": "asr", "forward_fn": run}})
+            assert score.calls == calls
 
 
 class TestWorkers:

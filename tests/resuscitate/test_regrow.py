@@ -305,6 +305,38 @@ class TestRounds:
         with pytest.raises(JournalError, match="images differ"):
             regrow(model, dense, masks, 0.7, images(seed=8), **options)
 
+    @pytest.mark.parametrize(
+        ("changes", "option"),
+        [
+            ({"sparsity": 0.6}, "sparsity"),
+            ({"rounds": 1}, "rounds"),
+            ({"budget": "damage"}, "budget"),
+            ({"saliency": "residual"}, "saliency"),
+            ({"initial": "zero"}, "initial"),
+            ({"method": "asr"}, "method"),
+            ({"densities": {"0": 1.0}}, "densities"),
+            ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
+            ({"seed": 1}, "seed"),
+            ({"dtype": "bf16"}, "dtype"),
+            ({"finetune": lambda model, masks: None}, "finetune"),
+        ],
+        ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+    )
+    def test_the_folder_of_another_regrowth_is_refused_and_the_message_names_the_option(
+        self, changes, option, tmp_path
+    ):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        given = {"sparsity": 0.7, "calibration": images(), "rounds": 2, "resume": tmp_path}
+        regrow(copy.deepcopy(model), dense, masks, **given)
+        before = copy.deepcopy(model)
+        with pytest.raises(JournalError, match=rf"run\.journal is .* another run: options \({option}\) differ"):
+            regrow(model, dense, masks, **given | changes)
+        assert same(model, before)
+        # when to stop is not in the journals
+        grown = regrow(model, dense, masks, **given, evaluate=lambda model: 50.0, accuracy=40.0)
+        assert [each.report.resumed for each in grown.rounds] == [4]
+
     def test_a_small_memory_makes_no_difference(self, tmp_path):
         dense, results = seeded(Residual), []
         for memory in (None, 200_000):
