@@ -8,6 +8,7 @@ published ASR with a momentum re-estimate, and this project's methods. Tested on
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -47,8 +48,15 @@ def _repair(**options: Any) -> Tool:
     return run
 
 
-def tools(images: int) -> dict[str, Tool]:
-    """By name, what to do with a pruned model; `compress` starts from the dense one instead."""
+def _compress(sparsity: float) -> Tool:
+    def run(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
+        resuscitate.compress(model, sparsity, images, progress=False)
+
+    return run
+
+
+def tools(images: int, sparsity: float) -> dict[str, Tool]:
+    """By name, what to do with a pruned model; with a dense one, of "compress"."""
     # twenty batches, as published, of as many images as there are for them
     ema = {"schedule": "parallel", "recalibrate": "ema", "ema_batches": 20, "ema_batch_size": images // 20}
     found: dict[str, Tool] = {"no repair": lambda model, dense, images: None, "update_bn": _update_bn}
@@ -59,6 +67,7 @@ def tools(images: int) -> dict[str, Tool]:
     found["ASR, sequential"] = _repair(method="asr")
     found["channel-wise, sequential"] = _repair(method="channelwise")
     found["refit"] = _repair(method="refit")
+    found["compress"] = _compress(sparsity)
     return found
 
 
@@ -67,6 +76,7 @@ def main(
     nets: Annotated[str, typer.Option(help="which networks, by comma")] = "resnet20,resnet32",
     sparsities: Annotated[str, typer.Option(help="by comma")] = "0.8,0.9,0.95",
     images: Annotated[int, typer.Option(help="for calibration")] = 512,
+    only: Annotated[str, typer.Option(help="these tools, by comma; the figures of the others stay")] = "",
     test_images: int = 2000,
     output: Path = RESULTS,
 ) -> None:
@@ -75,21 +85,21 @@ def main(
     calibration, score = calibration_images(folder, images), scorer(folder, test_images)
     console = Console(stderr=True)
     jobs = [(net, float(sparsity)) for net in nets.split(",") for sparsity in sparsities.split(",")]
-    rows = []
+    before = json.loads((output / "headline.json").read_text())["rows"] if only else []
+    kept, rows = {(row["net"], row["sparsity"]): row for row in before}, []
     for net, sparsity in track(jobs, "repairing", console=console, disable=not console.is_terminal):
         dense = network(net, folder, calibration)
         pruned = copy.deepcopy(dense)
         resuscitate.sparsify(pruned, sparsity)
         row: dict[str, Any] = {"net": net, "sparsity": sparsity, "dense": score(dense), "accuracy": {}, "seconds": {}}
-        for name, tool in tools(images).items():
-            model, started = copy.deepcopy(pruned), time.perf_counter()
+        row = kept.get((net, sparsity), row)
+        for name, tool in tools(images, sparsity).items():
+            if name not in (only.split(",") if only else (name,)):
+                continue
+            model, started = copy.deepcopy(dense if name == "compress" else pruned), time.perf_counter()
             tool(model, dense, calibration)
             row["seconds"][name] = round(time.perf_counter() - started, 2)
             row["accuracy"][name] = score(model)
-        model, started = copy.deepcopy(dense), time.perf_counter()
-        resuscitate.compress(model, sparsity, calibration, progress=False)
-        row["seconds"]["compress"] = round(time.perf_counter() - started, 2)
-        row["accuracy"]["compress"] = score(model)
         rows.append(row)
     found = {"images": {"calibration": images, "test": test_images}, "pruning": "global L1", "rows": rows}
     publish(output, found, markdown(rows))

@@ -147,6 +147,7 @@ def repair(
         on_nonfinite: "raise", or "skip" the images (with `forward_fn`: batches) that give NaN or infinite activations.
         forward_fn: `forward_fn(model, batch)` runs one batch as it came, for models that take more than one tensor.
         dtype: run under autocast to "bf16" or "fp16"; moments stay float32 sums in float64. None: as the model is.
+            The caller's own autocast is left meanwhile.
         device: where to run; the models are moved there and back.
         memory: for images and activations on the device, such as "4GiB" or a number of bytes; None: half of what is
             free. What exceeds it goes to a scratch file (CPU) or to pinned host memory (GPU); results do not change.
