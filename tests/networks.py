@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -197,3 +198,28 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(nn.functional.conv2d(self.bn(self.stem(x)).relu(), self.kernel, padding=1).relu())
+
+
+@dataclass
+class Outputs:
+    """What a network gives back, as an object that torch.utils._pytree does not know."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class Elaborate(nn.Module):
+    """Options that nobody gives, read in a branch; a dataclass as output, with what a BatchNorm reads in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.head = nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **options: bool) -> Outputs:
+        features = self.stem(x)
+        x = self.bn(features).relu()
+        if mask is not None:
+            x = x * mask
+        x = self.conv(x, **options)
+        return Outputs(self.head(x.mean((2, 3))), features)

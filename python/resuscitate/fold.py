@@ -14,10 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils._pytree import tree_leaves
 
 from .errors import LayerError, called
-from .graph import observe, trace, wiring_of
+from .graph import observe, output_leaves, trace, wiring_of
 from .layers import find_layers, refresh_weight
 
 log = logging.getLogger("resuscitate")
@@ -135,7 +134,7 @@ def _chunks(vector: Any, groups: int) -> Sequence[Any]:
 def _compare(before: Any, after: Any) -> float:
     """The largest difference, relative to the scale of each output; LayerError where it is too large."""
     worst = 0.0
-    for x, y in zip(tree_leaves(before), tree_leaves(after), strict=True):
+    for x, y in zip(output_leaves(before), output_leaves(after), strict=True):
         if isinstance(x, Tensor) and x.is_floating_point():
             scale, error = float(x.abs().max()), float((x - y).abs().max())
             if not error <= 1e-3 * max(scale, 1e-6):

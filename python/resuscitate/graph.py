@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -20,6 +21,7 @@ from .operands import PRODUCTS, named_arguments
 # layers called as functions, outside any layer module: they run, and nothing can repair them
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 # functions that read a tensor's description, not its values
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
 
@@ -105,6 +107,19 @@ class _Watch(TorchFunctionMode):
         return result
 
 
+def output_leaves(output: Any) -> list[Any]:
+    """Whatever a model's output holds, such as tensors: in containers, and in dataclasses and mappings of any class."""
+    found = []
+    for leaf in tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            found += output_leaves([getattr(leaf, each.name) for each in fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += output_leaves(list(leaf.values()))
+        else:
+            found.append(leaf)
+    return found
+
+
 def is_rectifier(name: str, args: Any, kwargs: Any) -> bool:
     """Does this function set what is below zero to zero, and leave the rest, up to some bound?"""
     if name == "hardtanh":  # ReLU6
@@ -169,7 +184,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     finally:
         for handle in handles:
             handle.remove()
-    for leaf in tree_leaves(result):
+    for leaf in output_leaves(result):
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
     wiring.functional = watch.functional
@@ -197,6 +212,12 @@ def _gate(value: _Value, wiring: Wiring) -> Gate | None:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The model's first input, and those without a default: an option that is not given stays what it is."""
+        first, *others = inspect.signature(self.root.forward).parameters.values()
+        needed = [first, *(other for other in others if other.default is other.empty and other.kind in POSITIONAL)]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", each.name, (), {}) for each in needed)]
 
 
 def trace(model: nn.Module) -> fx.Graph:

@@ -126,7 +126,7 @@ def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool
 
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:
     if node.op == "placeholder":
-        return net.place(batch()) if node.prev.op == "root" else node.args[0]
+        return net.place(batch())
     if node.op == "get_attr":  # looked up where it is read: the model's own tensors are not ours to keep
         return reduce(getattr, str(node.target).split("."), net.model)
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from .batches import Batches, count_images
 from .gates import other_node, usable
-from .graph import Gate, Wiring, observe, trace
+from .graph import Gate, Wiring, observe, output_leaves, trace
 from .layers import LAYERS
 from .network import Network, has_hooks
 from .prefix import measure, prefix_walk
@@ -143,7 +142,7 @@ def _graph(
         called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         others = {name: other_node(graph, gate, name) for name, gate in gates.items()}
         output, peak = follow(net, graph, batch)
-        expected = net.run(batch)
+        same = _same_output(output, net.run(batch))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -154,14 +153,14 @@ def _graph(
     names = {stop.name for stop in stops}
     if [name for name in called if name in names] != [stop.name for stop in stops]:
         raise _NoGraphError("the trace runs its layers in another order")
-    if not _same_output(output, expected):
+    if not same:
         raise _NoGraphError("the traced network's output differs from the model's")
     return graph, peak, others
 
 
 def _same_output(a: Any, b: Any) -> bool:
-    pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=False))
-    return len(tree_leaves(a)) == len(tree_leaves(b)) and all(
-        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) if isinstance(x, Tensor) else x == y
-        for x, y in pairs
+    ours, theirs = output_leaves(a), output_leaves(b)
+    return len(ours) == len(theirs) and all(
+        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) if isinstance(x, Tensor) else bool(x == y)
+        for x, y in zip(ours, theirs, strict=True)
     )

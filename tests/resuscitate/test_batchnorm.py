@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 
 import resuscitate
 from resuscitate.errors import LayerError
-from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+from tests.networks import Elaborate, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
 class TestExact:
@@ -203,6 +203,13 @@ class TestFolding:
         assert resuscitate.fold_batchnorm(seeded(Residual), images()).fold_report.error < 1e-5
         with pytest.raises(LayerError, match="'bn2'"):
             resuscitate.fold_batchnorm(seeded(Residual), strict=True)
+
+    @pytest.mark.parametrize("example", [None, images()], ids=["traced", "observed"])
+    def test_a_layer_whose_output_is_returned_in_a_dataclass_is_not_folded(self, example):
+        model = seeded(Elaborate)
+        folded = resuscitate.fold_batchnorm(model, example)
+        assert isinstance(folded.bn, nn.BatchNorm2d)
+        torch.testing.assert_close(folded(images()).features, model(images()).features)
 
     def test_a_convolution_used_twice_is_not_folded(self):
         class Twice(nn.Module):

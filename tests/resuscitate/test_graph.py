@@ -6,7 +6,7 @@ from torch import nn
 
 import resuscitate
 from resuscitate.graph import observe, trace, wiring_of
-from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+from tests.networks import Outputs, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
 def both_wirings(model, x):
@@ -34,12 +34,16 @@ class ReadTwice(nn.Module):
         return {
             "sum": lambda: y + z,
             "return": lambda: (y, z),
+            "dataclass": lambda: Outputs(z, y),
             "view": lambda: z * y[:, :1],
             "shape": lambda: z * y.shape[0],
         }[self.how]()
 
 
-@pytest.mark.parametrize(("how", "alone"), [("sum", False), ("return", False), ("view", False), ("shape", True)])
+@pytest.mark.parametrize(
+    ("how", "alone"),
+    [("sum", False), ("return", False), ("dataclass", False), ("view", False), ("shape", True)],
+)
 def test_a_second_reader_unpairs(how, alone):
     model = seeded(lambda: ReadTwice(how))
     assert observe(model, lambda: model(images())).batchnorm_of == ({"conv": "bn"} if alone else {})
@@ -57,6 +61,14 @@ def test_data_dependent_control_flow_is_observed_though_it_cannot_be_traced():
     with pytest.raises(torch.fx.proxy.TraceError):
         trace(model)
     assert observe(model, lambda: model(images())).batchnorm_of["body.0"] == "body.1"
+
+
+def test_a_trace_has_the_inputs_that_must_be_given_and_takes_options_for_what_they_are():
+    class Optional(nn.Module):
+        def forward(self, x, other, mask=None, *more, **options):
+            return x + other if mask is None and not more and not options else x
+
+    assert [node.target for node in trace(Optional()).nodes if node.op == "placeholder"] == ["x", "other"]
 
 
 def test_no_hook_stays_behind():

@@ -16,6 +16,7 @@ from resuscitate.storage import Store
 from resuscitate.walk import Walker
 from tests.networks import (
     Dense,
+    Elaborate,
     Excited,
     Functional,
     Residual,
@@ -29,7 +30,7 @@ from tests.networks import (
     seeded,
 )
 
-NODE = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional]
+NODE = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional, Elaborate]
 PREFIX = [Shared, Untraceable]
 
 

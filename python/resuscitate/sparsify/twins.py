@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ResuscitateError
+from ..graph import output_leaves
 from ..layers import find_batchnorms
 from ..network import Network
 
@@ -63,7 +63,7 @@ def outputs(model: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def tensors_of(out: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in output_leaves(out) if isinstance(leaf, Tensor)]
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:
