@@ -45,7 +45,7 @@ class Wiring:
     where both are called once, and `gates` the ReLU that does so, behind that BatchNorm maybe. `products` are layers
     whose output was, in each call, their own weight times patches of an input, and a bias: the weight was not computed
     from another, and nothing was done to the product. `functional` counts the convolutions and linear maps that ran as
-    functions, outside a layer module.
+    functions, outside a layer module, and `borrowed` names the layers whose weight was read there.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -54,6 +54,7 @@ class Wiring:
     gates: dict[str, Gate] = field(default_factory=dict)
     products: set[str] = field(default_factory=set)
     functional: Counter[str] = field(default_factory=Counter)
+    borrowed: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -74,11 +75,13 @@ class _Value:
 class _Watch(TorchFunctionMode):
     """Counts the torch functions that read the values of the tensors it watches, and the layers called as functions.
 
+    `borrowed` names the layers whose weight, by its id in `weights`, is read while no layer runs.
     `within`: for each layer that is running, the weights and the results of the products within it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
+        self.weights, self.borrowed = weights, set[str]()
         self.values = WeakIdKeyDictionary()
         self.within: list[list[tuple[Any, Any]]] = []
         self.called = 0
@@ -92,6 +95,8 @@ class _Watch(TorchFunctionMode):
         if name not in DESCRIPTIONS:
             leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             read = [self.values[leaf] for leaf in leaves if leaf in self.values]
+        if not self.within:
+            self.borrowed.update(self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights)
         for value in read:
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)
@@ -151,7 +156,8 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     reads its output: the output is neither returned nor used by anything else.
     """
     wiring, outputs, others = Wiring(), list[_Value](), set[str]()
-    watch = _Watch()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    watch = _Watch({id(getattr(layer, "weight", None)): name for name, layer in layers.items()})
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
@@ -187,7 +193,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     for leaf in output_leaves(result):
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
-    wiring.functional = watch.functional
+    wiring.functional, wiring.borrowed = watch.functional, watch.borrowed
     wiring.products -= others
     alone = [out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1]
     for out in alone:

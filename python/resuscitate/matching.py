@@ -107,7 +107,9 @@ def layers_to_repair(
     """The layers to repair that a forward pass comes by, in its order; what is left out goes into the report."""
     run = [name for name in wiring.calls if name in wiring.layers]
     first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
-    left_out = {name: "left alone: no forward pass reaches it" for name in layers if name not in run}
+    unreached = "left alone: no forward pass reaches it"
+    borrowed = "left alone: its weight is used, but not by a call of the layer"
+    left_out = {n: borrowed if n in wiring.borrowed else unreached for n in layers if n not in run}
     if need_batchnorm:
         left_out |= {
             name: "left alone: no BatchNorm alone reads it, to say what its output was"

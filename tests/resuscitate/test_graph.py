@@ -102,3 +102,30 @@ def test_a_linear_layer_on_sequences_is_no_batchnorms_own(length):
     assert report.layers[0].shift_into == "new bias"
     for example in (None, x):
         torch.testing.assert_close(resuscitate.fold_batchnorm(dense, example)(x), dense(x))
+
+
+def test_a_layer_whose_weight_alone_is_used_is_left_alone_with_that_reason():
+    """As the output projection in nn.MultiheadAttention is, and the linear layers in torchvision's Swin."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.plain, self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(2).mT)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = x + nn.functional.linear(x, self.plain.weight, self.plain.bias)
+            return self.head(x.mean(1))
+
+    dense = seeded(Attending)
+    report = resuscitate.repair(pruned_copy(dense), dense, images())
+    borrowed, unreached = "its weight is used, but not by a call of the layer", "no forward pass reaches it"
+    assert {row.name: row.action.removeprefix("left alone: ") for row in report.layers} == {
+        "attention.out_proj": borrowed,
+        "plain": borrowed,
+        "unused": unreached,
+        "embed": "refitted",
+        "head": "refitted",
+    }
