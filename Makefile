@@ -8,9 +8,11 @@ SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# torchvision, timm and transformers, in a folder of their own: no dependency of theirs gets into the environment
+OUTSIDE := $(VENV)/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-memory docs lint format clean
+.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -19,10 +21,16 @@ help: ## list the targets
 demo: $(READY) ## a network collapses and comes back, in about a minute
 	@$(BIN)/resuscitate demo $(ARGS)
 
-test: lint ## lint, then every test, then the Triton kernels in Triton's interpreter
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED_OUT) $(ARGS)
+test: lint $(OUTSIDE)/.ready ## lint, every test, some of `outside`, then the Triton kernels in Triton's interpreter
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED_OUT) -m "not outside" $(ARGS)
+	@echo "a few networks from outside; make outside takes them all"
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(OUTSIDE) $(BIN)/python -m pytest $(SHARED_OUT) --dist load tests/outside -m "not slow"
 	@echo "the kernels again, and the walk with them, in Triton's interpreter"
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED_OUT) tests/asr_kernels tests/resuscitate/test_storage.py -k triton
+
+outside: $(OUTSIDE)/.ready ## thirty networks of torchvision, timm and transformers, pruned, repaired and compressed; ten minutes
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(OUTSIDE) $(BIN)/python -m pytest $(SHARED_OUT) --dist load tests/outside \
+		--table benchmarks/results/outside.md $(ARGS)
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
 	@$(BIN)/python benchmarks/headline.py $(ARGS)
@@ -90,4 +98,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing the development environment into $(VENV), once; this takes a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OUTSIDE)/.ready: tests/outside/requirements.txt $(READY)
+	@echo "installing torchvision, timm and transformers into $(OUTSIDE), once; this takes half a minute"
+	@rm -rf $(OUTSIDE)
+	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --no-deps --target $(OUTSIDE) -r $<
 	@touch $@

@@ -109,6 +109,19 @@ class Untraceable(nn.Module):
         return self.body(x) if x.abs().sum() > 0 else self.body(x + 1)
 
 
+class Checking(nn.Module):
+    """A check of shapes, as the networks of transformers have it: torch.fx cannot trace that either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3:
+            raise ValueError(f"images need 3 channels, not {x.shape[1]}")
+        return self.body(x)
+
+
 class Zoo(nn.Module):
     """Conv1d, Conv3d, grouped, depthwise and transposed convolutions, an unused layer, a dict as output."""
 

@@ -15,6 +15,7 @@ from resuscitate.stops import Stop
 from resuscitate.storage import Store
 from resuscitate.walk import Walker
 from tests.networks import (
+    Checking,
     Dense,
     Elaborate,
     Excited,
@@ -131,8 +132,12 @@ def test_the_walk_sees_repaired_inputs():
 
 @pytest.mark.parametrize(
     ("build", "cause"),
-    [(Untraceable, "torch.fx cannot trace it"), (Shared, "conv is called 2 times")],
-    ids=["control flow", "shared module"],
+    [
+        (Untraceable, "torch.fx cannot trace it"),
+        (Checking, "torch.fx cannot trace it"),
+        (Shared, "conv is called 2 times"),
+    ],
+    ids=["control flow", "a check of shapes", "shared module"],
 )
 def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
     dense = seeded(build)
