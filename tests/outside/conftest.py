@@ -14,8 +14,8 @@ def pytest_addoption(parser):
     parser.addoption("--table", type=Path, help="write the table of the networks from outside to this file")
 
 
-def pytest_terminal_summary(terminalreporter):
-    """What each test has recorded came with its report, from whichever process it ran in."""
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    """What each test has recorded came with its report, from whichever process it ran in. A red run writes no file."""
     found = [pair for report in terminalreporter.getreports("passed") for pair in report.user_properties]
     rows: dict[str, dict] = {}
     for name, value in found:
@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter):
     if rows:
         terminalreporter.write_line("\n".join(lines))
     path = getattr(terminalreporter.config.option, "table", None)
-    if path is not None:
+    if path is not None and rows and exitstatus == 0:
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "transformers"))
         path.write_text("\n".join(lines) + f"\n\n{packages}.\n")
 
