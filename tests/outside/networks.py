@@ -146,6 +146,12 @@ def _quarter(block: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return lambda c_in, c_out, **options: block(c_in if c_in == 3 else c_in // 4, c_out // 4, **options)
 
 
+def _repvgg() -> nn.Module:
+    found = package("timm.models.byobnet")
+    blocks = found._rep_vgg_bcfg(d=(2, 4, 14, 1), wf=(0.25, 0.25, 0.25, 0.25))
+    return found.ByobNet(found.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=16), num_classes=10)
+
+
 def _mixer() -> nn.Module:
     return package("timm.models.mlp_mixer").MlpMixer(10, img_size=64, patch_size=16, num_blocks=3, embed_dim=64)
 
@@ -178,7 +184,7 @@ SEGFORMER = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "num_atte
 NETWORKS = [
     _torchvision("resnet50", pattern="filter", width_per_group=8),
     _torchvision("mobilenet_v2", width_mult=0.5),
-    _torchvision("mobilenet_v3_small"),
+    _torchvision("mobilenet_v3_small", width_mult=0.5),
     Outside("torchvision", "efficientnet_b0", _efficientnet),
     Outside("torchvision", "densenet121", _densenet),
     Outside("torchvision", "vgg11_bn", _vgg),
@@ -190,18 +196,18 @@ NETWORKS = [
     Outside("torchvision", "vit", _vit, 32),
     Outside("torchvision", "swin", _swin),
     Outside("torchvision", "deeplabv3", _deeplab, pattern="filter"),
-    _timm("resnet50", channels=(16, 32, 64, 128)),
+    _timm("resnet50", channels=(8, 16, 32, 64)),
     _timm("tf_efficientnet_b0", pattern="filter"),
-    _timm("repvgg_a0", pattern="filter"),
+    Outside("timm", "repvgg_a0", _repvgg),
     _timm("ghostnet_050"),
     _timm("mobilenetv4_conv_small_050"),
-    _timm("resnetv2_50", channels=(64, 128, 256, 512)),
-    _timm("nf_resnet50", channels=(64, 128, 256, 512)),
+    _timm("resnetv2_50", channels=(32, 64, 128, 256)),
+    _timm("nf_resnet50", channels=(32, 64, 128, 256)),
     Outside("timm", "mixer", _mixer),
-    _timm("deit_tiny_patch16_224", img_size=64, depth=2),
+    _timm("deit_tiny_patch16_224", img_size=64, depth=2, embed_dim=96),
     _transformers("ResNet", embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2]),
     _transformers("RegNet", embedding_size=16, hidden_sizes=[32, 64, 96, 128], depths=[1, 2, 2, 1], groups_width=16),
-    _transformers("MobileNetV2", depth_multiplier=0.5),
+    _transformers("MobileNetV2", depth_multiplier=0.35),
     _transformers("ConvNext", hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1]),
     _transformers("ViT", 32, hidden_size=64, intermediate_size=128, num_hidden_layers=3, image_size=32, patch_size=8),
     _transformers("Segformer", **SEGFORMER),

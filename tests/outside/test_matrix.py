@@ -13,7 +13,7 @@ from resuscitate.graph import output_leaves
 from tests.outside.networks import NETWORKS, package
 
 # quick ones, no two alike; `make test` runs these, `make outside` all
-FEW = "torchvision:shufflenet_v2_x0_5", "torchvision:swin", "timm:tf_efficientnet_b0", "transformers:ViT"
+FEW = "torchvision:shufflenet_v2_x0_5", "torchvision:swin", "timm:nf_resnet50", "transformers:ViT"
 
 
 def _parameter(network):
@@ -56,7 +56,7 @@ def test_zeros_stay_and_flags_too_outputs_are_finite_and_undo_is_exact(network, 
     before, pruned = state(model), outputs(model, images)
     started = time.process_time()
     if job == "compress":
-        report = resuscitate.compress(model, 0.7, images, steps=2, **pattern)
+        report = resuscitate.compress(model, 0.7, images, steps=2, ridge=1e-2, **pattern)  # choosing one takes longer
         masks = report.masks
     else:
         report = resuscitate.repair(model, dense, images, method=job)
