@@ -21,7 +21,12 @@ Selector = str | type[nn.Module]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers."""
+    """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers.
+
+    Raises TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; the model stands first")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module

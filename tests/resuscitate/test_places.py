@@ -98,3 +98,9 @@ def test_method_bn_takes_images_in_the_second_place(give):
 def test_a_sparsity_that_is_no_number_is_not_printed():
     with pytest.raises(TypeError, match=r"^sparsity is of type Tensor; give a float"):
         resuscitate.sparsify(seeded(chain), X)
+
+
+@pytest.mark.parametrize("act", [resuscitate.sparsify, resuscitate.allocate], ids=lambda act: act.__name__)
+def test_images_in_the_place_of_the_model_are_no_model(act):
+    with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, not Tensor; the model stands first"):
+        act(X, 0.9)
