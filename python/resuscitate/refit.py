@@ -20,7 +20,7 @@ from .operands import operands, product, with_batch_axis
 RIDGE, MOST_GAIN = 1e-2, 3.0
 # cross-validation: the ridges to choose from, the channels of a layer to judge them by, and the parts of the images, 2
 # where a patch has more than `LARGE` values
-RIDGES, JUDGES, FOLDS, LARGE = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), 32, 4, 2048
+RIDGES, JUDGES, FOLDS, LARGE = (0.01, 0.05, 0.25, 1.25), 8, 4, 2048
 # where a ReLU hides errors: passes over the images to let go of them, each a look so many steps ahead of the last; none
 # where least squares alone leave so little of the variance unexplained
 PASSES, AHEAD, LITTLE = 2, 2.0, 0.01
@@ -161,29 +161,25 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
         sum over channels of  var y (1 - r^2),   r = w Cov(x, y) / sqrt(w C w' var y),
 
     variances and covariances being sums over the parts; a correlation r below 0 counts as 0. It is a correlation, not a
-    squared error, for `fit` gives the variance back that a regression loses. At most `JUDGES` channels are looked at.
+    squared error, for `fit` gives the variance back that a regression loses. `JUDGES` of the channels are looked at.
     `RIDGES` are tried from the weakest on, until one is no better than the one before. `RIDGE` if there is one part.
     """
     if len(folds) < 2:
         return RIDGE
-    kept = support.any(1).nonzero().flatten()
-    some = kept[torch.linspace(0, len(kept) - 1, min(JUDGES, len(kept)), device=kept.device).round().long()]
-    judged = torch.zeros_like(support)
-    judged[some] = support[some]
     parts = []
     for fold, left_out in folds.items():
         seen = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
-        parts.append([Problem(moments, weight, judged, RIDGE, ranks) for moments in (seen, left_out)])
+        parts.append([Problem(*_some_channels(moments, weight, support), RIDGE, ranks) for moments in (seen, left_out)])
 
     def unexplained(ridge: float) -> float:
-        sums = torch.zeros(3, len(weight), dtype=torch.float64, device=weight.device)
+        covariance = varies = total = torch.zeros((), dtype=torch.float64)
         for seen, left_out in parts:
             seen.set_ridge(ridge)
             w = seen.solve(seen.own_targets())
             wanted = left_out.own_targets()
-            found = (w * wanted.cross).sum(1), left_out.variance(w), wanted.variance
-            sums += left_out.count * torch.stack(found)
-        covariance, varies, total = sums[:, some]
+            covariance = covariance + left_out.count * (w * wanted.cross).sum(1)
+            varies = varies + left_out.count * left_out.variance(w)
+            total = total + left_out.count * wanted.variance
         explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
         # the same on all ranks, whose machines may differ
         return float(ranks.gather((total - explained).sum()[None])[0])
@@ -194,6 +190,20 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
             break
         best, least = ridge, found
     return best
+
+
+def _some_channels(moments: PatchMoments, weight: Tensor, support: Tensor) -> tuple[PatchMoments, Tensor, Tensor]:
+    """The same of a layer that has `JUDGES` of the channels, in as many groups, those first that have weights."""
+    G = len(moments.xx)
+    by_group = [each.view(G, -1, each.shape[1]) for each in (weight, support)]
+    groups = torch.linspace(0, G - 1, min(G, JUDGES), device=weight.device).round().long()[:, None]
+    kept = by_group[1].any(2).to(torch.int8)[groups[:, 0]]
+    rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
+    one, y, yy = groups[:, 0], moments.target[groups, rows], moments.yy[groups, rows]
+    xy = moments.xy.mT[groups, rows].mT
+    some = PatchMoments(moments.count, moments.mean[one], y, moments.xx[one], xy, yy)
+    chosen_weight, chosen_support = (each[groups, rows].flatten(0, 1) for each in by_group)
+    return some, chosen_weight, chosen_support
 
 
 def drops(moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, float | None]:
