@@ -20,7 +20,7 @@ from .operands import operands, product, with_batch_axis
 RIDGE, MOST_GAIN = 1e-2, 3.0
 # cross-validation: the ridges to choose from, the channels of a layer to judge them by, and the parts of the images, 2
 # where a patch has more than `LARGE` values
-RIDGES, JUDGES, FOLDS, LARGE = (0.01, 0.05, 0.25, 1.25), 8, 4, 2048
+RIDGES, JUDGES, FOLDS, LARGE = (0.01, 0.05, 0.25, 1.25), 16, 4, 2048
 # where a ReLU hides errors: passes over the images to let go of them, each a look so many steps ahead of the last; none
 # where least squares alone leave so little of the variance unexplained
 PASSES, AHEAD, LITTLE = 2, 2.0, 0.01
