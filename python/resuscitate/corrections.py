@@ -85,8 +85,9 @@ class Corrector:
             else:
                 weight, count = effective_weight(name, layer), blocks(layer)
                 parts, support = (by_block(each, count).flatten(1) for each in (weight, self.in_use[name]))
-                patches = reduce(ak.PatchMoments.merge, visit.folds.values())
                 row.ridge = choose_ridge(visit.folds, parts, support, self.ranks) if ridge is None else ridge
+                patches = reduce(ak.PatchMoments.merge, visit.folds.values())
+                visit.folds.clear()  # they are large
                 options: dict[str, Any] = {"ridge": row.ridge, "aim": self._aim(visit, patches), "ranks": self.ranks}
                 means = None
                 if self.means is not None and count == 1 and can_carry(layer) and not support.all():

@@ -34,12 +34,8 @@ class Problem:
         self.count, channels = max(moments.count, 1), len(weight)
         self.c, self.present = moments.xx / self.count, weight.double() * support
         self.group = torch.arange(channels, device=weight.device) // (channels // len(self.c))
-        self.moves = (self.c.diagonal(dim1=1, dim2=2) != 0).any(1)
-        self.set_ridge(ridge)
-
-    def set_ridge(self, ridge: float) -> None:
-        """In units of the mean variance of the inputs."""
-        self.rho = ridge * self.c.diagonal(dim1=1, dim2=2).mean(1)
+        diagonal = self.c.diagonal(dim1=1, dim2=2)
+        self.rho, self.moves = ridge * diagonal.mean(1), (diagonal != 0).any(1)
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> Targets:
         """Sums of products about the means of the inputs and, short of them by `y` in all, of the outputs."""

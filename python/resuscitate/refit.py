@@ -166,15 +166,14 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
     """
     if len(folds) < 2:
         return RIDGE
-    parts = []
-    for fold, left_out in folds.items():
-        seen = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
-        parts.append([Problem(*_some_channels(moments, weight, support), RIDGE, ranks) for moments in (seen, left_out)])
 
     def unexplained(ridge: float) -> float:
         covariance = varies = total = torch.zeros((), dtype=torch.float64)
-        for seen, left_out in parts:
-            seen.set_ridge(ridge)
+        for fold in folds:
+            others = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
+            # made anew for each ridge: second moments are large
+            parts = (_some_channels(moments, weight, support) for moments in (others, folds[fold]))
+            seen, left_out = (Problem(*part, ridge, ranks) for part in parts)
             w = seen.solve(seen.own_targets())
             wanted = left_out.own_targets()
             covariance = covariance + left_out.count * (w * wanted.cross).sum(1)
@@ -201,7 +200,8 @@ def _some_channels(moments: PatchMoments, weight: Tensor, support: Tensor) -> tu
     rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
     one, y, yy = groups[:, 0], moments.target[groups, rows], moments.yy[groups, rows]
     xy = moments.xy.mT[groups, rows].mT
-    some = PatchMoments(moments.count, moments.mean[one], y, moments.xx[one], xy, yy)
+    xx = moments.xx if len(one) == G else moments.xx[one]
+    some = PatchMoments(moments.count, moments.mean[one], y, xx, xy, yy)
     chosen_weight, chosen_support = (each[groups, rows].flatten(0, 1) for each in by_group)
     return some, chosen_weight, chosen_support
 
