@@ -40,7 +40,7 @@ def trained_network():
     return load
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def keywords():
     """The trained keyword-spotting DS-CNN, which pads as TensorFlow's "SAME"; its clips, and their labels."""
     if not (DATA / "kws_dscnn.safetensors").exists():
