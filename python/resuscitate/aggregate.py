@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 import asr_kernels as ak
 
-from .layers import columns_of, effective_weight, find_layers, reads_patches, refresh_weight, stored_weight
+from .layers import columns_of, effective_weight, find_layers, refresh_weight, stored_weight
 from .network import Network
 
 RIDGE = 1e-3
@@ -81,4 +82,4 @@ def _read(name: str, layer: nn.Module) -> Tensor:
 
 def _is_whole(layer: nn.Module) -> bool:
     """Does every output of the layer read every input channel, along axis 1 of its weight?"""
-    return reads_patches(layer) and getattr(layer, "groups", 1) == 1
+    return not isinstance(layer, _ConvTransposeNd) and getattr(layer, "groups", 1) == 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .layers import channel_dim, effective_weight, out_channels, with_weight
+from .errors import LayerError
+from .layers import channel_dim, effective_weight, out_channels, refuse_means, with_weight
 from .state import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -29,6 +30,20 @@ def _has_forward_of_its_own(layer: nn.Module) -> bool:
     base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, base)), None)
     methods = ("forward", "_conv_forward")
     return base is None or any(getattr(type(layer), m, None) is not getattr(base, m, None) for m in methods)
+
+
+def set_apart(layers: Mapping[str, nn.Module], act: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that a change of weight or bias comes out of as that change, and the `objections` to the others.
+
+    act: what is to be done to them, such as "repaired". Raises LayerError where there are objections to all, and for a
+    layer with means of its pruned weights.
+    """
+    refuse_means(layers)
+    found = objections(layers)
+    if layers and len(found) == len(layers):
+        name, objection = next(iter(found.items()))
+        raise LayerError(name, f"{objection}; no other layer is selected, so that nothing can be {act}")
+    return {name: layer for name, layer in layers.items() if name not in found}, found
 
 
 @torch.no_grad()

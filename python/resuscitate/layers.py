@@ -194,8 +194,3 @@ def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -
         double._parameters["bias"] = bias  # type: ignore[assignment]
     double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
     return double
-
-
-def reads_patches(layer: nn.Module) -> bool:
-    """Is it a kind of layer whose outputs are products of its weight with patches of its input? No transposed one."""
-    return isinstance(layer, LAYERS) and not isinstance(layer, _ConvTransposeNd)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .behaviour import objections
-from .errors import LayerError, ModelMismatchError, ResuscitateError, called
+from .behaviour import set_apart
+from .errors import ModelMismatchError, ResuscitateError, called
 from .graph import Wiring
 from .layers import (
     LAYERS,
@@ -19,7 +19,6 @@ from .layers import (
     effective_weight,
     find_batchnorms,
     out_channels,
-    refuse_means,
     select_layers,
     stored_bias,
 )
@@ -45,16 +44,11 @@ def matching_layers(
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
-    refuse_means(layers)
-    found = objections(layers)
-    if len(found) == len(layers):
-        name, objection = next(iter(found.items()))
-        raise LayerError(name, f"{objection}; no other layer is selected, so that nothing can be repaired")
-    report.layers += [
-        LayerReport(name, type(layers[name]).__name__, out_channels(layers[name]), f"left alone: {objection}")
-        for name, objection in found.items()
-    ]
-    layers = {name: layer for name, layer in layers.items() if name not in found}
+    selected = layers
+    layers, found = set_apart(selected, "repaired")
+    for name, objection in found.items():
+        kind, channels = type(selected[name]).__name__, out_channels(selected[name])
+        report.layers.append(LayerReport(name, kind, channels, f"left alone: {objection}"))
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..behaviour import objections
+from ..behaviour import set_apart
 from ..errors import CalibrationError, LayerError, called, did_you_mean
-from ..layers import Selector, matching, refuse_means, select_layers, unwrap
+from ..layers import Selector, matching, select_layers, unwrap
 from ..masks import tied_layers
 from .units import Units, check_floors, units_of
 
@@ -248,16 +248,12 @@ def prunable(
     layers = select_layers(model, include, exclude)
     if not layers:
         raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
-    refuse_means(layers)
-    found = objections(layers)
-    if len(found) == len(layers):
-        name, objection = next(iter(found.items()))
-        raise LayerError(name, f"{objection}; no other layer is selected, so that nothing can be pruned")
+    selected = len(layers)
+    layers, found = set_apart(layers, "pruned")
     if found:
         reasons = [f"{name!r}: {objection}" for name, objection in found.items()]
         more = ", ..." if len(reasons) > 3 else ""
-        log.warning("%d of %d layers are left dense: %s%s", len(found), len(layers), ", ".join(reasons[:3]), more)
-    layers = {name: layer for name, layer in layers.items() if name not in found}
+        log.warning("%d of %d layers are left dense: %s%s", len(found), selected, ", ".join(reasons[:3]), more)
     owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
     for name, module in select_layers(model).items():
         weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
