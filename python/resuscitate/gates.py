@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from asr_kernels import CrossProducts, PatchMoments, cross_products
 
-from .graph import Gate, is_sum
+from .graph import Gate
 from .layers import BATCHNORMS
 from .network import Network, has_hooks
 from .operands import operands, product, with_batch_axis
@@ -148,19 +146,3 @@ def _bring_forward(graph: fx.Graph, wanted: fx.Node, before: fx.Node) -> None:
             ahead += node.all_input_nodes
     for node in sorted(needed, key=place.__getitem__):
         before.prepend(node)
-
-
-class WatchSum(TorchFunctionMode):
-    """Hands on what is added to the tensor that is `watched`, when it is."""
-
-    def __init__(self, take: Callable[[Tensor], None]) -> None:
-        super().__init__()
-        self.take = take
-        self.watched: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.watched is not None and is_sum(getattr(func, "__name__", ""), args, kwargs):
-            for mine, other in (args, args[::-1]):
-                if mine is self.watched:
-                    self.take(other)
-        return func(*args, **(kwargs or {}))

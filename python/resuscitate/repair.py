@@ -34,8 +34,8 @@ from .masks import in_use
 from .matching import copy_statistics, layers_to_repair, matching_layers
 from .means import Per, replace_by_means
 from .network import Network, as_dtype
+from .outputs import measure, screen
 from .places import IMAGES, NETWORK, check_places
-from .prefix import measure, screen
 from .progress import Stopwatch, track
 from .refit import blocks, folds_of_layer
 from .report import LayerReport, RepairReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import os
 import shutil
 import tempfile
@@ -26,13 +27,13 @@ class Region:
 
 
 class Place(Protocol):
-    """Takes bytes, uint8 (n,), and gives them back in new memory on the device they came from."""
+    """Takes bytes, uint8 (n,), and gives them back."""
 
     def write(self, data: Tensor, at: Region | None) -> Region:
         """Into a new region, or over one of the same size."""
 
-    def read(self, region: Region) -> Tensor:
-        """The bytes of a region."""
+    def read(self, region: Region, data: Tensor) -> None:
+        """The bytes of a region, into uint8 (n,) on the device they came from."""
 
     def free(self, region: Region) -> None:
         """Give up a region."""
@@ -68,9 +69,8 @@ class ScratchFile:
             ) from error
         return region
 
-    def read(self, region: Region) -> Tensor:
+    def read(self, region: Region, data: Tensor) -> None:
         assert self.file is not None
-        data = torch.empty(region.size, dtype=torch.uint8)
         self.file.seek(region.offset)
         left = view_bytes(data)
         while left:
@@ -78,7 +78,6 @@ class ScratchFile:
             if not got:
                 raise ResuscitateError(f"scratch file in {self.folder} was cut short")
             left = left[got:]
-        return data.to(region.device)
 
     def free(self, region: Region) -> None:
         bisect.insort(self.gaps, (region.size, region.offset))
@@ -113,8 +112,8 @@ class HostMemory:
         self.held[at.offset].copy_(data)
         return at
 
-    def read(self, region: Region) -> Tensor:
-        return self.held[region.offset].to(region.device, copy=True)
+    def read(self, region: Region, data: Tensor) -> None:
+        data.copy_(self.held[region.offset])
 
     def free(self, region: Region) -> None:
         del self.held[region.offset]
@@ -132,6 +131,7 @@ def free_disk(folder: str) -> int:
 
 
 def view_bytes(data: Tensor) -> memoryview:
-    """The memory of a tensor uint8 (n,) in host memory."""
-    array: Any = data.numpy()
-    return memoryview(array)
+    """The memory of a tensor uint8 (n,) in host memory. Not by `Tensor.numpy`, which makes a storage unresizable."""
+    array: Any = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
+    array.tensor = data  # lives as long as the view
+    return memoryview(array).cast("B")

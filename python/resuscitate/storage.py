@@ -7,12 +7,11 @@ mapped file counts as memory in use.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .malloc import give_back_freed
 from .scratch import HostMemory, Place, Region, ScratchFile, free_disk
 
 log = logging.getLogger("resuscitate")
@@ -35,12 +35,13 @@ TRIMS = 16
 class Store:
     """A budget of bytes, and a place for what exceeds it. A context: leaving it frees that place.
 
-    `away` is how many bytes were ever moved out.
+    `away` is how many bytes were ever moved out. Several threads may use it, each with `Frame`s of its own.
     """
 
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
         self.resident, self.away, self._passed = 0, 0, 0
+        self.lock = threading.RLock()
         self._place: Place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
 
     @classmethod
@@ -73,25 +74,37 @@ class Store:
 
     def admit(self, size: int) -> bool:
         """Take `size` more bytes into memory, if they fit."""
-        fits = self.resident + size <= self.budget - self.reserve
-        if fits:
-            self.resident += size
-            self._count(size)
-        return fits
+        with self.lock:
+            fits = self.resident + size <= self.budget - self.reserve
+            if fits:
+                self.resident += size
+                self._count(size)
+            return fits
+
+    def release(self, size: int) -> None:
+        """Bytes that were admitted are in use no more."""
+        with self.lock:
+            self.resident -= size
 
     def write(self, data: Tensor, at: Region | None = None) -> Region:
         """Move bytes, uint8 (n,), out of memory, over those of a region of the same size or into a new one."""
-        self.away += data.numel()
-        self._count(data.numel())
-        return self._place.write(data, at)
+        with self.lock:
+            self.away += data.numel()
+            self._count(data.numel())
+            return self._place.write(data, at)
 
-    def read(self, region: Region) -> Tensor:
-        """The bytes back, in new memory."""
-        return self._place.read(region)
+    def read(self, region: Region, data: Tensor | None = None) -> Tensor:
+        """The bytes back, in `data`, uint8 (n,), or in new memory."""
+        if data is None:
+            data = torch.empty(region.size, dtype=torch.uint8, device=region.device)
+        with self.lock:
+            self._place.read(region, data)
+        return data
 
     def free(self, region: Region) -> None:
         """Give up a region."""
-        self._place.free(region)
+        with self.lock:
+            self._place.free(region)
 
     def _count(self, size: int) -> None:
         """Once half the budget is in use, have what was freed given back every so many bytes."""
@@ -145,7 +158,7 @@ class Frame:
         """Count what is no longer kept out of the budget."""
         alive = {x.untyped_storage().data_ptr() for x in leaves(self._values.values()) if isinstance(x, Tensor)}
         for address in self._resident.keys() - alive:
-            self.store.resident -= self._resident.pop(address)
+            self.store.release(self._resident.pop(address))
 
     def _fetch(self, leaf: Any) -> Any:
         if not isinstance(leaf, _Away):
@@ -200,15 +213,6 @@ def parse_memory(memory: int | str | None, device: torch.device) -> int:
     if size < 1:
         raise ValueError(f"memory={memory!r} leaves nothing to work with")
     return size
-
-
-def give_back_freed() -> None:
-    """Have the C library return the pages of freed memory to the system, those between used ones too (glibc only).
-
-    A heap in which large values of several sizes come and go is full of holes, which count as memory in use.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,21 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
 import asr_kernels as ak
 
 from .batches import Batches
 from .gates import Seen, aim
 from .graph import Gate, Wiring
-from .layers import BATCHNORMS
-from .network import Network, check_finite, has_hooks
+from .network import Network, check_finite
+from .pending import Correction, mergeable
 from .progress import Bar
 from .stops import Calls, Stop, Visit, merge_folds
 from .storage import Frame, Store
-from .stretches import Stretch, cut, run_step
+from .stretches import cut, run_step
 
 
 def node_walk(
@@ -114,22 +112,21 @@ class Track:
         self.net, self.store, self.others = net, store, others
         self.parts = cut(graph, net, stops, others, is_dense)
         self.frames: list[Frame] = []
-        self.pending: _Correction | None = None
+        self.pending: _Due | None = None
 
     def advance(self, part: int, index: int, batches: Batches) -> Tensor:
         """Run the part before one stop for one batch; returns what is measured there."""
         if index == len(self.frames):
             self.frames.append(Frame(self.store))
-        frame, stretch, correction = self.frames[index], self.parts[part], self._due(part)
-        wanted = stretch.reads if correction is None else {*stretch.reads, correction.source}
+        frame, stretch, due = self.frames[index], self.parts[part], self._due(part)
+        wanted = stretch.reads if due is None else {*stretch.reads, due.source}
         values = frame.open([source for source in wanted if source in frame], stretch.keep)
-        merged = None if correction is None else correction.batchnorm
-        if correction is not None and merged is None and correction.source in values:
-            ak.affine_(values[correction.source], correction.gain, correction.shift, correction.axis)
+        if due is not None and due.reader is None and due.source in values:
+            due.correction.apply(values[due.source])
         with self.net.precision():
             for step in stretch.steps:
-                if correction is not None and step.node is merged:
-                    values[merged] = correction.through_batchnorm(values.pop(correction.source))
+                if due is not None and step.node is due.reader:
+                    values[step.node] = due.correction.through_batchnorm(values.pop(due.source))
                 else:
                     run_step(self.net, step, values, lambda: batches[index])
         result = values[stretch.source]
@@ -148,48 +145,28 @@ class Track:
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
         """Have the output that this part ends with become gain * output + shift, when each batch is next in hand."""
         stopped_at = self.parts[part]
-        self.pending = _Correction(self.net, stopped_at.source, gain, shift, self.net.axis(stopped_at.name))
+        self.pending = _Due(stopped_at.source, Correction(gain, shift, self.net.axis(stopped_at.name)))
 
-    def _due(self, part: int) -> _Correction | None:
+    def _due(self, part: int) -> _Due | None:
         """The correction to make in this part: the pending one, in the first part that runs after it."""
-        if self.pending is not None and self.pending.part is None:
-            self.pending.begin(part, self.parts[part])
-        return self.pending if self.pending is not None and self.pending.part == part else None
+        due = self.pending
+        if due is not None and due.part is None:
+            due.part = part
+            readers = list(due.source.users)
+            module = self.net.modules.get(str(readers[0].target)) if len(readers) == 1 else None
+            if mergeable(module) is not None and readers[0] in {step.node for step in self.parts[part].steps}:
+                due.reader, due.correction.batchnorm = readers[0], mergeable(module)
+        return due if due is not None and due.part == part else None
 
 
 @dataclass
-class _Correction:
+class _Due:
     """A correction of stored outputs that is yet to be made: in place or, where a BatchNorm alone reads them, in it."""
 
-    net: Network
     source: fx.Node
-    gain: Tensor
-    shift: Tensor
-    axis: int
+    correction: Correction
     part: int | None = None
-    batchnorm: fx.Node | None = None
-
-    def begin(self, part: int, stretch: Stretch) -> None:
-        """It is to be made in this part: see how. What the BatchNorm does then is one gain and one shift in all."""
-        self.part = part
-        readers = list(self.source.users)
-        module = self.net.modules.get(str(readers[0].target)) if len(readers) == 1 else None
-        if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm) or has_hooks(module):
-            return
-        if module.running_mean is None or module.running_var is None:
-            return
-        if readers[0] not in {step.node for step in stretch.steps}:
-            return
-        self.batchnorm = readers[0]
-        scale = (module.running_var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
-        shift = (self.shift - module.running_mean) * scale + (0.0 if module.bias is None else module.bias)
-        dtype = torch.float64 if module.running_mean.dtype == torch.float64 else torch.float32
-        self.scale, self.offset = (x.to(dtype) for x in (self.gain * scale, shift))
-        self.zero, self.one = torch.zeros_like(self.scale), torch.ones_like(self.scale)
-
-    def through_batchnorm(self, x: Tensor) -> Tensor:
-        """What the BatchNorm makes of the corrected outputs, in one pass over the uncorrected ones."""
-        return nn.functional.batch_norm(x, self.zero, self.one, self.scale, self.offset, training=False, eps=0.0)
+    reader: fx.Node | None = None
 
 
 def _pooled(name: str, moments: Calls) -> Calls:

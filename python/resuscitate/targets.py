@@ -25,8 +25,8 @@ from .files import write_safetensors
 from .graph import Wiring
 from .layers import find_batchnorms, find_layers, unwrap
 from .network import Network, as_dtype
+from .outputs import measure
 from .places import IMAGES, NETWORK, Kind, check_places
-from .prefix import measure
 from .progress import Bar
 from .report import RepairReport
 from .state import moved_to, undisturbed

@@ -1,9 +1,10 @@
-"""Which walk to take: the node-major one where torch.fx gives a true picture of the network, else by prefixes."""
+"""Which walk to take: by the graph where torch.fx gives a true picture of the network, else by suspended passes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ from .batches import Batches, count_images
 from .gates import other_node, usable
 from .graph import Gate, Wiring, observe, output_leaves, trace
 from .layers import LAYERS
+from .malloc import heap
 from .network import Network, has_hooks
-from .prefix import measure, prefix_walk
+from .outputs import measure
 from .progress import Bar
 from .stops import Stop, Visit
 from .storage import Store
 from .stretches import follow
+from .suspended import peak_memory, suspended_walk
 from .sweep import Track, node_walk
 
 log = logging.getLogger("resuscitate")
@@ -34,7 +37,7 @@ class _NoGraphError(Exception):
 class Walker:
     """Walks a pruned network, and beside it the dense one if there is one, over batches of images.
 
-    `example`: a small batch, to check a trace on. `taken` becomes "node", or "prefix" with a warning that says why.
+    `example`: a small batch, to check a trace on. `taken` becomes "node", or "suspended", and the log says why.
     """
 
     pruned: Network
@@ -58,9 +61,10 @@ class Walker:
                 visits = self._by_nodes(batches, stops, gates, bar)
                 self.taken = "node"
             except _NoGraphError as cause:
-                log.warning("walking by prefixes, one pass over the images per layer: %s", cause)
-                visits = prefix_walk(self.pruned, self.dense, batches, stops, self.wiring, gates, bar)
-                self.taken = "prefix"
+                log.info("walking by suspended passes, not by a graph: %s", cause)
+                nets = self.pruned, self.dense
+                visits = suspended_walk(*nets, batches, stops, self.wiring, gates, self.store, self.example, bar)
+                self.taken = "suspended"
             yield from visits
 
     def _gates(self, names: Sequence[str]) -> dict[str, tuple[Gate, Gate]]:
@@ -85,17 +89,18 @@ class Walker:
         paired = any(stop.paired or stop.refit for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
+        keep = self.store.budget >= 2 * (2 if paired else 1) * peak * largest * len(batches)
         pruned = Track(self.pruned, graph, stops, self.store, others)
         if self.dense is None or not any(stop.dense for stop in stops):
-            return node_walk(pruned, None, batches, stops, self.wiring, {}, bar)
+            return _in_heap(keep, node_walk(pruned, None, batches, stops, self.wiring, {}, bar))
         if not paired:
-            return self._with_dense_apart(pruned, batches, stops, bar)
+            return _in_heap(keep, self._with_dense_apart(pruned, batches, stops, bar))
         try:
             original, _, others = _graph(self.dense, self.example, stops, self.wiring, of_dense)
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
         dense = Track(self.dense, original, stops, self.store, others, is_dense=True)
-        return node_walk(pruned, dense, batches, stops, self.wiring, gates, bar)
+        return _in_heap(keep, node_walk(pruned, dense, batches, stops, self.wiring, gates, bar))
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
@@ -112,14 +117,20 @@ class Walker:
             yield visit
 
 
+def _in_heap(keep: bool, visits: Iterator[Visit]) -> Iterator[Visit]:
+    """The visits, while the C library keeps freed memory if there is room for that."""
+    with heap(keep=True) if keep else nullcontext():
+        yield from visits
+
+
 def most_waiting(net: Network, batch: Any) -> int:
-    """The bytes of activations that a walk may keep of a batch, at most; none where it walks by prefixes."""
-    if net.forward_fn is not None:
-        return 0
-    try:
-        return follow(net, trace(net.model), batch)[1]
-    except Exception:  # what the model itself raises, the walk meets again
-        return 0
+    """The bytes of activations that a walk may keep of a batch, at most; none where the model raises an error."""
+    with suppress(Exception):  # the walk meets it again
+        if net.forward_fn is None:
+            with suppress(Exception):
+                return follow(net, trace(net.model), batch)[1]
+        return peak_memory(net, batch)
+    return 0
 
 
 def _graph(
@@ -127,7 +138,7 @@ def _graph(
 ) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
     """The graph for `node_walk`, the bytes of activations that `batch` needs at once in it, and what the gates add.
 
-    Raises _NoGraphError where only `prefix_walk` is right: the trace must give the model's own output on `batch`.
+    Raises _NoGraphError where only `suspended_walk` is right: the trace must give the model's own output on `batch`.
     """
     if net.forward_fn is not None:
         raise _NoGraphError("a forward_fn hides the network's input")

@@ -204,7 +204,7 @@ class TestRepair:
         for aware in (False, True):
             results.append(pruned_copy(dense))
             report = resuscitate.repair(results[-1], dense, x.split(16), method="refit", relu_aware=aware)
-            assert report.walk == "prefix"
+            assert report.walk == "suspended"
         assert report.layers[0].explained > 0
         assert not torch.equal(results[0].often.weight, results[1].often.weight)
 

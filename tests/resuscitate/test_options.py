@@ -12,7 +12,7 @@ from resuscitate import Masks, compress, recoverability, regrow, repair
 from resuscitate.choices import READ_BY, READ_WHERE, Method
 from resuscitate.errors import CalibrationError
 from resuscitate.network import Network
-from resuscitate.prefix import measure
+from resuscitate.outputs import measure
 from resuscitate.repair import DEFAULTS
 from tests.networks import chain, images, pruned_copy, seeded
 

@@ -77,7 +77,7 @@ class TestRepair:
         expected = copy.deepcopy(model)
         report = resuscitate.repair(model, dense, loader(), method=method, memory="256KiB", progress=False)
         used = report.images or report.batchnorm_images
-        assert used > 30
+        assert used >= 16
         assert max(free_disk) <= MIB // 2 + 16 * EACH  # a batch goes there whole
         (said,) = cuts(caplog)
         of = " of 1,000,000,000" if loader is endless_loader else ""

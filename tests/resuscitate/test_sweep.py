@@ -10,7 +10,7 @@ import resuscitate
 from resuscitate.batches import Batches
 from resuscitate.graph import observe
 from resuscitate.network import Network
-from resuscitate.prefix import measure
+from resuscitate.outputs import measure
 from resuscitate.stops import Stop
 from resuscitate.storage import Store
 from resuscitate.walk import Walker
@@ -32,28 +32,28 @@ from tests.networks import (
 )
 
 NODE = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional, Elaborate]
-PREFIX = [Shared, Untraceable]
+PASSES = [Shared, Untraceable]
 
 
 @pytest.mark.parametrize("build", NODE, ids=lambda b: b.__name__)
 @pytest.mark.parametrize("recalibrate", [None, "exact"])
 @pytest.mark.parametrize("correlations", [False, True], ids=["", "paired"])
-def test_the_prefix_walk_and_the_node_walk_agree(build, recalibrate, correlations):
+def test_both_walks_agree(build, recalibrate, correlations):
     dense = seeded(build)
-    by_node, by_prefix = pruned_copy(dense), pruned_copy(dense)
+    by_node, by_passes = pruned_copy(dense), pruned_copy(dense)
     options = {"method": "channelwise", "recalibrate": recalibrate, "correlations": correlations}
     report = resuscitate.repair(by_node, dense, images(), batch_size=10, **options)
     # a forward_fn hides the input from the trace
     batches = list(images().split(10))
-    fallback = resuscitate.repair(by_prefix, dense, batches, forward_fn=lambda m, x: m(x), **options)
-    assert (report.walk, fallback.walk) == ("node", "prefix")
-    torch.testing.assert_close(by_node.state_dict(), by_prefix.state_dict(), rtol=1e-4, atol=1e-6)
+    fallback = resuscitate.repair(by_passes, dense, batches, forward_fn=lambda m, x: m(x), **options)
+    assert (report.walk, fallback.walk) == ("node", "suspended")
+    torch.testing.assert_close(by_node.state_dict(), by_passes.state_dict(), rtol=1e-4, atol=1e-6)
     explained = [[row.explained or 0.0 for row in each.layers] for each in (report, fallback)]
     assert explained[0] == pytest.approx(explained[1], rel=1e-4)
     assert any(explained[0]) == (correlations and any(row.gain for row in report.layers))
 
 
-@pytest.mark.parametrize("build", [*NODE, *PREFIX], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [*NODE, *PASSES], ids=lambda b: b.__name__)
 @pytest.mark.parametrize("recalibrate", [None, "exact"])
 def test_the_result_is_the_same_for_batches_of_1_7_64_and_all(build, recalibrate):
     dense, results = seeded(build), []
@@ -63,7 +63,7 @@ def test_the_result_is_the_same_for_batches_of_1_7_64_and_all(build, recalibrate
         results.append(pruned_copy(dense))
         options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": batch_size, "gain_samples": 66}
         report = resuscitate.repair(results[-1], dense, images(70), **options)
-        assert report.walk == ("prefix" if build in PREFIX else "node")
+        assert report.walk == ("suspended" if build in PASSES else "node")
     for other in results[1:]:
         torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=2e-5, atol=3e-6)
 
@@ -141,10 +141,10 @@ def test_the_walk_sees_repaired_inputs():
 )
 def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
     dense = seeded(build)
-    with caplog.at_level(logging.WARNING, logger="resuscitate"):
+    with caplog.at_level(logging.INFO, logger="resuscitate"):
         report = resuscitate.repair(pruned_copy(dense), dense, images(), method="layerwise")
-    assert report.walk == "prefix"
-    said = [record.message for record in caplog.records if "normalised" not in record.message]
+    assert report.walk == "suspended"
+    said = [record.message for record in caplog.records if record.message.startswith("walking")]
     assert [cause in message for message in said] == [True]
 
 
@@ -154,9 +154,9 @@ def walker(model, dense=None, example=None, budget=1 << 30):
     return Walker(net, dense and Network(dense), wiring, Store(budget, net.device), x[:2])
 
 
-def test_a_hook_on_a_container_forces_the_prefix_walk():
+def test_a_hook_on_a_container_forces_the_walk_by_passes():
     model = seeded(Residual)
-    for expected in ("node", "prefix"):
+    for expected in ("node", "suspended"):
         walk = walker(model)
         with torch.no_grad():
             assert len(list(walk.walk(Batches([images()]), [Stop("conv1", 1)]))) == 1
@@ -173,13 +173,13 @@ def test_both_walks_stop_in_order_and_early():
     with torch.no_grad():
         node = list(walker(model).walk(batches, stops))
         model.register_forward_hook(lambda module, args, output: None)
-        prefix = list(walker(model).walk(batches, stops))
-    assert [v.name for v in prefix] == [v.name for v in node] == ["bn0", "conv1", "bn2"]
-    for a, b in zip(prefix, node, strict=True):
+        passes = list(walker(model).walk(batches, stops))
+    assert [v.name for v in passes] == [v.name for v in node] == ["bn0", "conv1", "bn2"]
+    for a, b in zip(passes, node, strict=True):
         assert a.calls[0].count == b.calls[0].count
         torch.testing.assert_close(a.calls[0].var, b.calls[0].var)
-    # two observations, one trace and one forward to compare it with; no walk goes on to the head
-    assert len(ran) == 4
+    # two observations, one trace and one forward to compare it with, one rehearsal; no walk goes on to the head
+    assert len(ran) == 5
 
 
 def test_a_shared_module_is_measured_over_all_uses_and_corrected_once():
@@ -217,7 +217,7 @@ def test_a_layer_inside_one_of_torchs_own_modules_is_reached_all_the_same():
     dense = seeded(build)
     report = resuscitate.repair(pruned_copy(dense), dense, images(), method="channelwise")
     rows = {row.name: row.action for row in report.layers}
-    assert report.walk == "prefix"
+    assert report.walk == "suspended"
     assert rows["2.linear1"] == rows["2.linear2"] == "repaired"
 
 

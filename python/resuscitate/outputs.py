@@ -1,0 +1,97 @@
+"""What modules put out, or read, in whole forward passes in which nothing is corrected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import count_images
+from .network import Network, check_finite
+from .passes import Crew, Pass, at_a_time, current, end, threads_kept
+from .stops import Calls, merge_calls
+
+AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
+
+
+class _Lane:
+    """Passes that run one after the other in one thread. `calls` are the moments of the batch in hand."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.calls: dict[str, Calls] = {}
+
+    def run(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
+        """Run batches that no other lane has taken, as long as there are some."""
+        for index, batch in batches:
+            self.calls = found[index] = {name: [] for name in self.names}
+            net.run(batch)
+
+
+def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[str, Calls]:
+    """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
+
+    Several passes run at a time on a CPU. Raises NonFiniteError.
+    """
+    found: dict[str, Calls] = {name: [] for name in names}
+
+    def take(name: str, x: Tensor) -> None:
+        current().calls[name].append(net.moments(name, x))
+
+    source = enumerate(batches)
+    with net.hooked(found, take), threads_kept():
+        while some := list(islice(source, max(AHEAD, torch.get_num_threads()))):
+            size, threads = at_a_time(net.device, len(some))
+            by_batch: dict[int, dict[str, Calls]] = {}
+            waiting, lanes = iter(some), [_Lane(found) for _ in range(size)]
+            passes = [Pass(partial(lane.run, net, waiting, by_batch), lane, threads) for lane in lanes]
+            try:
+                Crew(size).run(iter([each]) for each in passes)
+            finally:
+                end(passes)
+            for index, _ in some:
+                _check(index, by_batch[index])
+                for name, calls in by_batch[index].items():
+                    found[name] = merge_calls(found[name], calls)
+    return found
+
+
+def _check(index: int, found: dict[str, Calls]) -> None:
+    """Raise NonFiniteError for the first module whose moments are not finite; a GPU waits but once if all are."""
+    seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]
+    if seen and not torch.cat(seen).isfinite().all():
+        for name, calls in found.items():
+            check_finite(name, [(index, moments) for moments in calls])
+
+
+def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:
+    """The batches without the images that give a NaN or infinite activation in any network; counts those as "images".
+
+    The networks are taken as they are. An opaque batch (not a tensor) goes whole.
+    """
+    for batch in batches:
+        images = count_images(batch)
+        good = torch.ones(images, dtype=torch.bool)
+
+        def take(name: str, x: Tensor, good: Tensor = good) -> None:
+            finite = x.isfinite().flatten(1).all(1).cpu() if x.dim() > 1 else x.isfinite().all().cpu()
+            good &= finite if finite.shape == good.shape else finite.all()
+
+        with ExitStack() as stack:
+            for net in nets:
+                stack.enter_context(net.hooked(net.observed(), take))
+            for net in nets:
+                net.run(batch)
+        if not isinstance(batch, Tensor):
+            good &= good.all()
+        skipped["images"] += images - int(good.sum())
+        if good.all():
+            yield batch
+        elif good.any():
+            yield batch[good.to(batch.device)]
