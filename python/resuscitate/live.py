@@ -113,7 +113,7 @@ class Rehearsal(Made):
             if known is not None and known[1] is not None:
                 self.last_read[known[1]] = self.operators
 
-    def stop(self, name: str) -> None:
+    def stop(self, name: str, used: Iterable[Any]) -> None:
         """A pass is to be suspended here."""
         self.stops[name] = None if name in self.stops else (self.operators, self.count)
 
@@ -124,6 +124,24 @@ class Rehearsal(Made):
             for name, place in self.stops.items()
             if place is not None
         }
+
+
+class Trial(Made):
+    """Tries what a rehearsal found: overwrites, where a pass is to be suspended, what it is said to read no more.
+
+    The output shows whether something reads it all the same, unseen, such as an extension that takes its pointer.
+    """
+
+    def __init__(self, foreign: Set[int], spent: Mapping[str, Set[int]]) -> None:
+        super().__init__(foreign)
+        self.spent = spent
+
+    def stop(self, name: str, used: Iterable[Any]) -> None:
+        """A pass is to be suspended here; `used` are values that are not overwritten."""
+        kept, spent = identities(used), self.spent.get(name, frozenset())
+        for storage, number in self.alive():
+            if number in spent and storage._cdata not in kept and storage.nbytes():
+                _bytes(storage).fill_(255)  # NaN, or -1
 
 
 class Shelf:

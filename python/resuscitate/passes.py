@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .errors import ResuscitateError
+
 Chain = Iterator["Pass"]
 _thread = threading.local()
 
@@ -100,7 +102,7 @@ class _Control:
         self.go = threading.Lock()  # free while the pass may go on
         self.go.acquire()
         self.begun = False
-        self.over = threading.Event()  # and not `Thread.join`, which has been seen to wait for a thread that was gone
+        self.over = threading.Event()
 
     def resume(self, then: Callable[[], None]) -> None:
         self.then = then
@@ -109,8 +111,17 @@ class _Control:
             then()
         elif not self.begun:
             context = contextvars.copy_context()
-            threading.Thread(target=context.run, args=(self.body,), name="forward pass", daemon=True).start()
-            self.begun = True
+            thread = threading.Thread(target=context.run, args=(self.body,), name="forward pass", daemon=True)
+            self.begun = True  # beforehand: the pass may be resumed again before `start` returns
+            try:
+                thread.start()
+            except BaseException as error:
+                if thread.ident is None:
+                    self.over.set()
+                if isinstance(error, RuntimeError):
+                    cause = f"{error}: each batch waits in a thread of its own; use larger batches"
+                    raise ResuscitateError(cause) from error
+                raise
         else:
             self.go.release()
 

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LayerError
-from .graph import DESCRIPTIONS, Gate, is_sum
-from .live import RAW, Live, Rehearsal
+from .graph import DESCRIPTIONS, Gate, is_sum, output_leaves
+from .live import RAW, Live, Rehearsal, Trial
 from .network import Network
 from .passes import current, suspend
 from .pending import Correction, mergeable
@@ -34,13 +34,14 @@ class Position:
     """
 
     index: int
-    live: Live | Rehearsal | None = None
+    live: Live | Rehearsal | Trial | None = None
     at: str | None = None
     value: Any = None
     added: Tensor | None = None
     awaited: _Awaited | None = None
     due: tuple[Tensor, Correction] | None = None  # an output, and the correction of it that has yet to be made
     stale: Tensor | None = None  # a value that is about to be overwritten by the one computed anew
+    output: Any = None  # of a rehearsal
     outdated: str | None = None  # a layer that is given another class while its call waits
 
     @contextmanager
@@ -56,8 +57,11 @@ class Position:
     def rest(self) -> None:
         """The pass is suspended and measured: its values may leave memory."""
         if isinstance(self.live, Live) and self.at is not None:
-            output = None if self.awaited is None else self.awaited.output
-            self.live.put(self.at, [self.value, self.added, self.stale, output])
+            self.live.put(self.at, self.used())
+
+    def used(self) -> list[Any]:
+        """Values that are read whatever the forward pass by itself reads."""
+        return [self.value, self.added, self.stale, None if self.awaited is None else self.awaited.output]
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
@@ -124,8 +128,11 @@ class Route:
                 stack.enter_context(here.live)
             with here.aside():
                 batch = read()
-            self.net.run(batch)
+            output = self.net.run(batch)
         self._check_sum(here)
+        if isinstance(here.live, Rehearsal | Trial):
+            here.live.read(output_leaves(output))
+            here.output = output
 
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         here = current()
@@ -167,11 +174,13 @@ class Route:
 
     def _halt(self, here: Position, name: str, value: Any, added: Tensor | None = None) -> None:
         self._check_sum(here)
-        if isinstance(here.live, Rehearsal):
-            here.live.stop(name)
-            return
         here.at, here.value, here.added = name, value, added
-        with nullcontext() if here.live is None else here.live.suspended():
+        if isinstance(here.live, Rehearsal | Trial):
+            with here.aside():
+                here.live.stop(name, here.used())
+            here.at = here.value = here.added = None
+            return
+        with here.live.suspended() if isinstance(here.live, Live) else nullcontext():
             suspend()
         here.value = here.added = None
 
@@ -189,7 +198,7 @@ class Route:
         if getattr(awaited.value, "_version", 0) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
-        if self.is_dense or isinstance(here.live, Rehearsal):
+        if self.is_dense or not isinstance(here.live, Live):
             return
         with here.aside():
             output = self.net.modules[awaited.name](awaited.value)

@@ -20,8 +20,8 @@ import asr_kernels as ak
 from .batches import Batches, count_images
 from .errors import ModelMismatchError, called
 from .gates import Seen, aim
-from .graph import Gate, Wiring
-from .live import Live, Rehearsal, Shelf, identities
+from .graph import Gate, Wiring, same_output
+from .live import Live, Rehearsal, Shelf, Trial, identities
 from .malloc import heap
 from .network import Network, check_finite
 from .outputs import measure
@@ -39,17 +39,29 @@ class Track:
 
     def __init__(self, route: Route, batches: Batches, threads: int | None, example: Any) -> None:
         self.route, self.batches, self.threads = route, batches, threads
+        drawn = torch.get_rng_state()
         rehearsal = Rehearsal(_own(route.net))
-        here, drawn = Position(0, rehearsal), torch.get_rng_state()
-        each = Pass(partial(route.run, here, lambda: example), here)
+        expected = self._example(example, rehearsal)
+        self.draws = not torch.equal(drawn, torch.get_rng_state())
+        self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
+        try:
+            as_expected = same_output(expected, self._example(example, Trial(self.foreign, self.spent)))
+        except Exception:  # of a value that was overwritten
+            as_expected = False
+        if not as_expected:
+            self.spent = {}
+        self.shelf: Shelf | None = None
+        self.passes: dict[int, tuple[Pass, Position]] = {}
+
+    def _example(self, example: Any, live: Rehearsal | Trial) -> Any:
+        """The output of a small batch, in a pass that is not suspended."""
+        here = Position(0, live)
+        each = Pass(partial(self.route.run, here, lambda: example), here)
         try:
             Crew(1).run([iter([each])])
         finally:
             end([each])
-        self.draws = not torch.equal(drawn, torch.get_rng_state())
-        self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
-        self.shelf: Shelf | None = None
-        self.passes: dict[int, tuple[Pass, Position]] = {}
+        return here.output
 
     def position(self, index: int) -> Position:
         """Where the pass of this batch is."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import Batches, count_images
 from .gates import other_node, usable
-from .graph import Gate, Wiring, observe, output_leaves, trace
+from .graph import Gate, Wiring, observe, same_output, trace
 from .layers import LAYERS
 from .malloc import heap
 from .network import Network, has_hooks
@@ -153,7 +153,7 @@ def _graph(
         called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         others = {name: other_node(graph, gate, name) for name, gate in gates.items()}
         output, peak = follow(net, graph, batch)
-        same = _same_output(output, net.run(batch))
+        same = same_output(output, net.run(batch))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -167,11 +167,3 @@ def _graph(
     if not same:
         raise _NoGraphError("the traced network's output differs from the model's")
     return graph, peak, others
-
-
-def _same_output(a: Any, b: Any) -> bool:
-    ours, theirs = output_leaves(a), output_leaves(b)
-    return len(ours) == len(theirs) and all(
-        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) if isinstance(x, Tensor) else bool(x == y)
-        for x, y in zip(ours, theirs, strict=True)
-    )
