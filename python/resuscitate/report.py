@@ -58,10 +58,10 @@ class RepairReport:
     """The outcome of `repair`: the settings in force, what became of every layer, images used, seconds taken.
 
     `images` counts the images behind the gains, `batchnorm_images` those behind the BatchNorm statistics, `skipped`
-    those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "node" (one
-    pass), "prefix" (one pass per layer) or "none"; `scratch` counts the bytes that did not fit the memory budget, and
-    `resumed` the layers and BatchNorms whose correction came from a journal. Under ranks, images are those of all ranks
-    together. `stages` has the seconds of each stage.
+    those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "node" (by the
+    graph), "suspended" (by suspended forward passes) or "none"; `scratch` counts the bytes that did not fit the memory
+    budget, and `resumed` the layers and BatchNorms whose correction came from a journal. Under ranks, images are those
+    of all ranks together. `stages` has the seconds of each stage.
     """
 
     method: str

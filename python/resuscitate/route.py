@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Position:
     value: Any = None
     added: Tensor | None = None
     awaited: _Awaited | None = None
-    due: tuple[Tensor, Correction] | None = None  # an output, and the correction of it that has yet to be made
+    due: list[tuple[Tensor, Correction]] = field(default_factory=list)  # outputs that are yet to be corrected
     stale: Tensor | None = None  # a value that is about to be overwritten by the one computed anew
     output: Any = None  # of a rehearsal
     outdated: str | None = None  # a layer that is given another class while its call waits
@@ -166,7 +166,7 @@ class Route:
         self._halt(here, name, output)
         correction = self.corrections.get(name)
         if correction is not None and correction.batchnorm is not None:
-            here.due = output, correction
+            here.due.append((output, correction))
         elif correction is not None:
             with here.aside():
                 correction.apply(output)
@@ -238,15 +238,15 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in RAW and here.live is not None:
             here.live.read(args[:1])
-        if here.due is not None:
-            output, correction = here.due
+        for each in list(here.due):
+            output, correction = each
             if func is F.batch_norm and args[0] is output:
-                here.due = None
+                here.due = [other for other in here.due if other is not each]
                 with here.aside():
                     correction.factors()
                 return correction.through_batchnorm(output)
             if getattr(func, "__name__", "") not in DESCRIPTIONS and _reads(output, args, kwargs):
-                here.due = None
+                here.due = [other for other in here.due if other is not each]
                 with here.aside():
                     correction.apply(output)
         if here.awaited is None or here.awaited.output is None:

@@ -363,7 +363,8 @@ def suspended_walk(
         # what draws random numbers draws them in order, one pass after the other
         passes = 1 if any(track.draws for track in tracks) else len(batches)
         lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
-        store.set_aside(lanes * peak + THREAD * len(tracks) * len(batches))
+        store.set_aside(lanes * peak)
+        store.reserve += THREAD * len(tracks) * len(batches)
         stack.enter_context(heap(keep=peak * len(batches) <= store.budget // 2))
         shelf = Shelf(store)
         for track in tracks:

@@ -227,3 +227,29 @@ def test_a_model_that_is_one_layer():
     resuscitate.repair(model, dense, images(), method="channelwise", skip_first=False, eps=0.0)
     with torch.no_grad():
         torch.testing.assert_close(model(images()).var((0, 2, 3)), dense(images()).var((0, 2, 3)))
+
+
+class Branches(torch.nn.Module):
+    """Both layers run before either BatchNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 6, 1)
+        self.a, self.b = (torch.nn.Conv2d(6, 5, 3, bias=False) for _ in range(2))
+        self.bn_a, self.bn_b = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+        self.last = torch.nn.Conv2d(5, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        a, b = self.a(x), self.b(x)
+        return self.last(self.bn_a(a).relu() + self.bn_b(b))
+
+
+@pytest.mark.parametrize("recalibrate", [None, "exact"])
+def test_both_walks_agree_where_two_outputs_wait_for_their_batchnorms(recalibrate):
+    dense, results = seeded(Branches), []
+    for forward_fn in (None, lambda model, x: model(x)):
+        results.append(pruned_copy(dense))
+        options = {"method": "channelwise", "recalibrate": recalibrate, "forward_fn": forward_fn}
+        resuscitate.repair(results[-1], dense, images(40).split(8), **options)
+    torch.testing.assert_close(results[0].state_dict(), results[1].state_dict(), rtol=1e-4, atol=1e-6)
