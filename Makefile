@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 OUTSIDE := $(VENV)/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-untraceable bench-memory docs lint format clean
+.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-walk bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -68,8 +68,8 @@ gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whol
 bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about half an hour
 	@$(BIN)/python benchmarks/repair.py $(ARGS)
 
-bench-untraceable: $(READY) ## repairs of networks without a graph against bare forward passes; five minutes
-	@$(BIN)/python benchmarks/untraceable.py $(ARGS)
+bench-walk: $(READY) ## networks without a graph, passes beside one another, page faults; ten minutes
+	@$(BIN)/python benchmarks/walk.py $(ARGS)
 
 bench-memory: $(READY) ## peak memory under a budget; five minutes
 	@$(BIN)/python benchmarks/memory.py $(ARGS)

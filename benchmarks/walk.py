@@ -1,19 +1,29 @@
-"""A repair of networks that torch.fx cannot trace against their bare forward passes: `make bench-untraceable`.
+"""What the walk costs where `repair.py` does not look: `make bench-walk`, or this file.
 
-The shape of ResNet-50 as transformers has it (`pip install transformers`; left out without it), 64 images of 64x64, and
-a network of 26 layers behind a `forward_fn`, 512 images of 32x32; random weights, 80 % sparsity, batches of 16 and of
-128, a sequential ASR and a refit. And the forward passes alone: all cores within each operator of one pass at a time,
-or one core for each of several passes, on one and on all cores, over sizes of images and batches. Threads and malloc
-are as they come; the candidates of a row take turns in every round; medians. Writes untraceable.json and untraceable.md
-(the tables in docs/walk.md).
+Networks that torch.fx cannot trace against their bare forward passes: the shape of ResNet-50 as transformers has it
+(left out without transformers), 64 images of 64x64, and 26 layers behind a `forward_fn`, 512 images of 32x32; random
+weights, 80 % sparsity, a sequential ASR and a refit.
+
+The forward passes alone, over sizes of images and batches, on one and on all cores: all cores within each operator of
+one pass at a time, or one core for each of several passes.
+
+Page faults: a sequential ASR of ResNet-50's shape, 64 images of 224x224, with malloc as the walk sets it, and as it
+comes (a variable MALLOC_* makes the walk leave it alone), each in a process of its own.
+
+Threads and malloc are as they come; the candidates of a row take turns in every round; medians. Writes walk.json and
+walk.md (the tables in docs/walk.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
+import resource
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,10 +39,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from zoo import resnet50
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import resuscitate
 from resuscitate.models import ResNet, resnet20
 from resuscitate.network import Network
 from resuscitate.outputs import measure
+from tests.outside.networks import package
 
 console = Console(stderr=True)
 
@@ -47,6 +60,8 @@ def networks() -> dict[str, tuple[nn.Module, list[Any]]]:
     torch.manual_seed(0)
     found: dict[str, tuple[nn.Module, list[Any]]] = {}
     try:
+        with contextlib.suppress(ImportError):
+            package("torchvision")  # before transformers, which imports it where it is installed
         from transformers import ResNetConfig, ResNetForImageClassification
 
         images = torch.randn(64, 3, 64, 64)
@@ -136,7 +151,34 @@ def beside(net: Network, batches: list[Tensor]) -> None:
     measure(net, batches, [])
 
 
-def markdown(rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
+def page_faults() -> dict[str, float]:
+    """Seconds, system seconds and page faults of a repair over large images; the second one of this process."""
+    torch.manual_seed(0)
+    dense, images = resnet50().eval(), torch.randn(64, 3, 224, 224)
+    pruned, found = pruned_copy(dense), dict[str, float]()
+    for _ in range(2):
+        before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        resuscitate.repair(copy.deepcopy(pruned), dense, images, method="asr", batch_size=32, progress=False)
+        after, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - started
+        system, faults = after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
+        found = {"seconds": seconds, "system seconds": system, "page faults": faults}
+    return found
+
+
+def heaps(rounds: int) -> dict[str, dict[str, float]]:
+    """What `page_faults` finds with malloc as the walk sets it, and as it comes; medians."""
+    settings = {"as the walk sets it": {}, "as it comes": {"MALLOC_ARENA_TEST": "8"}}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in settings}
+    for _ in range(rounds):
+        for name, setting in settings.items():
+            command = [sys.executable, __file__, "--faults"]
+            ended = subprocess.run(command, env=os.environ | setting, check=True, capture_output=True, text=True)
+            found[name].append(json.loads(ended.stdout))
+    console.print(found)
+    return {n: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for n, runs in found.items()}
+
+
+def markdown(rows: list[dict[str, Any]], points: list[dict[str, Any]], faults: dict[str, dict[str, float]]) -> str:
     """The tables for the docs."""
     lines = ["| network | method | ours, s | ours / bare forwards |", "| --- | --- | --- | --- |"]
     for row in rows:
@@ -149,19 +191,26 @@ def markdown(rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
             f"{point['network']}, {point['images']} images of {point['size']}x{point['size']}, batch {point['batch']}"
         )
         lines.append(f"| {what} | {point['cores']} | {first:.2f} | {second:.2f} | {second / first:.2f} |")
+    lines += ["", "| malloc | seconds | system seconds | page faults |", "| --- " * 4 + "|"]
+    for name, each in faults.items():
+        lines.append(f"| {name} | {each['seconds']:.1f} | {each['system seconds']:.1f} | {each['page faults']:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
-    output: Annotated[Path, typer.Option(help="The .json; .md goes beside it.")] = RESULTS / "untraceable.json",
+    output: Annotated[Path, typer.Option(help="The .json; .md goes beside it.")] = RESULTS / "walk.json",
+    faults: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Time repairs of untraceable networks against bare forward passes."""
+    if faults:
+        print(json.dumps(page_faults()))
+        return
     rows = [row for name, (dense, batches) in networks().items() for row in compare(name, dense, batches, rounds)]
-    points = curve(rounds)
-    about = machine(shlex.join(["python", "benchmarks/untraceable.py", *sys.argv[1:]]))
-    output.write_text(json.dumps({**about, "rows": rows, "curve": points}, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(rows, points))
+    points, by_heap = curve(rounds), heaps(max(rounds // 2, 1))
+    about = machine(shlex.join(["python", "benchmarks/walk.py", *sys.argv[1:]]))
+    output.write_text(json.dumps({**about, "rows": rows, "curve": points, "malloc": by_heap}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(rows, points, by_heap))
 
 
 if __name__ == "__main__":
