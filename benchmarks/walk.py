@@ -2,7 +2,7 @@
 
 Networks that torch.fx cannot trace against their bare forward passes: the shape of ResNet-50 as transformers has it
 (left out without transformers), 64 images of 64x64, and 26 layers behind a `forward_fn`, 512 images of 32x32; random
-weights, 80 % sparsity, a sequential ASR and a refit.
+weights, 80 % sparsity, a sequential ASR, and a refit of the latter.
 
 The forward passes alone, over sizes of images and batches, on one and on all cores: all cores within each operator of
 one pass at a time, or one core for each of several passes.
@@ -105,7 +105,7 @@ def medians(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
 def compare(name: str, dense: nn.Module, batches: list[Any], rounds: int) -> list[dict[str, Any]]:
     """One row for each method: the repair, and the forward passes that it needs."""
     pruned, rows = pruned_copy(dense), []
-    for method, turns in (("asr", rounds), ("refit", 1)):
+    for method, turns in [("asr", rounds)] + [("refit", 1)] * isinstance(dense, ResNet):
         walks = set[str]()
 
         def ours(method: str = method, walks: set[str] = walks) -> None:

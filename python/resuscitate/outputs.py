@@ -44,21 +44,33 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[
     def take(name: str, x: Tensor) -> None:
         current().calls[name].append(net.moments(name, x))
 
-    source = enumerate(batches)
+    source, size = enumerate(batches), torch.get_num_threads()
     with net.hooked(found, take), threads_kept():
         while some := list(islice(source, max(AHEAD, torch.get_num_threads()))):
-            size, threads = at_a_time(net.device, len(some))
-            by_batch: dict[int, dict[str, Calls]] = {}
-            waiting, lanes = iter(some), [_Lane(found) for _ in range(size)]
-            passes = [Pass(partial(lane.run, net, waiting, by_batch), lane, threads) for lane in lanes]
-            try:
-                Crew(size).run(iter([each]) for each in passes)
-            finally:
-                end(passes)
+            drawn = torch.get_rng_state()
+            found_in = _run(net, some, found, size)
+            if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
+                # what draws random numbers draws them in order, one pass after the other
+                torch.set_rng_state(drawn)
+                size = 1
+                found_in = _run(net, some, found, size)
             for index, _ in some:
-                _check(index, by_batch[index])
-                for name, calls in by_batch[index].items():
+                _check(index, found_in[index])
+                for name, calls in found_in[index].items():
                     found[name] = merge_calls(found[name], calls)
+    return found
+
+
+def _run(net: Network, some: Sequence[tuple[int, Any]], names: Iterable[str], size: int) -> dict[int, dict[str, Calls]]:
+    """The moments of some batches, by their numbers; at most `size` passes run at a time."""
+    count, threads = at_a_time(net.device, min(len(some), size))
+    found: dict[int, dict[str, Calls]] = {}
+    waiting, lanes = iter(some), [_Lane(names) for _ in range(count)]
+    passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
+    try:
+        Crew(len(passes)).run(iter([each]) for each in passes)
+    finally:
+        end(passes)
     return found
 
 

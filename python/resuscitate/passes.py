@@ -80,7 +80,8 @@ class Pass:
         self._control.join()
 
     def __del__(self) -> None:
-        self._control.cancel()
+        with suppress(AttributeError):  # an interrupt came before it had one
+            self._control.cancel()
 
 
 def suspend() -> None:

@@ -225,6 +225,7 @@ def repair(
         if others and len(batches) and ranks.rank == 0:
             heads = (first_images(batch, NORMALISED_FROM) for batch in batches.head())
             warn_of_normalisation(others[0].model, heads, others[0].run)
+        torch.manual_seed(seed)  # anew: not every repair takes that look
         wiring = observe(model, lambda: net.run(example))
         if layers:
             report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in wiring.functional.items()]

@@ -1,16 +1,43 @@
-"""Real networks and images, for the tests that are marked so."""
+"""Real networks and images, for the tests that are marked so; forward passes that run beside one another."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import resuscitate
 from resuscitate.images import load_images, load_labels
 from resuscitate.models import build, resnet20
 
 DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 NORMALISED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture
+def two_at_a_time(monkeypatch):
+    """Two suspended passes run at a time, with one intra-op thread each; afterwards the threads of all are gone.
+
+    By the number of intra-op threads there would be two as well, but these wait for one another on a busy machine.
+    """
+
+    def two(device, passes, memory=1, each=0):
+        return max(min(passes, 2, memory // each if each else 2), 1), 1
+
+    for module in (resuscitate.suspended, resuscitate.outputs):
+        monkeypatch.setattr(module, "at_a_time", two)
+    yield
+    assert not running_passes()
+
+
+def running_passes():
+    """The threads of forward passes that do not end within a second."""
+    deadline = time.monotonic() + 1
+    while (found := [t for t in threading.enumerate() if t.name == "forward pass"]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
 
 
 @pytest.fixture(scope="session")

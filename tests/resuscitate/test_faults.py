@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from torch import nn
 
 import resuscitate
 from resuscitate.errors import JournalError
-from tests.networks import Residual, Shared, chain, images, pruned_copy, seeded
+from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
+from tests.resuscitate.conftest import running_passes
 from tests.user import same
 
 OPTIONS = {
@@ -34,12 +37,26 @@ OPTIONS = {
     "bn": {"method": "bn"},
 }
 
+
+def run_batch(model, batch):
+    return model(batch)
+
+
 CASES = [
     pytest.param(build, options, id=f"{build.__name__}, {name}")
     for build in (chain, Residual, Shared)
     for name, options in OPTIONS.items()
     if (build, name) != (Shared, "bn")  # it has no BatchNorm
 ]
+CASES += [
+    pytest.param(Untraceable, {}, id="Untraceable, refit"),
+    pytest.param(Untraceable, {"method": "asr", "recalibrate": "exact"}, id="Untraceable, asr and BatchNorm"),
+    pytest.param(Residual, {"forward_fn": run_batch}, id="Residual, forward_fn"),
+    pytest.param(Residual, {"forward_fn": run_batch, "means": "kernel"}, id="Residual, forward_fn, means"),
+    pytest.param(Residual, {"forward_fn": run_batch, "method": "bn", "memory": "20KB"}, id="Residual, forward_fn, bn"),
+]
+# those of a walk by suspended passes too
+INTERRUPTED = {**OPTIONS, "forward_fn": {"forward_fn": run_batch, "batch_size": 8, "recalibrate": "exact"}}
 
 
 def state(model):
@@ -58,6 +75,7 @@ def unchanged(model, before):
     assert same(before[0], now[0])
     assert before[1:4] == now[1:4]
     assert torch.equal(before[4], now[4])
+    assert not running_passes()
 
 
 def repair(model, dense, calibration, **options):
@@ -65,6 +83,7 @@ def repair(model, dense, calibration, **options):
 
 
 class TestInTheProcess:
+    @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize(("build", "options"), CASES)
     def test_a_loader_that_raises_at_any_batch(self, build, options):
         dense = seeded(build)
@@ -80,6 +99,7 @@ class TestInTheProcess:
                 repair(model, dense, loader(), **options)
             unchanged(model, before)
 
+    @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize(("build", "options"), CASES)
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
     def test_out_of_memory_or_an_interrupt_in_any_layer_at_any_time(self, build, options, error, monkeypatch):
@@ -87,11 +107,10 @@ class TestInTheProcess:
         dense = seeded(build)
         model = pruned_copy(dense)
         before = state(model)
-        original, calls = nn.functional.conv2d, [0, -1]
+        original, calls, fatal = nn.functional.conv2d, itertools.count(1), 0
 
         def failing(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == calls[1]:
+            if next(calls) == fatal:  # in whichever thread
                 raise error("no memory left")
             return original(*args, **kwargs)
 
@@ -100,17 +119,18 @@ class TestInTheProcess:
             nn.Conv2d, "_conv_forward", lambda self, x, w, b: failing(x, w, b, self.stride, self.padding)
         )
         for _ in range(2):  # the first time has one look more at the images
-            calls[0] = 0
+            calls = itertools.count(1)
             repair(copy.deepcopy(model), dense, images(), **options, batch_size=8)
-        total = calls[0]
+        total = next(calls) - 1
         assert total >= 3
         for at in range(1, total + 1, max(1, total // 20)):
-            calls[:] = [0, at]
+            calls, fatal = itertools.count(1), at
             with pytest.raises(error):
                 repair(model, dense, images(), **options, batch_size=8)
             unchanged(model, before)
 
-    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.usefixtures("two_at_a_time")
+    @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
         """What SIGINT does, at sixty points of a repair: the model is as it was, or wholly repaired."""
         dense = seeded(chain)
@@ -145,16 +165,20 @@ class TestInTheProcess:
 
 
 def traced(run, at):
-    """Run with a SIGINT at the `at`-th line of the package that is executed; how many lines there were."""
-    package, lines = str(Path(resuscitate.__file__).parent), [0]
+    """Run with a SIGINT at the `at`-th line of the package that is executed; how many lines there were.
+
+    The lines of the forward passes' threads count too; the signal is the main thread's.
+    """
+    package, lines = str(Path(resuscitate.__file__).parent), itertools.count(1)
+    # the line of a `with` is traced once more as it is left; Python looks for no signal before it has released a lock
+    files = {str(path): path.read_text().splitlines() for path in Path(package).glob("*.py")}
+    locks = {(name, at) for name, text in files.items() for at, each in enumerate(text, 1) if "lock:" in each}
     # where signals are taken care of, Python looks for them at the calls alone, not at each line
     elsewhere = str(Path(package) / "interrupts.py")
 
     def line(frame, event, arg):
-        if event == "line":
-            lines[0] += 1
-            if lines[0] == at:
-                signal.raise_signal(signal.SIGINT)
+        if event == "line" and (frame.f_code.co_filename, frame.f_lineno) not in locks and next(lines) == at:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return line
 
     def call(frame, event, arg):
@@ -162,12 +186,14 @@ def traced(run, at):
         return line if name.startswith(package) and name != elsewhere else None
 
     previous = sys.gettrace()
+    threading.settrace(call)
     sys.settrace(call)
     try:
         run()
     finally:
         sys.settrace(previous)
-    return lines[0]
+        threading.settrace(previous)
+    return next(lines) - 1
 
 
 def test_a_hundred_repairs_in_one_process_leave_memory_flat():
@@ -190,8 +216,10 @@ def test_a_hundred_repairs_in_one_process_leave_memory_flat():
         dense, x = seeded(lambda: chain(width=24)), images(24)
         model = pruned_copy(dense)
         options = [{}, {"memory": "100KiB"}, {"method": "bn"}, {"method": "asr", "recalibrate": "exact"}]
+        suspended = {"forward_fn": lambda model, batch: model(batch), "batch_size": 8}
+        options += [suspended, {"memory": "100KiB", **suspended}]
         for turn in range(100):
-            report = resuscitate.repair(model, dense, x, **options[turn % 4], progress=False)
+            report = resuscitate.repair(model, dense, x, **options[turn % 6], progress=False)
             report.undo()
             del report
             if turn == 19:
