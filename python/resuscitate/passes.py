@@ -211,12 +211,12 @@ class Crew:
                         break
                 try:
                     each = next(chain, None)
+                    if each is not None:
+                        each.resume(partial(came, chain, each))
+                        return
                 except BaseException as error:
                     failed.append(error)
                     break
-                if each is not None:
-                    each.resume(partial(came, chain, each))
-                    return
                 chain = None
             idle.put(None)
 

@@ -46,6 +46,8 @@ class Track:
         self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
         try:
             as_expected = same_output(expected, self._example(example, Trial(self.foreign, self.spent)))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # of a value that was overwritten
             as_expected = False
         if not as_expected:
