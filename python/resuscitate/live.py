@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Made(TorchDispatchMode):
         self.foreign = foreign
         self.made: dict[int, tuple[StorageWeakRef, int | None]] = {}
         self.count = 0
+        self.trail = 0  # a hash of the operators that made what has a number, in their order
         self.aside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +70,8 @@ class Made(TorchDispatchMode):
                 continue
             if storage._cdata not in self.made:
                 self.made[storage._cdata] = StorageWeakRef(storage), None if self.aside else self.count
-                self.count += not self.aside
+                if not self.aside:
+                    self.count, self.trail = self.count + 1, hash((self.trail, func))
         return result
 
     def read(self, values: Iterable[Any]) -> None:
@@ -99,7 +101,7 @@ class Rehearsal(Made):
         super().__init__(foreign)
         self.peak = self.operators = 0
         self.last_read: dict[int, int] = {}  # by number: after how many operators
-        self.stops: dict[str, tuple[int, int] | None] = {}
+        self.stops: dict[str, tuple[int, int, int] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
@@ -115,15 +117,26 @@ class Rehearsal(Made):
 
     def stop(self, name: str, used: Iterable[Any]) -> None:
         """A pass is to be suspended here."""
-        self.stops[name] = None if name in self.stops else (self.operators, self.count)
+        self.stops[name] = None if name in self.stops else (self.operators, self.count, self.trail)
 
-    def spent(self) -> dict[str, frozenset[int]]:
-        """By stop: the numbers of the storages that are read no more behind it. Of one that came twice, none."""
+    def spent(self) -> dict[str, Spent]:
+        """By stop: what is read no more behind it. Of one that came twice, none. Asked once the pass has ended.
+
+        What something refers to then, such as an attribute of the model, is not spent.
+        """
+        kept = {number for _, number in self.alive()}
         return {
-            name: frozenset(number for number in range(place[1]) if self.last_read.get(number, 0) <= place[0])
+            name: Spent(place[2], {n for n in range(place[1]) if self.last_read.get(n, 0) <= place[0]} - kept)
             for name, place in self.stops.items()
             if place is not None
         }
+
+
+class Spent(NamedTuple):
+    """The numbers of storages that need not be kept at a stop, by a pass that has come there by the same `trail`."""
+
+    trail: int
+    numbers: Set[int]
 
 
 class Trial(Made):
@@ -132,13 +145,13 @@ class Trial(Made):
     The output shows whether something reads it all the same, unseen, such as an extension that takes its pointer.
     """
 
-    def __init__(self, foreign: Set[int], spent: Mapping[str, Set[int]]) -> None:
+    def __init__(self, foreign: Set[int], spent: Mapping[str, Spent]) -> None:
         super().__init__(foreign)
         self.spent = spent
 
     def stop(self, name: str, used: Iterable[Any]) -> None:
         """A pass is to be suspended here; `used` are values that are not overwritten."""
-        kept, spent = identities(used), self.spent.get(name, frozenset())
+        kept, spent = identities(used), self.spent[name].numbers if name in self.spent else frozenset()
         for storage, number in self.alive():
             if number in spent and storage._cdata not in kept and storage.nbytes():
                 _bytes(storage).fill_(255)  # NaN, or -1
@@ -158,11 +171,11 @@ class Live(Made):
     From `put` to `get` no operator may use them. A storage that another pass reads, such as a value that the model
     keeps in an attribute, is brought back and stays in memory.
 
-    spent: by stop, the numbers of the storages that need not be kept there; where a pass reads one all the same, for
-    its control flow differs from that of the rehearsal, it raises RestartError.
+    spent: by stop, what need not be kept there; where a pass reads it all the same, for its control flow behind the
+    stop differs from that of the rehearsal, it raises RestartError.
     """
 
-    def __init__(self, foreign: Set[int], shelf: Shelf, spent: Mapping[str, Set[int]]) -> None:
+    def __init__(self, foreign: Set[int], shelf: Shelf, spent: Mapping[str, Spent]) -> None:
         super().__init__(foreign)
         self.shelf, self.spent = shelf, spent
         self.active, self.at_rest = True, False
@@ -209,7 +222,8 @@ class Live(Made):
 
         used: values that are not spent, whatever the rehearsal says.
         """
-        spent, used = self.spent.get(stop, frozenset()), identities(used)
+        known, used = self.spent.get(stop), identities(used)
+        spent = known.numbers if known is not None and known.trail == self.trail else frozenset()
         with self.shelf.store.lock:
             if self.at_rest:
                 return
