@@ -4,6 +4,8 @@ Networks that torch.fx cannot trace against their bare forward passes: the shape
 (left out without transformers), 64 images of 64x64, and 26 layers behind a `forward_fn`, 512 images of 32x32; random
 weights, 80 % sparsity, a sequential ASR, and a refit of the latter.
 
+Both walks on networks that torch.fx can trace: ResNet-20 and ResNet-56, 512 images of 32x32, a sequential ASR.
+
 The forward passes alone, over sizes of images and batches, on one and on all cores: all cores within each operator of
 one pass at a time, or one core for each of several passes.
 
@@ -42,7 +44,7 @@ from zoo import resnet50
 sys.path.append(str(Path(__file__).parents[1]))
 
 import resuscitate
-from resuscitate.models import ResNet, resnet20
+from resuscitate.models import ResNet, resnet20, resnet56
 from resuscitate.network import Network
 from resuscitate.outputs import measure
 from tests.outside.networks import package
@@ -120,6 +122,28 @@ def compare(name: str, dense: nn.Module, batches: list[Any], rounds: int) -> lis
     return rows
 
 
+def both(rounds: int) -> list[dict[str, Any]]:
+    """A sequential ASR by the graph and by suspended passes."""
+    rows, images = [], torch.randn(512, 3, 32, 32)
+    for make in (resnet20, resnet56):
+        dense = make().eval()
+        resuscitate.recalibrate_batchnorm(dense, images, progress=False)
+        pruned, batches = pruned_copy(dense), list(images.split(128))
+
+        def ours(forward_fn: Any, dense: nn.Module = dense, pruned: nn.Module = pruned) -> None:
+            options: dict[str, Any] = {"method": "asr", "forward_fn": forward_fn, "progress": False}
+            resuscitate.repair(copy.deepcopy(pruned), dense, list(images.split(128)), **options)
+
+        runs = {
+            "bare forwards": partial(forwards, batches, dense, pruned),
+            "by the graph": partial(ours, None),
+            "by suspended passes": partial(ours, run_batch),
+        }
+        rows.append({"network": make.__name__, **medians(runs, rounds)})
+        console.print(rows[-1])
+    return rows
+
+
 def curve(rounds: int) -> list[dict[str, Any]]:
     """Forward passes of one network: cores within a pass, or passes beside one another."""
     rows, cores = [], torch.get_num_threads()
@@ -178,12 +202,25 @@ def heaps(rounds: int) -> dict[str, dict[str, float]]:
     return {n: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for n, runs in found.items()}
 
 
-def markdown(rows: list[dict[str, Any]], points: list[dict[str, Any]], faults: dict[str, dict[str, float]]) -> str:
+def markdown(
+    rows: list[dict[str, Any]],
+    walks: list[dict[str, Any]],
+    points: list[dict[str, Any]],
+    faults: dict[str, dict[str, float]],
+) -> str:
     """The tables for the docs."""
     lines = ["| network | method | ours, s | ours / bare forwards |", "| --- | --- | --- | --- |"]
     for row in rows:
         ratio = row["ratio"]["ours / bare forwards"]
         lines.append(f"| {row['network']} | {row['method']} | {row['seconds']['ours']:.2f} | {ratio:.2f} |")
+    lines += [
+        "",
+        "| sequential ASR, 512 images | bare forwards, s | graph / bare | suspended / bare |",
+        "| --- " * 4 + "|",
+    ]
+    for row in walks:
+        bare, graph, passes = (row[key] for key in ("bare forwards", "by the graph", "by suspended passes"))
+        lines.append(f"| {row['network']} | {bare:.2f} | {graph / bare:.2f} | {passes / bare:.2f} |")
     lines += ["", "| forward passes | cores | one at a time, s | one a core, s | ratio |", "| --- " * 5 + "|"]
     for point in points:
         first, second = point["one pass at a time"], point["one pass a core"]
@@ -207,10 +244,12 @@ def main(
         print(json.dumps(page_faults()))
         return
     rows = [row for name, (dense, batches) in networks().items() for row in compare(name, dense, batches, rounds)]
-    points, by_heap = curve(rounds), heaps(max(rounds // 2, 1))
+    walks, points, by_heap = both(rounds), curve(rounds), heaps(max(rounds // 2, 1))
     about = machine(shlex.join(["python", "benchmarks/walk.py", *sys.argv[1:]]))
-    output.write_text(json.dumps({**about, "rows": rows, "curve": points, "malloc": by_heap}, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(rows, points, by_heap))
+    output.write_text(
+        json.dumps({**about, "rows": rows, "walks": walks, "curve": points, "malloc": by_heap}, indent=1) + "\n"
+    )
+    output.with_suffix(".md").write_text(markdown(rows, walks, points, by_heap))
 
 
 if __name__ == "__main__":
