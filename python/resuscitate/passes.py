@@ -136,8 +136,7 @@ class _Control:
             self.over.wait()
 
     def suspend(self) -> None:
-        then, self.then = self.then, _nothing
-        then()
+        self.hand_on()
         if not self.cancelled:
             self.go.acquire()
         if self.cancelled:
@@ -164,9 +163,13 @@ class _Control:
         _thread.state = self.state = None
         self.run = self.finish = _nothing
         self.ended = True
+        self.hand_on()
+        self.over.set()
+
+    def hand_on(self) -> None:
+        """Call `then`, which refers to the `Pass`: no frame of a suspended pass may hold it."""
         then, self.then = self.then, _nothing
         then()
-        self.over.set()
 
 
 def end(passes: Iterable[Pass]) -> None:

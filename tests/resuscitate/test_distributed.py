@@ -20,10 +20,10 @@ from resuscitate import cli
 from resuscitate.distributed import Ranks, _pack, _unpack
 from resuscitate.models import digitnet
 from resuscitate.stops import Visit
-from tests.networks import Residual, Shared, chain, images, pruned_copy, seeded
+from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")
-BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared}
+BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared, "Untraceable": Untraceable}
 
 
 def shard(rank, size, sizes):
@@ -45,8 +45,9 @@ AGREEING = {
         "build": "Residual",
         "sizes": (0, 1, 22),
     },
-    "prefix walk, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
+    "suspended passes, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
     "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
+    "refit by suspended passes": {"options": {"ridge": 0.01}, "build": "Untraceable", "sizes": (12, 11, 0)},
     "compress": {"options": {}, "build": "Residual", "sizes": (12, 11, 0), "compress": True},
     "means": {"options": {"method": "mean", "recalibrate": "exact"}, "sizes": (12, 11, 0)},
     "refit with means": {"options": {"means": "kernel"}, "sizes": (12, 11, 0)},
