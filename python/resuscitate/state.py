@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from asr_kernels.precision import full_precision_of_models
 
@@ -20,7 +21,8 @@ from .layers import find_layers, refresh_weight
 class Snapshot:
     """A copy of every parameter and buffer of a model, of its modules' classes and sizes, and of what they lack.
 
-    As a context it puts all back when an error, or an interrupt, leaves it, and lets no interrupt through meanwhile.
+    As a context it puts all back when an error, or an interrupt, leaves it, and lets no interrupt through meanwhile:
+    torch's modes too, which an interrupt at the end of a `with` statement leaves behind.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,12 +32,16 @@ class Snapshot:
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Snapshot:
+        self._gradients, self._modes = torch.is_grad_enabled(), len(_get_current_function_mode_stack())
         self._interrupts.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._interrupts.hold()
         if kind is not None:
+            torch.set_grad_enabled(self._gradients)
+            while len(_get_current_function_mode_stack()) > self._modes:
+                _pop_mode()
             self.restore()
         self._interrupts.release(self.restore)
 

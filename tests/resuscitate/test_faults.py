@@ -129,6 +129,8 @@ class TestInTheProcess:
                 repair(model, dense, images(), **options, batch_size=8)
             unchanged(model, before)
 
+    # within a `__del__` Python swallows it
+    @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
@@ -149,6 +151,23 @@ class TestInTheProcess:
             else:  # an interrupt within a generator's clean-up may be swallowed by Python itself
                 unchanged(model, after)
                 model = pruned_copy(dense)
+
+    def test_an_interrupt_as_a_mode_of_torch_ends_leaves_no_mode(self, monkeypatch):
+        """Python looks for signals as a function begins, also where that is the `__exit__` of a mode."""
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        before = state(model)
+
+        def interrupted(mode, *_):
+            torch.set_grad_enabled(False)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(resuscitate.operands._Catch, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repair(model, dense, images(), method="refit")
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert torch.is_grad_enabled()
+        unchanged(model, before)
 
     def test_one_journal_takes_one_run_at_a_time(self, tmp_path):
         dense = seeded(chain)
