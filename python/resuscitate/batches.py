@@ -171,7 +171,7 @@ def _rebatch(batches: Batches, size: int, count: int) -> Iterator[Tensor]:
 
 
 def first_images(batch: Any, images: int = 2) -> Any:
-    """A small batch to look at a network with; an opaque one goes whole."""
+    """A small batch to look at a network with; one that is no tensor goes whole: see `Network.example`."""
     return batch[:images] if isinstance(batch, Tensor) else batch
 
 

@@ -218,9 +218,14 @@ def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNo
         module.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         took = "new bias"
     written = [weight, module.bias, None if batchnorm is None else batchnorm.running_mean]
-    if not all(tensor.isfinite().all() for tensor in written if isinstance(tensor, Tensor)):
+    if not all(_is_finite(tensor) for tensor in written if isinstance(tensor, Tensor)):
         raise LayerError(name, f"its corrected weights do not fit into {weight.dtype}; repair it in float32")
     return took
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Is each value finite? A NaN is the smallest and the largest value of a tensor that has one."""
+    return not x.numel() or all(bool(end.isfinite()) for end in x.aminmax())
 
 
 @torch.no_grad()

@@ -182,7 +182,8 @@ def columns_of(module: nn.Module, weight: Tensor) -> Tensor:
 
 def dead_channels(name: str, module: nn.Module) -> Tensor:
     """Boolean (C,): output channels whose weights are all zero."""
-    return ~rows_of(module, effective_weight(name, module) != 0).any(-1)
+    rows = rows_of(module, effective_weight(name, module))
+    return rows.abs().amax(-1) == 0 if rows.shape[-1] else rows.new_ones(len(rows), dtype=torch.bool)
 
 
 def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:

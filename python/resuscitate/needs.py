@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .batches import Batches, first_images
+from .batches import Batches
 from .corrections import explained
 from .digest import MODULUS, digest_images, digest_model, fingerprint
 from .distributed import Ranks
@@ -181,7 +181,7 @@ class Surveyor:
             pruned, dense = (Network(m, self.forward_fn, as_dtype(self.dtype)) for m in (model, self.dense))
             batches = Batches(self.batches)
             store = stack.enter_context(Store(parse_memory(self.memory, pruned.device), pruned.device, self.scratch))
-            example = self.ranks.lend(first_images(batches[0]) if len(batches) else None)
+            example = self.ranks.lend(pruned.example(batches[0]) if len(batches) else None)
             wiring = observe(model, lambda: pruned.run(example))
             yield Walker(pruned, dense, wiring, store, example), batches
 

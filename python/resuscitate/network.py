@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import asr_kernels as ak
 
-from .batches import Batches
+from .batches import Batches, first_images
 from .errors import LayerError, NonFiniteError
 from .layers import LAYERS, channel_dim
 from .refit import moments_of
@@ -59,6 +60,25 @@ class Network:
         """The model's output for one batch."""
         with self.precision():
             return self.forward_fn(self.model, batch) if self.forward_fn else self.model(self.place(batch))
+
+    def example(self, batch: Any) -> Any:
+        """A small batch to look at the network with: the first images of this one.
+
+        Of a nest of tensors the first ones of each, if all have the same length and the model takes that; else it goes
+        whole.
+        """
+        if isinstance(batch, Tensor):
+            return first_images(batch)
+        leaves, whole = tree_flatten(batch)
+        plain = all(leaf is None or isinstance(leaf, (Tensor, str, int, float)) for leaf in leaves)
+        lengths = {leaf.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)}
+        if not plain or len(lengths) != 1 or lengths == {()}:
+            return batch
+        few = tree_unflatten([first_images(leaf) for leaf in leaves], whole)
+        with suppress(Exception), torch.no_grad():
+            self.run(few)
+            return few
+        return batch
 
     @contextmanager
     def hooked(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:

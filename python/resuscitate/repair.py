@@ -220,7 +220,7 @@ def repair(
             raise CalibrationError(f"no images are left: {cause}")
         cuts = rebatch(batches, ema_batch_size, ema_batches) if recalibrate == "ema" else ()
         clock.end("reading images")
-        example = ranks.lend(first_images(batches[0]) if len(batches) else None)
+        example = ranks.lend(net.example(batches[0]) if len(batches) else None)
 
         if others and len(batches) and ranks.rank == 0:
             heads = (first_images(batch, NORMALISED_FROM) for batch in batches.head())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import count_images, first_images
+from .batches import count_images
 from .network import Network
 from .storage import Store, parse_memory
 from .walk import most_waiting
@@ -59,7 +59,7 @@ def in_stores(images: Store, activations: Store, nets: Sequence[Network]) -> Roo
 
     def waiting(batch: Any) -> int:
         if not each:
-            few = first_images(batch)
+            few = nets[0].example(batch)
             each.append(sum(most_waiting(net, few) for net in nets) / count_images(few))
         return int(each[0] * count_images(batch))
 

@@ -36,6 +36,7 @@ class Position:
     index: int
     live: Live | Rehearsal | Trial | None = None
     at: str | None = None
+    suspended: bool = False
     value: Any = None
     added: Tensor | None = None
     awaited: _Awaited | None = None
@@ -180,8 +181,10 @@ class Route:
                 here.live.stop(name, here.used())
             here.at = here.value = here.added = None
             return
+        here.suspended = True
         with here.live.suspended() if isinstance(here.live, Live) else nullcontext():
             suspend()
+        here.suspended = False
         here.value = here.added = None
 
     def _check_sum(self, here: Position) -> None:
@@ -198,7 +201,7 @@ class Route:
         if getattr(awaited.value, "_version", 0) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
-        if self.is_dense or not isinstance(here.live, Live):
+        if self.is_dense or isinstance(here.live, Rehearsal | Trial):
             return
         with here.aside():
             output = self.net.modules[awaited.name](awaited.value)
@@ -234,7 +237,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         here, kwargs = self.here, kwargs or {}
-        if isinstance(here.live, Live) and not here.live.active:
+        if here.suspended:  # its thread works for others
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in RAW and here.live is not None:
             here.live.read(args[:1])

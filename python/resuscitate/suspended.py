@@ -6,7 +6,7 @@ by image. A pass is suspended within a hook, before or after a layer, or where s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -21,7 +21,7 @@ from .batches import Batches, count_images
 from .errors import ModelMismatchError, called
 from .gates import Seen, aim
 from .graph import Gate, Wiring, same_output
-from .live import Live, Rehearsal, Shelf, Trial, identities
+from .live import Live, Made, Rehearsal, Shelf, Spent, Trial, identities
 from .malloc import heap
 from .network import Network, check_finite
 from .outputs import measure
@@ -35,14 +35,26 @@ THREAD = 512 << 10  # bytes that the thread of a suspended pass takes, its stack
 
 
 class Track:
-    """The passes of one network, one for each batch, begun when they are first resumed."""
+    """The passes of one network, one for each batch, begun when they are first resumed.
 
-    def __init__(self, route: Route, batches: Batches, threads: int | None, example: Any) -> None:
-        self.route, self.batches, self.threads = route, batches, threads
-        drawn = torch.get_rng_state()
-        rehearsal = Rehearsal(_own(route.net))
+    shelf: where the values of suspended passes are kept when memory is short; None keeps all of them in memory.
+    """
+
+    def __init__(self, route: Route, batches: Batches) -> None:
+        self.route, self.batches = route, batches
+        self.threads: int | None = None
+        self.shelf: Shelf | None = None
+        self.peak, self.spent = 0, dict[str, Spent]()
+        self.foreign: Set[int] = set()
+        self.passes: dict[int, tuple[Pass, Position]] = {}
+
+    def rehearse(self, example: Any) -> None:
+        """Learn from a small batch which values are read no more behind a stop, and how many bytes are in use at most.
+
+        What was learned is tried: each such value is overwritten, and the output must be the same.
+        """
+        rehearsal = Rehearsal(own(self.route.net))
         expected = self._example(example, rehearsal)
-        self.draws = not torch.equal(drawn, torch.get_rng_state())
         self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
         try:
             as_expected = same_output(expected, self._example(example, Trial(self.foreign, self.spent)))
@@ -52,8 +64,6 @@ class Track:
             as_expected = False
         if not as_expected:
             self.spent = {}
-        self.shelf: Shelf | None = None
-        self.passes: dict[int, tuple[Pass, Position]] = {}
 
     def _example(self, example: Any, live: Rehearsal | Trial) -> Any:
         """The output of a small batch, in a pass that is not suspended."""
@@ -312,14 +322,22 @@ def _pooled(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
     return [pooled]
 
 
-def _own(net: Network) -> set[int]:
+def own(net: Network) -> set[int]:
     """The identities of the storages of a model's parameters and buffers."""
     return identities([*net.model.parameters(), *net.model.buffers()])
 
 
+def _look(net: Network, example: Any) -> tuple[int, bool]:
+    """The bytes of all that a forward pass makes, and whether it draws random numbers."""
+    drawn = torch.get_rng_state()
+    with torch.no_grad(), Made(own(net)) as found:
+        net.run(example)
+    return found.bytes, not torch.equal(drawn, torch.get_rng_state())
+
+
 def peak_memory(net: Network, batch: Any) -> int:
     """The most bytes of activations of a batch that are in use at once in a forward pass."""
-    with Rehearsal(_own(net)) as found:
+    with Rehearsal(own(net)) as found:
         net.run(batch)
     return found.peak
 
@@ -349,7 +367,6 @@ def suspended_walk(
         for count in {stop.batches for stop in stops if stop.dense}:
             names = [stop.name for stop in stops if stop.dense and stop.batches == count]
             wanted |= measure(dense, batches.head(count), names)
-    lanes, threads = at_a_time(pruned.device, len(batches))
     of_pruned, of_dense = ({name: pair[side] for name, pair in gates.items()} for side in (0, 1))
     routes = [Route(pruned, stops, of_pruned, is_dense=False)]
     if dense is not None and beside:
@@ -357,20 +374,30 @@ def suspended_walk(
     with ExitStack() as stack, threads_kept():
         for route in routes:
             route.hook(stack)
-        tracks = [Track(route, batches, threads, example) for route in routes]
+        tracks = [Track(route, batches) for route in routes]
         for track in tracks:
             stack.callback(track.keep, 0)
         largest = max(batches.counts, default=0) / count_images(example)
-        peak = int(sum(track.peak for track in tracks) * largest)
+        seen = [_look(route.net, example) for route in routes]
         # what draws random numbers draws them in order, one pass after the other
-        passes = 1 if any(track.draws for track in tracks) else len(batches)
-        lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
-        store.set_aside(lanes * peak)
+        passes = 1 if any(draws for _, draws in seen) else len(batches)
+        most = int(sum(made for made, _ in seen) * largest)
+        if most * len(batches) <= store.budget // 4:  # there is room for whatever the passes make
+            lanes, threads = at_a_time(pruned.device, passes)
+            store.set_aside(most * len(batches))
+            stack.enter_context(heap(keep=True))
+        else:
+            shelf = Shelf(store)
+            for track in tracks:
+                track.rehearse(example)
+                track.shelf = shelf
+            peak = int(sum(track.peak for track in tracks) * largest)
+            lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
+            store.set_aside(lanes * peak)
+            stack.enter_context(heap(keep=peak * len(batches) <= store.budget // 2))
         store.reserve += THREAD * len(tracks) * len(batches)
-        stack.enter_context(heap(keep=peak * len(batches) <= store.budget // 2))
-        shelf = Shelf(store)
         for track in tracks:
-            track.threads, track.shelf = threads, shelf
+            track.threads = threads
         walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), bar)
         for visit in walk.visits():
             visit.dense = visit.dense or wanted.get(visit.name, [])

@@ -250,9 +250,15 @@ class TestWhatIsSpent:
             images(24, size=16).split(8),
             forward_fn=run_batch,
             progress=False,
+            memory="1MiB",
             **_plain(options),
         )
         assert len(freed) >= 3 * 3
+
+    def test_is_not_looked_for_where_there_is_room(self, freed):
+        dense, x = seeded(Deep), images(24, size=16).split(8)
+        resuscitate.repair(pruned_copy(dense), dense, x, forward_fn=run_batch, progress=False)
+        assert not freed
 
     @methods
     def test_and_read_all_the_same_is_computed_anew(self, options, monkeypatch):
@@ -276,7 +282,7 @@ class TestWhatIsSpent:
             dense = seeded(build)
             results.append(pruned_copy(dense))
             before = len(restarts)
-            resuscitate.repair(results[-1], dense, x, progress=False, **options)
+            resuscitate.repair(results[-1], dense, x, progress=False, memory="1MiB", **options)
             assert (len(restarts) > before) == (build is Moody)
         torch.testing.assert_close(results[0].state_dict(), results[1].state_dict(), rtol=1e-4, atol=1e-5)
 
