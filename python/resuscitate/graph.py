@@ -46,7 +46,8 @@ class Wiring:
     where both are called once, and `gates` the ReLU that does so, behind that BatchNorm maybe. `products` are layers
     whose output was, in each call, their own weight times patches of an input, and a bias: the weight was not computed
     from another, and nothing was done to the product. `functional` counts the convolutions and linear maps that ran as
-    functions, outside a layer module, and `borrowed` names the layers whose weight was read there.
+    functions, outside a layer module, and `borrowed` names the layers whose weight was read there. `made` counts the
+    bytes of all tensors that functions returned, and `draws` says whether random numbers were drawn.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,8 @@ class Wiring:
     products: set[str] = field(default_factory=set)
     functional: Counter[str] = field(default_factory=Counter)
     borrowed: set[str] = field(default_factory=set)
+    made: int = 0
+    draws: bool = False
 
 
 @dataclass
@@ -85,7 +88,7 @@ class _Watch(TorchFunctionMode):
         self.weights, self.borrowed = weights, set[str]()
         self.values = WeakIdKeyDictionary()
         self.within: list[list[tuple[Any, Any]]] = []
-        self.called = 0
+        self.called = self.made = 0
         self.functional: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,6 +105,9 @@ class _Watch(TorchFunctionMode):
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)
         result = func(*args, **(kwargs or {}))
+        if name not in DESCRIPTIONS:
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.made += sum(leaf.numel() * leaf.element_size() for leaf in made)
         if name in PRODUCTS and self.within:
             self.within[-1].append((named_arguments(args, kwargs)["weight"], result))
         if read and is_sum(name, args, kwargs) and isinstance(result, Tensor):
@@ -190,7 +196,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         elif isinstance(module, _BatchNorm) and args and args[0] in watch.values and output is not args[0]:
             watch.values[args[0]].next = watch.values[output] = _Value(watch.called)
 
-    handles = []
+    handles, drawn = [], torch.get_rng_state()
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before(name, m, a)))
@@ -204,6 +210,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
     wiring.functional, wiring.borrowed = watch.functional, watch.borrowed
+    wiring.made, wiring.draws = watch.made, not torch.equal(drawn, torch.get_rng_state())
     wiring.products -= others
     alone = [out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1]
     for out in alone:

@@ -53,7 +53,7 @@ class Made(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.foreign = foreign
         self.made: dict[int, tuple[StorageWeakRef, int | None]] = {}
-        self.count = self.bytes = 0  # of the storages that have a number
+        self.count = 0
         self.trail = 0  # a hash of the operators that made what has a number, in their order
         self.aside = False
 
@@ -71,8 +71,7 @@ class Made(TorchDispatchMode):
             if storage._cdata not in self.made:
                 self.made[storage._cdata] = StorageWeakRef(storage), None if self.aside else self.count
                 if not self.aside:
-                    self.count, self.bytes = self.count + 1, self.bytes + storage.nbytes()
-                    self.trail = hash((self.trail, func))
+                    self.count, self.trail = self.count + 1, hash((self.trail, func))
         return result
 
     def read(self, values: Iterable[Any]) -> None:

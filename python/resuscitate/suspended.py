@@ -20,8 +20,8 @@ import asr_kernels as ak
 from .batches import Batches, count_images
 from .errors import ModelMismatchError, called
 from .gates import Seen, aim
-from .graph import Gate, Wiring, same_output
-from .live import Live, Made, Rehearsal, Shelf, Spent, Trial, identities
+from .graph import Gate, Wiring, observe, same_output
+from .live import Live, Rehearsal, Shelf, Spent, Trial, identities
 from .malloc import heap
 from .network import Network, check_finite
 from .outputs import measure
@@ -53,7 +53,7 @@ class Track:
 
         What was learned is tried: each such value is overwritten, and the output must be the same.
         """
-        rehearsal = Rehearsal(own(self.route.net))
+        rehearsal = Rehearsal(_own(self.route.net))
         expected = self._example(example, rehearsal)
         self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
         try:
@@ -127,12 +127,18 @@ class SuspendedWalk:
     wiring: Wiring
     gates: Mapping[str, tuple[Gate, Gate]]
     crew: Crew
+    threads: int | None  # intra-op threads of each pass
     bar: Bar
     behind: dict[str, Calls] = field(default_factory=dict)  # by BatchNorm: the moments of what reaches it, by batch
 
     def visits(self) -> Iterator[Visit]:
         """Visit the stops, each when all before it are final."""
+        threads = torch.get_num_threads()
         for part, stop in enumerate(self.stops):
+            if self.threads is not None:
+                # the threads of a team spin for a while when their work is done, on the cores that the passes need:
+                # there is no team of this thread but for a refit, whose products and solutions take longer than that
+                torch.set_num_threads(threads if stop.refit else self.threads)
             yield self._visit(part, stop)
             for track in self._tracks():
                 track.route.ahead.discard(stop.name)
@@ -322,22 +328,14 @@ def _pooled(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
     return [pooled]
 
 
-def own(net: Network) -> set[int]:
+def _own(net: Network) -> set[int]:
     """The identities of the storages of a model's parameters and buffers."""
     return identities([*net.model.parameters(), *net.model.buffers()])
 
 
-def _look(net: Network, example: Any) -> tuple[int, bool]:
-    """The bytes of all that a forward pass makes, and whether it draws random numbers."""
-    drawn = torch.get_rng_state()
-    with torch.no_grad(), Made(own(net)) as found:
-        net.run(example)
-    return found.bytes, not torch.equal(drawn, torch.get_rng_state())
-
-
 def peak_memory(net: Network, batch: Any) -> int:
     """The most bytes of activations of a batch that are in use at once in a forward pass."""
-    with Rehearsal(own(net)) as found:
+    with Rehearsal(_own(net)) as found:
         net.run(batch)
     return found.peak
 
@@ -378,10 +376,12 @@ def suspended_walk(
         for track in tracks:
             stack.callback(track.keep, 0)
         largest = max(batches.counts, default=0) / count_images(example)
-        seen = [_look(route.net, example) for route in routes]
+        wirings = [wiring]
+        if dense is not None and beside:
+            wirings.append(observe(dense.model, lambda: dense.run(example)))
         # what draws random numbers draws them in order, one pass after the other
-        passes = 1 if any(draws for _, draws in seen) else len(batches)
-        most = int(sum(made for made, _ in seen) * largest)
+        passes = 1 if any(each.draws for each in wirings) else len(batches)
+        most = int(sum(each.made for each in wirings) * largest)
         if most * len(batches) <= store.budget // 4:  # there is room for whatever the passes make
             lanes, threads = at_a_time(pruned.device, passes)
             store.set_aside(most * len(batches))
@@ -398,7 +398,7 @@ def suspended_walk(
         store.reserve += THREAD * len(tracks) * len(batches)
         for track in tracks:
             track.threads = threads
-        walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), bar)
+        walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), threads, bar)
         for visit in walk.visits():
             visit.dense = visit.dense or wanted.get(visit.name, [])
             yield visit

@@ -6,6 +6,7 @@ from torch import nn
 
 import resuscitate
 from resuscitate.graph import observe, trace, wiring_of
+from resuscitate.network import Network
 from tests.networks import Outputs, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -129,3 +130,32 @@ def test_a_layer_whose_weight_alone_is_used_is_left_alone_with_that_reason():
         "embed": "refitted",
         "head": "refitted",
     }
+
+
+def test_what_a_forward_pass_makes_and_draws():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Dropout(0.5))
+    x, output = torch.randn(2, 3, 5, 5), 2 * 4 * 5 * 5 * 4
+    for training, made in ((False, 2 * output), (True, 3 * output)):
+        wiring = observe(model.train(training), lambda: model(x))
+        assert wiring.draws == training
+        assert made <= wiring.made <= made + output  # one more where a module and a function both count
+
+
+class TestExample:
+    def test_the_first_images_of_each_tensor(self):
+        net = Network(chain(), lambda model, batch: model(batch["images"]))
+        batch = {"images": images(8), "labels": torch.arange(8), "name": "train"}
+        example = net.example(batch)
+        assert example.keys() == batch.keys()
+        assert torch.equal(example["images"], batch["images"][:2])
+        assert (len(example["labels"]), example["name"]) == (2, "train")
+
+    def test_what_has_no_images_of_its_own_goes_whole(self):
+        net = Network(chain(), lambda model, batch: model(batch[0]))
+        for batch in ((images(8), torch.ones(3)), (images(8), torch.tensor(1.0)), (images(8), object()), object()):
+            assert net.example(batch) is batch
+
+    def test_what_the_model_does_not_take_goes_whole(self):
+        net = Network(chain(), lambda model, batch: model(batch[0].view(8, 3, 12, 12)))
+        batch = (torch.randn(8, 3, 12, 12),)
+        assert net.example(batch) is batch
