@@ -382,7 +382,7 @@ def suspended_walk(
         # what draws random numbers draws them in order, one pass after the other
         passes = 1 if any(each.draws for each in wirings) else len(batches)
         most = int(sum(each.made for each in wirings) * largest)
-        if most * len(batches) <= store.budget // 4:  # there is room for whatever the passes make
+        if most * len(batches) <= store.budget // 2:  # there is room for whatever the passes make
             lanes, threads = at_a_time(pruned.device, passes)
             store.set_aside(most * len(batches))
             stack.enter_context(heap(keep=True))
