@@ -47,7 +47,8 @@ class Wiring:
     whose output was, in each call, their own weight times patches of an input, and a bias: the weight was not computed
     from another, and nothing was done to the product. `functional` counts the convolutions and linear maps that ran as
     functions, outside a layer module, and `borrowed` names the layers whose weight was read there. `made` counts the
-    bytes of all tensors that functions returned, and `draws` says whether random numbers were drawn.
+    bytes of all tensors that functions returned, `largest` those of the largest one, and `draws` says whether random
+    numbers were drawn.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -58,6 +59,7 @@ class Wiring:
     functional: Counter[str] = field(default_factory=Counter)
     borrowed: set[str] = field(default_factory=set)
     made: int = 0
+    largest: int = 0
     draws: bool = False
 
 
@@ -88,7 +90,7 @@ class _Watch(TorchFunctionMode):
         self.weights, self.borrowed = weights, set[str]()
         self.values = WeakIdKeyDictionary()
         self.within: list[list[tuple[Any, Any]]] = []
-        self.called = self.made = 0
+        self.called = self.made = self.largest = 0
         self.functional: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,8 +108,8 @@ class _Watch(TorchFunctionMode):
             value.rectified = is_rectifier(name, args, kwargs)
         result = func(*args, **(kwargs or {}))
         if name not in DESCRIPTIONS:
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self.made += sum(leaf.numel() * leaf.element_size() for leaf in made)
+            sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
+            self.made, self.largest = self.made + sum(sizes), max(self.largest, *sizes, 0)
         if name in PRODUCTS and self.within:
             self.within[-1].append((named_arguments(args, kwargs)["weight"], result))
         if read and is_sum(name, args, kwargs) and isinstance(result, Tensor):
@@ -210,7 +212,8 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
     wiring.functional, wiring.borrowed = watch.functional, watch.borrowed
-    wiring.made, wiring.draws = watch.made, not torch.equal(drawn, torch.get_rng_state())
+    wiring.made, wiring.largest = watch.made, watch.largest
+    wiring.draws = not torch.equal(drawn, torch.get_rng_state())
     wiring.products -= others
     alone = [out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1]
     for out in alone:

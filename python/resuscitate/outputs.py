@@ -18,10 +18,12 @@ from .passes import Crew, Pass, at_a_time, current, end, threads_kept
 from .stops import Calls, merge_calls
 
 AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
+# bytes; glibc keeps no larger block for a thread but the main one, which then takes new pages for each
+LARGE = 16 << 20
 
 
 class _Lane:
-    """Passes that run one after the other in one thread. `calls` are the moments of the batch in hand."""
+    """Passes that run one after the other. `calls` are the moments of the batch in hand."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = list(names)
@@ -34,26 +36,30 @@ class _Lane:
             net.run(batch)
 
 
-def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[str, Calls]:
+def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest: float = 0.0) -> dict[str, Calls]:
     """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
 
-    Several passes run at a time on a CPU. Raises NonFiniteError.
+    Several passes run at a time on a CPU, unless the largest value of a pass is large (`largest` bytes for each image).
+    Raises NonFiniteError.
     """
     found: dict[str, Calls] = {name: [] for name in names}
+    alone = _Lane(found)
 
     def take(name: str, x: Tensor) -> None:
-        current().calls[name].append(net.moments(name, x))
+        (current() or alone).calls[name].append(net.moments(name, x))
 
     source, size = enumerate(batches), torch.get_num_threads()
-    with net.hooked(found, take), threads_kept():
+    with torch.no_grad(), net.hooked(found, take), threads_kept():
         while some := list(islice(source, max(AHEAD, torch.get_num_threads()))):
+            if largest * max(count_images(batch) for _, batch in some) > LARGE:
+                size = 1
             drawn = torch.get_rng_state()
-            found_in = _run(net, some, found, size)
+            found_in = _run(net, some, alone, size)
             if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
                 # what draws random numbers draws them in order, one pass after the other
                 torch.set_rng_state(drawn)
                 size = 1
-                found_in = _run(net, some, found, size)
+                found_in = _run(net, some, alone, size)
             for index, _ in some:
                 _check(index, found_in[index])
                 for name, calls in found_in[index].items():
@@ -61,11 +67,14 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str]) -> dict[
     return found
 
 
-def _run(net: Network, some: Sequence[tuple[int, Any]], names: Iterable[str], size: int) -> dict[int, dict[str, Calls]]:
-    """The moments of some batches, by their numbers; at most `size` passes run at a time."""
+def _run(net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int) -> dict[int, dict[str, Calls]]:
+    """The moments of some batches, by their numbers; at most `size` passes run at a time, one alone in this thread."""
     count, threads = at_a_time(net.device, min(len(some), size))
     found: dict[int, dict[str, Calls]] = {}
-    waiting, lanes = iter(some), [_Lane(names) for _ in range(count)]
+    if count == 1:
+        alone.run(net, iter(some), found)
+        return found
+    waiting, lanes = iter(some), [_Lane(alone.names) for _ in range(count)]
     passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
     try:
         Crew(len(passes)).run(iter([each]) for each in passes)

@@ -361,10 +361,6 @@ def suspended_walk(
     """
     wanted: dict[str, Calls] = {}
     beside = dense is not None and any(stop.paired or stop.refit for stop in stops)
-    if dense is not None and not beside:
-        for count in {stop.batches for stop in stops if stop.dense}:
-            names = [stop.name for stop in stops if stop.dense and stop.batches == count]
-            wanted |= measure(dense, batches.head(count), names)
     of_pruned, of_dense = ({name: pair[side] for name, pair in gates.items()} for side in (0, 1))
     routes = [Route(pruned, stops, of_pruned, is_dense=False)]
     if dense is not None and beside:
@@ -395,6 +391,10 @@ def suspended_walk(
             lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
             store.set_aside(lanes * peak)
             stack.enter_context(heap(keep=peak * len(batches) <= store.budget // 2))
+        if dense is not None and not beside:
+            for count in {stop.batches for stop in stops if stop.dense}:
+                names = [stop.name for stop in stops if stop.dense and stop.batches == count]
+                wanted |= measure(dense, batches.head(count), names, wiring.largest / count_images(example))
         store.reserve += THREAD * len(tracks) * len(batches)
         for track in tracks:
             track.threads = threads

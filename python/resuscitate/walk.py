@@ -111,7 +111,8 @@ class Walker:
                 yield batch
                 bar.advance("dense network", count_images(batch))
 
-        wanted = measure(self.dense, passing(), [stop.name for stop in matched])
+        largest = self.wiring.largest / count_images(self.example)
+        wanted = measure(self.dense, passing(), [stop.name for stop in matched], largest)
         for visit in node_walk(pruned, None, batches, stops, self.wiring, {}, bar):
             visit.dense = wanted.get(visit.name, [])
             yield visit
