@@ -56,6 +56,8 @@ def heap(keep: bool) -> Iterator[None]:
             library.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
         else:
             library.mallopt(MMAP_THRESHOLD, 1 << 20)
+            library.mallopt(TRIM_THRESHOLD, 1 << 20)
+            library.malloc_trim(0)  # of what was freed before
         yield
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,8 @@ class Walker:
 
 
 def _in_heap(keep: bool, visits: Iterator[Visit]) -> Iterator[Visit]:
-    """The visits, while the C library keeps freed memory if there is room for that."""
-    with heap(keep=True) if keep else nullcontext():
+    """The visits, while the C library keeps freed memory if there is room for that, else gives it back at once."""
+    with heap(keep):
         yield from visits
 
 
