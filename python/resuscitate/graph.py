@@ -109,7 +109,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if name not in DESCRIPTIONS:
             sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
-            self.made, self.largest = self.made + sum(sizes), max(self.largest, *sizes, 0)
+            self.made, self.largest = self.made + sum(sizes), max([self.largest, *sizes])
         if name in PRODUCTS and self.within:
             self.within[-1].append((named_arguments(args, kwargs)["weight"], result))
         if read and is_sum(name, args, kwargs) and isinstance(result, Tensor):

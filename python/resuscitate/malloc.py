@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt
@@ -36,6 +36,17 @@ def give_back_freed() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def heap_for(needed: float, budget: int) -> AbstractContextManager[None]:
+    """The heap of a walk that has `needed` bytes of activations at once and may take `budget` bytes.
+
+    Freed memory is kept where the budget admits the activations twice, for a heap has holes. It is given back at once
+    where the budget does not admit them all. In between malloc does as it comes.
+    """
+    if 2 * needed <= budget:
+        return heap(keep=True)
+    return heap(keep=False) if needed > budget else nullcontext()
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from .passes import Crew, Pass, at_a_time, current, end, threads_kept
 from .stops import Calls, merge_calls
 
 AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
-# bytes; glibc keeps no larger block for a thread but the main one, which then takes new pages for each
+# Bytes of a large value. In threads but the main one glibc's heaps have 64 MiB and hold few of these; what they do not
+# hold takes new pages from the system each time.
 LARGE = 16 << 20
 
 
@@ -39,8 +40,8 @@ class _Lane:
 def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest: float = 0.0) -> dict[str, Calls]:
     """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
 
-    Several passes run at a time on a CPU, unless the largest value of a pass is large (`largest` bytes for each image).
-    Raises NonFiniteError.
+    Several passes run at a time on a CPU, unless a value of the passes is LARGE: `largest` is how many bytes of the
+    largest one each image takes, 0 where that is not known. Raises NonFiniteError.
     """
     found: dict[str, Calls] = {name: [] for name in names}
     alone = _Lane(found)

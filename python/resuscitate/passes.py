@@ -18,9 +18,9 @@ import torch
 
 from .errors import ResuscitateError
 
-# A signal that comes just before the main thread begins to wait does not end the wait: Python handles it when this many
-# seconds are over. Until then, Python 3.11 runs no other thread that is traced (a debugger, coverage).
-INTERRUPTED = 0.5
+# Seconds. A signal that comes just before the main thread begins to wait does not end the wait, and until it is handled
+# Python 3.11 runs no other thread that is traced (by a debugger, by coverage). So no wait is longer than this.
+WAIT = 0.5
 
 Chain = Iterator["Pass"]
 _thread = threading.local()
@@ -139,7 +139,7 @@ class _Control:
             self.go.release()
 
     def join(self) -> None:
-        while self.begun and not self.over.wait(INTERRUPTED):
+        while self.begun and not self.over.wait(WAIT):
             pass
 
     def suspend(self) -> None:
@@ -248,9 +248,10 @@ class Crew:
 
 
 def _get(idle: queue.SimpleQueue[None]) -> None:
+    """Wait until there is something in the queue, and take it."""
     while True:
         with suppress(queue.Empty):
-            return idle.get(timeout=INTERRUPTED)
+            return idle.get(timeout=WAIT)
 
 
 def at_a_time(device: torch.device, passes: int, memory: int = 1, each: int = 0) -> tuple[int, int | None]:

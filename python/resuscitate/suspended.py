@@ -22,7 +22,7 @@ from .errors import ModelMismatchError, called
 from .gates import Seen, aim
 from .graph import Gate, Wiring, observe, same_output
 from .live import Live, Rehearsal, Shelf, Spent, Trial, identities
-from .malloc import heap
+from .malloc import heap_for
 from .network import Network, check_finite
 from .outputs import measure
 from .passes import Crew, Pass, at_a_time, end, threads_kept
@@ -127,7 +127,6 @@ class SuspendedWalk:
     wiring: Wiring
     gates: Mapping[str, tuple[Gate, Gate]]
     crew: Crew
-    threads: int | None  # intra-op threads of each pass
     bar: Bar
     behind: dict[str, Calls] = field(default_factory=dict)  # by BatchNorm: the moments of what reaches it, by batch
 
@@ -135,10 +134,10 @@ class SuspendedWalk:
         """Visit the stops, each when all before it are final."""
         threads = torch.get_num_threads()
         for part, stop in enumerate(self.stops):
-            if self.threads is not None:
+            if self.pruned.threads is not None:
                 # the threads of a team spin for a while when their work is done, on the cores that the passes need:
                 # there is no team of this thread but for a refit, whose products and solutions take longer than that
-                torch.set_num_threads(threads if stop.refit else self.threads)
+                torch.set_num_threads(threads if stop.refit else self.pruned.threads)
             yield self._visit(part, stop)
             for track in self._tracks():
                 track.route.ahead.discard(stop.name)
@@ -381,7 +380,7 @@ def suspended_walk(
         if most * len(batches) <= store.budget // 2:  # there is room for whatever the passes make
             lanes, threads = at_a_time(pruned.device, passes)
             store.set_aside(most * len(batches))
-            stack.enter_context(heap(keep=True))
+            needed = most * len(batches)
         else:
             shelf = Shelf(store)
             for track in tracks:
@@ -390,7 +389,8 @@ def suspended_walk(
             peak = int(sum(track.peak for track in tracks) * largest)
             lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
             store.set_aside(lanes * peak)
-            stack.enter_context(heap(keep=peak * len(batches) <= store.budget // 2))
+            needed = peak * len(batches)
+        stack.enter_context(heap_for(needed, store.budget))
         if dense is not None and not beside:
             for count in {stop.batches for stop in stops if stop.dense}:
                 names = [stop.name for stop in stops if stop.dense and stop.batches == count]
@@ -398,7 +398,7 @@ def suspended_walk(
         store.reserve += THREAD * len(tracks) * len(batches)
         for track in tracks:
             track.threads = threads
-        walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), threads, bar)
+        walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), bar)
         for visit in walk.visits():
             visit.dense = visit.dense or wanted.get(visit.name, [])
             yield visit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from .batches import Batches, count_images
 from .gates import other_node, usable
 from .graph import Gate, Wiring, observe, same_output, trace
 from .layers import LAYERS
-from .malloc import heap
+from .malloc import heap_for
 from .network import Network, has_hooks
 from .outputs import measure
 from .progress import Bar
@@ -89,18 +89,18 @@ class Walker:
         paired = any(stop.paired or stop.refit for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
-        keep = self.store.budget >= 2 * (2 if paired else 1) * peak * largest * len(batches)
+        heap = heap_for((2 if paired else 1) * peak * largest * len(batches), self.store.budget)
         pruned = Track(self.pruned, graph, stops, self.store, others)
         if self.dense is None or not any(stop.dense for stop in stops):
-            return _in_heap(keep, node_walk(pruned, None, batches, stops, self.wiring, {}, bar))
+            return _within(heap, node_walk(pruned, None, batches, stops, self.wiring, {}, bar))
         if not paired:
-            return _in_heap(keep, self._with_dense_apart(pruned, batches, stops, bar))
+            return _within(heap, self._with_dense_apart(pruned, batches, stops, bar))
         try:
             original, _, others = _graph(self.dense, self.example, stops, self.wiring, of_dense)
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
         dense = Track(self.dense, original, stops, self.store, others, is_dense=True)
-        return _in_heap(keep, node_walk(pruned, dense, batches, stops, self.wiring, gates, bar))
+        return _within(heap, node_walk(pruned, dense, batches, stops, self.wiring, gates, bar))
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
@@ -118,9 +118,9 @@ class Walker:
             yield visit
 
 
-def _in_heap(keep: bool, visits: Iterator[Visit]) -> Iterator[Visit]:
-    """The visits, while the C library keeps freed memory if there is room for that, else gives it back at once."""
-    with heap(keep):
+def _within(context: AbstractContextManager[None], visits: Iterator[Visit]) -> Iterator[Visit]:
+    """The visits, made in this context."""
+    with context:
         yield from visits
 
 

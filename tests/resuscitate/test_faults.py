@@ -129,7 +129,7 @@ class TestInTheProcess:
                 repair(model, dense, images(), **options, batch_size=8)
             unchanged(model, before)
 
-    # within a `__del__` Python swallows it
+    # Python ignores an interrupt within a `__del__`, with this warning
     @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)

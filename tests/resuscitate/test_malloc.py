@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from resuscitate import malloc
-from resuscitate.malloc import heap
+from resuscitate.malloc import heap, heap_for
 
 
 def glibc():
@@ -98,6 +98,18 @@ def test_a_context_within_another_does_nothing(library, keep):
     assert library.calls == begun + AFTERWARDS
     with heap(keep):
         assert library.calls == begun + AFTERWARDS + begun
+
+
+@pytest.mark.parametrize(
+    ("needed", "threshold"),
+    [(50, 1 << 30), (51, None), (100, None), (101, 1 << 20)],
+    ids=["twice", "once and more", "once", "not"],
+)
+def test_how_often_the_budget_admits_what_a_walk_needs_decides(library, needed, threshold):
+    with heap_for(needed, 100):
+        begun = list(library.calls)
+    assert (begun[0] if begun else None) == (threshold and (malloc.MMAP_THRESHOLD, threshold))
+    assert ("trim" in begun) == (threshold == 1 << 20)
 
 
 @pytest.mark.parametrize("keep", [True, False])

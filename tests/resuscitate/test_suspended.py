@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import resuscitate
 from resuscitate.errors import LayerError, ModelMismatchError
 from resuscitate.journal import MAGIC
 from resuscitate.network import Network
-from resuscitate.outputs import measure
+from resuscitate.outputs import LARGE, measure
 from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
 
 OPTIONS = {
@@ -515,3 +516,13 @@ def test_networks_that_call_a_layer_a_different_number_of_times_are_refused():
     model.forward = lambda x: model.last(model.conv(model.stem(x).relu()).relu())
     with pytest.raises(ModelMismatchError, match="conv"):
         repaired(dense, model, method="asr", forward_fn=run_batch)
+
+
+@pytest.mark.parametrize("largest", [0, LARGE // 8, LARGE // 8 + 1])
+def test_passes_with_large_values_are_measured_in_the_calling_thread(largest):
+    """`largest` is for each image; each batch has eight."""
+    model, threads = seeded(chain), set()
+    model[0].register_forward_hook(lambda *_: threads.add(threading.current_thread()))
+    found = measure(Network(model), images(32).split(8), ["0"], largest)
+    assert (threads == {threading.main_thread()}) == (8 * largest > LARGE)
+    assert found["0"][0].count == 32 * 9 * 9
