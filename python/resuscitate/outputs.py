@@ -49,18 +49,20 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest:
     def take(name: str, x: Tensor) -> None:
         (current() or alone).calls[name].append(net.moments(name, x))
 
-    source, size = enumerate(batches), torch.get_num_threads()
+    ahead = max(AHEAD, torch.get_num_threads())
+    source, most = enumerate(batches), ahead
     with torch.no_grad(), net.hooked(found, take), threads_kept():
-        while some := list(islice(source, max(AHEAD, torch.get_num_threads()))):
+        while some := list(islice(source, ahead)):
             if largest * max(count_images(batch) for _, batch in some) > LARGE:
-                size = 1
+                most = 1
+            size, threads = at_a_time(net.device, min(len(some), most))
             drawn = torch.get_rng_state()
-            found_in = _run(net, some, alone, size)
+            found_in = _run(net, some, alone, size, threads)
             if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
                 # what draws random numbers draws them in order, one pass after the other
                 torch.set_rng_state(drawn)
-                size = 1
-                found_in = _run(net, some, alone, size)
+                most = 1
+                found_in = _run(net, some, alone)
             for index, _ in some:
                 _check(index, found_in[index])
                 for name, calls in found_in[index].items():
@@ -68,14 +70,15 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest:
     return found
 
 
-def _run(net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int) -> dict[int, dict[str, Calls]]:
-    """The moments of some batches, by their numbers; at most `size` passes run at a time, one alone in this thread."""
-    count, threads = at_a_time(net.device, min(len(some), size))
+def _run(
+    net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int = 1, threads: int | None = None
+) -> dict[int, dict[str, Calls]]:
+    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread by the lane `alone`."""
     found: dict[int, dict[str, Calls]] = {}
-    if count == 1:
+    if size == 1:
         alone.run(net, iter(some), found)
         return found
-    waiting, lanes = iter(some), [_Lane(alone.names) for _ in range(count)]
+    waiting, lanes = iter(some), [_Lane(alone.names) for _ in range(size)]
     passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
     try:
         Crew(len(passes)).run(iter([each]) for each in passes)
