@@ -6,13 +6,13 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt
-# bytes; malloc moves its thresholds up to the last two by itself, as large blocks are freed
-PAD, LARGEST_MMAP, LARGEST_TRIM = 128 << 10, 32 << 20, 64 << 20
-
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+LARGEST_MMAP, LARGEST_TRIM = 32 << 20, 64 << 20  # bytes; malloc moves its thresholds up to these as blocks are freed
+LARGEST_END = 1 << 20  # bytes of the unused end of a heap, of a walk that has to save memory
 
 _entered = threading.Lock()
 
@@ -38,37 +38,33 @@ def give_back_freed() -> None:
         library.malloc_trim(0)
 
 
-def heap_for(needed: float, budget: int) -> AbstractContextManager[None]:
-    """The heap of a walk that has `needed` bytes of activations at once and may take `budget` bytes.
-
-    Freed memory is kept where the budget admits the activations twice, for a heap has holes. It is given back at once
-    where the budget does not admit them all. In between malloc does as it comes.
-    """
-    if 2 * needed <= budget:
-        return heap(keep=True)
-    return heap(keep=False) if needed > budget else nullcontext()
+def resident() -> int:
+    """Bytes of this process that are in memory (Linux; elsewhere 0)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 @contextmanager
-def heap(keep: bool) -> Iterator[None]:
-    """keep: malloc keeps freed memory, so that activations do not take new pages from the system each time, which costs
-    as much time as computing them. Else it gives large blocks back at once, for a process that has a budget to keep.
+def heap(needed: float, budget: int) -> Iterator[None]:
+    """The heap of a walk that has `needed` bytes of activations at once and may take `budget` bytes.
 
-    Afterwards freed memory is given back and the thresholds are those that malloc comes to by itself in a process that
+    Where the budget holds the activations twice, for a heap has holes, malloc keeps what is freed: otherwise it takes
+    new pages from the system for each activation, which costs as much time as computing them. Where it does not, the
+    unused ends of all threads' heaps are given back, which `give_back_freed` does not do.
+
+    Afterwards freed memory is given back, and the thresholds are those that malloc comes to by itself in a process that
     frees large blocks. Within another such context this one does nothing.
     """
     library = _glibc()
     if library is None or not _entered.acquire(blocking=False):
         yield
         return
+    keep = 2 * needed <= budget
     try:
-        if keep:
-            library.mallopt(MMAP_THRESHOLD, 1 << 30)
-            library.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
-        else:
-            library.mallopt(MMAP_THRESHOLD, 1 << 20)
-            library.mallopt(TRIM_THRESHOLD, 1 << 20)
-            library.malloc_trim(0)  # of what was freed before
+        library.mallopt(MMAP_THRESHOLD, 1 << 30 if keep else LARGEST_MMAP)
+        library.mallopt(TRIM_THRESHOLD, (1 << 31) - 1 if keep else LARGEST_END)
         yield
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP)

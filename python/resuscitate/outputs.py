@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import count_images
+from .batches import Batches, count_images
 from .network import Network, check_finite
 from .passes import Crew, Pass, at_a_time, current, end, threads_kept
-from .stops import Calls, merge_calls
+from .progress import Bar
+from .stops import Calls, Stop, merge_calls
+from .storage import Store
 
 AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
 # Bytes of a large value. In threads but the main one glibc's heaps have 64 MiB and hold few of these; what they do not
@@ -24,10 +26,10 @@ LARGE = 16 << 20
 
 
 class _Lane:
-    """Passes that run one after the other. `calls` are the moments of the batch in hand."""
+    """Passes that run one after the other, and `after` each. `calls` are the moments of the batch in hand."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Iterable[str], after: Callable[[], object]) -> None:
+        self.names, self.after = list(names), after
         self.calls: dict[str, Calls] = {}
 
     def run(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
@@ -35,16 +37,24 @@ class _Lane:
         for index, batch in batches:
             self.calls = found[index] = {name: [] for name in self.names}
             net.run(batch)
+            self.after()
 
 
-def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest: float = 0.0) -> dict[str, Calls]:
+def measure(
+    net: Network,
+    batches: Iterable[Any],
+    names: Iterable[str],
+    largest: float = 0.0,
+    after: Callable[[], object] = lambda: None,
+) -> dict[str, Calls]:
     """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
 
     Several passes run at a time on a CPU, unless a value of the passes is LARGE: `largest` is how many bytes of the
-    largest one each image takes, 0 where that is not known. Raises NonFiniteError.
+    largest one each image takes, 0 where that is not known. `after` is called after each pass, in its thread. Raises
+    NonFiniteError.
     """
     found: dict[str, Calls] = {name: [] for name in names}
-    alone = _Lane(found)
+    alone = _Lane(found, after)
 
     def take(name: str, x: Tensor) -> None:
         (current() or alone).calls[name].append(net.moments(name, x))
@@ -70,6 +80,20 @@ def measure(net: Network, batches: Iterable[Any], names: Iterable[str], largest:
     return found
 
 
+def measure_apart(
+    dense: Network, batches: Batches, stops: Iterable[Stop], store: Store, bar: Bar, largest: float
+) -> dict[str, Calls]:
+    """Moments of the dense network alone at the stops that ask for them; `largest` as in `measure`."""
+    asked = [stop for stop in stops if stop.dense and stop.batches]
+
+    def passing() -> Iterator[Any]:
+        for batch in batches.head(max((stop.batches for stop in asked), default=0)):
+            yield batch
+            bar.advance("dense network", count_images(batch))
+
+    return measure(dense, passing(), [stop.name for stop in asked], largest, store.tidy)
+
+
 def _run(
     net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int = 1, threads: int | None = None
 ) -> dict[int, dict[str, Calls]]:
@@ -78,7 +102,7 @@ def _run(
     if size == 1:
         alone.run(net, iter(some), found)
         return found
-    waiting, lanes = iter(some), [_Lane(alone.names) for _ in range(size)]
+    waiting, lanes = iter(some), [_Lane(alone.names, alone.after) for _ in range(size)]
     passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
     try:
         Crew(len(passes)).run(iter([each]) for each in passes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -120,11 +121,17 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run compiled modules as they are written. If nothing was compiled yet, torch's compiler is not loaded for it."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
 def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
 
-    Full precision: without the caller's autocast, and without TF32.
+    Full precision: without the caller's autocast, and without TF32. What a `forward_fn` compiles runs uncompiled:
+    compiled code does not see that passes are suspended.
 
     Kept: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the TF32 and
     cuDNN settings.
@@ -138,6 +145,7 @@ def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_full_precision())
+        stack.enter_context(_uncompiled())
         for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
             stack.enter_context(autocast(device, None))
         try:

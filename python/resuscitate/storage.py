@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .malloc import give_back_freed
+from .malloc import give_back_freed, resident
 from .scratch import HostMemory, Place, Region, ScratchFile, free_disk
 
 log = logging.getLogger("resuscitate")
@@ -28,8 +28,9 @@ log = logging.getLogger("resuscitate")
 UNITS = {unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")}
 UNITS |= {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
-# once half the budget is in use, freed pages are given back each time so large a part of the budget has passed
-TRIMS = 16
+HOLES = 8  # the part of a budget that is left to the holes between values
+FREED = 8  # freed pages are given back where less than this part of a budget is left
+CHECKS = 64  # how often it is seen whether freed pages take too much, while values of the budget's size come and go
 
 
 class Store:
@@ -41,6 +42,7 @@ class Store:
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
         self.resident, self.away, self._passed = 0, 0, 0
+        self.before = resident()
         self.lock = threading.RLock()
         self._place: Place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
 
@@ -63,14 +65,19 @@ class Store:
         return max(self.budget - self.reserve - self.resident, 0) + beyond // 2
 
     def set_aside(self, size: int) -> None:
-        """Leave so many bytes of the budget to whoever computes."""
-        self.reserve = size
+        """Leave so many bytes of the budget to whoever computes, and a share of it to the holes between values."""
+        self.reserve = size + self.budget // HOLES
         if size > self.budget:
             log.warning(
                 "memory: one batch alone needs about %d MiB, the budget is %d MiB; use smaller batches",
                 size >> 20,
                 self.budget >> 20,
             )
+
+    def tidy(self) -> None:
+        """Have the C library give freed pages back, where the process has grown by nearly the budget."""
+        if resident() - self.before > self.budget - self.budget // FREED:
+            give_back_freed()
 
     def admit(self, size: int) -> bool:
         """Take `size` more bytes into memory, if they fit."""
@@ -98,6 +105,7 @@ class Store:
         if data is None:
             data = torch.empty(region.size, dtype=torch.uint8, device=region.device)
         with self.lock:
+            self._count(data.numel())
             self._place.read(region, data)
         return data
 
@@ -107,11 +115,10 @@ class Store:
             self._place.free(region)
 
     def _count(self, size: int) -> None:
-        """Once half the budget is in use, have what was freed given back every so many bytes."""
         self._passed += size
-        if 2 * self.resident > self.budget and self._passed > self.budget // TRIMS:
+        if self._passed > self.budget // CHECKS:
             self._passed = 0
-            give_back_freed()
+            self.tidy()
 
 
 class Frame:

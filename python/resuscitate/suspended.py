@@ -22,9 +22,9 @@ from .errors import ModelMismatchError, called
 from .gates import Seen, aim
 from .graph import Gate, Wiring, observe, same_output
 from .live import Live, Rehearsal, Shelf, Spent, Trial, identities
-from .malloc import heap_for
+from .malloc import heap
 from .network import Network, check_finite
-from .outputs import measure
+from .outputs import measure_apart
 from .passes import Crew, Pass, at_a_time, end, threads_kept
 from .progress import Bar
 from .route import Position, Route
@@ -390,11 +390,9 @@ def suspended_walk(
             lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
             store.set_aside(lanes * peak)
             needed = peak * len(batches)
-        stack.enter_context(heap_for(needed, store.budget))
+        stack.enter_context(heap(needed, store.budget))
         if dense is not None and not beside:
-            for count in {stop.batches for stop in stops if stop.dense}:
-                names = [stop.name for stop in stops if stop.dense and stop.batches == count]
-                wanted |= measure(dense, batches.head(count), names, wiring.largest / count_images(example))
+            wanted = measure_apart(dense, batches, stops, store, bar, wiring.largest / count_images(example))
         store.reserve += THREAD * len(tracks) * len(batches)
         for track in tracks:
             track.threads = threads

@@ -16,9 +16,9 @@ from .batches import Batches, count_images
 from .gates import other_node, usable
 from .graph import Gate, Wiring, observe, same_output, trace
 from .layers import LAYERS
-from .malloc import heap_for
+from .malloc import heap
 from .network import Network, has_hooks
-from .outputs import measure
+from .outputs import measure_apart
 from .progress import Bar
 from .stops import Stop, Visit
 from .storage import Store
@@ -89,30 +89,23 @@ class Walker:
         paired = any(stop.paired or stop.refit for stop in stops)
         largest = max(batches.counts, default=0) / count_images(self.example)
         self.store.set_aside(int(2 * peak * largest))
-        heap = heap_for((2 if paired else 1) * peak * largest * len(batches), self.store.budget)
+        within = heap((2 if paired else 1) * peak * largest * len(batches), self.store.budget)
         pruned = Track(self.pruned, graph, stops, self.store, others)
         if self.dense is None or not any(stop.dense for stop in stops):
-            return _within(heap, node_walk(pruned, None, batches, stops, self.wiring, {}, bar))
+            return _within(within, node_walk(pruned, None, batches, stops, self.wiring, {}, bar))
         if not paired:
-            return _within(heap, self._with_dense_apart(pruned, batches, stops, bar))
+            return _within(within, self._with_dense_apart(pruned, batches, stops, bar))
         try:
             original, _, others = _graph(self.dense, self.example, stops, self.wiring, of_dense)
         except _NoGraphError as cause:
             raise _NoGraphError(f"the dense model: {cause}") from None
         dense = Track(self.dense, original, stops, self.store, others, is_dense=True)
-        return _within(heap, node_walk(pruned, dense, batches, stops, self.wiring, gates, bar))
+        return _within(within, node_walk(pruned, dense, batches, stops, self.wiring, gates, bar))
 
     def _with_dense_apart(self, pruned: Track, batches: Batches, stops: Sequence[Stop], bar: Bar) -> Iterator[Visit]:
         assert self.dense is not None
-        matched = [stop for stop in stops if stop.dense and stop.batches]
-
-        def passing() -> Iterator[Any]:
-            for batch in batches.head(max((stop.batches for stop in matched), default=0)):
-                yield batch
-                bar.advance("dense network", count_images(batch))
-
         largest = self.wiring.largest / count_images(self.example)
-        wanted = measure(self.dense, passing(), [stop.name for stop in matched], largest)
+        wanted = measure_apart(self.dense, batches, stops, self.store, bar, largest)
         for visit in node_walk(pruned, None, batches, stops, self.wiring, {}, bar):
             visit.dense = wanted.get(visit.name, [])
             yield visit

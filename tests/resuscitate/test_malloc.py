@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from resuscitate import malloc
-from resuscitate.malloc import heap, heap_for
+from resuscitate.malloc import give_back_freed, heap, resident
 
 
 def glibc():
@@ -33,7 +34,7 @@ FAULTS = """
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     torch.set_num_threads(1)
-    with heap(keep=sys.argv[1] == "keep"):
+    with heap(*((1, 2) if sys.argv[1] == "keep" else (2, 1))):
         faults()
         print(faults())
 """
@@ -87,39 +88,51 @@ AFTERWARDS = [
 ]
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_context_within_another_does_nothing(library, keep):
-    with heap(keep):
+NEEDS = pytest.mark.parametrize("needed", [50, 51], ids=["the budget holds it twice", "it does not"])
+
+
+@NEEDS
+def test_a_context_within_another_does_nothing(library, needed):
+    with heap(needed, 100):
         begun = list(library.calls)
         assert begun
-        with heap(not keep), heap(keep):
+        with heap(101 - needed, 100), heap(needed, 100):
             pass
         assert library.calls == begun
     assert library.calls == begun + AFTERWARDS
-    with heap(keep):
+    with heap(needed, 100):
         assert library.calls == begun + AFTERWARDS + begun
 
 
-@pytest.mark.parametrize(
-    ("needed", "threshold"),
-    [(50, 1 << 30), (51, None), (100, None), (101, 1 << 20)],
-    ids=["twice", "once and more", "once", "not"],
-)
-def test_how_often_the_budget_admits_what_a_walk_needs_decides(library, needed, threshold):
-    with heap_for(needed, 100):
-        begun = list(library.calls)
-    assert (begun[0] if begun else None) == (threshold and (malloc.MMAP_THRESHOLD, threshold))
-    assert ("trim" in begun) == (threshold == 1 << 20)
+@NEEDS
+def test_freed_memory_is_kept_where_the_budget_holds_what_a_walk_needs_twice(library, needed):
+    with heap(needed, 100):
+        thresholds = dict(library.calls)
+    assert (thresholds[malloc.MMAP_THRESHOLD] > malloc.LARGEST_MMAP) == (needed == 50)
+    assert (thresholds[malloc.TRIM_THRESHOLD] > malloc.LARGEST_TRIM) == (needed == 50)
+    assert (thresholds[malloc.TRIM_THRESHOLD] < malloc.LARGEST_TRIM) == (needed == 51)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_an_error_within_puts_it_back(library, keep):
-    with pytest.raises(KeyboardInterrupt), heap(keep):
+@NEEDS
+def test_an_error_within_puts_it_back(library, needed):
+    with pytest.raises(KeyboardInterrupt), heap(needed, 100):
         raise KeyboardInterrupt
     assert library.calls[-3:] == AFTERWARDS
     library.calls.clear()
-    with heap(keep):
+    with heap(needed, 100):
         assert library.calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_holes_in_the_heap_are_resident_until_they_are_given_back():
+    size, count = 4096, 10_000
+    blocks = [bytearray(size) for _ in range(count)]
+    for block in blocks:
+        block[:] = b"1" * size
+    full = resident()
+    del blocks[: count - 1]  # the last one keeps the heap's end where it is
+    give_back_freed()
+    assert resident() < full - size * count / 2
 
 
 @pytest.mark.parametrize(
@@ -138,7 +151,7 @@ def test_what_the_user_has_chosen_is_left_alone(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert malloc._glibc() is None
-    with heap(keep=True):
+    with heap(1, 2):
         assert malloc._entered.acquire(blocking=False)
         malloc._entered.release()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import resuscitate
+from resuscitate import storage
 from resuscitate.errors import ResuscitateError
 from resuscitate.scratch import HostMemory
 from resuscitate.storage import Frame, Store, free_memory, parse_memory
@@ -213,3 +214,34 @@ class TestBudget:
         dense = seeded(chain)
         resuscitate.repair(pruned_copy(dense), dense, images(), memory="1KiB")
         assert [r.message for r in caplog.records if "use smaller batches" in r.message]
+
+
+class TestFreedPages:
+    """What a process has freed is given back before it grows beyond the budget."""
+
+    @pytest.fixture
+    def given_back(self, monkeypatch):
+        given = []
+        monkeypatch.setattr(storage, "resident", lambda: self.resident)
+        monkeypatch.setattr(storage, "give_back_freed", lambda: given.append(self.resident))
+        self.resident = 1000
+        return given
+
+    def test_where_the_process_has_grown_by_nearly_the_budget(self, given_back):
+        with Store(160, CPU) as store:
+            self.resident = 1000 + 140
+            store.tidy()
+            assert given_back == []
+            self.resident = 1000 + 141
+            store.tidy()
+        assert given_back == [1141]
+
+    @pytest.mark.parametrize(("size", "times"), [(1, 3), (10, 16), (11, 33), (640, 33)])
+    def test_it_is_seen_to_whenever_a_64th_of_the_budget_has_come_and_gone(self, given_back, size, times):
+        with Store(640, CPU) as store:
+            self.resident = 1000 + 640
+            store.set_aside(-40)
+            for _ in range(33):
+                assert store.admit(size)
+                store.release(size)
+        assert len(given_back) == times

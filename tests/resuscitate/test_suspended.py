@@ -3,6 +3,10 @@
 import contextlib
 import copy
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pytest
@@ -526,3 +530,39 @@ def test_passes_with_large_values_are_measured_in_the_calling_thread(largest):
     found = measure(Network(model), images(32).split(8), ["0"], largest)
     assert (threads == {threading.main_thread()}) == (8 * largest > LARGE)
     assert found["0"][0].count == 32 * 9 * 9
+
+
+@pytest.mark.filterwarnings("ignore:.*set_stance.*")
+@pytest.mark.parametrize("memory", [None, "1MiB"], ids=["kept", "moved out"])
+def test_what_a_forward_fn_has_compiled_runs_uncompiled(memory):
+    dense = seeded(chain)
+    plain, model = pruned_copy(dense), pruned_copy(dense)
+    compiled = {id(net): torch.compile(net, backend="eager") for net in (model, dense)}
+    for each in compiled.values():
+        each(images(2))
+    repaired(dense, plain, forward_fn=run_batch, method="asr")
+    repaired(dense, model, forward_fn=lambda net, x: compiled[id(net)](x), method="asr", memory=memory)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_the_compiler_of_torch_is_not_loaded():
+    """It takes 1.7 s and 140 MB, which no budget knows of."""
+    script = """
+    import copy, sys, torch, resuscitate
+    from torch import nn
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    run = lambda model, x: model(x)
+    x = [torch.rand(8, 3, 16, 16) for _ in range(4)]
+    report = resuscitate.repair(copy.deepcopy(dense), dense, x, forward_fn=run, memory="128KiB", progress=False)
+    assert report.scratch > 0
+    print("torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == ["False"]
