@@ -1,4 +1,4 @@
-"""The C library's heap during a walk: whether freed memory is kept for the next allocation, or given back at once."""
+"""The C library's heap during a walk: when freed memory is kept for the next allocation, and when it is given back."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class TestFreedPages:
     def test_it_is_seen_to_whenever_a_64th_of_the_budget_has_come_and_gone(self, given_back, size, times):
         with Store(640, CPU) as store:
             self.resident = 1000 + 640
-            store.set_aside(-40)
+            store.reserve = 0
             for _ in range(33):
                 assert store.admit(size)
                 store.release(size)
