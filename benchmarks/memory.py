@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import resuscitate
+from resuscitate.malloc import resident_memory
 from resuscitate.models import resnet20
 from resuscitate.storage import parse_memory
 
@@ -49,11 +50,6 @@ def run_batch(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch)
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def one(memory: str, count: int, forward_fn: bool) -> dict[str, Any]:
     """Repair under one budget; how far memory grew. forward_fn: by suspended passes, not by a graph."""
     options: dict[str, Any] = {"forward_fn": run_batch} if forward_fn else {}
@@ -63,7 +59,7 @@ def one(memory: str, count: int, forward_fn: bool) -> dict[str, Any]:
     pruned = pruned_copy(dense)
     # what torch sets up once
     resuscitate.repair(pruned_copy(dense), dense, list(images(2 * BATCH)), method="asr", **options)
-    before, started = resident(), time.perf_counter()
+    before, started = resident_memory(), time.perf_counter()
     report = resuscitate.repair(pruned, dense, images(count), method="asr", memory=memory, **options)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in pruned.state_dict().values())).hexdigest()

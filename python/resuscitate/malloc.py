@@ -38,7 +38,7 @@ def give_back_freed() -> None:
         library.malloc_trim(0)
 
 
-def resident() -> int:
+def resident_memory() -> int:
     """Bytes of this process that are in memory (Linux; elsewhere 0)."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

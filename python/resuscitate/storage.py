@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .malloc import give_back_freed, resident
+from .malloc import give_back_freed, resident_memory
 from .scratch import HostMemory, Place, Region, ScratchFile, free_disk
 
 log = logging.getLogger("resuscitate")
@@ -28,9 +28,8 @@ log = logging.getLogger("resuscitate")
 UNITS = {unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")}
 UNITS |= {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
-HOLES = 8  # the part of a budget that is left to the holes between values
-FREED = 8  # freed pages are given back where less than this part of a budget is left
-CHECKS = 64  # how often it is seen whether freed pages take too much, while values of the budget's size come and go
+HOLES = 8  # one part in so many of a budget is left to the holes between values
+CHECKS = 64  # resident memory is looked at each time one part in so many of a budget has come and gone
 
 
 class Store:
@@ -42,7 +41,7 @@ class Store:
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
         self.resident, self.away, self._passed = 0, 0, 0
-        self.before = resident()
+        self.before = resident_memory()
         self.lock = threading.RLock()
         self._place: Place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
 
@@ -75,8 +74,11 @@ class Store:
             )
 
     def tidy(self) -> None:
-        """Have the C library give freed pages back, where the process has grown by nearly the budget."""
-        if resident() - self.before > self.budget - self.budget // FREED:
+        """Have the C library give freed pages back, where the process has grown by all of a budget in host memory but
+        the part for the holes.
+        """
+        in_host_memory = isinstance(self._place, ScratchFile)
+        if in_host_memory and resident_memory() - self.before > self.budget - self.budget // HOLES:
             give_back_freed()
 
     def admit(self, size: int) -> bool:

@@ -376,11 +376,10 @@ def suspended_walk(
             wirings.append(observe(dense.model, lambda: dense.run(example)))
         # what draws random numbers draws them in order, one pass after the other
         passes = 1 if any(each.draws for each in wirings) else len(batches)
-        most = int(sum(each.made for each in wirings) * largest)
-        if most * len(batches) <= store.budget // 2:  # there is room for whatever the passes make
+        needed = int(sum(each.made for each in wirings) * largest) * len(batches)
+        if needed <= store.budget // 2:  # there is room for whatever the passes make
             lanes, threads = at_a_time(pruned.device, passes)
-            store.set_aside(most * len(batches))
-            needed = most * len(batches)
+            store.set_aside(needed)
         else:
             shelf = Shelf(store)
             for track in tracks:

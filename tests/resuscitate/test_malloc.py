@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from resuscitate import malloc
-from resuscitate.malloc import give_back_freed, heap, resident
+from resuscitate.malloc import give_back_freed, heap, resident_memory
 
 
 def glibc():
@@ -129,10 +129,10 @@ def test_holes_in_the_heap_are_resident_until_they_are_given_back():
     blocks = [bytearray(size) for _ in range(count)]
     for block in blocks:
         block[:] = b"1" * size
-    full = resident()
+    full = resident_memory()
     del blocks[: count - 1]  # the last one keeps the heap's end where it is
     give_back_freed()
-    assert resident() < full - size * count / 2
+    assert resident_memory() < full - size * count / 2
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ class TestFreedPages:
     @pytest.fixture
     def given_back(self, monkeypatch):
         given = []
-        monkeypatch.setattr(storage, "resident", lambda: self.resident)
+        monkeypatch.setattr(storage, "resident_memory", lambda: self.resident)
         monkeypatch.setattr(storage, "give_back_freed", lambda: given.append(self.resident))
         self.resident = 1000
         return given
@@ -235,6 +235,12 @@ class TestFreedPages:
             self.resident = 1000 + 141
             store.tidy()
         assert given_back == [1141]
+
+    def test_a_budget_on_a_gpu_is_none_of_the_process(self, given_back):
+        with Store(160, torch.device("cuda")) as store:
+            self.resident = 1000 + 1000
+            store.tidy()
+        assert given_back == []
 
     @pytest.mark.parametrize(("size", "times"), [(1, 3), (10, 16), (11, 33), (640, 33)])
     def test_it_is_seen_to_whenever_a_64th_of_the_budget_has_come_and_gone(self, given_back, size, times):
