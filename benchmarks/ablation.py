@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate import refit
+from resuscitate.methods import refit
 
 STOPS = [0.5, 0.65, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98]
 SHOWN = [0.8, 0.9, 0.95, 0.98]

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import resuscitate
-from resuscitate.images import load_images
+from resuscitate.data.images import load_images
 from resuscitate.models import build
 
 GAINS = ("layerwise", "channelwise", "asr")

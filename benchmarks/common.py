@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.images import load_images, load_labels
+from resuscitate.data.images import load_images, load_labels
 from resuscitate.models import build
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

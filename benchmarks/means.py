@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.masks import find_layers
+from resuscitate.network.masks import find_layers
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 ROWS: dict[str, dict[str, Any] | None] = {

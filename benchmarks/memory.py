@@ -31,9 +31,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.malloc import resident_memory
 from resuscitate.models import resnet20
-from resuscitate.storage import parse_memory
+from resuscitate.runtime.activations import parse_memory
+from resuscitate.runtime.heap import resident_memory
 
 BATCH = 128
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resuscitate.plots import COLOURS, open_figure
+from resuscitate.reports.plots import COLOURS, open_figure
 
 Row = dict[str, Any]
 GAINS = ("BN only", "layer-wise", "channel-wise", "ASR")

@@ -46,8 +46,8 @@ from zoo.speed import markdown as speeds
 from zoo.study import Settings, Study, pruned
 
 import resuscitate
-from resuscitate.digest import digest_model
-from resuscitate.images import load_labels
+from resuscitate.data.images import load_labels
+from resuscitate.utils.digest import digest_model
 
 FIXED = 1.0  # the prior variance of the ablation; the published one is not stated
 METHODS: dict[str, dict[str, Any]] = dict(

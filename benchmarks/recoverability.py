@@ -22,7 +22,7 @@ from zoo.resnet import resnet50
 
 import resuscitate
 from resuscitate import RecoverabilityMap
-from resuscitate.plots import draw_damage, draw_map
+from resuscitate.reports.plots import draw_damage, draw_map
 
 EMA = {"recalibrate": "ema", "ema_batches": 20, "ema_batch_size": 64}
 METHODS: dict[str, dict[str, Any] | None] = {

@@ -21,10 +21,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
+from resuscitate.data.images import load_images, load_labels
 from resuscitate.demo import digits, train
-from resuscitate.images import load_images, load_labels
-from resuscitate.masks import find_layers
 from resuscitate.models import build
+from resuscitate.network.masks import find_layers
 
 PENALISED = {"sparsity": 0.8, "strength": 5.0}
 # name -> (filters on the sphere, penalty)

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.images import load_labels
+from resuscitate.data.images import load_labels
 
 PAST = {0.9: 0.97, 0.95: 0.99}
 ROUNDS = 4

@@ -18,8 +18,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.aggregate import aggregate
-from resuscitate.network import Network
+from resuscitate.methods.aggregate import aggregate
+from resuscitate.network.runner import Network
 
 REPAIRS = ("no repair", "BN exact", "aggregate", "refit", "two-stage")
 

@@ -45,9 +45,9 @@ from zoo import resnet50
 sys.path.append(str(Path(__file__).parents[1]))
 
 import resuscitate
+from resuscitate.engine.measure import measure
 from resuscitate.models import ResNet, resnet20, resnet56
-from resuscitate.network import Network
-from resuscitate.outputs import measure
+from resuscitate.network.runner import Network
 from tests.outside.networks import package
 
 console = Console(stderr=True)

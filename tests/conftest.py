@@ -1,17 +1,24 @@
-"""Shared by the tests: each backend on its device, tensors in every memory layout, and one that spans 2^31 elements."""
+"""Shared by the tests: backends, memory layouts, trained networks with their images, concurrent forward passes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import asr_kernels as ak
+import resuscitate
+from resuscitate.data.images import load_images, load_labels
+from resuscitate.models import build, resnet20
+from tests.networks import DATA
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["reference", "torch", "triton"]
@@ -144,3 +151,67 @@ def vast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     strides = {"images": (2**29 + 1, 5, 1), "channels": (5, 2**29 + 1, 1), "positions": (5, 1, 2**29 + 1)}
     x = memory.as_strided((5, 5, 5), strides[request.param], start)
     return x.copy_(torch.arange(1.0, 126.0).view(5, 5, 5) / 8)
+
+
+NORMALISED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture
+def two_at_a_time(monkeypatch):
+    """Two suspended passes run at a time, with one intra-op thread each; afterwards the threads of all are gone.
+
+    By the number of intra-op threads there would be two as well, but these wait for one another on a busy machine.
+    """
+
+    def two(device, passes, memory=1, each=0):
+        return max(min(passes, 2, memory // each if each else 2), 1), 1
+
+    for module in (resuscitate.engine.suspended_walk, resuscitate.engine.measure):
+        monkeypatch.setattr(module, "at_a_time", two)
+    yield
+    assert not running_passes()
+
+
+def running_passes():
+    """The threads of forward passes that do not end within a second."""
+    deadline = time.monotonic() + 1
+    while (found := [t for t in threading.enumerate() if t.name == "forward pass"]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The trained ResNet-20, unlabelled images to repair from, and labelled ones to test on."""
+    if not (DATA / "cifar10_resnet20.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    dense = resnet20().eval()
+    dense.load_state_dict(load_file(DATA / "cifar10_resnet20.safetensors"))
+    calibration = load_images(DATA / "cifar10_jpeg_train.npz", max_samples=256, **NORMALISED)
+    test = DATA / "cifar10_jpeg_test.npz"
+    return dense, calibration, load_images(test, max_samples=2000, **NORMALISED), load_labels(test, max_samples=2000)
+
+
+@pytest.fixture
+def trained_network():
+    """A function from the name of a trained network, "resnet20" or "resnet32", to it."""
+
+    def load(name):
+        path = DATA / f"cifar10_{name}.safetensors"
+        if not path.exists():
+            pytest.skip("needs the trained networks and images")
+        network = build(name).eval()
+        network.load_state_dict(load_file(path))
+        return network
+
+    return load
+
+
+@pytest.fixture
+def keywords():
+    """The trained keyword-spotting DS-CNN, which pads as TensorFlow's "SAME"; its clips, and their labels."""
+    if not (DATA / "kws_dscnn.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    from benchmarks.zoo.dscnn import load_dscnn
+
+    return load_dscnn(DATA)

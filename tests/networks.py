@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+# trained networks and CIFAR-10 images, which are not in the repository
+DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
 
 def seeded(build, seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from resuscitate.choices import Method
+from resuscitate.methods.choices import Method
 from resuscitate.models import MODELS, ResNet
 from tests.networks import pruned_copy, seeded
 from tests.user import invoke

@@ -9,7 +9,7 @@ pytest.importorskip("torch_pruning")
 
 from benchmarks.zoo.resnet import resnet18
 from resuscitate import Masks, models
-from resuscitate.sparsify.structured import channel_groups, channel_masks
+from resuscitate.pruning.structured import channel_groups, channel_masks
 from tests.networks import (
     Dense,
     Excited,

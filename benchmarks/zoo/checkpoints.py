@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from resuscitate.files import atomic
+from resuscitate.utils.files import atomic
 
 from . import build
 

@@ -14,7 +14,7 @@ from common import machine
 from rich.console import Console
 from rich.progress import track
 
-from resuscitate.files import atomic
+from resuscitate.utils.files import atomic
 
 from .budget import Budget
 

@@ -14,7 +14,7 @@ from common import MEAN, STD, network
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.images import load_images, load_labels
+from resuscitate.data.images import load_images, load_labels
 
 from .checkpoints import load
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import MEAN, STD, data_folder
 
 import resuscitate
-from resuscitate.files import atomic
-from resuscitate.images import load_images, load_labels
+from resuscitate.data.images import load_images, load_labels
+from resuscitate.utils.files import atomic
 from zoo import build
 from zoo.budget import Budget
 from zoo.checkpoints import read_about, read_state, save_state, save_weights

@@ -3,22 +3,25 @@
 report = resuscitate.repair(model, dense, calibration, method="asr")
 """
 
-from .batchnorm import recalibrate_batchnorm
-from .compress import CompressReport, compress
-from .damage import LayerDamage, damage
-from .export import Exported, export
-from .fold import FoldReport, fold_batchnorm
-from .hyperspherical import PruningPenalty, to_hyperspherical, to_plain
-from .maps import RecoverabilityMap
-from .masks import Masks
-from .means import densify, replace_by_means
-from .recoverability import Accuracy, recoverability
-from .regrow import GrowthRound, Regrowth, regrow
-from .repair import repair
-from .report import LayerReport, RepairReport
-from .semistructured import SemiStructured, to_semi_structured
-from .sparsify import Repairability, Shrinkage, allocate, shrink, sparsify
-from .targets import DenseStatistics
+from .deploy.export import Exported, export
+from .deploy.fold import FoldReport, fold_batchnorm
+from .deploy.semistructured import SemiStructured, to_semi_structured
+from .engine.reference import DenseStatistics
+from .methods.batchnorm import recalibrate_batchnorm
+from .network.masks import Masks
+from .network.mean_layers import densify, replace_by_means
+from .pruning.allocation import allocate
+from .pruning.repairability import Repairability
+from .pruning.sparsify import sparsify
+from .pruning.structured import Shrinkage, shrink
+from .reports.recoverability import RecoverabilityMap
+from .reports.repair import LayerReport, RepairReport
+from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain
+from .workflows.compress import CompressReport, compress
+from .workflows.damage import LayerDamage, damage
+from .workflows.recoverability import Accuracy, recoverability
+from .workflows.regrow import GrowthRound, Regrowth, regrow
+from .workflows.repair import repair
 
 __version__ = "0.1.0"
 __all__ = [

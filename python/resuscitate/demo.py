@@ -17,10 +17,10 @@ import asr_kernels as ak
 
 from .errors import ResuscitateError
 from .models import digitnet
-from .progress import track
-from .recoverability import Accuracy
-from .repair import repair
-from .sparsify import sparsify
+from .pruning.sparsify import sparsify
+from .utils.progress import track
+from .workflows.recoverability import Accuracy
+from .workflows.repair import repair
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resuscitate
-from resuscitate.graph import output_leaves
+from resuscitate.network.wiring import output_leaves
 from tests.outside.networks import NETWORKS, package
 
 # quick ones, no two alike; `make test` runs these, `make outside` all

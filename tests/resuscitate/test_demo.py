@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import asr_kernels
 import resuscitate
-from resuscitate import cli, demo, plots
+from resuscitate import cli, demo
 from resuscitate.errors import ResuscitateError
+from resuscitate.reports import plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

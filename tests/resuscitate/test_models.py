@@ -1,17 +1,14 @@
 """The models the package carries: their shapes, their keys, and the trained weights they load."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from resuscitate.images import load_images, load_labels
+from resuscitate.data.images import load_images, load_labels
 from resuscitate.models import MODELS, BasicBlock, build
+from tests.networks import DATA
 
-DATA = Path(os.environ.get("RESUSCITATE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 JPEG_TEST = DATA / "cifar10_jpeg_test.npz"
 NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

@@ -36,7 +36,7 @@ class Comparison:
 
     def look(self, when: str, network: nn.Module) -> None:
         """Note what the network does now."""
-        from ..damage import damage
+        from ..workflows.damage import damage
 
         if self.score is not None:
             self.scores[when] = self._score(network)
@@ -50,7 +50,7 @@ class Comparison:
         return {key: value for key, value in (("scores", self.scores), ("channels", self.channels)) if value}
 
     def _score(self, network: nn.Module) -> float:
-        from ..state import moved_to
+        from ..network.snapshot import moved_to
 
         assert self.score is not None
         with moved_to(self.device, [network]):

@@ -70,10 +70,10 @@ def compress(
 ) -> None:
     """Prune in steps, and refit the rest after each from unlabelled images. Runs under torchrun too."""
     options = options_of(locals())
-    from ..checkpoints import load_weights, provenance, write_state_dict
-    from ..compress import compress as run
-    from ..distributed import Ranks, launched
-    from ..files import atomic, check_writable
+    from ..deploy.checkpoints import load_weights, provenance, write_state_dict
+    from ..runtime.distributed import Ranks, launched
+    from ..utils.files import atomic, check_writable
+    from ..workflows.compress import compress as run
 
     for path in filter(None, (output, masks, report)):
         check_writable(path)

@@ -18,8 +18,8 @@ def demo(
 ) -> None:
     """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
     from ..demo import run
-    from ..files import check_writable
-    from ..plots import draw_demo, have_matplotlib
+    from ..reports.plots import draw_demo, have_matplotlib
+    from ..utils.files import check_writable
 
     if plot:
         check_writable(output)

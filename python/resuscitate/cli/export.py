@@ -24,9 +24,9 @@ def export(
 ) -> None:
     """Write a network for others to run; the file is read again and compared before it stays."""
     options = options_of(locals())
-    from ..checkpoints import load_weights, provenance
-    from ..export import check_target
-    from ..export import export as run
+    from ..deploy.checkpoints import load_weights, provenance
+    from ..deploy.export import check_target
+    from ..deploy.export import export as run
 
     check_target(output)
     network = build_model(model)

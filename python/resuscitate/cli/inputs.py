@@ -17,7 +17,7 @@ from ..errors import CalibrationError, ResuscitateError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..images import ImageStream
+    from ..data.images import ImageStream
 
 HEAD = 512  # images to look at
 
@@ -118,8 +118,8 @@ def read_images(
     import torch
     from torch.utils.data import DataLoader
 
-    from ..images import ImageStream
-    from ..sources import KINDS
+    from ..data.images import ImageStream
+    from ..data.sources import KINDS
 
     module, _, loader = str(path).partition(":")
     if loader and module not in KINDS and not path.exists():
@@ -151,7 +151,7 @@ class Dealt:
         self.counts: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        from ..calibration import read_batches
+        from ..data.calibration import read_batches
 
         (rank, ranks), seen, mine = self.shard, 0, 0
         try:
@@ -181,7 +181,7 @@ def _head(batches: Iterable[Tensor]) -> Tensor:
 
 
 def _fills_memory(stream: ImageStream, head: Tensor) -> bool:
-    from ..storage import free_memory
+    from ..runtime.activations import free_memory
 
     each = head[0].nbytes if len(head) else 0
     return stream.images * each > free_memory(head.device) // 4
@@ -200,7 +200,7 @@ def _measure(path: Path, images: Tensor, mean: Any, std: Any) -> dict[str, Any]:
 
 def read_labelled(path: Path, mean: Any, std: Any, size: Any, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels from one .npz. Raises ResuscitateError where they are not as many."""
-    from ..images import load_images, load_labels
+    from ..data.images import load_images, load_labels
 
     images = load_images(path, mean=mean, std=std, size=size, max_samples=limit, seed=seed)
     labels = load_labels(path, max_samples=limit, seed=seed)
@@ -213,8 +213,8 @@ def check_runs(network: nn.Module, images: Tensor, path: Path, device: str | Non
     """Raise CalibrationError if the network cannot run on the images there."""
     import torch
 
-    from ..network import Network
-    from ..state import moved_to
+    from ..network.runner import Network
+    from ..network.snapshot import moved_to
 
     if not len(images):
         return

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..recoverability import METHODS
+from ..workflows.recoverability import METHODS
 from .app import app, show
 from .inputs import build_model, check_runs, read_images, read_labelled
 from .options import (
@@ -58,12 +58,12 @@ def map_(
     Writes map.json, map.csv and a picture for each method into the folder, and a journal: the same command again goes
     on where it was stopped, and adds to what is there.
     """
-    from ..checkpoints import load_weights
-    from ..damage import damage as compare
-    from ..plots import draw_damage, draw_map, have_matplotlib
-    from ..recoverability import Accuracy, recoverability
-    from ..sparsify import sparsify
-    from ..sparsify.allocation import check_sparsity
+    from ..deploy.checkpoints import load_weights
+    from ..pruning.allocation import check_sparsity
+    from ..pruning.sparsify import sparsify
+    from ..reports.plots import draw_damage, draw_map, have_matplotlib
+    from ..workflows.damage import damage as compare
+    from ..workflows.recoverability import Accuracy, recoverability
 
     if damage is not None:
         check_sparsity(damage)

@@ -59,9 +59,9 @@ def prune(
 ) -> None:
     """Set the smallest weights to zero."""
     options = options_of(locals())
-    from ..checkpoints import load_weights, provenance, write_state_dict
-    from ..files import check_writable
-    from ..sparsify import sparsify
+    from ..deploy.checkpoints import load_weights, provenance, write_state_dict
+    from ..pruning.sparsify import sparsify
+    from ..utils.files import check_writable
 
     for path in filter(None, (output, masks)):
         check_writable(path)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..growth import Budget, Saliency
-from ..regrow import Initial, Pattern
+from ..pruning.regrowth import Budget, Saliency
+from ..workflows.regrow import Initial, Pattern
 from .app import app, options_of, show
 from .inputs import build_model, check_runs, read_images, read_labelled
 from .options import (
@@ -71,12 +71,12 @@ def regrow(
 ) -> None:
     """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
     options = options_of(locals())
-    from ..checkpoints import load_weights, provenance, write_state_dict
-    from ..distributed import Ranks, launched
-    from ..files import atomic, check_writable
-    from ..masks import Masks
-    from ..recoverability import Accuracy
-    from ..regrow import regrow as run
+    from ..deploy.checkpoints import load_weights, provenance, write_state_dict
+    from ..network.masks import Masks
+    from ..runtime.distributed import Ranks, launched
+    from ..utils.files import atomic, check_writable
+    from ..workflows.recoverability import Accuracy
+    from ..workflows.regrow import regrow as run
 
     if denser is not None and saliency != "magnitude":
         raise typer.BadParameter("--denser says which weights come first: leave --saliency out")

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..choices import Method, OnNonfinite, Schedule
-from ..means import Per
+from ..methods.choices import Method, OnNonfinite, Schedule
+from ..network.mean_layers import Per
 from .app import app, options_of, show
 from .compare import Comparison
 from .inputs import build_model, check_runs, read_images, read_labelled
@@ -95,14 +95,14 @@ def repair(
         raise typer.BadParameter("all methods but bn match the dense outputs: give --dense, or --method bn")
     if detail and (dense is None or dense == "running"):
         raise typer.BadParameter("--detail compares with the dense network: give its weights, --dense")
-    from ..batches import most_images
-    from ..checkpoints import load_weights, provenance, write_state_dict
-    from ..distributed import Ranks, launched
-    from ..files import atomic, check_writable
-    from ..masks import Masks
-    from ..means import densify
-    from ..recoverability import Accuracy
-    from ..repair import repair as run
+    from ..data.batches import most_images
+    from ..deploy.checkpoints import load_weights, provenance, write_state_dict
+    from ..network.masks import Masks
+    from ..network.mean_layers import densify
+    from ..runtime.distributed import Ranks, launched
+    from ..utils.files import atomic, check_writable
+    from ..workflows.recoverability import Accuracy
+    from ..workflows.repair import repair as run
 
     for path in filter(None, (output, report)):
         check_writable(path)
@@ -175,10 +175,10 @@ def stats(
 ) -> None:
     """Measure a dense network once, for `repair --dense-stats` of any number of its pruned copies."""
     options = options_of(locals())
-    from ..checkpoints import load_weights, provenance
-    from ..distributed import Ranks, launched
-    from ..files import check_writable
-    from ..targets import DenseStatistics
+    from ..deploy.checkpoints import load_weights, provenance
+    from ..engine.reference import DenseStatistics
+    from ..runtime.distributed import Ranks, launched
+    from ..utils.files import check_writable
 
     check_writable(output)
     network = build_model(model)

@@ -19,8 +19,8 @@ def report(
     output: Annotated[Path, opt("The .html file to write.", "--output", "-o")] = Path("report.html"),
 ) -> None:
     """Make one page of HTML of a report, which works offline: figures, tables, and how it was made."""
-    from ..files import atomic, check_writable
-    from ..page import render
+    from ..reports.page import render
+    from ..utils.files import atomic, check_writable
 
     check_writable(output)
     try:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import resuscitate
-from resuscitate.images import load_images
+from resuscitate.data.images import load_images
 from tests.networks import chain, seeded
 from tests.user import MEAN, NETWORKS, STD
 

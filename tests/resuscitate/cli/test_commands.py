@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate import cli
-from resuscitate.recoverability import METHODS
-from resuscitate.sparsify.allocation import METHODS as ALLOCATIONS
+from resuscitate.pruning.allocation import METHODS as ALLOCATIONS
+from resuscitate.workflows.recoverability import METHODS
 from tests.networks import chain
 from tests.user import MODEL, command, invoke, repair, unframed
 
 # the names that resuscitate and its parts have for users are functions, not these modules
-choices, patterns = sys.modules["resuscitate.choices"], sys.modules["resuscitate.sparsify.patterns"]
+choices, patterns = sys.modules["resuscitate.methods.choices"], sys.modules["resuscitate.pruning.patterns"]
 
 OF_FILES = ("mean", "std", "size", "output", "report", "timeout", "workers")
 
@@ -91,7 +91,7 @@ class TestFailing:
             Path(path).write_text("half")
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr("resuscitate.files.save_file", fill)
+        monkeypatch.setattr("resuscitate.utils.files.save_file", fill)
         assert "No space left" in repair("--report", "run.json", code=1).stderr
 
     def test_by_the_real_command_there_is_no_traceback(self):

@@ -103,7 +103,7 @@ class TestFaults:
             option: f"/proc/self/{option.strip('-')}.safetensors"
         }
         words = [word for pair in names.items() for word in pair]
-        assert in_child([*REPAIR, *words], lambda: setattr(resuscitate.images, "ImageStream", None)) == 1
+        assert in_child([*REPAIR, *words], lambda: setattr(resuscitate.data.images, "ImageStream", None)) == 1
         assert "cannot write into this folder" in capfd.readouterr().err
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import resuscitate
-from resuscitate.images import load_images
-from resuscitate.plots import have_matplotlib
+from resuscitate.data.images import load_images
+from resuscitate.reports.plots import have_matplotlib
 from tests.user import MODEL, command, invoke, loaded, unframed
 
 GRID = ["--sparsities", "0.5,0.8", "--allocations", "global,erk", "--methods", "bn,asr"]

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import resuscitate
-from resuscitate.images import load_images
+from resuscitate.data.images import load_images
 from tests.user import MODEL, command, invoke, loaded, metadata, same, unframed
 
 

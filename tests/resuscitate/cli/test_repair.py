@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import resuscitate
-from resuscitate.images import load_images
+from resuscitate.data.images import load_images
 from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same
 
 
@@ -63,9 +63,9 @@ class TestRepair:
 
     def test_only_as_many_images_are_read_as_are_used(self, user, monkeypatch):
         asked = []
-        original = resuscitate.images.ImageStream
+        original = resuscitate.data.images.ImageStream
         monkeypatch.setattr(
-            resuscitate.images,
+            resuscitate.data.images,
             "ImageStream",
             lambda *args, **options: asked.append(options["max_samples"]) or original(*args, **options),
         )
@@ -102,12 +102,16 @@ class TestRepair:
         repair("-b", 7)
         expected = load_file("repaired.safetensors")
         read = []
-        original = resuscitate.images.ImageStream._read
+        original = resuscitate.data.images.ImageStream._read
         monkeypatch.setattr(
-            resuscitate.images.ImageStream, "_read", lambda self, rows: read.append(len(rows)) or original(self, rows)
+            resuscitate.data.images.ImageStream,
+            "_read",
+            lambda self, rows: read.append(len(rows)) or original(self, rows),
         )
         if how == "little memory":
-            monkeypatch.setattr(resuscitate.storage, "free_memory", lambda device: 40 * 3 * 10 * 12 * 4 * 4 - 1)
+            monkeypatch.setattr(
+                resuscitate.runtime.activations, "free_memory", lambda device: 40 * 3 * 10 * 12 * 4 * 4 - 1
+            )
         done = repair("-b", 7, *(["-j", 1] if how == "workers" else []), "--memory", "1MiB")
         assert same(load_file("repaired.safetensors"), expected)
         assert "40 images of 3x10x12" in done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resuscitate.page import render
+from resuscitate.reports.page import render
 from tests.user import MODEL, invoke, repair
 
 

@@ -1,0 +1,1 @@
+"""Calibration images: where they come from, batches of them, checks of them."""

@@ -1,0 +1,202 @@
+"""Batches of images of any usual kind, one after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ..errors import CalibrationError
+from .checks import ClassOrder
+
+if TYPE_CHECKING:
+    from ..engine.room import Room
+
+Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
+
+INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
+
+
+def read_batches(
+    calibration: Calibration,
+    *,
+    max_samples: int | None = None,
+    max_batches: int | None = None,
+    batch_size: int = 128,
+    raw: bool = False,
+    allow_empty: bool = False,
+    room: Room | None = None,
+) -> Iterator[Any]:
+    """The batches' input tensors, (n, ...) each, one after the other: never changed and not copied.
+
+    calibration: a tensor or array (N, ...), split into `batch_size`; an iterable, sized or not, of batches that
+        `input_of` understands; or a function of no arguments that returns one of these.
+    max_samples, max_batches: limits, both always honoured. The last tensor is cut so that exactly `max_samples` images
+        are used, and nothing is read beyond the batch that reaches a limit.
+    raw: yield the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
+        that reaches `max_samples`, counted along the first tensor found in each.
+    allow_empty: have no batches at all without an error, as one of several ranks may.
+    room: end, with a line in the log, where a batch has no room beside those before it. None, and for what the caller
+        holds anyway, a tensor, array, list or tuple: as long as there are batches.
+    Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
+    """
+    for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
+        check_count(option, limit)
+    source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
+    room = None if is_held(source) else room
+    return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty, room)
+
+
+def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
+    """The batches that were read from `calibration`, to be gone through any number of times."""
+    # a loader may hand out the same memory again and again
+    return list(batches if is_held(calibration) else map(copy.deepcopy, batches))
+
+
+def check_count(option: str, limit: int | None) -> None:
+    """Raise CalibrationError for a limit that is neither None nor a whole number of at least 1."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
+
+
+def is_held(calibration: Any) -> bool:
+    """Are the batches in the caller's hands, so that keeping them takes no memory?"""
+    return isinstance(calibration, Tensor | np.ndarray | list | tuple)
+
+
+def _read(
+    source: Any,
+    batches: Iterator[Any],
+    max_samples: int | None,
+    max_batches: int | None,
+    raw: bool,
+    allow_empty: bool,
+    room: Room | None,
+) -> Iterator[Any]:
+    samples, total, dimensions, order = 0, None, set(), ClassOrder()
+    for index, batch in enumerate(batches):
+        try:
+            images = first_tensor(batch) if raw else input_of(batch)
+            count = 0 if images is None else _count(images)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {index}: {error}") from None
+        dimensions.add(0 if images is None else images.ndim)
+        if not raw and len(dimensions) > 1:
+            raise CalibrationError(
+                f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
+                "an (images, labels) pair is one batch: put it in a list"
+            )
+        if room is not None and index == 0:
+            total = _total(source, count, max_samples, max_batches)
+            room.hint(total if max_samples is None and max_batches is None else None)
+        left = count if max_samples is None else max_samples - samples
+        part = batch if raw else images if images is None or count <= left else images[:left]
+        if room is not None and not room.take(part) and index:
+            order.warn()
+            room.warn(samples, total)
+            return
+        order.see(batch, count)
+        yield part
+        samples += count
+        if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
+            order.warn()
+            return
+    if not dimensions and not allow_empty:
+        raise CalibrationError(_nothing_read(source))
+
+
+def input_of(batch: Any) -> Tensor:
+    """The input tensor of one batch: the tensor (or array); the first of a tuple or list; a known key of a dict.
+
+    The keys are `INPUT_KEYS`, tried in that order. Raises CalibrationError, naming the type and keys, for another kind.
+    """
+    if isinstance(batch, Tensor | np.ndarray):
+        return _as_tensor(batch)
+    if isinstance(batch, Mapping):
+        for key in INPUT_KEYS:
+            if key in batch:
+                return input_of(batch[key])
+    if isinstance(batch, tuple | list) and batch:
+        return input_of(batch[0])
+    raise CalibrationError(
+        f"cannot find the images in a batch of kind {_describe(batch)}; give a tensor, a tuple or list that begins "
+        f"with one, or a dict with one under {', '.join(INPUT_KEYS)}; or pass forward_fn=lambda model, batch: ..."
+    )
+
+
+def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[Any]:
+    if isinstance(source, Tensor | np.ndarray):
+        if source.ndim == 0:
+            raise CalibrationError("the calibration images are a tensor without dimensions; give (N, ...)")
+        images = _as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
+        return iter(images[:max_samples].split(batch_size) if len(images) else ())
+    if isinstance(source, str | bytes | Path):
+        raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with images.load_images")
+    if isinstance(source, Mapping):
+        raise CalibrationError(f"calibration is one batch of kind {_describe(source)}; put it in a list")
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        raise CalibrationError("calibration is a Dataset of single images; pass DataLoader(dataset, 128, shuffle=True)")
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        raise CalibrationError(f"calibration must be a tensor or an iterable of batches, not {type(source).__name__}")
+    return iter(source)
+
+
+def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | None) -> int | None:
+    """How many images there are to read, in batches of so many; None where nobody knows."""
+    known = [] if max_samples is None else [max_samples]
+    known += [] if max_batches is None else [max_batches * batch]
+    with suppress(TypeError, NotImplementedError):  # of a loader without a length
+        known.append(len(source) * batch)
+        if getattr(source, "batch_sampler", None) is not None:  # the last batch may be short
+            known.append(len(source.dataset))
+    return min(known, default=None)
+
+
+def first_tensor(batch: Any) -> Tensor | np.ndarray | None:
+    """The first tensor with a batch axis in a nest of tuples, lists and dicts."""
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+
+
+def _count(tensor: Tensor | np.ndarray) -> int:
+    if tensor.ndim == 0:
+        raise CalibrationError("its images are a tensor without dimensions; give (n, ...)")
+    if len(tensor) == 0:
+        raise CalibrationError(f"there are no images in it (shape {tuple(tensor.shape)})")
+    return len(tensor)
+
+
+def _nothing_read(source: Any) -> str:
+    if isinstance(source, Iterator):
+        return (
+            "no batches: the iterator is used up, as a generator is after one pass; pass a list, a DataLoader, or a "
+            "function that returns a new iterator"
+        )
+    return "no batches: the calibration data is empty"
+
+
+def _describe(batch: Any) -> str:
+    name = type(batch).__name__
+    return f"{name} with keys {', '.join(map(repr, batch)) or 'none'}" if isinstance(batch, Mapping) else name
+
+
+def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
+    """The tensor, or one over the array's memory; a copy of what torch cannot share (read-only, reversed)."""
+    if isinstance(array, Tensor):
+        if array.layout is not torch.strided:
+            raise CalibrationError(f"a tensor of layout {array.layout} holds no images; make it dense: .to_dense()")
+        return array
+    shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    try:
+        return torch.from_numpy(array if shareable else array.copy())
+    except TypeError as error:
+        raise CalibrationError(f"an array of {array.dtype} holds no images: {error}") from None

@@ -1,0 +1,264 @@
+"""Where images lie: arrays, JPEG files end to end, folders, parquet tables, tar shards. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import CalibrationError
+from ..runtime.activations import free_memory
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KINDS = ("folder", "npz", "npy", "parquet", "wds")
+CHANNELS = (1, 3, 4)
+
+
+class Source(Protocol):
+    """Images that can be read by number, and their labels, int (N,), if there are any."""
+
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """These images, (n, C, H, W), uint8 or floating point. Raises CalibrationError, naming the file."""
+
+
+def open_source(path: str | Path, size: int | tuple[int, int] | None = None) -> Source:
+    """The images there, by the word before a colon in `path`, or by its ending, or by what a folder holds.
+
+    size: image files are resized and cropped about their centre to this height and width; None: they must agree.
+    Raises CalibrationError, naming the file, where none can be read.
+    """
+    path, kind = _kind(path)
+    if kind in READERS:
+        return READERS[kind](path, size)
+    arrays = _read_arrays(path)
+    labels = next((arrays[name] for name in ("labels", "y") if name in arrays), None)
+    if {"jpeg", "offsets"} <= arrays.keys():
+        return _Jpegs(path, arrays["jpeg"], arrays["offsets"], labels, size)
+    unknown = [name for name in arrays if name not in ("labels", "y")]
+    named = [name for name in ("images", "x", "data") if name in arrays] or (unknown if len(unknown) == 1 else [])
+    if not named:
+        stored = ", ".join(arrays) or "none"
+        raise CalibrationError(f"{path}: none of images, x, data, jpeg and offsets among its arrays ({stored})")
+    if size is not None:
+        raise CalibrationError(f"{path}: size is for image files; arrays are used at the size they have")
+    return _Array(path, arrays[named[0]], labels)
+
+
+def _kind(path: str | Path) -> tuple[Path, str]:
+    word, _, rest = str(path).partition(":")
+    path, kind = (Path(rest), word) if rest and word in KINDS else (Path(path), "")
+    if not kind and path.is_dir():
+        inside = {file.suffix for file in path.iterdir()}
+        kind = "parquet" if ".parquet" in inside else "wds" if ".tar" in inside else "folder"
+    return path, kind or {".parquet": "parquet", ".tar": "wds"}.get(path.suffix, "npz")
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or that of an .npy, which stays on the disk, as `images`."""
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"images": np.atleast_1d(loaded)}
+        with loaded as archive:
+            named = [n for n in archive if n in ("images", "x", "data", "jpeg", "offsets", "labels", "y")]
+            wanted = named or list(archive)
+            size = sum(entry.file_size for entry in archive.zip.infolist() if entry.filename[:-4] in wanted)
+            if size > free_memory(torch.device("cpu")):
+                raise CalibrationError(f"{path}: unpacks to {size:,} bytes, more than there is memory")
+            return {name: np.atleast_1d(archive[name]) for name in wanted}
+    except CalibrationError:
+        raise
+    except Exception as error:  # a broken header may raise anything
+        raise CalibrationError(f"{path}: not a readable .npz, .npy or folder of images ({error})") from error
+
+
+class _Array:
+    """An array (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 or 4."""
+
+    def __init__(self, path: Path, array: np.ndarray, labels: np.ndarray | None) -> None:
+        if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
+            raise CalibrationError(f"{path}: images must be uint8 or floating point, not {array.dtype}")
+        first, last = (array.ndim == 4 and array.shape[axis] in CHANNELS for axis in (1, -1))
+        if array.ndim != 3 and first == last:
+            raise CalibrationError(
+                f"{path}: cannot tell the channels of an array of shape {array.shape}; pass a tensor"
+            )
+        self.array, self.labels = array[:, None] if array.ndim == 3 else array, labels
+        self.channels_last = array.ndim == 4 and last
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        images = self.array[rows]
+        return images.transpose(0, 3, 1, 2) if self.channels_last else images
+
+
+class _Files:
+    """Encoded image files, of which a kind says how many there are and how to open one."""
+
+    labels: np.ndarray | None = None
+
+    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
+        self.path, self.size = path, size
+
+    def open(self, row: int) -> Any:
+        """A path, or an open file."""
+        raise NotImplementedError
+
+    def name(self, row: int) -> str:
+        return f"{self.path}, image {row}"
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return decode([(self.name(row), self.open(row)) for row in rows.tolist()], self.size)
+
+
+class _Folder(_Files):
+    """A folder of image files, read recursively, in the order of their names."""
+
+    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
+        super().__init__(path, size)
+        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def open(self, row: int) -> Any:
+        return self.files[row]
+
+    def name(self, row: int) -> str:
+        return str(self.files[row])
+
+
+class _Jpegs(_Files):
+    """JPEG files end to end in one array of bytes; file i lies from offset i to offset i + 1."""
+
+    def __init__(
+        self,
+        path: Path,
+        data: np.ndarray,
+        offsets: np.ndarray,
+        labels: np.ndarray | None,
+        size: int | tuple[int, int] | None,
+    ) -> None:
+        super().__init__(path, size)
+        if data.dtype != np.uint8 or data.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+            raise CalibrationError(f"{path}: jpeg must be bytes, uint8 (B,), and offsets whole numbers (N + 1,)")
+        self.data, self.offsets, self.labels = data, offsets, labels
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def open(self, row: int) -> Any:
+        return io.BytesIO(self.data[self.offsets[row] : self.offsets[row + 1]].tobytes())
+
+
+class _Parquet(_Files):
+    """Tables as Hugging Face datasets write them: a column of images, bytes or a struct with `bytes`; kept encoded."""
+
+    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
+        super().__init__(path, size)
+        try:
+            from pyarrow import ArrowException, types  # type: ignore[import-untyped]
+            from pyarrow.parquet import ParquetDataset  # type: ignore[import-untyped]
+        except ImportError:
+            raise CalibrationError("reading parquet needs pyarrow: pip install 'resuscitate[parquet]'") from None
+        try:
+            data = ParquetDataset(path)
+            fields = {field.name: field.type for field in data.schema}
+            encoded = [name for name, kind in fields.items() if types.is_struct(kind) or types.is_binary(kind)]
+            named = [name for name in encoded if name in ("image", "img", "images", "jpg", "png")] or encoded
+            if not named:
+                raise CalibrationError(f"{path}: no column of encoded images among {', '.join(fields)}")
+            labelled = next((name for name in ("label", "labels", "fine_label") if name in fields), None)
+            table = data.read(columns=[named[0], *([labelled] if labelled else [])])
+        except (OSError, ArrowException) as error:
+            raise CalibrationError(f"{path}: not readable parquet ({error})") from error
+        self.column = table[named[0]]
+        self.labels = table[labelled].to_numpy() if labelled else None
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def open(self, row: int) -> Any:
+        value = self.column[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise CalibrationError(f"{self.name(row)}: holds no bytes of an image")
+        return io.BytesIO(content)
+
+    def name(self, row: int) -> str:
+        return f"{self.path}, row {row}"
+
+
+class _Shards(_Files):
+    """Tar shards as webdataset has them, one file or a folder of them: images, and the .cls of each with its label."""
+
+    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
+        super().__init__(path, size)
+        self.images, classes = list[tuple[str, Path, int, int]](), dict[str, int]()
+        try:
+            for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+                with tarfile.open(shard, "r:") as archive:
+                    for member in archive:
+                        stem, _, ending = member.name.rpartition(".")
+                        name = f"{shard}/{stem}"
+                        if member.isfile() and f".{ending.lower()}" in SUFFIXES:
+                            self.images.append((name, shard, member.offset_data, member.size))
+                        elif member.isfile() and ending == "cls" and (text := archive.extractfile(member)):
+                            classes[name] = int(text.read(32))
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise CalibrationError(f"{path}: not readable tar shards ({error})") from error
+        names = [name for name, *_ in self.images]
+        if names and all(name in classes for name in names):
+            self.labels = np.array([classes[name] for name in names])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, row: int) -> Any:
+        _, shard, offset, size = self.images[row]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    def name(self, row: int) -> str:
+        return self.images[row][0]
+
+
+READERS: dict[str, Callable[[Path, Any], Source]] = {"folder": _Folder, "parquet": _Parquet, "wds": _Shards}
+
+
+def decode(files: Sequence[tuple[str, Any]], size: int | tuple[int, int] | None) -> np.ndarray:
+    """RGB images (N, 3, H, W), uint8, of (name, path or open file) pairs. Raises CalibrationError, naming the file."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise CalibrationError("reading image files needs Pillow: pip install 'resuscitate[images]'") from None
+    images: list[np.ndarray] = []
+    for name, file in files:
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CalibrationError(f"{name}: not a readable image ({error})") from error
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            image = ImageOps.fit(image, (width, height))
+        images.append(np.asarray(image))
+        if images[-1].shape != images[0].shape:
+            raise CalibrationError(
+                f"{name}: {image.height}x{image.width} pixels, but {files[0][0]} has {images[0].shape[0]}x"
+                f"{images[0].shape[1]}; pass size= to bring all images to one size"
+            )
+    return np.stack(images).transpose(0, 3, 1, 2) if images else np.empty((0, 3, 1, 1), dtype=np.uint8)

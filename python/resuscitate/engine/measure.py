@@ -1,0 +1,146 @@
+"""What modules put out, or read, in whole forward passes in which nothing is corrected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batches, count_images
+from ..network.runner import Network, check_finite
+from ..runtime.activations import Store
+from ..runtime.passes import Crew, Pass, at_a_time, current, end, threads_kept
+from ..utils.progress import Bar
+from .probes import Calls, Stop, merge_calls
+
+AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
+# Bytes of a large value. In threads but the main one glibc's heaps have 64 MiB and hold few of these; what they do not
+# hold takes new pages from the system each time.
+LARGE = 16 << 20
+
+
+class _Lane:
+    """Passes that run one after the other, and `after` each. `calls` are the moments of the batch in hand."""
+
+    def __init__(self, names: Iterable[str], after: Callable[[], object]) -> None:
+        self.names, self.after = list(names), after
+        self.calls: dict[str, Calls] = {}
+
+    def run(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
+        """Run batches that no other lane has taken, as long as there are some."""
+        for index, batch in batches:
+            self.calls = found[index] = {name: [] for name in self.names}
+            net.run(batch)
+            self.after()
+
+
+def measure(
+    net: Network,
+    batches: Iterable[Any],
+    names: Iterable[str],
+    largest: float = 0.0,
+    after: Callable[[], object] = lambda: None,
+) -> dict[str, Calls]:
+    """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
+
+    Several passes run at a time on a CPU, unless a value of the passes is LARGE: `largest` is how many bytes of the
+    largest one each image takes, 0 where that is not known. `after` is called after each pass, in its thread. Raises
+    NonFiniteError.
+    """
+    found: dict[str, Calls] = {name: [] for name in names}
+    alone = _Lane(found, after)
+
+    def take(name: str, x: Tensor) -> None:
+        (current() or alone).calls[name].append(net.moments(name, x))
+
+    ahead = max(AHEAD, torch.get_num_threads())
+    source, most = enumerate(batches), ahead
+    with torch.no_grad(), net.hooked(found, take), threads_kept():
+        while some := list(islice(source, ahead)):
+            if largest * max(count_images(batch) for _, batch in some) > LARGE:
+                most = 1
+            size, threads = at_a_time(net.device, min(len(some), most))
+            drawn = torch.get_rng_state()
+            found_in = _run(net, some, alone, size, threads)
+            if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
+                # what draws random numbers draws them in order, one pass after the other
+                torch.set_rng_state(drawn)
+                most = 1
+                found_in = _run(net, some, alone)
+            for index, _ in some:
+                _check(index, found_in[index])
+                for name, calls in found_in[index].items():
+                    found[name] = merge_calls(found[name], calls)
+    return found
+
+
+def measure_apart(
+    dense: Network, batches: Batches, stops: Iterable[Stop], store: Store, bar: Bar, largest: float
+) -> dict[str, Calls]:
+    """Moments of the dense network alone at the stops that ask for them; `largest` as in `measure`."""
+    asked = [stop for stop in stops if stop.dense and stop.batches]
+
+    def passing() -> Iterator[Any]:
+        for batch in batches.head(max((stop.batches for stop in asked), default=0)):
+            yield batch
+            bar.advance("dense network", count_images(batch))
+
+    return measure(dense, passing(), [stop.name for stop in asked], largest, store.tidy)
+
+
+def _run(
+    net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int = 1, threads: int | None = None
+) -> dict[int, dict[str, Calls]]:
+    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread by the lane `alone`."""
+    found: dict[int, dict[str, Calls]] = {}
+    if size == 1:
+        alone.run(net, iter(some), found)
+        return found
+    waiting, lanes = iter(some), [_Lane(alone.names, alone.after) for _ in range(size)]
+    passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
+    try:
+        Crew(len(passes)).run(iter([each]) for each in passes)
+    finally:
+        end(passes)
+    return found
+
+
+def _check(index: int, found: dict[str, Calls]) -> None:
+    """Raise NonFiniteError for the first module whose moments are not finite; a GPU waits but once if all are."""
+    seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]
+    if seen and not torch.cat(seen).isfinite().all():
+        for name, calls in found.items():
+            check_finite(name, [(index, moments) for moments in calls])
+
+
+def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:
+    """The batches without the images that give a NaN or infinite activation in any network; counts those as "images".
+
+    The networks are taken as they are. An opaque batch (not a tensor) goes whole.
+    """
+    for batch in batches:
+        images = count_images(batch)
+        good = torch.ones(images, dtype=torch.bool)
+
+        def take(name: str, x: Tensor, good: Tensor = good) -> None:
+            finite = x.isfinite().flatten(1).all(1).cpu() if x.dim() > 1 else x.isfinite().all().cpu()
+            good &= finite if finite.shape == good.shape else finite.all()
+
+        with ExitStack() as stack:
+            for net in nets:
+                stack.enter_context(net.hooked(net.observed(), take))
+            for net in nets:
+                net.run(batch)
+        if not isinstance(batch, Tensor):
+            good &= good.all()
+        skipped["images"] += images - int(good.sum())
+        if good.all():
+            yield batch
+        elif good.any():
+            yield batch[good.to(batch.device)]

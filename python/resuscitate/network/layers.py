@@ -1,0 +1,197 @@
+"""Which modules are layers, where their output channels lie, and which tensor really holds their weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from ..errors import MODEL, LayerError, did_you_mean
+
+LAYERS = (_ConvNd, nn.Linear)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # of just these types: a subclass may do more
+Selector = str | type[nn.Module]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers.
+
+    Raises TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; the model stands first")
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution (1-3 d, transposed too) and linear layer by name; a shared one under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+
+
+def find_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every BatchNorm that keeps running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    }
+
+
+def select_layers(
+    model: nn.Module,
+    include: Iterable[Selector] | Selector | None = None,
+    exclude: Iterable[Selector] | Selector | None = None,
+) -> dict[str, nn.Module]:
+    """The layers that `include` names (all when None) less those that `exclude` names.
+
+    A selector is a glob over layer names (`"layer3.*"`; a module's name takes in all within it) or a module type.
+    Raises ValueError, with close matches, for one that selects nothing.
+    """
+    layers = find_layers(model)
+    chosen = set(layers) if include is None else matching(layers, include, "include")
+    dropped = set() if exclude is None else matching(layers, exclude, "exclude")
+    return {name: module for name, module in layers.items() if name in chosen and name not in dropped}
+
+
+def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Selector, option: str) -> set[str]:
+    """The names of the layers that the selectors take; ValueError, naming the option, for one that takes none."""
+    found: set[str] = set()
+    for selector in [selectors] if isinstance(selectors, str | type) else selectors:
+        if isinstance(selector, str):
+            hits = {n for n in layers if fnmatchcase(n, selector) or n.startswith(f"{selector}.")}
+        else:
+            hits = {n for n, module in layers.items() if isinstance(module, selector)}
+        if not hits:
+            hint = (
+                did_you_mean(str(selector), layers, 3)
+                or f"; the layers are {', '.join(n or MODEL for n in layers) or 'none'}"
+            )
+            raise ValueError(f"{option}={selector!r} selects no layer{hint}")
+        found |= hits
+    return found
+
+
+def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
+    """The parameter to write a change of weight to: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
+
+    Raises LayerError where the weight is recomputed in each forward (weight norm, parametrizations): what is written
+    there would be lost.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None and "weight_mask" in module._buffers:
+        weight = module._parameters.get("weight_orig")
+    if weight is None:
+        raise LayerError(
+            name,
+            f"{type(module).__name__}.weight is recomputed from other parameters in every forward, so a change "
+            "would be lost; bake it first (remove_weight_norm, remove_parametrizations) or exclude it",
+        )
+    if is_lazy(weight):
+        raise LayerError(name, "its parameters are not initialised yet; run one forward pass first")
+    return weight
+
+
+def stored_bias(name: str, module: nn.Module) -> nn.Parameter | None:
+    """The layer's bias parameter, or None. Raises LayerError where the bias is recomputed in each forward."""
+    if getattr(module, "bias", None) is not None and module._parameters.get("bias") is None:
+        raise LayerError(name, "its bias is recomputed in every forward; call prune.remove(layer, 'bias') first")
+    return module._parameters.get("bias")
+
+
+def refuse_means(layers: Mapping[str, nn.Module]) -> None:
+    """Raise LayerError for a layer with means of its pruned weights: its weight is not all that it computes with."""
+    for name, layer in layers.items():
+        if "means" in layer._parameters:
+            remedy = "take them out with resuscitate.densify(model, keep_zeros=True)"
+            raise LayerError(name, f"it carries means of its pruned weights; {remedy}")
+
+
+def refresh_weight(module: nn.Module) -> None:
+    """Bring the derived `weight` of a `torch.nn.utils.prune`d module up to date with `weight_orig` and its mask."""
+    mask = module._buffers.get("weight_mask")
+    if mask is not None:
+        module.weight = (module.weight_orig * mask).detach()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def effective_weight(name: str, module: nn.Module) -> Tensor:
+    """The weight that the forward pass uses: stored weight times its `torch.nn.utils.prune` mask, if any."""
+    weight, mask = stored_weight(name, module), module._buffers.get("weight_mask")
+    return weight.detach() if mask is None else weight * mask
+
+
+def out_channels(module: nn.Module) -> int:
+    """Number of output channels, C."""
+    return int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Axis of the output channels in the layer's *output*, counted from the end, so that unbatched outputs work too."""
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def along_weight(module: nn.Module, vector: Tensor) -> Tensor:
+    """A (C,) vector over output channels, shaped to broadcast against the layer's weight.
+
+    A transposed convolution keeps its output channels on axis 1, a group's share of them at a time.
+    """
+    if isinstance(module, _ConvTransposeNd):
+        groups, rows = module.groups, module.in_channels // module.groups
+        spread = vector.view(groups, 1, -1).expand(-1, rows, -1).reshape(module.in_channels, -1)
+        return spread.view(*spread.shape, *[1] * len(module.kernel_size))
+    return vector.view(-1, *[1] * (len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1))
+
+
+def along_inputs(module: nn.Module, vector: Tensor) -> Tensor:
+    """A vector over the input channels of all groups, shaped to broadcast against the layer's weight."""
+    kernel = [1] * len(module.kernel_size) if isinstance(module, _ConvNd) else []
+    if isinstance(module, _ConvTransposeNd):
+        return vector.view(-1, 1, *kernel)
+    groups = module.groups if isinstance(module, _ConvNd) else 1
+    spread = vector.view(groups, -1).repeat_interleave(out_channels(module) // groups, 0)
+    return spread.view(*spread.shape, *kernel)
+
+
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of the layer's weight as (C, fan-in): a row for each output channel."""
+    if isinstance(module, _ConvTransposeNd):
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    return weight.flatten(1)
+
+
+def columns_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of the layer's weight as (input channels of all groups, all else): a row for each."""
+    if isinstance(module, _ConvTransposeNd):
+        return weight.flatten(1)
+    groups = module.groups if isinstance(module, _ConvNd) else 1
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def dead_channels(name: str, module: nn.Module) -> Tensor:
+    """Boolean (C,): output channels whose weights are all zero."""
+    rows = rows_of(module, effective_weight(name, module))
+    return rows.abs().amax(-1) == 0 if rows.shape[-1] else rows.new_ones(len(rows), dtype=torch.bool)
+
+
+def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A stand-in for the layer that computes with another weight, and maybe bias, without hooks; it is not changed."""
+    double = copy.copy(module)
+    double.__dict__.pop("weight", None)  # where torch.nn.utils.prune keeps it
+    double._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
+    if bias is not None:
+        double._parameters["bias"] = bias  # type: ignore[assignment]
+    double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return double

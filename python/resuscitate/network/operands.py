@@ -1,0 +1,104 @@
+"""What a layer multiplies its weight with: the arguments of the convolution, or the matrix product, in its forward.
+
+A layer's attributes do not tell: TensorFlow's "SAME" padding depends on the size of the input and stands in the forward
+of a subclass; `padding` may have been set after construction. The arguments of the call do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from asr_kernels import Window
+
+from ..errors import LayerError
+
+# functions whose outputs are products of a weight with patches of an input
+PRODUCTS = {"conv1d", "conv2d", "conv3d", "linear"}
+PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a call of one of `PRODUCTS`, by name."""
+    return {**dict(zip(PARAMETERS, args, strict=False)), **(kwargs or {})}
+
+
+def operands(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, Window]:
+    """What a layer multiplies its weight with where it reads `x`: the input after its own padding, and the window.
+
+    x: (N, C, *spatial), or (..., C) for a linear layer. The layer's forward runs as far as its product, without its
+    hooks. Raises LayerError where it never multiplies its own weight: `Wiring.products` names the layers that do.
+    """
+    catch = _Catch(layer)
+    try:
+        with catch:
+            layer.forward(x)
+    except _CaughtError:
+        return catch.found["input"], _window(catch.found)
+    raise LayerError(name, f"{type(layer).__name__}.forward does not multiply with the layer's own weight; exclude it")
+
+
+def with_batch_axis(layer: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
+    """A layer's inputs or outputs; a convolution's (C, *spatial), of one image, as (1, C, *spatial)."""
+    lone = isinstance(layer, _ConvNd) and any(x is not None and x.dim() < layer.weight.dim() for x in tensors)
+    return [x[None] if lone and x is not None else x for x in tensors]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """The outputs of a weight where it reads `x`, as `operands` gives it, in the dtype of the weight."""
+    x = x.to(weight.dtype)
+    if not window.kernel:
+        return F.linear(x, weight, bias)
+    padding = [before for before, _ in window.padding]
+    if any(before != after for before, after in window.padding):
+        x, padding = F.pad(x, [pad for pair in reversed(window.padding) for pad in pair]), [0] * len(padding)
+    conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(window.kernel) - 1]
+    found: Tensor = conv(x, weight, bias, window.stride, padding, window.dilation, window.groups)
+    return found
+
+
+class _CaughtError(BaseException):
+    """Ends a forward at its product. Not an Exception, lest the layer's own handler take it."""
+
+
+class _Catch(TorchFunctionMode):
+    """Ends a layer's forward at the product with its own weight, and keeps the arguments."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.found: dict[str, Any] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in PRODUCTS:
+            named = named_arguments(args, kwargs)
+            if named["weight"] is self.layer.weight:
+                self.found = named
+                raise _CaughtError
+        return func(*args, **(kwargs or {}))
+
+
+def _window(call: Mapping[str, Any]) -> Window:
+    """The window of a call."""
+    kernel = tuple(call["weight"].shape[2:])
+    if not kernel:
+        return Window()
+    stride, dilation = (_each(call.get(key, 1), kernel) for key in ("stride", "dilation"))
+    padding = call.get("padding", 0)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pads = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, kernel))
+    return Window(kernel, stride, pads, dilation, call.get("groups", 1))
+
+
+def _each(value: int | Sequence[int], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """One number for each spatial axis, as convolutions take them."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values

@@ -1,0 +1,1 @@
+"""Which weights are pruned: patterns, allocation over layers, coupled channels, regrowth."""

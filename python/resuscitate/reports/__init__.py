@@ -1,0 +1,1 @@
+"""What a user reads afterwards: reports, maps, plots and the HTML page."""

@@ -1,0 +1,144 @@
+"""What comes back, by sparsity, allocation and method: a tidy table, and the regime that only a repair survives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import CheckpointError, did_you_mean
+from ..utils.files import write_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, pruned, repaired and scored.
+
+    `sparsity` was asked for and `pruned` is what came out; `score` is what `evaluate` said; `seconds` took the repair.
+    """
+
+    sparsity: float
+    allocation: str
+    method: str
+    score: float
+    pruned: float
+    seconds: float
+
+
+class Transition(NamedTuple):
+    """Sparsities from `start` to `end`; where `open`, the repair still held at the largest that was measured."""
+
+    start: float
+    end: float
+    open: bool
+
+    def __str__(self) -> str:
+        return f"{self.start:.3f} to {'beyond ' * self.open}{self.end:.3f}"
+
+
+@dataclass(frozen=True)
+class RecoverabilityMap:
+    """The cells of a map in the order of sparsity, and what they are seen against.
+
+    `dense` is the score of the model before pruning, `chance` that of guessing; `pattern` and `images`, how many, are
+    those of all cells.
+    """
+
+    cells: list[Cell]
+    dense: float
+    chance: float
+    pattern: str
+    images: int
+
+    @property
+    def sparsities(self) -> list[float]:
+        return sorted({cell.sparsity for cell in self.cells})
+
+    @property
+    def allocations(self) -> list[str]:
+        return list(dict.fromkeys(cell.allocation for cell in self.cells))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    def curve(self, allocation: str, method: str) -> dict[float, float]:
+        """{sparsity: score}, ascending. Raises ValueError for a name that is not in the map."""
+        for option, value, known in (("allocation", allocation, self.allocations), ("method", method, self.methods)):
+            if value not in known:
+                hint = did_you_mean(value, known)
+                raise ValueError(f"{option} {value!r} is not in the map, which has {', '.join(known)}{hint}")
+        mine = [cell for cell in self.cells if (cell.allocation, cell.method) == (allocation, method)]
+        return {cell.sparsity: cell.score for cell in sorted(mine, key=lambda cell: cell.sparsity)}
+
+    def limit(self, allocation: str, method: str) -> float | None:
+        """The sparsity at which a method has lost half of the dense model's lead over chance; None if it never does.
+
+        By straight lines between the sparsities that were measured, from the dense score at 0; the first such.
+        """
+        half = self.chance + (self.dense - self.chance) / 2
+        last, above = 0.0, self.dense
+        for sparsity, score in self.curve(allocation, method).items():
+            if score < half:
+                return last + (sparsity - last) * (above - half) / (above - score)
+            last, above = sparsity, score
+        return None
+
+    def transition(self, allocation: str, method: str, baseline: str = "bn") -> Transition | None:
+        """The transition regime: where `baseline` has lost more than half of its lead over chance and `method` has not.
+
+        It starts at the `limit` of the baseline and ends at that of the method, or, open, at the largest sparsity that
+        was measured. None where there is no such sparsity.
+        """
+        start, end = self.limit(allocation, baseline), self.limit(allocation, method)
+        if start is None or (end is not None and end <= start):
+            return None
+        return Transition(start, max(self.sparsities) if end is None else end, end is None)
+
+    def best(self, sparsity: float, method: str) -> str:
+        """The allocation of the highest score; the first named among equals."""
+        return max(self.allocations, key=lambda allocation: self.curve(allocation, method)[sparsity])
+
+    def save(self, path: str | Path) -> None:
+        """Write .json (everything) or .csv (a row for each cell), whole or not at all. Raises OSError, ValueError."""
+        shared = {"dense": self.dense, "chance": self.chance, "pattern": self.pattern, "images": self.images}
+        columns = [*(column.name for column in fields(Cell)), *shared]
+        write_rows(path, asdict(self), columns, [{**asdict(cell), **shared} for cell in self.cells])
+
+    @classmethod
+    def load(cls, path: str | Path) -> RecoverabilityMap:
+        """Read the .json again. Raises OSError, or CheckpointError for a file of another kind."""
+        try:
+            plain: dict[str, Any] = json.loads(Path(path).read_text())
+            return cls(**{**plain, "cells": [Cell(**cell) for cell in plain["cells"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}: holds no recoverability map ({error})") from error
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        yield f"dense {self.dense:.2f}, chance {self.chance:g}, {self.pattern}, {self.images} images"
+        for method in self.methods:
+            table = Table(escape(method), box=None, header_style="bold")
+            for allocation in self.allocations:
+                table.add_column(allocation, justify="right")
+            for sparsity in self.sparsities:
+                scores = [self.curve(allocation, method).get(sparsity) for allocation in self.allocations]
+                table.add_row(f"{sparsity:.1%}", *("" if score is None else f"{score:.2f}" for score in scores))
+            yield table
+        if "bn" in self.methods:
+            yield from map(escape, self.findings())
+
+    def findings(self, baseline: str = "bn") -> Iterable[str]:
+        """A line for each method and allocation that has a transition regime."""
+        for method in self.methods:
+            for allocation in self.allocations:
+                found = self.transition(allocation, method, baseline)
+                if method != baseline and found is not None:
+                    yield f"{allocation}: {method} still holds where {baseline} fails, sparsity {found}"

@@ -1,0 +1,277 @@
+"""Forward passes that can be suspended: each runs in a thread of its own, a given number of them at a time.
+
+A suspended pass keeps its activations in its own Python frames. So it needs no graph of the network, and it works for
+any control flow. Threads, not coroutines: gradient mode, autocast and function modes are states of a thread.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import ResuscitateError
+
+# Seconds. A signal that comes just before the main thread begins to wait does not end the wait, and until it is handled
+# Python 3.11 runs no other thread that is traced (by a debugger, by coverage). So no wait is longer than this.
+WAIT = 0.5
+
+Chain = Iterator["Pass"]
+_thread = threading.local()
+
+
+class _CancelledError(BaseException):
+    """Unwinds a suspended forward pass. Not an Exception, so that no handler of the model takes it."""
+
+
+class RestartError(BaseException):
+    """Unwinds a forward pass that has to begin anew: `Pass.again` is then True."""
+
+
+def current() -> Any:
+    """What the pass of this thread was given as `state`; None in a thread that is no pass."""
+    return getattr(_thread, "state", None)
+
+
+class Pass:
+    """One forward pass. It runs from `resume` until it calls `suspend`, or ends.
+
+    run: the forward pass. state: what `current` returns in its thread. The thread begins with the first `resume`, with
+    gradients off and `threads` intra-op threads; None leaves their number. At its end, however it comes, it calls
+    `finish`. A pass that is dropped is cancelled.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], object],
+        state: object = None,
+        threads: int | None = None,
+        finish: Callable[[], object] | None = None,
+    ) -> None:
+        self._control = _Control(run, state, threads, finish or _nothing)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the forward pass has returned or has raised an error."""
+        return self._control.ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the forward pass raised."""
+        return self._control.error
+
+    @property
+    def again(self) -> bool:
+        """Whether the forward pass has ended by RestartError."""
+        return self._control.again
+
+    def resume(self, then: Callable[[], None]) -> None:
+        """Have the pass go on, and return at once. It calls `then` in its thread when it is suspended or has ended."""
+        self._control.resume(then)
+
+    def cancel(self) -> None:
+        """Have the pass unwind from where it is suspended; one that runs, from where it is suspended next."""
+        self._control.cancel()
+
+    def join(self) -> None:
+        """Wait until its thread has ended."""
+        self._control.join()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # an interrupt came before it had one
+            try:
+                self._control.cancel()
+            finally:  # once more, lest an interrupt came within it
+                self._control.cancel()
+
+
+def suspend() -> None:
+    """Suspend the pass of this thread until it is resumed. Raises what unwinds it, if it is cancelled."""
+    _thread.control.suspend()
+
+
+class _Control:
+    """What a pass and its thread share. The thread does not refer to the `Pass`, which can so be dropped."""
+
+    def __init__(
+        self, run: Callable[[], object], state: object, threads: int | None, finish: Callable[[], object]
+    ) -> None:
+        self.run = run
+        self.state, self.threads, self.finish = state, threads, finish
+        self.ended = self.again = self.cancelled = False
+        self.error: BaseException | None = None
+        self.then: Callable[[], None] = _nothing
+        self.go = threading.Lock()  # free while the pass may go on
+        self.go.acquire()
+        self.begun = False
+        self.over = threading.Event()
+
+    def resume(self, then: Callable[[], None]) -> None:
+        self.then = then
+        if not self.begun and self.cancelled:
+            self.ended = True
+            then()
+        elif not self.begun:
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(self.body,), name="forward pass", daemon=True)
+            self.begun = True  # beforehand: the pass may be resumed again before `start` returns
+            try:
+                thread.start()
+            except BaseException as error:
+                if thread.ident is None:
+                    self.over.set()
+                if isinstance(error, RuntimeError):
+                    cause = f"{error}: each batch waits in a thread of its own; use larger batches"
+                    raise ResuscitateError(cause) from error
+                raise
+        else:
+            self.go.release()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        with suppress(RuntimeError):  # it is free already
+            self.go.release()
+
+    def join(self) -> None:
+        while self.begun and not self.over.wait(WAIT):
+            pass
+
+    def suspend(self) -> None:
+        self.hand_on()
+        if not self.cancelled:
+            self.go.acquire()
+        if self.cancelled:
+            raise _CancelledError
+
+    def body(self) -> None:
+        _thread.control, _thread.state = self, self.state
+        try:
+            torch.set_grad_enabled(False)
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            if not self.cancelled:
+                self.run()
+        except _CancelledError:
+            pass
+        except RestartError:
+            self.again = True
+        except BaseException as error:
+            self.error = error
+        try:
+            self.finish()
+        except BaseException as error:
+            self.error = self.error or error
+        _thread.state = self.state = None
+        self.run = self.finish = _nothing
+        self.ended = True
+        self.hand_on()
+        self.over.set()
+
+    def hand_on(self) -> None:
+        """Call `then`, which refers to the `Pass`: no frame of a suspended pass may hold it."""
+        then, self.then = self.then, _nothing
+        then()
+
+
+def end(passes: Iterable[Pass]) -> None:
+    """Cancel passes, and wait until their threads have ended."""
+    passes = list(passes)
+    for each in passes:
+        each.cancel()
+    for each in passes:
+        each.join()
+
+
+def _nothing() -> None:
+    pass
+
+
+class Crew:
+    """Runs chains of passes, `size` chains at a time. It waits without using a core.
+
+    A chain is an iterator of passes: each is resumed, and when it is suspended or has ended, the chain is asked for the
+    next, in the thread of that pass. So what the chain does between two passes runs beside the other chains.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.lock = threading.Lock()
+
+    def run(self, chains: Iterable[Chain]) -> None:
+        """Run all chains to their ends. Raises the first error of a pass or of a chain; no pass is resumed after it.
+
+        After an interrupt some passes may still run: the caller cancels and joins them.
+        """
+        waiting, failed = iter(list(chains)), list[BaseException]()
+        idle = queue.SimpleQueue[None]()
+
+        def go_on(chain: Chain | None) -> None:
+            """Resume the next pass of this chain, or of another one that has yet to begin."""
+            while not failed:
+                if chain is None:
+                    with self.lock:
+                        chain = next(waiting, None)
+                    if chain is None:
+                        break
+                try:
+                    each = next(chain, None)
+                    if each is not None:
+                        each.resume(partial(came, chain, each))
+                        return
+                except BaseException as error:
+                    failed.append(error)
+                    break
+                chain = None
+            idle.put(None)
+
+        def came(chain: Chain, each: Pass) -> None:
+            if each.error is not None:
+                failed.append(each.error)
+            go_on(chain)
+
+        try:
+            for _ in range(self.size):
+                go_on(None)
+            for _ in range(self.size):
+                _get(idle)
+        except BaseException as error:  # an interrupt
+            failed.append(error)
+            raise
+        if failed:
+            raise failed[0]
+
+
+def _get(idle: queue.SimpleQueue[None]) -> None:
+    """Wait until there is something in the queue, and take it."""
+    while True:
+        with suppress(queue.Empty):
+            return idle.get(timeout=WAIT)
+
+
+def at_a_time(device: torch.device, passes: int, memory: int = 1, each: int = 0) -> tuple[int, int | None]:
+    """How many passes run at a time, and with how many intra-op threads each, None where that is left as it is.
+
+    On a CPU as many as this thread has intra-op threads, or as there are passes, or as `memory` holds of `each` bytes;
+    they share the threads. Else one, for the queue of the device is filled by one as fast as by several.
+    """
+    if device.type != "cpu":
+        return 1, None
+    threads = torch.get_num_threads()
+    size = max(min(passes, threads, memory // each if each else threads), 1)
+    return size, threads // size
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Afterwards the number of intra-op threads, which passes set for themselves, is what it was for all others."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,137 @@
+"""Where values go that exceed a memory budget: regions of a scratch file, or pinned host memory behind a GPU."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ResuscitateError
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes out of memory: where, how many, and of which device."""
+
+    offset: int
+    size: int
+    device: torch.device
+
+
+class Place(Protocol):
+    """Takes bytes, uint8 (n,), and gives them back."""
+
+    def write(self, data: Tensor, at: Region | None) -> Region:
+        """Into a new region, or over one of the same size."""
+
+    def read(self, region: Region, data: Tensor) -> None:
+        """The bytes of a region, into uint8 (n,) on the device they came from."""
+
+    def free(self, region: Region) -> None:
+        """Give up a region."""
+
+    def close(self) -> None:
+        """Give up all."""
+
+
+class ScratchFile:
+    """Regions of one nameless file, made when first needed; a freed region is used again."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        # /tmp often is memory; /var/tmp is where systems keep large temporary files on disk
+        large = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
+        self.folder = str(folder or large or tempfile.gettempdir())
+        self.file: IO[bytes] | None = None
+        self.end = 0
+        self.gaps: list[tuple[int, int]] = []  # (size, offset), sorted
+
+    def write(self, data: Tensor, at: Region | None) -> Region:
+        region = at or Region(self._allocate(data.numel()), data.numel(), data.device)
+        try:
+            if self.file is None:
+                self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+            self.file.seek(region.offset)
+            left = view_bytes(data.cpu())
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise ResuscitateError(
+                f"scratch folder {self.folder}: {error.strerror}; free some space there, name another with scratch=, "
+                "or give more memory="
+            ) from error
+        return region
+
+    def read(self, region: Region, data: Tensor) -> None:
+        assert self.file is not None
+        self.file.seek(region.offset)
+        left = view_bytes(data)
+        while left:
+            got = self.file.readinto(left)  # type: ignore[attr-defined]
+            if not got:
+                raise ResuscitateError(f"scratch file in {self.folder} was cut short")
+            left = left[got:]
+
+    def free(self, region: Region) -> None:
+        bisect.insort(self.gaps, (region.size, region.offset))
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _allocate(self, size: int) -> int:
+        index = bisect.bisect_left(self.gaps, (size, -1))
+        if index == len(self.gaps):
+            self.end += size
+            return self.end - size
+        room, offset = self.gaps.pop(index)
+        if room > size:
+            bisect.insort(self.gaps, (room - size, offset + size))
+        return offset
+
+
+class HostMemory:
+    """Pinned host memory, for what exceeds a GPU."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+        self.next = 0
+
+    def write(self, data: Tensor, at: Region | None) -> Region:
+        if at is None:
+            at = Region(self.next, data.numel(), data.device)
+            self.next += 1
+            self.held[at.offset] = torch.empty(at.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.held[at.offset].copy_(data)
+        return at
+
+    def read(self, region: Region, data: Tensor) -> None:
+        data.copy_(self.held[region.offset])
+
+    def free(self, region: Region) -> None:
+        del self.held[region.offset]
+
+    def close(self) -> None:
+        self.held.clear()
+
+
+def free_disk(folder: str) -> int:
+    """Bytes that may yet be written to a folder; 0 where that cannot be told."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def view_bytes(data: Tensor) -> memoryview:
+    """The memory of a tensor uint8 (n,) in host memory. Not by `Tensor.numpy`, which makes a storage unresizable."""
+    array: Any = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
+    array.tensor = data  # lives as long as the view
+    return memoryview(array).cast("B")

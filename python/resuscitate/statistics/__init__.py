@@ -1,0 +1,1 @@
+"""What is computed from measured values alone: moments and least squares on them."""

@@ -1,0 +1,1 @@
+"""Training that prepares a network for pruning."""

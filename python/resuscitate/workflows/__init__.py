@@ -1,0 +1,1 @@
+"""The public functions that measure or change a whole network."""

@@ -1,0 +1,81 @@
+"""Batches kept, counted and cut."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resuscitate.data.batches import Batches, count_images, cut, rebatch
+from resuscitate.errors import CalibrationError
+from resuscitate.runtime.activations import Store
+
+IMAGES = torch.arange(10.0 * 3 * 2 * 2).view(10, 3, 2, 2)
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
+
+
+def numbered(sizes):
+    """Batches of the given sizes whose images are numbered 0, 1, 2, ..."""
+    return list(torch.arange(float(sum(sizes))).view(-1, 1).split(list(sizes)))
+
+
+def _rebatched(batches, *args):
+    return list(rebatch(Batches(batches), *args))
+
+
+class TestBatches:
+    @given(sizes=SIZES, images=st.none() | st.integers(0, 40))
+    def test_they_know_how_many_hold_so_many_images(self, sizes, images):
+        batches = Batches(numbered(sizes))
+        held = batches.images(batches.holding(images))
+        assert held == sum(sizes) if images is None or images > sum(sizes) else held >= images
+        assert not batches.holding(images) or images is None or batches.images(batches.holding(images) - 1) < images
+
+    @given(sizes=SIZES, marks=st.lists(st.none() | st.integers(0, 30), max_size=3))
+    def test_a_cut_lets_whole_batches_end_at_each_mark(self, sizes, marks):
+        found = Batches(cut(numbered(sizes), marks))
+        assert torch.equal(torch.cat(list(found.head())), torch.cat(numbered(sizes)))
+        for mark in marks:
+            assert found.images(found.holding(mark)) == min(sum(sizes) if mark is None else mark, sum(sizes))
+
+    @pytest.mark.parametrize("budget", [1 << 20, 1], ids=["in memory", "in scratch"])
+    def test_kept_batches_come_back_again_and_again(self, budget):
+        with Store(budget, torch.device("cpu")) as store:
+            batches = Batches(({"image": part, "labels": [1]} for part in IMAGES.split(4)), store)
+            for _ in range(2):
+                assert torch.equal(torch.cat([batch["image"] for batch in batches.head()]), IMAGES)
+            assert batches[1]["labels"] == [1]
+            assert (store.away > 0) == (budget == 1)
+
+    def test_a_part_of_a_tensor_does_not_keep_the_whole(self):
+        with Store(1 << 20, torch.device("cpu")) as store:
+            Batches(iter([IMAGES[:2]]), store)
+            assert store.resident == IMAGES[:2].numel() * 4
+
+    def test_an_opaque_batch_counts_by_its_first_tensor(self):
+        assert [count_images(batch) for batch in (IMAGES, {"text": "a", "x": [IMAGES[:3]]}, "opaque")] == [10, 3, 1]
+
+
+class TestRebatch:
+    @given(sizes=SIZES, size=st.integers(1, 9), count=st.none() | st.integers(1, 9))
+    def test_the_same_images_in_the_same_order_in_equal_batches(self, sizes, size, count):
+        batches, available = numbered(sizes), sum(sizes)
+        if available < size * (count or 1):
+            with pytest.raises(CalibrationError, match=f"need {size * (count or 1)} images and there are {available}"):
+                _rebatched(batches, size, count)
+            return
+        cut = _rebatched(batches, size, count)
+        assert len(cut) == (count or available // size)
+        assert all(len(batch) == size for batch in cut)
+        assert torch.cat(cut).flatten().tolist() == list(range(size * len(cut)))
+
+    def test_a_batch_within_a_batch_is_a_view(self):
+        assert _rebatched([IMAGES], 5)[1].data_ptr() == IMAGES[5:].data_ptr()
+
+    def test_images_of_different_sizes_cannot_share_a_batch(self):
+        with pytest.raises(CalibrationError, match=r"\(3, 8, 8\) and \(3, 9, 9\) cannot share a batch of 4"):
+            _rebatched([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], 4)
+
+    @pytest.mark.parametrize(("size", "count"), [(0, 1), (4, 0), (-1, None)])
+    def test_no_batches_or_empty_ones_are_refused(self, size, count):
+        with pytest.raises(CalibrationError, match="must be at least 1"):
+            _rebatched([IMAGES], size, count)

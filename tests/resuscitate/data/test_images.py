@@ -1,0 +1,336 @@
+"""Images on disk: arrays, folders, parquet tables and tar shards; what cannot be read is named."""
+
+import io
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from resuscitate.data import sources
+from resuscitate.data.images import ImageStream, load_images, load_labels
+from resuscitate.errors import CalibrationError
+from tests.networks import DATA
+
+JPEG_TEST = DATA / "cifar10_jpeg_test.npz"
+
+
+@pytest.fixture
+def pixels():
+    """(7, 6, 5, 3) uint8: images that differ in every value."""
+    return np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+
+
+class TestArraysFromDisk:
+    def test_uint8_is_scaled_normalised_and_brought_to_channels_first(self, tmp_path, pixels):
+        np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(7))
+        mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+        loaded = load_images(tmp_path / "a.npz", mean=mean, std=std, seed=None)
+        assert (loaded.dtype, loaded.shape) == (torch.float32, (7, 3, 6, 5))
+        expected = ((pixels / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(loaded.numpy(), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_floats_are_taken_as_they_are(self, tmp_path, pixels, dtype):
+        array = pixels.astype(dtype).transpose(0, 3, 1, 2)
+        np.save(tmp_path / "a.npy", array)
+        loaded = load_images(tmp_path / "a.npy", seed=None)
+        assert loaded.dtype == torch.float32
+        np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32))
+
+    @pytest.mark.parametrize("name", ["images", "x", "data", "anything"])
+    def test_the_array_is_found_by_name_or_because_it_is_the_only_one(self, tmp_path, pixels, name):
+        np.savez(tmp_path / "a.npz", **{name: pixels})
+        assert load_images(tmp_path / "a.npz").shape == (7, 3, 6, 5)
+
+    def test_grey_images_without_a_channel_axis_get_one(self, tmp_path, pixels):
+        np.save(tmp_path / "a.npy", pixels[..., 0])
+        assert load_images(tmp_path / "a.npy").shape == (7, 1, 6, 5)
+
+    def test_the_shuffle_comes_before_the_limit_and_repeats(self, tmp_path):
+        np.savez(tmp_path / "sorted.npz", x=np.repeat(np.arange(100.0), 4).reshape(100, 1, 2, 2), y=np.arange(100))
+        some = load_images(tmp_path / "sorted.npz", max_samples=30)
+        assert len(some) == 30
+        assert some.max() > 60
+        assert torch.equal(some, load_images(tmp_path / "sorted.npz", max_samples=30))
+        assert torch.equal(some, load_images(tmp_path / "sorted.npz")[:30])
+        assert not torch.equal(some, load_images(tmp_path / "sorted.npz", max_samples=30, seed=1))
+
+    @pytest.mark.parametrize("options", [{}, {"seed": 3, "max_samples": 9}, {"seed": None, "max_samples": 9}], ids=str)
+    def test_labels_come_in_the_order_of_the_images(self, tmp_path, options):
+        np.savez(
+            tmp_path / "a.npz", x=np.repeat(np.arange(20.0), 4).reshape(20, 1, 2, 2), y=np.arange(20, dtype=np.uint8)
+        )
+        labels = load_labels(tmp_path / "a.npz", **options)
+        assert labels.dtype == torch.int64
+        assert torch.equal(load_images(tmp_path / "a.npz", **options)[:, 0, 0, 0].long(), labels)
+
+    def test_nothing_is_unpickled(self, tmp_path):
+        np.save(tmp_path / "a.npy", np.array([{"code": "run me"}], dtype=object), allow_pickle=True)
+        np.savez(tmp_path / "b.npz", images=np.array([None], dtype=object))
+        for name in ("a.npy", "b.npz"):
+            with pytest.raises(CalibrationError, match=name):
+                load_images(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("array", "options", "problem"),
+        [
+            (np.zeros((2, 3, 6, 6), np.int64), {}, "uint8 or floating point, not int64"),
+            (np.zeros((2, 5, 6, 7)), {}, "cannot tell the channels"),
+            (np.zeros((2, 3, 6, 3)), {}, "cannot tell the channels"),
+            (np.zeros((2, 3)), {}, "cannot tell the channels"),
+            (np.zeros((0, 3, 6, 6)), {}, "0 images found"),
+            (np.zeros((2, 3, 6, 6)), {"max_samples": 0}, "at most 0 asked for"),
+            (np.zeros((2, 3, 6, 6)), {"size": 8}, "size is for image files"),
+            (np.zeros((2, 3, 6, 6)), {"mean": (0.5, 0.5)}, "one for each of 3 channels"),
+            (np.zeros((2, 3, 6, 6)), {"std": 0.0}, "std must be above 0"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_cannot_be_images_is_refused_by_file(self, tmp_path, array, options, problem):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(CalibrationError, match=rf"a\.npy: .*{problem}"):
+            load_images(tmp_path / "a.npy", **options)
+
+    def test_other_files_are_refused_by_name(self, tmp_path, pixels):
+        (tmp_path / "a.txt").write_text("no array")
+        np.savez(tmp_path / "b.npz", left=pixels, right=pixels)
+        for name, problem in (("a.txt", "not a readable"), ("missing.npz", "not a readable"), ("b.npz", "left, right")):
+            with pytest.raises(CalibrationError, match=rf"{name}: .*{problem}"):
+                load_images(tmp_path / name)
+        with pytest.raises(CalibrationError, match="none of images, x, data"):
+            load_labels(tmp_path / "b.npz")
+
+
+class TestImageFiles:
+    @pytest.fixture(autouse=True)
+    def pillow(self):
+        return pytest.importorskip("PIL")
+
+    def save(self, folder, name, array):
+        from PIL import Image
+
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+
+    def test_a_folder_is_read_recursively_and_other_files_are_passed_over(self, tmp_path, pixels):
+        for i, image in enumerate(pixels):
+            self.save(tmp_path, f"class{i % 2}/{i}.png", image)
+        (tmp_path / "class0" / "notes.txt").write_text("not an image")
+        (tmp_path / "class0" / "._0.png").write_text("nor this")
+        loaded = load_images(tmp_path, seed=None)
+        expected = pixels[[0, 2, 4, 6, 1, 3, 5]].transpose(0, 3, 1, 2)
+        torch.testing.assert_close(loaded, torch.from_numpy(expected) / 255, atol=1e-7, rtol=0)
+
+    def test_a_folder_sorted_by_class_is_shuffled_before_the_limit(self, tmp_path):
+        for i in range(40):
+            self.save(tmp_path, f"class{i // 20}/{i:02}.png", np.full((2, 2, 3), i // 20 * 255, np.uint8))
+        assert 0 < load_images(tmp_path, max_samples=10).mean() < 1
+
+    def test_grey_and_transparent_images_become_rgb(self, tmp_path, pixels):
+        self.save(tmp_path, "grey.png", pixels[0, :, :, 0])
+        self.save(tmp_path, "rgba.png", np.concatenate([pixels[0], pixels[1, :, :, :1]], -1))
+        assert load_images(tmp_path).shape == (2, 3, 6, 5)
+
+    @pytest.mark.parametrize(("size", "shape"), [(4, (4, 4)), ((4, 8), (4, 8))])
+    def test_size_brings_all_to_one_size(self, tmp_path, pixels, size, shape):
+        self.save(tmp_path, "a.png", pixels[0])
+        self.save(tmp_path, "b.png", pixels[1, :4])
+        assert load_images(tmp_path, size=size).shape == (2, 3, *shape)
+
+    def test_different_sizes_without_it_are_refused_by_file(self, tmp_path, pixels):
+        self.save(tmp_path, "a.png", pixels[0])
+        self.save(tmp_path, "b.png", pixels[1, :4])
+        with pytest.raises(CalibrationError, match=r"b\.png: 4x5 pixels, but .*a\.png has 6x5; pass size="):
+            load_images(tmp_path, seed=None)
+
+    def test_a_broken_file_is_named(self, tmp_path, pixels):
+        self.save(tmp_path, "a.png", pixels[0])
+        (tmp_path / "b.jpg").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+        with pytest.raises(CalibrationError, match=r"b\.jpg: not a readable image"):
+            load_images(tmp_path)
+
+    def test_a_folder_without_images_is_refused(self, tmp_path):
+        with pytest.raises(CalibrationError, match="0 images found"):
+            load_images(tmp_path)
+
+    def test_without_pillow_the_extra_is_named(self, tmp_path, pixels, monkeypatch):
+        self.save(tmp_path, "a.png", pixels[0])
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(CalibrationError, match=r"pip install 'resuscitate\[images\]'"):
+            load_images(tmp_path)
+
+    def test_jpeg_files_end_to_end_in_an_npz(self, tmp_path, pixels):
+        from PIL import Image
+
+        files = []
+        for image in pixels:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "jpeg", quality=100, subsampling=0)
+            files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        np.savez(
+            tmp_path / "a.npz",
+            jpeg=np.concatenate(files),
+            offsets=np.cumsum([0, *map(len, files)]),
+            labels=np.arange(7),
+        )
+        loaded, labels = load_images(tmp_path / "a.npz"), load_labels(tmp_path / "a.npz")
+        expected = torch.from_numpy(pixels.transpose(0, 3, 1, 2)) / 255
+        # JPEG at its best quality is a few grey levels off
+        torch.testing.assert_close(loaded, expected[labels], atol=8 / 255, rtol=0)
+
+    @pytest.mark.real_data
+    @pytest.mark.skipif(not JPEG_TEST.exists(), reason="CIFAR-10 not found; set RESUSCITATE_DATA")
+    def test_cifar10_has_all_its_classes_in_a_few_images(self):
+        images, labels = load_images(JPEG_TEST, max_samples=500), load_labels(JPEG_TEST, max_samples=500)
+        assert images.shape == (500, 3, 32, 32)
+        assert 0 <= images.min() < images.mean() < images.max() <= 1
+        assert labels.bincount().min() > 30
+
+
+def encoded(pixels):
+    """Each image as a PNG file."""
+    image = pytest.importorskip("PIL.Image")
+    files = []
+    for array in pixels:
+        buffer = io.BytesIO()
+        image.fromarray(array).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+@pytest.fixture
+def many():
+    return np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
+
+
+class TestParquet:
+    @pytest.fixture(params=["struct", "bytes", "folder"])
+    def table(self, request, tmp_path, many):
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        files = encoded(many)
+        column = files if request.param == "bytes" else [{"bytes": file, "path": None} for file in files]
+        found = pa.table({"other": [b"x"] * 11, "img": column, "label": list(range(11))})
+        if request.param != "folder":
+            parquet.write_table(found, tmp_path / "part.parquet")
+            return tmp_path / "part.parquet"
+        parquet.write_table(found.slice(0, 4), tmp_path / "a.parquet")
+        parquet.write_table(found.slice(4), tmp_path / "b.parquet")
+        return tmp_path
+
+    def test_it_gives_the_images_and_labels_in_one_order(self, table, many):
+        images, labels = load_images(table, max_samples=7, seed=3), load_labels(table, max_samples=7, seed=3)
+        assert images.shape == (7, 3, 6, 5)
+        expected = torch.from_numpy(many[labels.numpy()]).permute(0, 3, 1, 2).float() / 255
+        assert torch.equal(images, expected)
+        assert torch.equal(load_images(f"parquet:{table}", max_samples=7, seed=3), images)
+
+    def test_ranks_share_it_out_without_padding(self, table):
+        whole = load_images(table)
+        parts = [load_images(table, shard=(rank, 3)) for rank in range(3)]
+        assert [len(part) for part in parts] == [4, 4, 3]
+        assert all(torch.equal(part, whole[rank::3]) for rank, part in enumerate(parts))
+
+    def test_what_is_no_table_of_images_is_named(self, tmp_path):
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+        with pytest.raises(CalibrationError, match="not readable parquet"):
+            load_images(tmp_path / "broken.parquet")
+        parquet.write_table(pa.table({"label": [1]}), tmp_path / "plain.parquet")
+        with pytest.raises(CalibrationError, match="no column of encoded images among label"):
+            load_images(tmp_path / "plain.parquet")
+        parquet.write_table(pa.table({"image": [b"GIF8"]}), tmp_path / "no.parquet")
+        with pytest.raises(CalibrationError, match="row 0: not a readable image"):
+            load_images(tmp_path / "no.parquet")
+        with pytest.raises(CalibrationError, match="no labels"):
+            load_labels(tmp_path / "no.parquet")
+
+    def test_a_missing_extra_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(CalibrationError, match=r"pip install 'resuscitate\[parquet\]'"):
+            load_images(tmp_path / "x.parquet")
+
+
+class TestShards:
+    @pytest.fixture
+    def shards(self, tmp_path, many):
+        for shard, rows in (("a", range(4)), ("b", range(4, 11))):
+            with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+                files = encoded(many)
+                for row in rows:
+                    for ending, content in (("png", files[row]), ("cls", str(row).encode()), ("json", b"{}")):
+                        member = tarfile.TarInfo(f"{row:03d}.{ending}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+        return tmp_path
+
+    def test_they_give_the_images_and_labels_in_one_order(self, shards, many):
+        images, labels = load_images(shards, max_samples=7, seed=3), load_labels(shards, max_samples=7, seed=3)
+        assert torch.equal(images, torch.from_numpy(many[labels.numpy()]).permute(0, 3, 1, 2).float() / 255)
+        assert len(load_images(shards / "a.tar")) == 4
+        assert torch.equal(load_images(f"wds:{shards}", max_samples=7, seed=3), images)
+
+    def test_ranks_share_them_out_without_padding(self, shards):
+        whole = load_images(shards)
+        assert torch.equal(load_images(shards, shard=(1, 2)), whole[1::2])
+
+    def test_what_is_no_shard_is_named(self, tmp_path):
+        (tmp_path / "x.tar").write_bytes(b"no archive" * 200)
+        with pytest.raises(CalibrationError, match="not readable tar shards"):
+            load_images(tmp_path / "x.tar")
+
+
+class TestStream:
+    """Batches that are read when they are wanted: the images of `load_images`, in its order, none twice."""
+
+    @pytest.fixture(params=["npz", "npy", "folder", "tar"])
+    def source(self, request, tmp_path, many):
+        if request.param == "npz":
+            np.savez(tmp_path / "images.npz", images=many)
+            return tmp_path / "images.npz"
+        if request.param == "npy":
+            np.save(tmp_path / "images.npy", many)
+            return tmp_path / "images.npy"
+        if request.param == "folder":
+            for row, content in enumerate(encoded(many)):
+                (tmp_path / f"{row:02d}.png").write_bytes(content)
+            return tmp_path
+        with tarfile.open(tmp_path / "images.tar", "w") as archive:
+            for row, content in enumerate(encoded(many)):
+                member = tarfile.TarInfo(f"{row:02d}.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return tmp_path / "images.tar"
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_workers_read_each_image_once_and_keep_the_order(self, source, workers):
+        options = {"mean": 0.5, "std": 0.25, "max_samples": 10, "seed": 1}
+        stream = ImageStream(source, batch_size=3, **options)
+        batches = list(DataLoader(stream, batch_size=None, num_workers=workers))
+        assert (len(stream), stream.images) == (4, 10)
+        assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+        assert torch.equal(torch.cat(batches), load_images(source, **options))
+        assert torch.equal(torch.cat(list(stream)), torch.cat(batches))
+
+    def test_ranks_share_them_out_without_padding(self, source):
+        whole = load_images(source)
+        for rank in range(3):
+            stream = ImageStream(source, batch_size=2, shard=(rank, 3))
+            assert torch.equal(torch.cat(list(stream)), whole[rank::3])
+
+    def test_more_ranks_than_images(self, source):
+        assert list(ImageStream(source, shard=(11, 12))) == []
+
+
+def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((1000, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr(sources, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(CalibrationError, match=r"bomb\.npz: unpacks to 3,072,128 bytes, more than there is memory"):
+        load_images(tmp_path / "bomb.npz")

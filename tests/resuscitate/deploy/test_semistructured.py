@@ -1,0 +1,69 @@
+"""2:4 weights put to use where torch can, left with the reason where it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+import resuscitate
+from resuscitate.deploy import semistructured
+from resuscitate.deploy.semistructured import is_two_of_four, to_semi_structured
+from resuscitate.errors import ResuscitateError
+from tests.networks import chain, images, seeded
+
+
+def wide():
+    return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def test_what_sparsify_makes_is_two_of_four():
+    model = wide()
+    assert not is_two_of_four(model[0].weight)
+    resuscitate.sparsify(model, pattern="2:4")
+    assert all(is_two_of_four(model[index].weight) for index in (0, 2, 4))
+    assert not is_two_of_four(torch.zeros(3, 6))
+    assert is_two_of_four(torch.tensor([[0.0, 1, 0, 1, 1, 0, 0, 0]]))
+    assert not is_two_of_four(torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]]))
+
+
+def test_what_cannot_be_converted_is_left_with_the_reason():
+    model = seeded(chain)
+    resuscitate.sparsify(model, pattern="2:4")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = to_semi_structured(model, images(4))
+    assert (found.converted, found.error) == ([], 0.0)
+    assert "a Conv2d; torch has semi-structured tensors for linear layers only" in found.left["3"]
+    assert "compute capability 8.0" in found.left["11"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert to_semi_structured(wide(), torch.rand(4, 128)).left["0"] == "not 2:4 sparse"
+
+
+def pretended(monkeypatch, wrong=0.0):
+    """As if this were such a GPU: the weight stays dense, and is off by so much."""
+    monkeypatch.setattr(semistructured, "_obstacle", lambda module, weight: None if len(weight) > 10 else "too small")
+    monkeypatch.setattr(semistructured, "to_sparse_semi_structured", lambda weight: weight + wrong)
+
+
+def test_outputs_are_compared_and_the_model_is_put_back(monkeypatch):
+    model, x = wide(), torch.rand(4, 128)
+    resuscitate.sparsify(model, pattern="2:4")
+    pretended(monkeypatch)
+    found = to_semi_structured(model, x)
+    assert (found.converted, found.left, found.error) == (["0", "2"], {"4": "too small"}, 0.0)
+    before = list(model.parameters())
+    pretended(monkeypatch, wrong=0.5)
+    with pytest.raises(ResuscitateError, match="the model is as it was"):
+        to_semi_structured(model, x)
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_it_computes_the_same(dtype):
+    model = wide().to("cuda", dtype).eval()
+    resuscitate.sparsify(model, pattern="2:4")
+    x = torch.rand(64, 128, device="cuda", dtype=dtype)
+    expected = model(x)
+    found = to_semi_structured(model, x)
+    assert {"0", "2"} <= set(found.converted)
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,359 @@
+"""Refitting: the least-squares solution on every support, and what a repair makes of it."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+import resuscitate
+from asr_kernels import Window, patch_moments
+from resuscitate.errors import NonFiniteError
+from resuscitate.methods.aggregate import aggregate
+from resuscitate.methods.refit import blocks, by_block, contributions, fit, whole
+from resuscitate.network.runner import Network
+from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+
+PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+def problem(groups=1, count=30, noise=1.0, seed=0):
+    """Inputs, outputs of a random convolution of them with noise, and its weight (O, K), all float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, 6, 6, dtype=torch.float64, generator=generator) + 1
+    weight = torch.randn(8, 4 // groups, 3, 3, dtype=torch.float64, generator=generator)
+    y = F.conv2d(x, weight, padding=1, groups=groups) + 3
+    y = y + noise * torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    window = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
+    columns = F.unfold(x, 3, padding=1).view(count, groups, -1, 36).permute(1, 2, 0, 3).flatten(2)
+    return patch_moments(x, y, window), weight.flatten(1), columns, y.transpose(0, 1).flatten(1)
+
+
+class TestSolution:
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    @given(density=st.floats(0, 1), seed=st.integers(0, 5), alike=st.booleans())
+    @settings(deadline=None, max_examples=15)
+    def test_it_is_that_of_lstsq_on_each_support(self, groups, density, seed, alike):
+        moments, weight, columns, y = problem(groups, seed=seed)
+        support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < density
+        support[1] = False
+        if alike:
+            support[:] = support[0]
+        found = fit(moments, weight * support, support, ridge=1e-13, most=torch.inf)
+        assert (found.weight[~support] == 0).all()
+        for o in range(8):
+            u, places = columns[o // (8 // groups)], support[o].nonzero().flatten()
+            wanted = y[o]
+            if not len(places):
+                assert found.bias[o] == pytest.approx(float(wanted.mean()))
+                continue
+            design = torch.cat([u[places], torch.ones(1, u.shape[1], dtype=torch.float64)]).mT
+            solution = torch.linalg.lstsq(design, wanted[:, None]).solution[:, 0]
+            gain = wanted.std(correction=0) / (design @ solution).std(correction=0)
+            assert found.weight[o, places] == pytest.approx(gain * solution[:-1], rel=1e-6, abs=1e-8)
+            assert found.bias[o] == pytest.approx(
+                float((wanted - gain * (design[:, :-1] @ solution[:-1])).mean()), abs=1e-7
+            )
+
+    def test_the_ridge_pulls_towards_the_present_weights(self):
+        moments, weight, _, _ = problem()
+        support, present = torch.ones_like(weight, dtype=torch.bool), torch.zeros_like(weight)
+        present[:, ::3] = 0.1
+        distances = [
+            float((fit(moments, present, support, ridge=ridge, most=torch.inf).weight - present).norm())
+            for ridge in (1e-6, 1.0, 1e8)
+        ]
+        assert distances == sorted(distances, reverse=True)
+        weak = fit(moments, present, support, ridge=1e8, most=1.0)
+        assert weak.weight == pytest.approx(present, abs=1e-5)
+
+    def test_the_variance_that_a_regression_loses_is_given_back_up_to_a_limit(self):
+        moments, weight, _, _ = problem(noise=20.0)
+        support = torch.ones_like(weight, dtype=torch.bool)
+        support[:, ::2] = False
+        whole = fit(moments, weight * support, support, most=torch.inf)
+        assert whole.after == pytest.approx(1)
+        assert whole.explained < 0.5
+        assert fit(moments, weight * support, support, most=1.1).after < 1
+
+    def test_a_bias_that_is_small_beside_the_mean_is_still_a_bias(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(400, 4, dtype=torch.float64, generator=generator) + 500
+        weight = torch.rand(3, 4, dtype=torch.float64, generator=generator) + 0.5
+        y = x @ weight.mT + 0.05
+        found = fit(patch_moments(x, y, Window()), weight, weight != 0, ridge=1e-9)
+        assert found.bias == pytest.approx(torch.full((3,), 0.05, dtype=torch.float64), rel=1e-2)
+
+    def test_constant_inputs_keep_the_weights_and_set_the_bias(self):
+        x, y = torch.full((3, 4, 5, 5), 2.0), torch.randn(3, 8, 3, 3)
+        weight = torch.randn(8, 36)
+        moments = patch_moments(x, y, Window((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+        found = fit(moments, weight, weight != 0)
+        assert torch.equal(found.weight, weight.double())
+        assert found.bias == pytest.approx(y.double().mean((0, 2, 3)) - 2 * weight.double().sum(1), rel=1e-5)
+
+    @pytest.mark.parametrize("ridge", [0.0, 1e-2])
+    def test_a_dead_input_and_one_that_stands_twice_leave_it_finite_and_right(self, ridge):
+        x = torch.randn(30, 4, 6, 6, dtype=torch.float64)
+        x[:, 1], x[:, 3] = 0, x[:, 2]
+        weight = torch.randn(8, 4, 3, 3, dtype=torch.float64)
+        y = F.conv2d(x, weight, padding=1)
+        support = torch.ones(8, 36, dtype=torch.bool)
+        support[0, :3] = False
+        found = fit(patch_moments(x, y, PADDED), weight.flatten(1) * support, support, ridge=ridge)
+        assert found.weight.isfinite().all()
+        again = F.conv2d(x, found.weight.view_as(weight), found.bias, padding=1)
+        assert (again[:, 1:] - y[:, 1:]).abs().max() < 1e-3
+
+    def test_fewer_samples_than_weights_reproduce_the_samples(self):
+        x, weight = torch.randn(1, 4, 3, 3, dtype=torch.float64), torch.randn(8, 4, 3, 3, dtype=torch.float64)
+        y = torch.randn(1, 8, 3, 3, dtype=torch.float64)
+        found = fit(patch_moments(x, y, PADDED), weight.flatten(1), torch.ones(8, 36, dtype=torch.bool), ridge=1e-10)
+        assert found.weight.isfinite().all()
+        assert F.conv2d(x, found.weight.view_as(weight), found.bias, padding=1) == pytest.approx(y, abs=1e-3)
+
+
+class TestRepair:
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited], ids=lambda build: build.__name__)
+    def test_what_was_not_pruned_comes_back_as_it_is(self, build):
+        dense = seeded(build)
+        model = copy.deepcopy(dense)
+        resuscitate.repair(model, dense, images(60), method="refit", skip_last=False)
+        torch.testing.assert_close(model.state_dict(), dense.state_dict(), rtol=2e-3, atol=2e-4)
+
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited, Zoo, Shared], ids=lambda build: build.__name__)
+    def test_zeros_stay_zero_and_the_outputs_come_nearer_than_by_any_gain(self, build):
+        dense, errors = seeded(build), {}
+        x = images(60)
+
+        def flat(out):
+            return torch.cat([part.flatten(1) for part in torch.utils._pytree.tree_leaves(out)], 1)
+
+        for method in ("channelwise", "refit"):
+            model = pruned_copy(dense)
+            masks = resuscitate.Masks.from_zeros(model)
+            resuscitate.repair(model, dense, x, method=method, skip_first=False)
+            assert resuscitate.Masks.from_zeros(model) == masks
+            with torch.no_grad():
+                errors[method] = float((flat(model(x)) - flat(dense(x))).square().mean())
+        assert errors["refit"] < 0.8 * errors["channelwise"]
+
+    @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited, Zoo], ids=lambda build: build.__name__)
+    def test_both_walks_and_any_batches_agree(self, build):
+        # what a ReLU hides turns on the sign of single outputs, and so on rounding: see test_gates
+        dense, results, plain = seeded(build), [], {"method": "refit", "relu_aware": False}
+        for size in (48, 1, 7):
+            results.append(pruned_copy(dense))
+            report = resuscitate.repair(results[-1], dense, images(48), **plain, batch_size=size)
+            assert report.walk == "node"
+        results.append(pruned_copy(dense))
+        batches = list(images(48).split(10))
+        report = resuscitate.repair(results[-1], dense, batches, **plain, forward_fn=lambda m, x: m(x))
+        assert report.walk == "suspended"
+        for other in results[1:]:
+            torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=1e-3, atol=2e-5)
+
+    @pytest.mark.parametrize("build", [Shared, Untraceable], ids=lambda build: build.__name__)
+    def test_networks_without_a_graph_are_refitted_too(self, build):
+        dense = seeded(build)
+        model = pruned_copy(dense)
+        report = resuscitate.repair(model, dense, images(40), method="refit")
+        assert report.walk == "suspended"
+        assert {row.action for row in report.layers} == {"refitted"}
+
+    def test_a_layer_is_fitted_on_what_the_repaired_network_gives_it(self):
+        dense, x = seeded(chain), images(40)
+        model = pruned_copy(dense)
+        weight = model[6].weight.detach().clone().flatten(1)
+        resuscitate.repair(model, dense, x, method="refit", relu_aware=False)
+        with torch.no_grad():
+            reads, wanted = model[:6](x), dense[:7](x)
+        found = fit(patch_moments(reads, wanted, PADDED), weight, weight != 0)
+        torch.testing.assert_close(model[6].weight.flatten(1).double(), found.weight, rtol=1e-3, atol=1e-5)
+        shift = dense[7].running_mean - model[7].running_mean
+        torch.testing.assert_close(shift.double(), found.bias, rtol=1e-3, atol=1e-5)
+
+    def test_a_transposed_convolution_is_given_its_gain(self):
+        dense = seeded(Zoo)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(40), method="refit")
+        rows = {row.name: row for row in report.layers}
+        assert rows["up"].action == "repaired"
+        assert rows["up"].gain
+        assert rows["depthwise"].action == rows["grouped"].action == rows["line"].action == "refitted"
+        assert rows["unused"].action == "left alone: no forward pass reaches it"
+
+    def test_a_torch_prune_mask_stays_that_mask(self):
+        dense = seeded(chain)
+        model = copy.deepcopy(dense)
+        prune.l1_unstructured(model[3], "weight", amount=0.6)
+        mask = model[3].weight_mask.clone()
+        plain = copy.deepcopy(dense)
+        with torch.no_grad():
+            plain[3].weight.copy_(model[3].weight)
+        for net in (model, plain):
+            resuscitate.repair(net, dense, images(40), method="refit")
+        assert torch.equal(model[3].weight_mask, mask)
+        torch.testing.assert_close(model[3].weight, plain[3].weight)
+
+    def test_the_report_says_what_was_explained(self):
+        dense = seeded(chain)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(60), method="refit")
+        for row in report.layers:
+            assert row.action == "refitted"
+            assert 0 < row.explained <= 1 + 1e-6
+            assert row.variance_after == pytest.approx(1, abs=0.2)
+
+    def test_undo_brings_everything_back(self):
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        resuscitate.repair(model, dense, images(), method="refit").undo()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_nan_is_refused_with_the_layer_and_the_batch(self):
+        dense, x = seeded(chain), images()
+        x[13] = torch.nan
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(NonFiniteError, match="layer '0': batch 1"):
+            resuscitate.repair(model, dense, x, method="refit", batch_size=10)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_it_needs_the_dense_model_itself_in_sequence(self):
+        dense = seeded(chain)
+        statistics = resuscitate.DenseStatistics.measure(dense, images())
+        for target, options in ((statistics, {}), ("running", {}), (None, {}), (dense, {"schedule": "parallel"})):
+            with pytest.raises(ValueError, match="pass dense as a model, schedule='sequential'"):
+                resuscitate.repair(pruned_copy(dense), target, images(), method="refit", **options)
+        with pytest.raises(ValueError, match="bias=False is for methods"):
+            resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", bias=False)
+        with pytest.raises(ValueError, match="ridge=-1 must be at least 0"):
+            resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", ridge=-1)
+
+
+class TestWideLayers:
+    """A layer with more values in a patch than a second-moment matrix should have is fitted block by block."""
+
+    @pytest.mark.parametrize("build", [chain, Residual, Untraceable], ids=lambda build: build.__name__)
+    def test_blocks_come_nearer_than_any_gain_and_keep_the_zeros(self, build, monkeypatch):
+        monkeypatch.setattr(sys.modules["resuscitate.methods.refit"], "WIDEST", 36)
+        dense, x, errors = seeded(build), images(60), {}
+        for method in ("channelwise", "refit"):
+            model = pruned_copy(dense)
+            masks = resuscitate.Masks.from_zeros(model)
+            report = resuscitate.repair(model, dense, x, method=method, skip_first=False)
+            assert resuscitate.Masks.from_zeros(model) == masks
+            with torch.no_grad():
+                a, b = (torch.utils._pytree.tree_leaves(net(x))[0] for net in (model, dense))
+            errors[method] = float((a - b).square().mean())
+        assert any(row.action.endswith("blocks of inputs") for row in report.layers)
+        assert errors["refit"] < errors["channelwise"]
+
+    @pytest.mark.parametrize("layer", [nn.Linear(12, 5), nn.Conv2d(6, 5, 3, padding=1), nn.Conv1d(6, 4, 3, bias=False)])
+    def test_the_contributions_of_all_blocks_are_the_output(self, layer):
+        shape = {nn.Linear: (7, 12), nn.Conv2d: (7, 6, 5, 5), nn.Conv1d: (7, 6, 9)}[type(layer)]
+        x = torch.randn(shape)
+        parts = contributions("layer", layer, x, 3).unflatten(1, (3, -1)).sum(1)
+        torch.testing.assert_close(parts.view(layer(x).shape), layer(x))
+        weight = layer.weight.detach()
+        assert torch.equal(whole(by_block(weight, 3).flatten(1), weight.shape, 3), weight)
+
+    def test_a_layer_is_cut_only_where_it_must_be(self, monkeypatch):
+        assert blocks(nn.Conv2d(512, 512, 3)) == 1
+        assert blocks(nn.Linear(25088, 16)) == 4
+        assert blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
+        monkeypatch.setattr(sys.modules["resuscitate.methods.refit"], "WIDEST", 4)
+        assert blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
+
+
+class TestTwoStage:
+    """Channels that go hand what they carried to those that stay; then all is refitted."""
+
+    def redundant(self):
+        """A network whose second half of hidden channels repeats the first, at other strengths."""
+        dense = seeded(chain)
+        with torch.no_grad():
+            for conv, norm in ((dense[0], dense[1]), (dense[3], dense[4])):
+                half = len(conv.weight) // 2
+                conv.weight[half:] = conv.weight[:half]
+                for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                    tensor[half:] = tensor[:half]
+        return dense
+
+    def test_exactly_redundant_channels_are_lost_without_a_loss(self):
+        dense, x = self.redundant(), images(40)
+        masks = {name: torch.ones_like(dense[int(name)].weight, dtype=torch.bool) for name in ("0", "3", "6")}
+        for maker, reader in (("0", "3"), ("3", "6")):
+            masks[maker][4:] = False
+            masks[reader][:, 4:] = False
+        for method in ("two-stage", "bn"):
+            model = copy.deepcopy(dense)
+            resuscitate.Masks(masks).apply_(model)
+            resuscitate.repair(model, dense, x, method=method)
+            with torch.no_grad():
+                error = (model(x) - dense(x)).abs().max() / dense(x).abs().max()
+            assert (error < 2e-3) == (method == "two-stage")
+            if method == "two-stage":
+                assert resuscitate.Masks(masks) == resuscitate.Masks.from_zeros(model, include=["0", "3", "6"])
+
+    def test_the_first_stage_alone_is_the_ridge_map_of_the_kept_on_the_removed(self):
+        dense, x = seeded(chain), images(40)
+        model = copy.deepcopy(dense)
+        with torch.no_grad():
+            model[3].weight[:, [1, 5]] = 0
+            model[3].weight[2, 0] = 0
+            reads = dense[:3](x).double().transpose(0, 1).flatten(1)
+        assert aggregate(model, Network(dense), x.split(9), ridge=0.0) == ["3"]
+        kept = [0, 2, 3, 4, 6, 7]
+        b = torch.linalg.lstsq(reads[kept].mT, reads.mT).solution
+        wanted = torch.einsum("ohij,ph->opij", dense[3].weight.detach().double(), b)
+        wanted[2, 0] = 0
+        torch.testing.assert_close(model[3].weight[:, kept].double(), wanted, rtol=1e-3, atol=1e-4)
+        assert (model[3].weight[:, [1, 5]] == 0).all()
+
+    @pytest.mark.parametrize(
+        ("options", "left"),
+        [
+            ({"exclude": "6"}, "6"),
+            ({"include": ["0", "3"]}, "6"),
+            ({"skip_last": True}, "11"),
+            ({"skip_first": True}, "0"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_layers_that_are_left_out_stay_as_they_are(self, options, left):
+        dense, x = seeded(chain), images(40)
+        model = copy.deepcopy(dense)
+        with torch.no_grad():
+            model[0].weight[:, 2] = 0
+            model[3].weight[:, 4:] = 0
+            model[6].weight[:, 4:] = 0
+            model[11].weight[:, 8:] = 0
+        before = copy.deepcopy(model)
+        report = resuscitate.repair(model, dense, x, method="two-stage", **options)
+        assert torch.equal(model[int(left)].weight, before[int(left)].weight)
+        assert not torch.equal(model[3].weight, before[3].weight)
+        (note,) = (note for note in report.notes if "took over" in note)
+        assert set(note.partition(": ")[2].split(", ")) == {"0", "3", "6", "11"} & {
+            row.name for row in report.layers if row.action == "refitted"
+        }
+
+    def test_a_projection_network_is_repaired_and_shrunk(self):
+        pytest.importorskip("torch_pruning")
+        dense, x, errors = seeded(Residual), images(60), {}
+        for method in ("bn", "refit", "two-stage"):
+            model = copy.deepcopy(dense)
+            masks = resuscitate.sparsify(model, 0.4, pattern="channels", example=x[:2])
+            resuscitate.repair(model, dense, x, method=method)
+            with torch.no_grad():
+                errors[method] = float((model(x) - dense(x)).square().mean())
+            before = model(x).detach()
+            resuscitate.shrink(model, masks, x[:2])
+            torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-5)
+        assert errors["refit"] < errors["bn"]
+        assert errors["two-stage"] < errors["bn"]

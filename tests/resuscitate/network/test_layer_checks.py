@@ -1,0 +1,136 @@
+"""Layers that do not compute with their weight as it is are found by trying, and left alone, by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import resuscitate
+from resuscitate.errors import LayerError
+from resuscitate.network.layer_checks import objections
+from tests.networks import chain, images, pruned_copy, seeded
+
+
+class Standardised(nn.Conv2d):
+    """As weight standardisation has it."""
+
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / (std + 1e-5), self.bias)
+
+
+class ThroughConvForward(nn.Conv2d):
+    """The same by another door."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, F.normalize(weight, dim=1), bias)
+
+
+class Activated(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Harmless(nn.Conv2d):
+    """A forward of its own that changes nothing."""
+
+    def forward(self, x):
+        return super().forward(x * 1.0)
+
+
+class Masked(nn.Linear):
+    """One that wants more than one input cannot be tried."""
+
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+def children(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def with_layer(layer):
+    model = seeded(chain)
+    model[3] = layer
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Standardised, "does not compute with its weight as it is"),
+        (ThroughConvForward, "does not compute with its weight as it is"),
+        (Activated, "does more to its output than add a bias"),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+class TestWhatWouldLoseAGainOrAShift:
+    def test_is_left_alone_and_the_others_are_repaired(self, kind, message, bias):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        report = resuscitate.repair(model, dense, images())
+        rows = {row.name: row.action for row in report.layers}
+        assert rows["3"].startswith(f"left alone: {kind.__name__} {message}")
+        assert {rows[name] for name in ("0", "6", "11")} == {"refitted"}
+        torch.testing.assert_close(model[3].state_dict(), children(before, "3."), rtol=0, atol=0)
+        report.undo()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+    def test_is_left_dense_with_a_warning(self, kind, message, bias, caplog):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = copy.deepcopy(dense)
+        masks = resuscitate.sparsify(model, 0.5)
+        assert sorted(masks) == ["0", "11", "6"]
+        assert f"1 of 4 layers are left dense: '3': {kind.__name__} {message}" in caplog.text
+        assert torch.equal(model[3].weight, dense[3].weight)
+        report = resuscitate.compress(copy.deepcopy(dense), 0.5, images(), steps=1)
+        assert "3" not in report.masks
+
+    def test_is_refused_by_name_where_nothing_else_is_selected(self, kind, message, bias):
+        dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        for act in (
+            lambda: resuscitate.repair(model, dense, images(), include="3"),
+            lambda: resuscitate.sparsify(model, 0.5, include="3"),
+            lambda: resuscitate.compress(model, 0.5, images(), steps=1, include="3"),
+        ):
+            with pytest.raises(LayerError, match=rf"'3': {kind.__name__} {message}.*no other layer is selected"):
+                act()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Harmless(8, 8, 3, padding=1),
+        Harmless(8, 8, 3, padding="same", padding_mode="circular"),
+        Harmless(8, 8, 3, groups=8, dilation=2),
+        Masked(4, 4),
+        nn.ConvTranspose2d(8, 8, 3, groups=2),
+        nn.Linear(5, 3).double(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_computes_with_its_weight_is_let_through(layer):
+    state = torch.get_rng_state()
+    assert objections({"layer": layer}) == {}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_layer_with_nothing_left_and_one_in_training_are_let_through():
+    empty = Harmless(8, 8, 3)
+    nn.init.zeros_(empty.weight)
+    assert objections({"empty": empty, "training": Harmless(8, 8, 3).train()}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_dtype_or_the_callers_autocast_makes_no_layer_one_that_is_left_alone(dtype):
+    layer = Harmless(8, 8, 3, padding=1)
+    assert objections({"layer": copy.deepcopy(layer).to(dtype)}) == {}
+    assert objections({"layer": Standardised(8, 8, 3).to(dtype)}).keys() == {"layer"}
+    with torch.autocast("cpu", dtype):
+        assert objections({"layer": layer}) == {}

@@ -1,0 +1,265 @@
+"""Masks: read from a model's zeros, applied again, checked, counted."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from resuscitate import Masks, sparsify
+from resuscitate.errors import CheckpointError, LayerError, MaskError
+from resuscitate.network.masks import tied_layers
+from tests.networks import Shared, Zoo, chain, images, pruned_copy, seeded
+
+
+def perturb(model):
+    """What an optimizer step does: every weight moves, pruned ones too."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return model
+
+
+class TestFromZeros:
+    def test_kept_is_what_is_not_zero_in_every_kind_of_layer(self):
+        model = pruned_copy(seeded(Zoo))
+        masks = Masks.from_zeros(model)
+        assert set(masks) == {"stem", "grouped", "depthwise", "up", "line", "volume", "unused", "head"}
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert torch.equal(mask, model.get_submodule(name).weight != 0)
+
+    def test_a_module_used_twice_has_one_mask(self):
+        assert set(Masks.from_zeros(pruned_copy(seeded(Shared)))) == {"stem", "conv", "last"}
+
+    def test_a_prune_mask_counts_as_zeros(self):
+        model = seeded(chain)
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        assert torch.equal(Masks.from_zeros(model)["0"], model[0].weight_mask.bool())
+
+    def test_include_and_exclude_choose_the_layers(self):
+        assert set(Masks.from_zeros(seeded(Zoo), include=nn.Conv2d, exclude="stem")) == {"grouped", "depthwise"}
+
+    def test_names_are_those_inside_a_wrapper(self):
+        model = seeded(chain)
+        assert set(Masks.from_zeros(nn.DataParallel(model))) == set(Masks.from_zeros(model))
+
+    def test_a_weight_recomputed_in_each_forward_is_refused_by_name(self):
+        model = seeded(chain)
+        parametrizations.weight_norm(model[3])
+        with pytest.raises(LayerError, match="layer '3'"):
+            Masks.from_zeros(model)
+        assert "3" not in Masks.from_zeros(model, exclude="3")
+
+
+class TestApply:
+    def test_pruned_weights_are_zeroed_again_and_kept_ones_keep_their_bits(self):
+        model = pruned_copy(seeded(Zoo))
+        masks = Masks.from_zeros(model)
+        perturb(model)
+        before = {name: model.get_submodule(name).weight.detach().clone() for name in masks}
+        masks.apply_(model)
+        for name, mask in masks.items():
+            weight = model.get_submodule(name).weight
+            assert torch.equal(weight[mask], before[name][mask])
+            assert weight[~mask].eq(0).all()
+
+    def test_a_pruned_weight_that_became_nan_is_zero_again(self):
+        model = pruned_copy(seeded(chain))
+        masks = Masks.from_zeros(model)
+        with torch.no_grad():
+            model[0].weight[~masks["0"]] = torch.nan
+        masks.apply_(model)
+        masks.check(model)
+
+    def test_it_is_all_or_nothing(self):
+        model = seeded(chain)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        masks = Masks({"0": torch.zeros_like(model[0].weight, dtype=torch.bool), "3": torch.ones(1, dtype=torch.bool)})
+        with pytest.raises(MaskError, match=r"layer '3'.*shape"):
+            masks.apply_(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_prune_mask_takes_the_zeros_in_and_stays_a_parametrisation(self):
+        model = seeded(chain)
+        prune.l1_unstructured(model[0], "weight", 0.25)
+        original, first = model[0].weight_orig.detach().clone(), model[0].weight_mask.bool()
+        mask = torch.rand(first.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        Masks({"0": mask}).apply_(model)
+        assert torch.equal(model[0].weight_mask.bool(), first & mask)
+        assert torch.equal(model[0].weight_orig, original)
+        assert model[0].weight[~mask].eq(0).all()
+        model(torch.randn(1, 3, 8, 8))
+        assert model[0].weight[~mask].eq(0).all()
+        prune.remove(model[0], "weight")
+        assert torch.equal(model[0].weight, original * (first & mask))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtype_memory_format_and_frozen_parameters_stay(self, dtype):
+        model = seeded(chain).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        Masks({"3": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}).apply_(model)
+        weight = model[3].weight
+        assert (weight.dtype, weight.requires_grad) == (dtype, False)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert weight.eq(0).all()
+
+
+class TestCheck:
+    def test_a_model_that_kept_its_zeros_passes(self):
+        model = pruned_copy(seeded(Zoo))
+        Masks.from_zeros(model).check(model)
+
+    def test_a_revived_weight_is_reported_with_layer_count_and_remedy(self):
+        model = pruned_copy(seeded(chain))
+        masks = Masks.from_zeros(model)
+        with torch.no_grad():
+            model[3].weight[~masks["3"]] = 1
+        count = int((~masks["3"]).sum())
+        with pytest.raises(MaskError, match=rf"layer '3': {count} pruned weights are not zero; masks\.apply_\(model\)"):
+            masks.check(model)
+        masks.apply_(model)
+        masks.check(model)
+
+    def test_a_mask_for_another_model_is_refused_by_name(self):
+        with pytest.raises(MaskError, match="layer 'elsewhere'"):
+            Masks({"elsewhere": torch.ones(1, dtype=torch.bool)}).check(seeded(chain))
+
+    def test_a_mask_of_zeros_and_ones_will_do_whatever_its_dtype(self):
+        wanted = torch.tensor([[True, False]])
+        for mask in (wanted.float(), wanted.to(torch.uint8), wanted.numpy(), wanted.double().numpy()):
+            assert torch.equal(Masks({"0": mask})["0"], wanted)
+
+    def test_a_mask_of_anything_else_is_refused(self):
+        with pytest.raises(MaskError, match=r"layer '0'.*boolean.*torch\.float32"):
+            Masks({"0": torch.full((3,), 0.5)})
+        with pytest.raises(MaskError, match=r"layer '0'.*not list"):
+            Masks({"0": [1, 0]})
+
+
+class TestCounting:
+    @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=5))
+    def test_sparsity_is_the_pruned_fraction_of_all_weights(self, layers):
+        masks = Masks({str(i): torch.tensor(mask) for i, mask in enumerate(layers)})
+        assert masks.sparsity == sum(mask.count(False) for mask in layers) / sum(map(len, layers))
+
+    def test_the_table_has_a_row_a_layer(self):
+        masks = Masks({"a": torch.tensor([[True, False], [False, False]]), "b": torch.tensor([True])})
+        assert [tuple(row) for row in masks.table()] == [("a", (2, 2), 1, 4, 0.75, ""), ("b", (1,), 1, 1, 0.0, "")]
+
+    def test_a_shared_weight_counts_once(self):
+        model = tied()
+        with torch.no_grad():
+            model[0].weight.zero_()
+        masks = Masks.from_zeros(model)
+        assert masks["0"] is masks["2"]
+        assert masks.sparsity == 16 / 24
+
+    def test_tied_layers_are_grouped_under_the_first_name(self):
+        model = tied()
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert tied_layers(layers) == {"0": ["0", "2"], "3": ["3"]}
+
+    def test_masks_are_equal_when_every_layer_agrees(self):
+        model = pruned_copy(seeded(chain))
+        assert Masks.from_zeros(model) == Masks.from_zeros(model)
+        assert Masks.from_zeros(model) != Masks.from_zeros(seeded(chain))
+        assert Masks.from_zeros(model) != Masks.from_zeros(model, exclude="0")
+
+
+class TestConstruction:
+    def test_a_mapping_that_makes_its_tensors_anew_each_time_gives_each_layer_its_own(self):
+        class Fresh(Mapping):
+            def __getitem__(self, name):
+                return torch.full((2,), float(int(name) % 2))
+
+            def __iter__(self):
+                return map(str, range(50))
+
+            def __len__(self):
+                return 50
+
+        masks = Masks(Fresh())
+        assert all(bool(mask.all()) == bool(int(name) % 2) for name, mask in masks.items())
+
+
+class TestFiles:
+    @given(st.lists(st.lists(st.booleans(), max_size=40), min_size=1, max_size=5))
+    def test_what_is_saved_is_what_is_loaded_a_bit_for_each_weight(self, layers):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "masks.safetensors"
+            masks = Masks({str(i): torch.tensor(layer, dtype=torch.bool) for i, layer in enumerate(layers)})
+            masks.save(path)
+            assert Masks.load(path) == masks
+            assert sum(t.numel() for t in load_file(path).values()) == sum(-(-len(layer) // 8) for layer in layers)
+
+    def test_shared_masks_notes_and_provenance_come_along(self, tmp_path):
+        shared = torch.rand(3, 5) > 0.5
+        Masks({"a": shared, "b": shared}, {"a": "left dense"}).save(tmp_path / "m.safetensors", {"command": "x"})
+        loaded = Masks.load(tmp_path / "m.safetensors")
+        assert loaded["a"] is loaded["b"]
+        assert loaded.notes == {"a": "left dense"}
+        assert len(load_file(tmp_path / "m.safetensors")) == 1
+
+    @pytest.mark.parametrize("name", ["masks.json", "masks.csv", "masks"])
+    def test_no_other_ending_is_written_under(self, tmp_path, name):
+        with pytest.raises(ValueError, match=rf"{name}: it is written as \.safetensors"):
+            Masks({"a": torch.ones(2)}).save(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_file_of_another_kind_is_refused(self, tmp_path):
+        path = tmp_path / "m.safetensors"
+        with pytest.raises(FileNotFoundError):
+            Masks.load(path)
+        path.write_bytes(b"no such thing")
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            Masks.load(path)
+        save_file({"a": torch.ones(2)}, path)
+        with pytest.raises(CheckpointError, match="holds no masks"):
+            Masks.load(path)
+
+    @pytest.mark.parametrize(
+        "layers",
+        ['{"a": {"shape": [100], "as": "a"}}', '{"a": {"shape": [-9], "as": "a"}}', '{"a": {"as": "b"}}', "[1]", "{"],
+    )
+    def test_a_damaged_file_is_refused(self, tmp_path, layers):
+        path = tmp_path / "m.safetensors"
+        metadata = {"format": "resuscitate masks 1", "layers": layers, "notes": "{}"}
+        save_file({"a": torch.zeros(1, dtype=torch.uint8)}, path, metadata)
+        with pytest.raises(CheckpointError, match="its masks are damaged"):
+            Masks.load(path)
+
+
+class TestWhereTheyComeFrom:
+    def test_from_prune_takes_what_torch_prune_holds_and_nothing_else(self):
+        model = seeded(chain)
+        assert not Masks.from_prune(model)
+        prune.random_unstructured(model[3], "weight", 0.3)
+        masks = Masks.from_prune(model)
+        assert list(masks) == ["3"]
+        assert torch.equal(masks["3"], model[3].weight_mask.bool())
+
+    def test_held_masks_survive_training_until_they_are_let_go(self):
+        model = seeded(chain).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        masks = sparsify(model, 0.8)
+        handle = masks.hold(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images(4)).square().sum().backward()
+            optimizer.step()
+            masks.check(model)
+        handle.remove()
+        optimizer.step()
+        with pytest.raises(MaskError):
+            masks.check(model)

@@ -1,0 +1,161 @@
+"""Which BatchNorm alone reads a layer, found in a run and in a trace alike."""
+
+import pytest
+import torch
+from torch import nn
+
+import resuscitate
+from resuscitate.network.runner import Network
+from resuscitate.network.wiring import observe, trace, wiring_of
+from tests.networks import Outputs, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
+
+
+def both_wirings(model, x):
+    return observe(model, lambda: model(x)), wiring_of(trace(model), model)
+
+
+def test_a_chain_pairs_every_convolution():
+    for wiring in both_wirings(seeded(chain), images()):
+        assert wiring.batchnorm_of == {"0": "1", "3": "4", "6": "7"}
+
+
+def test_a_batchnorm_behind_a_sum_belongs_to_no_layer():
+    for wiring in both_wirings(seeded(Residual), images()):
+        assert wiring.batchnorm_of == {"stem": "bn0", "conv1": "bn1"}
+
+
+class ReadTwice(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn, self.how = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), how
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        return {
+            "sum": lambda: y + z,
+            "return": lambda: (y, z),
+            "dataclass": lambda: Outputs(z, y),
+            "view": lambda: z * y[:, :1],
+            "shape": lambda: z * y.shape[0],
+        }[self.how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "alone"),
+    [("sum", False), ("return", False), ("dataclass", False), ("view", False), ("shape", True)],
+)
+def test_a_second_reader_unpairs(how, alone):
+    model = seeded(lambda: ReadTwice(how))
+    assert observe(model, lambda: model(images())).batchnorm_of == ({"conv": "bn"} if alone else {})
+
+
+def test_calls_are_counted_in_order_of_execution():
+    model = seeded(Shared)
+    calls = observe(model, lambda: model(images())).calls
+    assert [name for name in calls if name] == ["stem", "conv", "last"]
+    assert calls["conv"] == 2
+
+
+def test_data_dependent_control_flow_is_observed_though_it_cannot_be_traced():
+    model = seeded(Untraceable)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        trace(model)
+    assert observe(model, lambda: model(images())).batchnorm_of["body.0"] == "body.1"
+
+
+def test_a_trace_has_the_inputs_that_must_be_given_and_takes_options_for_what_they_are():
+    class Optional(nn.Module):
+        def forward(self, x, other, mask=None, *more, **options):
+            return x + other if mask is None and not more and not options else x
+
+    assert [node.target for node in trace(Optional()).nodes if node.op == "placeholder"] == ["x", "other"]
+
+
+def test_no_hook_stays_behind():
+    model = seeded(Zoo)
+    observe(model, lambda: model(images()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_called_as_functions_are_counted_and_reported():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.kernel = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(2, 4, 1, 1))
+
+        def forward(self, x):
+            return nn.functional.conv2d(self.conv(x), self.kernel)
+
+    model = seeded(Functional)
+    assert observe(model, lambda: model(images())).functional == {"conv2d": 1}
+    report = resuscitate.repair(pruned_copy(model), model, images(), skip_first=False)
+    assert "1 calls of functional conv2d run unrepaired" in report.notes
+
+
+@pytest.mark.parametrize("length", [5, 7], ids=["as long as wide", "of another length"])
+def test_a_linear_layer_on_sequences_is_no_batchnorms_own(length):
+    """BatchNorm's channels are axis 1, the steps of the sequence, even where there are as many of them as features."""
+    x = torch.randn(16, length, 4, generator=torch.Generator().manual_seed(0))
+    dense = seeded(lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(length)))
+    assert observe(dense, lambda: dense(x)).batchnorm_of == {}
+    report = resuscitate.repair(pruned_copy(dense), dense, x, method="channelwise")
+    assert report.layers[0].shift_into == "new bias"
+    for example in (None, x):
+        torch.testing.assert_close(resuscitate.fold_batchnorm(dense, example)(x), dense(x))
+
+
+def test_a_layer_whose_weight_alone_is_used_is_left_alone_with_that_reason():
+    """As the output projection in nn.MultiheadAttention is, and the linear layers in torchvision's Swin."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.plain, self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(2).mT)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = x + nn.functional.linear(x, self.plain.weight, self.plain.bias)
+            return self.head(x.mean(1))
+
+    dense = seeded(Attending)
+    report = resuscitate.repair(pruned_copy(dense), dense, images())
+    borrowed, unreached = "its weight is used, but not by a call of the layer", "no forward pass reaches it"
+    assert {row.name: row.action.removeprefix("left alone: ") for row in report.layers} == {
+        "attention.out_proj": borrowed,
+        "plain": borrowed,
+        "unused": unreached,
+        "embed": "refitted",
+        "head": "refitted",
+    }
+
+
+def test_what_a_forward_pass_makes_and_draws():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Dropout(0.5))
+    x, output = torch.randn(2, 3, 5, 5), 2 * 4 * 5 * 5 * 4
+    for training, made in ((False, 2 * output), (True, 3 * output)):
+        wiring = observe(model.train(training), lambda: model(x))
+        assert wiring.draws == training
+        assert made <= wiring.made <= made + output  # one more where a module and a function both count
+
+
+class TestExample:
+    def test_the_first_images_of_each_tensor(self):
+        net = Network(chain(), lambda model, batch: model(batch["images"]))
+        batch = {"images": images(8), "labels": torch.arange(8), "name": "train"}
+        example = net.example(batch)
+        assert example.keys() == batch.keys()
+        assert torch.equal(example["images"], batch["images"][:2])
+        assert (len(example["labels"]), example["name"]) == (2, "train")
+
+    def test_what_has_no_images_of_its_own_goes_whole(self):
+        net = Network(chain(), lambda model, batch: model(batch[0]))
+        for batch in ((images(8), torch.ones(3)), (images(8), torch.tensor(1.0)), (images(8), object()), object()):
+            assert net.example(batch) is batch
+
+    def test_what_the_model_does_not_take_goes_whole(self):
+        net = Network(chain(), lambda model, batch: model(batch[0].view(8, 3, 12, 12)))
+        batch = (torch.randn(8, 3, 12, 12),)
+        assert net.example(batch) is batch

@@ -1,0 +1,267 @@
+"""Compression in steps: the schedule, the budget, all or nothing, and going on after a kill."""
+
+import copy
+import csv
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import resuscitate
+from resuscitate import Masks, compress
+from resuscitate.errors import JournalError
+from resuscitate.workflows.compress import schedule
+from tests.networks import Residual, chain, images, seeded
+
+
+def same(a, b):
+    x, y = a.state_dict(), b.state_dict()
+    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
+
+
+class TestSchedule:
+    @given(sparsity=st.floats(0, 0.999), steps=st.integers(1, 12))
+    def test_it_ascends_to_the_sparsity_in_at_most_so_many_steps(self, sparsity, steps):
+        stops = schedule(sparsity, steps)
+        assert stops == sorted(stops)
+        assert stops[-1] == sparsity
+        assert len(stops) == (1 if sparsity <= 0.5 else steps)
+        assert len(stops) == 1 or stops[0] == 0.5
+
+    def test_each_step_keeps_the_same_fraction(self):
+        kept = [1 - stop for stop in schedule(0.9, 5)]
+        assert [b / a for a, b in pairwise(kept)] == pytest.approx([0.2**0.25] * 4)
+
+    def test_stops_may_be_given(self):
+        assert schedule(0.8, [0.3, 0.6, 0.8]) == [0.3, 0.6, 0.8]
+        for wrong in ([], [0.6, 0.3, 0.8], [0.3, 0.9], [0.8, 0.8]):
+            with pytest.raises(ValueError, match=r"must ascend to sparsity=0\.8"):
+                schedule(0.8, wrong)
+        for wrong in (0, -1, True):
+            with pytest.raises(ValueError, match="must be at least 1"):
+                schedule(0.8, wrong)
+        with pytest.raises(TypeError, match="give a float"):
+            schedule(1, 3)
+
+
+class TestCompress:
+    @pytest.mark.parametrize("allocation", ["global", "erk", "rr"])
+    def test_it_is_pruning_and_refitting_in_turn(self, allocation):
+        model = seeded(Residual)
+        by_hand, dense = copy.deepcopy(model), copy.deepcopy(model)
+        report = compress(model, 0.8, images(40), allocation=allocation, steps=3)
+        for stop in schedule(0.8, 3):
+            masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, calibration=images(40))
+            resuscitate.repair(by_hand, dense, images(40), method="refit")
+        assert same(model, by_hand)
+        assert report.masks == masks == resuscitate.Masks.from_zeros(model)
+        assert report.sparsities == schedule(0.8, 3)
+
+    def test_floors_densities_patterns_and_selections_hold_to_the_end(self):
+        model = seeded(chain)
+        options = {"densities": {"3": 0.5}, "exclude": "11", "min_per_channel": 2}
+        masks = compress(model, 0.75, images(40), steps=3, **options).masks
+        assert set(masks) == {"0", "3", "6"}
+        assert masks["3"].float().mean() == 0.5
+        assert masks["6"].flatten(1).sum(1).min() >= 2
+        filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
+        assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
+
+    def test_relative_repairability_is_measured_with_the_callers_options(self, monkeypatch):
+        batches = [{"a": part, "scale": 2.0} for part in images(40).split(8)]
+        options = {"forward_fn": lambda model, batch: model(batch["a"] * batch["scale"]), "dtype": "bf16", "seed": 3}
+        model, by_hand, dense = seeded(chain), seeded(chain), seeded(chain)
+        seen, measure = [], resuscitate.Repairability.measure
+        monkeypatch.setattr(
+            resuscitate.Repairability, "measure", lambda *a, **given: seen.append(given) or measure(*a, **given)
+        )
+        running = {**options, "device": "cpu", "batch_size": 8}
+        compress(model, 0.8, batches, allocation="rr", steps=[0.6, 0.8], **running)
+        assert [{name: given[name] for name in running} for given in seen] == [running] * 2
+        for stop in (0.6, 0.8):
+            resuscitate.sparsify(by_hand, stop, allocation="rr", calibration=measure(by_hand, batches, **options))
+            resuscitate.repair(by_hand, dense, batches, **options)
+        assert same(model, by_hand)
+
+    def test_selectors_may_be_an_iterator(self):
+        model, other = seeded(chain), seeded(chain)
+        compress(model, 0.8, images(40), steps=3, exclude=iter(["11"]))
+        compress(other, 0.8, images(40), steps=3, exclude=["11"])
+        assert same(model, other)
+
+    def test_images_are_read_once(self):
+        reads = []
+
+        def loader():
+            reads.append(1)
+            yield from images(20).split(5)
+
+        compress(seeded(chain), 0.8, loader, steps=3)
+        assert len(reads) == 1
+
+    def test_the_report_can_be_read_and_undone(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        report = compress(model, 0.8, images(), steps=3)
+        assert [step["sparsity"] for step in report.to_dict()["steps"]] == report.sparsities
+        assert report.layers[0].action == "refitted"
+        assert not same(model, before)
+        report.undo()
+        assert same(model, before)
+        with pytest.raises(RuntimeError, match="undone already"):
+            report.undo()
+
+    def test_a_step_alone_says_that_the_whole_is_to_be_undone(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        report = compress(model, 0.8, images(), steps=3)
+        after = copy.deepcopy(model)
+        for step in report.steps * 2:
+            with pytest.raises(RuntimeError, match=r"one step of what compress returned.* call undo\(\) of the whole"):
+                step.undo()
+            assert step.to_dict()["method"] == "refit"
+        assert same(model, after)
+        report.undo()
+        assert same(model, before)
+
+    def test_the_ending_says_whether_the_report_or_the_masks_are_saved(self, tmp_path):
+        report = compress(seeded(chain), 0.8, images(), steps=3)
+        for name in ("run.json", "run.csv", "run.safetensors"):
+            report.save(tmp_path / name)
+        assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+        with open(tmp_path / "run.csv", newline="") as file:
+            rows = [
+                (int(row["step"]), float(row["sparsity"]), row["name"], row["action"]) for row in csv.DictReader(file)
+            ]
+        steps = enumerate(zip(report.sparsities, report.steps, strict=True), 1)
+        assert rows == [(at, sparsity, row.name, row.action) for at, (sparsity, step) in steps for row in step.layers]
+        assert Masks.load(tmp_path / "run.safetensors") == report.masks
+        for name in ("run.txt", "run"):
+            with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
+                report.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
+
+
+class TestAllOrNothing:
+    def test_a_failure_in_the_last_step_leaves_the_model_as_it_was(self, monkeypatch):
+        model = seeded(chain).train()
+        before, calls = copy.deepcopy(model), []
+        module = sys.modules["resuscitate.compress"]
+        original = module.repair
+
+        def fail_at_the_third(*args, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError("disk gone")
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, "repair", fail_at_the_third)
+        with pytest.raises(OSError, match="disk gone"):
+            compress(model, 0.8, images(), steps=3)
+        assert same(model, before)
+        assert model.training
+
+    def test_what_cannot_be_is_refused_and_nothing_is_changed(self):
+        model = seeded(chain)
+        before = copy.deepcopy(model)
+        for options, message in (
+            ({"allocation": "magic"}, "unknown allocation"),
+            ({"pattern": "2:4"}, "keeps 2 of 4"),
+            ({"steps": 0}, "must be at least 1"),
+            ({"min_per_layer": 10**6}, "lower the floor"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                compress(model, 0.8, images(), **options)
+        with pytest.raises(ValueError, match="calibration is missing"):
+            compress(model, 0.8, None)
+        assert same(model, before)
+
+
+def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
+    undisturbed = seeded(chain)
+    compress(undisturbed, 0.8, images(), steps=3)
+    module = sys.modules["resuscitate.engine.corrections"]
+    original, fits = module.fit, []
+
+    def killed_at_the_sixth(*args, **options):
+        fits.append(1)
+        if len(fits) == 6:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    model = seeded(chain)
+    monkeypatch.setattr(module, "fit", killed_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
+    report = compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
+    assert len(fits) == 6 + 3 * 4 - 5  # nothing is fitted twice but for the one that was interrupted
+    assert [step.resumed for step in report.steps] == [4, 1, 0]
+    assert same(model, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"sparsity": 0.9}, "sparsity, steps"),
+        ({"steps": 2}, "steps"),
+        ({"steps": [0.5, 0.8]}, "steps"),
+        ({"allocation": "erk"}, "allocation"),
+        ({"pattern": "filter"}, "pattern"),
+        ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
+        ({"relu_aware": False}, "relu_aware"),
+        ({"ridge": 0.5}, "ridge"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"exclude": "11"}, "exclude"),
+        ({"include": ["0", "3"]}, "include"),
+        ({"densities": {"0": 1.0}}, "densities"),
+        ({"min_per_layer": 9}, "min_per_layer"),
+        ({"min_per_channel": 1}, "min_per_channel"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_the_folder_of_another_compression_is_refused_and_the_message_names_the_option(changes, options, tmp_path):
+    given = {"sparsity": 0.8, "calibration": images(), "steps": 3, "resume": tmp_path / "journals"}
+    compress(seeded(chain), **given)
+    before = {path: path.read_bytes() for path in (tmp_path / "journals").iterdir()}
+    model = seeded(chain)
+    with pytest.raises(
+        JournalError, match=rf"run\.journal is the journal of another run: options \({options}\) differ"
+    ):
+        compress(model, **given | changes)
+    assert same(model, seeded(chain))
+    assert {path: path.read_bytes() for path in (tmp_path / "journals").iterdir()} == before
+    assert [step.resumed for step in compress(seeded(chain), **given).steps] == [4, 4, 4]
+
+
+def test_the_folder_of_another_model_or_other_images_is_refused(tmp_path):
+    given = {"steps": 2, "resume": tmp_path / "journals"}
+    compress(seeded(chain), 0.8, images(), **given)
+    for model, x, part in ((seeded(chain, 3), images(), "model"), (seeded(chain), images(seed=5), "images")):
+        with pytest.raises(JournalError, match=f"journal of another run: {part} differ"):
+            compress(model, 0.8, x, **given)
+
+
+def test_a_model_that_is_one_layer_is_compressed_too():
+    model = nn.Sequential(nn.Linear(6, 4))
+    assert compress(model, 0.75, torch.randn(50, 6), steps=2).masks.sparsity == 0.75
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_on_a_real_network_a_refit_goes_far_beyond_batchnorm_and_steps_beyond_a_refit(real):
+    dense, calibration, test, labels = real
+    calibration, score = calibration[:128], resuscitate.Accuracy(test[:1000], labels[:1000])
+    pruned = copy.deepcopy(dense)
+    resuscitate.sparsify(pruned, 0.9, allocation="erk")
+    by_batchnorm, by_refit, by_steps = copy.deepcopy(pruned), copy.deepcopy(pruned), copy.deepcopy(dense)
+    resuscitate.repair(by_batchnorm, calibration=calibration, method="bn")
+    resuscitate.repair(by_refit, dense, calibration, method="refit")
+    compress(by_steps, 0.9, calibration, allocation="erk", steps=3)
+    assert score(by_refit) > score(by_batchnorm) + 20
+    assert score(by_steps) > score(by_refit) + 2

@@ -1,0 +1,325 @@
+"""The map: every cell is what one would get by hand, none is done twice, and the transition regime is where it says."""
+
+import copy
+import csv
+import json
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resuscitate import (
+    Accuracy,
+    DenseStatistics,
+    RecoverabilityMap,
+    Repairability,
+    recoverability,
+    regrow,
+    repair,
+    sparsify,
+)
+from resuscitate.errors import CheckpointError, JournalError, ResuscitateError
+from resuscitate.reports.recoverability import Cell
+from tests.networks import chain, images, seeded
+
+GRID = {"sparsities": [0.5, 0.8], "allocations": ["global", "lamp"], "methods": ["none", "bn", "asr"]}
+
+
+class Likeness:
+    """Scores a model by how near its outputs are to the dense model's: 100 for the same. Counts its calls."""
+
+    def __init__(self, dense, fail_at=None):
+        self.inputs, self.calls, self.fail_at = images(10, seed=5), 0, fail_at
+        self.wanted = copy.deepcopy(dense)(self.inputs).detach()
+
+    def __call__(self, model):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("the disk is full")
+        assert not any(module.training for module in model.modules())
+        with torch.no_grad():
+            return 100 - float((model(self.inputs) - self.wanted).abs().mean())
+
+
+def scaled(model, batch, by):
+    return model(batch * by)
+
+
+def of(scores, dense=90.0, chance=10.0):
+    """A map of one allocation from {method: {sparsity: score}}."""
+    cells = [Cell(s, "erk", m, score, s, 0.0) for m, curve in scores.items() for s, score in curve.items()]
+    return RecoverabilityMap(cells, dense, chance, "unstructured", 8)
+
+
+class TestCells:
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_each_is_what_sparsify_repair_and_evaluate_give_by_hand(self, workers):
+        dense = seeded(chain)
+        evaluate = Accuracy(images(60, seed=7), torch.arange(60) % 10)
+        found = recoverability(dense, images(), evaluate, workers=workers, **GRID, progress=False)
+        assert [(c.sparsity, c.allocation, c.method) for c in found.cells] == [
+            (s, a, m) for s in GRID["sparsities"] for a in GRID["allocations"] for m in GRID["methods"]
+        ]
+        for cell in found.cells:
+            model = copy.deepcopy(dense)
+            masks = sparsify(model, cell.sparsity, allocation=cell.allocation)
+            if cell.method != "none":
+                repair(model, dense if cell.method == "asr" else None, images(), method=cell.method)
+            assert cell.score == evaluate(model)
+            assert cell.pruned == masks.sparsity
+        assert found.dense == evaluate(dense)
+
+    def test_a_method_may_be_any_options_of_repair_under_any_name(self):
+        dense = seeded(chain)
+        flat = {"method": "asr", "prior": 1.0, "gain_samples": 8}
+        methods = {"flat": flat, "nothing": None, "pairs": {"correlations": True}}
+        score = Likeness(dense)
+        found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
+        model = copy.deepcopy(dense)
+        sparsify(model, 0.7, allocation="erk")
+        repair(model, dense, images(), method="asr", prior=1.0, gain_samples=8)
+        assert found.methods == ["flat", "nothing", "pairs"]
+        assert found.curve("erk", "flat")[0.7] == pytest.approx(score(model), abs=1e-5)
+
+    def test_options_that_name_no_method_mean_what_they_mean_to_repair(self):
+        dense = seeded(chain)
+        score, methods = Likeness(dense), {"default": {}, "eight": {"gain_samples": 8}, "asr": {"method": "asr"}}
+        found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
+        for name, options in methods.items():
+            model = copy.deepcopy(dense)
+            sparsify(model, 0.7, allocation="erk")
+            report = repair(model, dense, images(), **options)
+            assert report.method == ("asr" if name == "asr" else "refit")
+            assert found.curve("erk", name)[0.7] == pytest.approx(score(model), abs=1e-5)
+
+    def test_regrowing_and_means_are_methods_too(self):
+        dense = seeded(chain)
+        methods = {"mean": {"method": "mean"}, "back": {"past": 0.5, "budget": "damage"}}
+        score = Likeness(dense)
+        found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
+        model = copy.deepcopy(dense)
+        sparsify(model, 0.7, allocation="erk")
+        repair(model, dense, images(), method="mean")
+        assert found.curve("erk", "mean")[0.7] == pytest.approx(score(model), abs=1e-5)
+        model = copy.deepcopy(dense)
+        masks = sparsify(model, 0.85, allocation="erk")
+        masks = regrow(model, dense, masks, 0.7, images(), budget="damage")
+        assert found.curve("erk", "back")[0.7] == pytest.approx(score(model), abs=1e-5)
+        assert [cell.pruned for cell in found.cells][1] == masks.sparsity
+
+    def test_the_dense_model_and_its_repairability_are_measured_once(self, monkeypatch):
+        dense, measured = seeded(chain), []
+
+        def counted(kind, measure):
+            return lambda *args, **options: (measured.append(kind), measure(*args, **options))[1]
+
+        for kind in (DenseStatistics, Repairability):
+            monkeypatch.setattr(kind, "measure", counted(kind.__name__, kind.measure))
+        grid = GRID | {"allocations": ["rr", "erk"], "methods": ["asr", "channelwise", "layerwise", "bn"]}
+        recoverability(dense, images(), Likeness(dense), **grid)
+        assert sorted(measured) == ["DenseStatistics", "Repairability"]
+
+    def test_the_dense_model_stays_as_it_is_found(self):
+        dense = seeded(chain).train()
+        dense[1].eval()
+        before, modes = copy.deepcopy(dense.state_dict()), [m.training for m in dense.modules()]
+        recoverability(dense, images(), Likeness(seeded(chain)), **GRID)
+        assert [m.training for m in dense.modules()] == modes
+        assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+    def test_images_may_come_from_a_loader_that_reuses_its_memory(self):
+        x, dense = images(), seeded(chain)
+
+        def loader():
+            buffer = torch.empty(6, 3, 9, 9)
+            for part in x.split(6):
+                yield buffer.copy_(part)
+
+        grid = GRID | {"methods": ["asr"]}
+        one, other = (recoverability(dense, source, Likeness(dense), **grid) for source in (x, loader))
+        assert [c.score for c in one.cells] == pytest.approx([c.score for c in other.cells], abs=2e-5)
+
+
+class TestResume:
+    def test_a_cell_that_is_done_is_not_done_again(self, tmp_path):
+        dense, journal = seeded(chain), tmp_path / "map.journal"
+        with pytest.raises(ResuscitateError, match=r"none at sparsity 0\.8, allocation global: the disk is full"):
+            recoverability(dense, images(), Likeness(dense, fail_at=8), **GRID, resume=journal)
+        rest = Likeness(dense)
+        found = recoverability(dense, images(), rest, **GRID, resume=journal)
+        assert rest.calls == 1 + 6  # the dense model, and the second half of the cells
+        whole = recoverability(dense, images(), Likeness(dense), **GRID)
+        assert [c.score for c in found.cells] == [c.score for c in whole.cells]
+
+    def test_a_larger_map_adds_to_what_is_there(self, tmp_path):
+        dense, journal = seeded(chain), tmp_path / "map.journal"
+        recoverability(dense, images(), Likeness(dense), **GRID, resume=journal)
+        more = Likeness(dense)
+        grid = GRID | {"sparsities": [0.5, 0.8, 0.9]}
+        assert len(recoverability(dense, images(), more, **grid, resume=journal).cells) == 18
+        assert more.calls == 1 + 6
+
+    def test_another_model_other_images_or_another_score_is_refused(self, tmp_path):
+        dense, journal = seeded(chain), tmp_path / "map.journal"
+        recoverability(dense, images(), Likeness(dense), **GRID, resume=journal)
+        other = seeded(chain, seed=3)
+        for model, x, score in (
+            (other, images(), Likeness(other)),
+            (dense, images(seed=9), Likeness(dense)),
+            (dense, images(), Likeness(other)),
+        ):
+            with pytest.raises(JournalError, match="the journal of another run"):
+                recoverability(model, x, score, **GRID, resume=journal)
+
+    def test_another_option_is_refused_and_the_message_names_it(self, tmp_path):
+        dense, journal = seeded(chain), tmp_path / "map.journal"
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
+        first = {"forward_fn": lambda m, x: m(x)}
+        recoverability(dense, images(), Likeness(dense), **grid, **first)
+        for name, value in (
+            ("forward_fn", lambda m, x: m(x + 1)),
+            ("seed", 1),
+            ("dtype", "bf16"),
+            ("exclude", "0"),
+            ("include", ["3"]),
+            ("pattern", "filter"),
+        ):
+            with pytest.raises(JournalError, match=rf"options \({name}\) differ"):
+                recoverability(dense, images(), Likeness(dense), **{**grid, **first, name: value})
+        again = Likeness(dense)
+        recoverability(dense, images(), again, **grid, **first)
+        assert again.calls == 1
+
+    def test_images_in_another_order_and_other_labels_are_refused(self, tmp_path):
+        dense, journal, x = seeded(chain), tmp_path / "map.journal", images(20)
+        labels = dense(x).argmax(1)
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
+        recoverability(dense, images(), Accuracy(x, labels), **grid)
+        with pytest.raises(JournalError, match="images differ"):
+            recoverability(dense, images().flip(0), Accuracy(x, labels), **grid)
+        # all right too, but on fewer images
+        with pytest.raises(JournalError, match="evaluate differ"):
+            recoverability(dense, images(), Accuracy(x[:9], labels[:9]), **grid)
+
+    def test_methods_that_differ_in_a_function_are_different_cells(self, tmp_path):
+        dense, score = seeded(chain), Likeness(seeded(chain))
+        grid = {"sparsities": [0.5], "allocations": ["erk"], "resume": tmp_path / "map.journal"}
+        for by, calls in ((1.0, 2), (1.0, 3), (2.0, 5)):
+            run = partial(scaled, by=by)
+            recoverability(dense, images(), score, **grid, methods={"mine": {"method": "asr", "forward_fn": run}})
+            assert score.calls == calls
+
+
+class TestWorkers:
+    def test_a_cell_that_fails_is_named(self):
+        dense = seeded(chain)
+        evaluate = Accuracy(images(4), torch.arange(4))
+        grid = {"sparsities": [0.5, 0.9995], "allocations": ["erk"], "methods": ["asr"]}
+        with pytest.raises(ResuscitateError, match=r"asr at sparsity 0\.9995, allocation erk: .*at most"):
+            recoverability(dense, images(), evaluate, **grid, workers=2, chance=-1)
+
+    def test_what_cannot_be_sent_is_refused_with_what_to_do(self):
+        dense = seeded(chain)
+        with pytest.raises(ValueError, match=r"cannot be pickled .*; use a function or class at the top of a module"):
+            recoverability(dense, images(), lambda model: 50.0, **GRID, workers=2)
+
+
+class TestTransition:
+    def test_by_hand(self):
+        # half of the lead of 90 over 10 is lost at 50
+        found = of({"bn": {0.5: 80, 0.7: 60, 0.9: 20}, "asr": {0.5: 84, 0.7: 80, 0.9: 40}})
+        assert found.limit("erk", "bn") == pytest.approx(0.75)
+        assert found.limit("erk", "asr") == pytest.approx(0.85)
+        start, end, still_open = found.transition("erk", "asr")
+        assert (start, end, still_open) == (pytest.approx(0.75), pytest.approx(0.85), False)
+        assert list(found.findings()) == ["erk: asr still holds where bn fails, sparsity 0.750 to 0.850"]
+
+    def test_a_repair_that_never_fails_leaves_it_open(self):
+        found = of({"bn": {0.5: 40, 0.9: 20}, "asr": {0.5: 84, 0.9: 60}})
+        start, end, still_open = found.transition("erk", "asr")
+        assert (start, end, still_open) == (pytest.approx(0.4), 0.9, True)  # from the dense score at sparsity 0
+        assert str(found.transition("erk", "asr")) == "0.400 to beyond 0.900"
+
+    def test_there_is_none_where_the_baseline_holds_or_the_repair_fails_first(self):
+        assert of({"bn": {0.5: 80}, "asr": {0.5: 90}}).transition("erk", "asr") is None
+        assert of({"bn": {0.5: 30}, "asr": {0.5: 20}}).transition("erk", "asr") is None
+
+    def test_another_baseline_may_be_named_and_an_unknown_one_is_refused(self):
+        found = of({"bn-ema": {0.5: 20}, "asr": {0.5: 80}})
+        assert found.transition("erk", "asr", baseline="bn-ema").open
+        with pytest.raises(ValueError, match="'bn' is not in the map, which has bn-ema, asr"):
+            found.transition("erk", "asr")
+
+    @given(
+        bn=st.lists(st.floats(10, 90), min_size=3, max_size=3),
+        asr=st.lists(st.floats(10, 90), min_size=3, max_size=3),
+    )
+    def test_within_it_the_baseline_is_below_half_of_the_lead_and_the_repair_above(self, bn, asr):
+        at = (0.3, 0.6, 0.9)
+        curves = {"bn": dict(zip(at, sorted(bn, reverse=True), strict=True))}
+        curves["asr"] = dict(zip(at, sorted(asr, reverse=True), strict=True))
+        regime = of(curves).transition("erk", "asr")
+        inside = [s for s in at if curves["bn"][s] < 50 <= curves["asr"][s]]
+        if regime is None:
+            assert not inside
+        else:
+            assert all(regime.start - 1e-9 <= s <= regime.end + 1e-9 for s in inside)
+            assert all(s in inside for s in at if regime.start + 1e-9 < s < regime.end - 1e-9)
+
+
+class TestTable:
+    def test_json_comes_back_as_it_was(self, tmp_path):
+        found = of({"bn": {0.5: 80.0}, "asr": {0.5: 84.5}})
+        found.save(tmp_path / "map.json")
+        assert RecoverabilityMap.load(tmp_path / "map.json") == found
+        (tmp_path / "map.json").write_text(json.dumps({"cells": [1]}))
+        with pytest.raises(CheckpointError, match="holds no recoverability map"):
+            RecoverabilityMap.load(tmp_path / "map.json")
+
+    def test_csv_is_tidy_a_row_a_cell(self, tmp_path):
+        of({"bn": {0.5: 80.0, 0.9: 20.0}}).save(tmp_path / "map.csv")
+        rows = list(csv.DictReader((tmp_path / "map.csv").read_text().splitlines()))
+        assert [(row["sparsity"], row["allocation"], row["method"], row["score"], row["dense"]) for row in rows] == [
+            ("0.5", "erk", "bn", "80.0", "90.0"),
+            ("0.9", "erk", "bn", "20.0", "90.0"),
+        ]
+        with pytest.raises(ValueError, match=r"written as \.json or \.csv"):
+            of({"bn": {0.5: 80.0}}).save(tmp_path / "map.xlsx")
+
+    def test_the_best_allocation_is_the_one_of_the_highest_score(self):
+        cells = [Cell(0.5, a, "bn", score, 0.5, 0.0) for a, score in (("erk", 50.0), ("lamp", 60.0), ("global", 60.0))]
+        assert RecoverabilityMap(cells, 90.0, 10.0, "unstructured", 8).best(0.5, "bn") == "lamp"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"sparsities": [1.5]}, r"not in \[0, 1\)"),
+            ({"sparsities": []}, "at least one sparsity"),
+            ({"allocations": ["erkk"]}, "unknown allocation 'erkk'.*did you mean erk"),
+            ({"allocations": "erk"}, r"allocations='erk' is one name; give several, such as \['erk'\]"),
+            ({"methods": ["arr"]}, "unknown method 'arr'.*did you mean asr"),
+            ({"methods": {"mine": {"priors": 1}}}, "method 'mine': repair has no option priors"),
+            ({"pattern": "2:4"}, "has no sparsity to vary"),
+            ({"workers": 0}, "must be at least 1"),
+            ({"chance": 200.0}, r"no more than chance=200"),
+        ],
+        ids=lambda value: str(value)[:30],
+    )
+    def test_before_any_cell_is_filled(self, options, message):
+        dense = seeded(chain)
+        score = Likeness(dense)
+        with pytest.raises((ValueError, TypeError), match=message):
+            recoverability(dense, images(), score, **GRID | options)
+        assert score.calls <= 1
+
+    def test_an_int_is_no_sparsity(self):
+        with pytest.raises(TypeError, match="give a float"):
+            recoverability(seeded(chain), images(), lambda model: 50.0, **GRID | {"sparsities": [1]})
+
+    def test_a_score_that_is_no_number_is_refused(self):
+        with pytest.raises(ValueError, match="evaluate returned nan"):
+            recoverability(seeded(chain), images(), lambda model: float("nan"), **GRID)

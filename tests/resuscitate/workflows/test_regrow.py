@@ -1,0 +1,427 @@
+"""Regrowth: exact budgets, who gets them, which weights come back, and what a user may do between the rounds."""
+
+import copy
+import csv
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import resuscitate
+from resuscitate import Masks, regrow, repair, sparsify
+from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
+from resuscitate.methods.refit import drops
+from resuscitate.pruning.regrowth import by_need
+from resuscitate.pruning.units import Units
+from tests.networks import Residual, chain, images, linears, seeded
+
+LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
+
+
+def same(a, b):
+    x, y = a.state_dict(), b.state_dict()
+    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
+
+
+def pruned(dense, sparsity=0.9, **options):
+    model = copy.deepcopy(dense)
+    return model, sparsify(model, sparsity, **options)
+
+
+def zeros(masks):
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+class TestBudget:
+    @pytest.mark.parametrize("budget", ["greedy", "damage", "ssim", "proportional"])
+    @pytest.mark.parametrize("saliency", ["magnitude", "residual", "gradient"])
+    def test_it_is_met_exactly_and_only_kept_weights_are_not_zero(self, budget, saliency):
+        dense = seeded(Residual)
+        model, masks = pruned(dense)
+        labelled = [(x, y % 5) for x, y in LABELLED] if saliency == "gradient" else None
+        options = {"budget": budget, "saliency": saliency, "labelled": labelled, "rounds": 2}
+        grown = regrow(model, dense, masks, 0.7, images(40), **options)
+        total = sum(mask.numel() for mask in masks.values())
+        assert zeros(grown) == round(0.7 * total)
+        assert all((grown[name] | ~mask).all() for name, mask in masks.items())  # nothing went
+        assert sum(grown.regrown.values()) == zeros(masks) - zeros(grown)
+        grown.check(model)
+        assert grown == Masks.from_zeros(model)
+
+    @settings(deadline=None, max_examples=100)
+    @given(
+        st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=6),
+        st.floats(0, 1),
+    )
+    def test_by_need_gives_all_that_there_is_room_for_and_more_to_the_needier(self, layers, part):
+        units, needs = {}, {}
+        for index, (gone, kept, need) in enumerate(layers):
+            stays = torch.arange(gone + kept) >= gone
+            units[str(index)] = Units(torch.rand(gone + kept), 1, (gone + kept,), stays)
+            needs[str(index)] = need / 20
+        room = sum(gone for gone, _, _ in layers)
+        removed = by_need(units, round(part * room), needs)
+        assert sum(removed.values()) == round(part * room)
+        back = {name: units[name].spare - count for name, count in removed.items()}
+        assert all(0 <= back[name] <= units[name].spare for name in units)
+        for a in units:
+            for b in units:
+                if needs[a] > needs[b] and back[a] < units[a].spare:
+                    assert back[a] >= back[b] - 1
+
+    def test_proportional_gives_each_layer_the_same_share_of_what_it_misses(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense, 0.8, allocation="uniform")
+        grown = regrow(model, dense, masks, 0.4, images(), budget="proportional")
+        for name, mask in masks.items():
+            assert grown.regrown[name] == pytest.approx(int((~mask).sum()) / 2, abs=1)
+
+    @pytest.mark.parametrize("budget", ["damage", "ssim"])
+    def test_a_damaged_layer_is_given_more_than_a_whole_one(self, budget):
+        dense = seeded(chain)
+        model, masks = copy.deepcopy(dense), {}
+        with torch.no_grad():
+            model[3].weight[:, :4] = 0  # half of this layer's inputs, and of the next but a little
+            model[6].weight[:, :4] *= model[6].weight[:, :4].abs() > 0.02
+        masks = Masks.from_zeros(model, include=["3", "6"])
+        before = copy.deepcopy(masks)
+        grown = regrow(model, dense, masks, 0.9 * masks.sparsity, images(), budget=budget, method=None)
+        assert grown.rounds[0].damage["3"] > 0.1
+        lost = {name: int((~before[name]).sum()) for name in before}
+        assert grown.regrown["3"] / lost["3"] > grown.regrown["6"] / lost["6"] * 0.9
+        assert masks == before
+
+    def test_densities_may_be_given_and_the_rest_shares_what_is_left(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.7, images(), densities={"0": 1.0, "3": 0.5})
+        assert grown["0"].all()
+        assert grown["3"].float().mean() == 0.5
+        assert grown.sparsity == pytest.approx(0.7, abs=1e-3)
+
+    def test_only_layers_with_a_mask_are_given_weights(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense, 0.9)
+        first = Masks({name: masks[name] for name in ("0", "3")})
+        grown = regrow(model, dense, first, 0.5, images())
+        assert set(grown) == {"0", "3"}
+        assert (Masks.from_zeros(model)["6"] == masks["6"]).all()
+
+    def test_a_shared_weight_counts_once_and_grows_in_all_its_places(self):
+        dense = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+        dense[2].weight = dense[0].weight
+        model, masks = pruned(dense, 0.8)
+        grown = regrow(model, dense, masks, 0.5, images(40).mean(3)[:, 0, :8], method="asr")
+        assert model[0].weight is model[2].weight
+        assert grown["0"] is grown["2"]
+        assert int((model[0].weight == 0).sum() + (model[4].weight == 0).sum()) == round(0.5 * (64 + 24))
+
+
+class TestSaliency:
+    def test_magnitude_brings_back_the_largest_dense_weights(self):
+        dense = linears([[5.0, -4.0, 3.0, 2.0, 1.0, 0.5]])
+        model = copy.deepcopy(dense)
+        model[0].weight.data[:] = 0
+        model[0].weight.data[0, 4] = 7.0
+        grown = regrow(model, dense, Masks.from_zeros(model), 0.5, torch.randn(30, 6), method=None)
+        assert grown["0"].tolist() == [[True, True, False, False, True, False]]
+        assert model[0].weight.tolist() == [[5, -4, 0, 0, 7, 0]]  # kept ones keep their bits
+
+    def test_residual_brings_back_what_takes_most_off_the_error(self):
+        # a large weight on an input that hardly moves matters less than a small one on one that does
+        dense = linears([[5.0, 0.5, 0.3, 1.0]])
+        model = copy.deepcopy(dense)
+        model[0].weight.data[0, :3] = 0
+        x = torch.randn(200, 4) * torch.tensor([0.01, 3.0, 0.1, 1.0])
+        grown = regrow(model, dense, Masks.from_zeros(model), 0.5, x, saliency="residual", method=None)
+        assert grown["0"].tolist() == [[False, True, False, True]]
+
+    def test_denser_masks_come_first_then_the_rest_by_magnitude(self):
+        dense = linears([[5.0, -4.0, 3.0, 2.0, 1.0, 0.5]])
+        model = copy.deepcopy(dense)
+        model[0].weight.data[:] = 0
+        reference = {"0": torch.tensor([[0, 0, 0, 1, 0, 1]])}
+        options = {"saliency": reference, "method": None}
+        grown = regrow(model, dense, Masks.from_zeros(model), 0.5, torch.randn(30, 6), **options)
+        assert grown["0"].tolist() == [[True, False, False, True, False, True]]
+
+    @pytest.mark.parametrize("saliency", ["magnitude", "residual"])
+    def test_giving_all_back_and_refitting_brings_the_dense_function_back(self, saliency):
+        dense = seeded(chain)
+        model, masks = pruned(dense, 0.9)
+        regrow(model, dense, masks, 0.0, images(60), saliency=saliency)
+        x = images(seed=9)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), dense(x), rtol=1e-3, atol=1e-3)
+
+
+class TestInitial:
+    def test_zero_stays_zero_without_a_refit(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), initial="zero", method=None)
+        assert zeros(grown) == round(0.5 * sum(mask.numel() for mask in masks.values()))
+        assert Masks.from_zeros(model) == masks
+
+    def test_refit_finds_values_for_weights_that_are_zero_but_in_use(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(60), initial="refit")
+        found = Masks.from_zeros(model)  # nothing can be found for inputs that never move
+        assert zeros(grown) <= zeros(found) < zeros(masks)
+        grown.check(model)
+
+    def test_repair_takes_the_masks_for_what_is_in_use(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        wider = Masks({name: torch.ones_like(mask) if name == "3" else mask for name, mask in masks.items()})
+        repair(model, dense, images(60), masks=wider)
+        assert Masks.from_zeros(model) == wider
+        with pytest.raises(MaskError, match="pruned weights are not zero"):
+            repair(model, dense, images(60), masks=masks)
+
+
+class TestRounds:
+    def test_it_is_regrowing_and_repairing_in_turn(self):
+        dense = seeded(Residual)
+        model, masks = pruned(dense)
+        by_hand = copy.deepcopy(model)
+        grown = regrow(model, dense, masks, 0.7, images(40), rounds=2)
+        middle = regrow(by_hand, dense, masks, grown.rounds[0].sparsity, images(40))
+        assert regrow(by_hand, dense, middle, 0.7, images(40)) == grown
+        assert same(model, by_hand)
+        assert [round(each.sparsity, 2) for each in grown.rounds] == [0.8, 0.7]
+        assert all(each.report.method == "refit" for each in grown.rounds)
+
+    def test_it_stops_at_the_accuracy_asked_for(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        scores = iter([10.0, 50.0, 90.0])
+        seen = []
+
+        def evaluate(candidate):
+            seen.append((candidate is model, candidate.training))
+            return next(scores)
+
+        model.train()
+        grown = regrow(model, dense, masks, 0.3, images(), rounds=4, evaluate=evaluate, accuracy=45.0)
+        assert [each.score for each in grown.rounds] == [10, 50]
+        assert grown.sparsity == pytest.approx(0.6, abs=0.01)
+        assert seen == [(True, False)] * 2
+        assert model.training
+
+    def test_a_user_may_train_between_the_rounds_and_pruned_weights_stay_zero(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        calls = []
+
+        def finetune(candidate, given):
+            calls.append(given.sparsity)
+            candidate.train()
+            optimizer = torch.optim.SGD(candidate.parameters(), lr=0.01)
+            for x, y in LABELLED:
+                optimizer.zero_grad()
+                F.cross_entropy(candidate(x), y).backward()
+                optimizer.step()
+
+        grown = regrow(model, dense, masks, 0.7, images(), rounds=2, finetune=finetune, method=None)
+        assert calls == [each.sparsity for each in grown.rounds]
+        grown.check(model)
+        assert not model.training
+        assert not torch.equal(model[1].running_mean, dense[1].running_mean)
+
+    def test_undo_puts_all_back(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        before = copy.deepcopy(model)
+        grown = regrow(model, dense, masks, 0.5, images())
+        assert not same(model, before)
+        with pytest.raises(RuntimeError, match=r"one step of what regrow returned.* call undo\(\) of the whole"):
+            grown.rounds[-1].report.undo()
+        grown.undo()
+        assert same(model, before)
+        with pytest.raises(RuntimeError, match="undone already"):
+            grown.undo()
+
+    @pytest.mark.parametrize("method", ["asr", None])
+    def test_the_ending_says_whether_the_report_or_the_masks_are_saved(self, tmp_path, method):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), rounds=2, budget="damage", method=method)
+        for name in ("run.json", "run.csv", "run.safetensors"):
+            grown.save(tmp_path / name, {"command": "x"})
+        written = json.loads((tmp_path / "run.json").read_text())
+        assert written == json.loads(json.dumps(grown.to_dict() | {"provenance": {"command": "x"}}))
+        with open(tmp_path / "run.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for index, each in enumerate(grown.rounds):
+            mine = {row["name"]: row for row in rows if row["round"] == str(index + 1)}
+            assert {name: int(row["regrown"]) for name, row in mine.items() if row["regrown"]} == each.regrown
+            assert {name: row["action"] for name, row in mine.items() if row["action"]} == (
+                {row.name: row.action for row in each.report.layers} if each.report else {}
+            )
+            assert {float(row["sparsity"]) for row in mine.values()} == {each.sparsity}
+        assert Masks.load(tmp_path / "run.safetensors") == grown
+        for name in ("run.txt", "run"):
+            with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
+                grown.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
+
+    def test_a_killed_run_goes_on_from_its_journals(self, tmp_path, monkeypatch):
+        dense = seeded(Residual)
+        model, masks = pruned(dense)
+        options = {"budget": "damage", "saliency": "residual", "rounds": 2}
+        expected, fresh = copy.deepcopy(model), copy.deepcopy(model)
+        regrow(expected, dense, masks, 0.7, images(40), **options)
+        walks, write = [], resuscitate.engine.corrections.write_weights
+
+        def fail(name, *rest):
+            walks.append(name)
+            if len(walks) == 8:
+                raise KeyboardInterrupt
+            return write(name, *rest)
+
+        monkeypatch.setattr(resuscitate.engine.corrections, "write_weights", fail)
+        with pytest.raises(KeyboardInterrupt):
+            regrow(model, dense, masks, 0.7, images(40), resume=tmp_path, **options)
+        assert same(model, fresh)
+        monkeypatch.undo()
+        measured = []
+        monkeypatch.setattr(
+            resuscitate.pruning.importance, "drops", lambda *a, **k: measured.append(1) or drops(*a, **k)
+        )
+        grown = regrow(model, dense, masks, 0.7, images(40), resume=tmp_path, **options)
+        assert not measured
+        assert grown.rounds[0].report.resumed > 0
+        assert same(model, expected)
+
+    def test_the_journals_of_other_images_are_refused(self, tmp_path):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        options = {"budget": "damage", "resume": tmp_path, "method": None}
+        regrow(copy.deepcopy(model), dense, masks, 0.7, images(), **options)
+        with pytest.raises(JournalError, match="images differ"):
+            regrow(model, dense, masks, 0.7, images(seed=8), **options)
+
+    @pytest.mark.parametrize(
+        ("changes", "option"),
+        [
+            ({"sparsity": 0.6}, "sparsity"),
+            ({"rounds": 1}, "rounds"),
+            ({"budget": "damage"}, "budget"),
+            ({"saliency": "residual"}, "saliency"),
+            ({"initial": "zero"}, "initial"),
+            ({"method": "asr"}, "method"),
+            ({"densities": {"0": 1.0}}, "densities"),
+            ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
+            ({"seed": 1}, "seed"),
+            ({"dtype": "bf16"}, "dtype"),
+            ({"finetune": lambda model, masks: None}, "finetune"),
+        ],
+        ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+    )
+    def test_the_folder_of_another_regrowth_is_refused_and_the_message_names_the_option(
+        self, changes, option, tmp_path
+    ):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        given = {"sparsity": 0.7, "calibration": images(), "rounds": 2, "resume": tmp_path}
+        regrow(copy.deepcopy(model), dense, masks, **given)
+        before = copy.deepcopy(model)
+        with pytest.raises(JournalError, match=rf"run\.journal is .* another run: options \({option}\) differ"):
+            regrow(model, dense, masks, **given | changes)
+        assert same(model, before)
+        # when to stop is not in the journals
+        grown = regrow(model, dense, masks, **given, evaluate=lambda model: 50.0, accuracy=40.0)
+        assert [each.report.resumed for each in grown.rounds] == [4]
+
+    def test_a_small_memory_makes_no_difference(self, tmp_path):
+        dense, results = seeded(Residual), []
+        for memory in (None, 200_000):
+            model, masks = pruned(dense)
+            options = {"memory": memory, "scratch": tmp_path, "batch_size": 8, "saliency": "residual"}
+            regrow(model, dense, masks, 0.7, images(40, size=24), **options)
+            results.append(model)
+        assert same(*results)
+
+    def test_the_report_reads_and_writes(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), rounds=2)
+        plain = grown.to_dict()
+        assert [row["sparsity"] for row in plain["rounds"]] == [each.sparsity for each in grown.rounds]
+        assert sum(row["regrown"]["3"] for row in plain["rounds"]) == grown.regrown["3"]
+        assert grown.table()[1].note == f"{grown.regrown['3']:,} given back"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"sparsity": 0.95}, ValueError, r"sparsity=0\.95 is above the 0\.9.*sparsify removes"),
+            ({"sparsity": 1}, TypeError, "give a float"),
+            ({"budget": "fair"}, ValueError, "budget='fair' is unknown"),
+            ({"saliency": "best"}, ValueError, "saliency='best' is unknown"),
+            ({"saliency": "gradient"}, ValueError, "labelled"),
+            ({"labelled": LABELLED}, ValueError, "labelled"),
+            ({"saliency": "gradient", "labelled": []}, CalibrationError, "no batches"),
+            ({"saliency": "gradient", "labelled": [images()]}, CalibrationError, "pairs of images and labels"),
+            ({"saliency": {"0": torch.ones(2, 2)}}, MaskError, "denser masks"),
+            ({"initial": "refit", "method": None}, ValueError, "needs a refit"),
+            ({"rounds": 0}, ValueError, "rounds=0"),
+            ({"accuracy": 0.5}, ValueError, "evaluate"),
+            ({"loss": F.cross_entropy}, ValueError, "loss is for saliency 'gradient'"),
+            ({"evaluate": lambda model: float("nan")}, ValueError, "not a score"),
+            ({"masks": {}}, ValueError, "masks is empty"),
+            ({"masks": {"0": torch.ones(3, 3)}}, MaskError, "made for another model"),
+            ({"masks": {"zzz": torch.ones(3, 3)}}, MaskError, "zzz"),
+            ({"calibration": None}, CalibrationError, "calibration is missing"),
+            ({"pattern": "channels", "saliency": "residual"}, ValueError, "single weights"),
+            ({"pattern": "rows"}, ValueError, "pattern='rows'"),
+        ],
+    )
+    def test_before_anything_is_changed(self, options, error, message):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        before = copy.deepcopy(model)
+        given = {"masks": masks, "sparsity": 0.8, "calibration": images(), **options}
+        with pytest.raises(error, match=message):
+            regrow(model, dense, **given)
+        assert same(model, before)
+
+    def test_a_mask_of_weights_that_are_not_zero_and_another_network(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        with pytest.raises(MaskError, match="are not zero"):
+            regrow(copy.deepcopy(dense), dense, masks, 0.5, images())
+        with pytest.raises(ModelMismatchError, match="dense"):
+            regrow(model, model, masks, 0.5, images())
+        with pytest.raises((ModelMismatchError, MaskError)):
+            regrow(model, seeded(Residual), masks, 0.5, images())
+
+    def test_a_callback_that_changes_the_masks(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        before = copy.deepcopy(model)
+
+        def meddle(candidate, given):
+            given["3"][:] = True
+
+        with pytest.raises(MaskError, match="finetune changed its mask"):
+            regrow(model, dense, masks, 0.5, images(), finetune=meddle)
+        assert same(model, before)
+
+    def test_a_callback_that_fails_leaves_the_model_as_it_was(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        before = copy.deepcopy(model)
+        model.train()
+        for fail in ({"evaluate": lambda model: 1 / 0}, {"finetune": lambda model, masks: 1 / (model.eval() is None)}):
+            with pytest.raises(ZeroDivisionError):
+                regrow(model, dense, masks, 0.5, images(), **fail)
+            assert same(model, before)
+            assert model.training
