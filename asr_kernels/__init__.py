@@ -1,11 +1,12 @@
-"""Per-channel moments and in-place corrections of activations: tensors in, tensors out.
+"""Per-channel moments and in-place corrections of activations: functions of tensors only.
 
-Three backends behind one face: Triton kernels on a GPU, a bandwidth-bound PyTorch path elsewhere, and a plain float64
-reference that both are tested against.
+Three backends share one interface: Triton kernels on a GPU, a PyTorch path bound by memory bandwidth elsewhere, and a
+float64 reference that both are tested against.
 """
 
-from .moments import ChannelMoments, PairedMoments
-from .ops import affine_, channel_moments, paired_moments, repair_, repair_factors, use_backend
+from .backends import use_backend
+from .moments import ChannelMoments, PairedMoments, channel_moments, paired_moments
+from .ops import affine_, repair_, repair_factors
 from .patches import CrossProducts, PatchMoments, Window, cross_products, patch_moments
 
 __all__ = [

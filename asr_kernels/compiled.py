@@ -1,6 +1,6 @@
-"""The operations as torch.compile sees them: opaque, so that a graph holds each as one node and does not break.
+"""The operations inside torch.compile: each is one opaque node of the graph, without a graph break.
 
-Eager code calls plain functions instead: the dispatcher would cost a small layer more than its kernel does.
+Code outside torch.compile calls `eager` directly: for a small layer, PyTorch's dispatcher takes longer than the kernel.
 """
 
 from __future__ import annotations
@@ -8,34 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import eager
+
 
 @torch.library.custom_op("asr_kernels::channel_moments", mutates_args=())
 def channel_moments(x: Tensor, channel_dim: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """mean and m2, float64 (C,)."""
-    from .ops import channel_moments
-
-    moments = channel_moments(x, channel_dim, tolerance=tolerance)
+    found = eager.channel_moments(x, channel_dim, tolerance)
     # results of an operator must not share memory
-    return moments.mean.clone(), moments.m2.clone()
+    return found.mean.clone(), found.m2.clone()
 
 
 @torch.library.custom_op("asr_kernels::paired_moments", mutates_args=())
 def paired_moments(dense: Tensor, pruned: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mean and m2 of each, and their co-moment, float64 (C,)."""
-    from .ops import paired_moments
-
-    pair = paired_moments(dense, pruned, channel_dim)
-    found = (pair.dense.mean, pair.dense.m2, pair.pruned.mean, pair.pruned.m2, pair.comoment)
-    mean_d, m2_d, mean_p, m2_p, comoment = (t.clone() for t in found)
+    """mean and m2 of dense, of pruned, and their co-moment: float64 (C,)."""
+    mean_d, m2_d, mean_p, m2_p, comoment = (t.clone() for t in eager.paired_moments(dense, pruned, channel_dim))
     return mean_d, m2_d, mean_p, m2_p, comoment
 
 
 @torch.library.custom_op("asr_kernels::affine_", mutates_args=("x",))
 def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, relu: bool) -> None:
-    """x <- gain * x + shift."""
-    from .ops import affine_
-
-    affine_(x, gain, shift, channel_dim, relu=relu)
+    """x <- gain * x + shift, then ReLU with `relu`."""
+    eager.affine_(x, gain, shift, channel_dim, relu)
 
 
 def _per_channel(x: Tensor, channel_dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From moments to corrections: which gain and shift bring a pruned channel back to its dense one. Float64."""
+"""The formulas of the repair rules: gain and shift of each channel from its dense and pruned moments. Float64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .moments import ChannelMoments
+from .merging import Moments
 
-# a deviation that is no larger than this part of the mean is none
+# a channel is constant where its deviation is at most this fraction of its mean: the rounding of float32
 ROUNDING = 2.0**-21
 
 Rule = Literal["layerwise", "channelwise", "asr"]
@@ -17,14 +17,14 @@ Prior = Literal["median", "mean"] | float
 
 
 def repair_factors(
-    dense: ChannelMoments, pruned: ChannelMoments, rule: Rule, prior: Prior, bias: bool, eps: float
+    dense: Moments, pruned: Moments, rule: Rule, prior: Prior, bias: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 (C,), by the formulas at `asr_kernels.repair_factors`.
+    """Gain and shift, float64 (C,), by the formulas in the docstring of `asr_kernels.repair_factors`.
 
     Raises ValueError for a rule that has no formula here.
     """
     vd, vp = dense.var, pruned.var
-    # a constant, but for the rounding of the float32 that it was computed in
+    # a constant channel has variance 0; what is left is float32 rounding
     vp = torch.where(vp <= (ROUNDING * pruned.mean).square(), 0.0, vp)
     if rule == "layerwise":
         raw = (_finite_mean(vd) / (_finite_mean(vp) + eps)).sqrt().expand_as(vp)
@@ -47,6 +47,6 @@ def _finite_mean(values: Tensor) -> Tensor:
 
 def _prior_variance(vp: Tensor, prior: Prior) -> Tensor:
     if prior == "median":
-        # nanmedian takes the lower of two middles and passes over NaN; all NaN leaves nothing to trust
+        # nanmedian ignores NaN and takes the lower of two middle values; if all are NaN, the prior is 0
         return torch.where(vp.isfinite(), vp, torch.nan).nanmedian().nan_to_num(0.0)
     return _finite_mean(vp) if prior == "mean" else vp.new_full((), prior)

@@ -1,9 +1,9 @@
-"""Second moments of the patches that a convolution reads, and their products with an output: all of least squares.
+"""Second moments of convolution patches, and their products with an output: the normal equations of least squares.
 
 For inputs x (N, C, *spatial) a patch has K = (C / groups) * prod(kernel) values, in the order of the weight's trailing
-axes. Two taps that lie a stride apart along the first spatial axis read the same rows but for one at either end, so
-most of the K x K products follow from others by a row more and a row less: a 3x3 kernel at stride 1 takes 3 of 9
-products of rows. Along the other axes the taps stand side by side, as so many copies of the input.
+axes. Two kernel taps that lie one stride apart along the first spatial axis read the same rows, except one row at each
+end. So most of the K x K products follow from earlier ones by adding one row and subtracting one: a 3x3 kernel at
+stride 1 computes 3 of 9 products of rows. For the taps along the other axes the input is copied once per tap.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .precision import full_precision
 
 @dataclass(frozen=True)
 class Window:
-    """What a layer reads: kernel, stride, padding, dilation along each spatial axis, and groups. () for a linear one.
+    """Kernel, stride, padding and dilation of a layer along each spatial axis, and groups. () for a linear layer.
 
     `padding` is (before, after) for each axis; `mode` is that of `torch.nn.functional.pad`.
     """
@@ -36,16 +36,16 @@ class Window:
     mode: str = "constant"
 
     def output(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The spatial sizes of what comes out for inputs of these."""
+        """Spatial sizes of the output for inputs of these spatial sizes."""
         each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + sum(pad) - (k - 1) * d - 1) // s + 1 for n, k, s, pad, d in each)
 
 
 @dataclass(eq=False)
 class CrossProducts:
-    """Sums, float64, over patches x and outputs y of deviations from points that are given: they add up by `+`.
+    """Sums over patches x and outputs y of deviations from given points, float64. `+` adds the sums of two batches.
 
-    `xy` (G, K, O) of products, `y` (G, O) of the deviations of y, `yy` (G, O) of their squares.
+    `xy` (G, K, O): products of deviations; `y` (G, O): deviations of y; `yy` (G, O): their squares.
     """
 
     xy: Tensor
@@ -60,8 +60,8 @@ class CrossProducts:
 class PatchMoments:
     """Centred second moments of patches x (K values) and outputs y (O values), float64, for each of G groups.
 
-    `count` patches; `mean` (G, K) and `target` (G, O) are means of x and y; `xx` (G, K, K) and `xy` (G, K, O) are sums
-    of products of deviations, `yy` (G, O) sums of squared ones. They merge exactly (Chan et al. 1979).
+    `count`: number of patches. `mean` (G, K) and `target` (G, O): means of x and y. `xx` (G, K, K) and `xy` (G, K, O):
+    sums of products of deviations. `yy` (G, O): sums of squared deviations. They merge exactly (Chan et al. 1979).
     """
 
     count: int
@@ -72,7 +72,7 @@ class PatchMoments:
     yy: Tensor
 
     def merge(self, other: PatchMoments) -> PatchMoments:
-        """The moments of both sets of patches together, as a new object."""
+        """Moments of both sets of patches together; one of the two objects itself where the other is empty."""
         if not self.count or not other.count:
             return self if self.count else other
         count = self.count + other.count
@@ -89,14 +89,14 @@ class PatchMoments:
 
 
 def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 20) -> PatchMoments:
-    """The patch moments of one batch of inputs and wanted outputs.
+    """The patch moments of one batch of inputs x and target outputs y.
 
-    x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *spatial after), or (..., O).
-    budget: bytes for the copies of x at a time; images are taken in chunks that fit (one at least).
+    x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *output spatial), or (..., O).
+    budget: bytes for the copies of x that exist at a time; images are processed in chunks that fit, at least one each.
 
-    Products are taken and summed in IEEE float32 (float64 for float64), whatever the caller's autocast and TF32
-    settings, about the mean of the chunk, and chunks merge in float64.
-    Raises ValueError where y is not what a layer with this window makes of x.
+    Products of deviations from the chunk's mean are summed in IEEE float32 (float64 for float64), whatever the caller's
+    autocast and TF32 settings. Chunks merge in float64.
+    Raises ValueError where the shape of y is not the output shape of a layer with this window for x.
     """
     if not window.kernel:
         x, y = x.reshape(-1, x.shape[-1], 1), y.reshape(-1, y.shape[-1], 1)
@@ -113,8 +113,8 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 2
 def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
     """The cross products of one batch, about the points `mean` (G, K) and `target` (G, O), float64, near the means.
 
-    x, y, window, precision: as in `patch_moments`, which tells the means too. A fraction of its work where its `xx` are
-    known: one gradient of a convolution by its weight.
+    x, y, window, precision: as in `patch_moments`, which also returns the means. Where `xx` is known already, this is a
+    fraction of the work of `patch_moments`: one gradient of a convolution with respect to its weight.
     """
     with full_precision(x.device):
         return _cross_products(x, y, window, mean, target)
@@ -126,7 +126,7 @@ def _cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: 
     wanted = y.to(dtype, copy=True)
     if not window.kernel:
         wanted = wanted.view(-1, O).sub_(target.view(-1))
-        # about one value for each channel, and then about the mean of each tap
+        # products about the float32 rounding of the mean; `rest` corrects them below
         about = mean.to(dtype)
         xy = ((x.reshape(-1, x.shape[-1]).to(dtype) - about).mT @ wanted).double()[None]
         rest = mean - about.double()
@@ -134,6 +134,7 @@ def _cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: 
         ones = [1] * len(window.kernel)
         wanted.sub_(target.view(-1, *ones))
         C = mean.shape[1] // prod(window.kernel)
+        # products about one value per channel; `rest` moves them to the mean of each tap below
         about = mean.view(G * C, -1).mean(1).to(dtype)
         pads = [pad for pair in reversed(window.padding) for pad in pair]
         padded = F.pad(x.to(dtype), pads, window.mode) - about.view(-1, *ones)
@@ -146,7 +147,7 @@ def _cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: 
 
 
 def _weight_gradient(x: Tensor, y: Tensor, window: Window) -> Tensor:
-    """The gradient (O, C / groups, *kernel) of a convolution's weight: inputs x, not padded; outputs' gradient y."""
+    """Gradient (O, C / groups, *kernel) of a convolution's weight, for padded inputs x and the output gradient y."""
     weight, zeros = x.new_empty(y.shape[1], x.shape[1] // window.groups, *window.kernel), [0] * len(window.kernel)
     mask = [False, True, False]
     options = (window.stride, zeros, window.dilation, False, zeros, window.groups, mask)
@@ -160,12 +161,12 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
     step, hop = window.stride[0], window.dilation[0]
     columns, shift = _columns(x, window)
     wanted, target = _centred(y)
-    # [G, O, rows, M], its rows those of the output
+    # [G, O, rows, M], rows of the output
     wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(G, -1, y.shape[2], columns.shape[-1])
     rows, R = wanted.shape[2], columns.shape[1] // C
 
     def read(tap: int, first: int, count: int) -> Tensor:
-        # what a tap reads for `count` rows of the output, from the row `first`: [G, C * R, count * M]
+        # the input values that a tap reads for `count` output rows, from row `first` on: [G, C * R, count * M]
         start = tap * hop + first * step
         return columns[:, :, start : start + (count - 1) * step + 1 : step].flatten(2)
 
@@ -181,7 +182,7 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
         for j in range(i, taps):
             before = (i * hop - step) / hop
             if before >= 0 and before == int(before) and rows > 2:
-                # the same rows as a pair of taps a stride earlier, but for its first and this one's last
+                # the pair of taps one stride earlier reads the same rows, except its first row and this pair's last
                 a, b = int(before), int(before) + j - i
                 last = read(i, rows - 1, 1) @ read(j, rows - 1, 1).mT
                 blocks[i, j] = blocks[a, b] + last - read(a, 0, 1) @ read(b, 0, 1).mT
@@ -193,7 +194,7 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
     count = rows * columns.shape[-1]
     K = C * taps * R
     sums, xy = sums.view(G, K), xy.view(G, K, -1)
-    left = wanted.sum((2, 3)).double()  # what rounding left of the mean
+    left = wanted.sum((2, 3)).double()  # 0 but for rounding
     mean = sums / count + shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
     return PatchMoments(
         count,
@@ -206,9 +207,9 @@ def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
 
 
 def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """[G, C * R, rows, M]: each channel less its mean, R copies of it for the taps along all axes but the first.
+    """[G, C * R, rows, M]: each channel minus its mean, copied for each of the R taps along all axes but the first.
 
-    `rows` are those of the padded input, M runs over images and the other axes of the output. Also the mean, float64.
+    `rows` are rows of the padded input; M runs over images and the other output axes. Also returns the mean, float64.
     """
     pads = [pad for pair in reversed(window.padding) for pad in pair]
     padded, mean = _centred(F.pad(x, pads, window.mode) if any(pads) else x)
@@ -224,7 +225,7 @@ def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32 (float64 for float64), each channel less its mean; and the mean, float64 (C,)."""
+    """Each channel minus its mean, in float32 (float64 for float64); and the mean, float64 (C,)."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     dims = [0, *range(2, x.ndim)]
     mean = x.mean(dims)

@@ -1,9 +1,9 @@
-"""IEEE float32 for float32 products: what allows shorter formats (autocast, TF32, bfloat16) is set aside for a while.
+"""IEEE float32 for float32 products: contexts that switch off autocast, TF32 and bfloat16, and restore them.
 
-PyTorch 2.9 and newer have two interfaces for it. `fp32_precision` is set for each kind of operator of a backend; a
-kind that is set to "none" inherits from the backend's "all", and that from "generic". The older flags are
-`torch.backends.cudnn.allow_tf32`, `torch.backends.cuda.matmul.allow_tf32` and `torch.set_float32_matmul_precision`.
-Where the two disagree, reading an older flag is a RuntimeError.
+PyTorch 2.9 and newer have two interfaces for these settings. The newer interface, `fp32_precision`, has one setting for
+each kind of operator of a backend. The value "none" inherits from the backend's "all", and "all" from "generic". The
+older flags are `torch.backends.cudnn.allow_tf32`, `torch.backends.cuda.matmul.allow_tf32` and
+`torch.set_float32_matmul_precision`. Where the two interfaces disagree, reading an older flag raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 KINDS = ("all", "matmul", "conv", "rnn")
-# what inherits stands behind what it inherits from
+# each setting comes after those that it inherits from
 SETTINGS = [("generic", "all"), *((backend, kind) for backend in ("cuda", "mkldnn") for kind in KINDS)]
 
 _get = torch._C._get_fp32_precision_getter
@@ -24,9 +24,9 @@ _set = torch._C._set_fp32_precision_setter
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 tensors on `device` in IEEE float32, outside autocast, for code that sets neither itself.
+    """Multiply float32 tensors on `device` in IEEE float32, without autocast, in code that sets neither itself.
 
-    Where the settings allow it already, as they do by default on a CPU, they are not written.
+    Settings that give IEEE float32 already, as the defaults on a CPU do, are not written.
     """
     backend = "cuda" if device.type == "cuda" else "mkldnn"
     available = torch.amp.is_autocast_available(device.type)
@@ -35,7 +35,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         try:
             if any(_get(backend, kind) in ("tf32", "bf16") for kind in ("matmul", "conv")):
                 for setting in SETTINGS:
-                    # with "ieee" to inherit, whatever else is read is the setting's own
+                    # inherited values are "ieee" by now, so any other value is the setting's own
                     if (own := _get(*setting)) != "ieee":
                         found.append((*setting, own))
                         _set(*setting, "ieee")
@@ -47,25 +47,25 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def full_precision_of_models() -> Iterator[None]:
-    """Products of float32 tensors in IEEE float32 on every device, for models that may read or set either interface.
+    """Multiply float32 tensors in IEEE float32 on every device, for models that may read or set either interface.
 
-    Both interfaces agree meanwhile, and are then as they were found, whatever a model has set: where they disagreed,
-    they disagree again. One thing cannot be put back: that `cudnn.conv` and `cudnn.rnn` were never set. In PyTorch 2.13
-    they are "tf32" until something else is set above them; afterwards they are "tf32".
+    Both interfaces agree inside the context. On exit, all settings are restored, whatever a model has set; interfaces
+    that disagreed before disagree again. One state cannot be restored: `cudnn.conv` and `cudnn.rnn` that were never
+    set. In PyTorch 2.13 they read "tf32" until a setting above them changes; after this context they are "tf32".
     """
     found: dict[tuple[str, str], str] = {}
     matmul: str | None = None
     cudnn: bool | None = None
     try:
         for backend, kind in SETTINGS:
-            # with "none" to inherit, what is read is the setting's own
+            # inherited values are "none" by now, so the value read is the setting's own
             found[backend, kind] = _get(backend, kind)
             _set(backend, kind, "none" if kind == "all" else "ieee")
         with _no_warnings():
             matmul = torch.get_float32_matmul_precision()
             try:
                 cudnn = torch.backends.cudnn.allow_tf32
-            except RuntimeError:  # it disagrees with the "ieee" above, so it is set
+            except RuntimeError:  # the flag disagrees with the "ieee" above, so it is True
                 cudnn = True
             torch.set_float32_matmul_precision("highest")
             torch.backends.cudnn.allow_tf32 = False
@@ -85,7 +85,7 @@ def full_precision_of_models() -> Iterator[None]:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """PyTorch 2.9 warns once, of the older flags, whoever uses them."""
+    """Suppress warnings: PyTorch 2.9 warns once about any use of the older flags."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""affine_ corrects in place: right to one rounding, in any layout, and not a byte beside it."""
+"""affine_ works in place, is accurate to one rounding in any layout, and writes no memory outside the view."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 
 
 def along(factor: Tensor, x: Tensor, channel_dim: int = 1) -> Tensor:
-    """(C,) in float64, shaped to multiply x."""
+    """The (C,) factor in float64, reshaped to broadcast over x."""
     shape = [1] * x.dim()
     shape[channel_dim] = -1
     return factor.double().view(shape)
 
 
 def assert_affine(after: Tensor, before: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, backend: str) -> None:
-    """after = gain * before + shift, worked out in float32 or float64 and rounded once to the dtype.
+    """after = gain * before + shift, computed in float32 or float64 and rounded once to the dtype.
 
-    The result is off by half a unit in its last place from the one rounding, and by half a unit of the working
-    precision from the product and from the sum, where these are not fused. Triton's interpreter cuts float32 to
-    bfloat16 instead of rounding (a GPU does not): a whole unit there.
+    The final rounding adds an error of half a unit in the last place. Where product and sum are not fused, each adds
+    half a unit of the working precision. Triton's interpreter truncates float32 to bfloat16 (a GPU rounds): a whole
+    unit.
     """
     product = along(gain, before, channel_dim) * before.double()
     expected = product + along(shift, before, channel_dim)
@@ -41,22 +41,22 @@ def assert_affine(after: Tensor, before: Tensor, gain: Tensor, shift: Tensor, ch
 
 
 def factors(channels: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Gains and shifts of both signs, none of them representable in half precision."""
+    """Gains and shifts of both signs that half precision cannot represent."""
     gain = torch.linspace(-1.7, 3.3, channels, dtype=torch.float64, device=device)
     shift = torch.linspace(2.1, -0.3, channels, dtype=torch.float64, device=device)
     return gain.to(dtype), shift.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_affine_is_right_to_one_rounding_and_touches_nothing_else(backend, device, layout, dtype):
+def test_affine_is_accurate_to_one_rounding_and_writes_nothing_else(backend, device, layout, dtype):
     x, memory = layout.place(dtype, device)
     before, memory_before = x.clone(), memory.clone()
-    # a float64 tensor is corrected by float64 factors; any other takes them as float32
+    # factors are used in float64 for a float64 tensor, in float32 for any other
     working = torch.float64 if dtype == torch.float64 else torch.float32
     gain, shift = factors(x.shape[layout.channel_dim], device, working)
     assert ak.affine_(x, gain, shift, layout.channel_dim) is x
     assert_affine(x, before, gain, shift, layout.channel_dim, backend)
-    # with the old values put back, the memory is what it was to the bit, the NaN around the view included
+    # after restoring the view, all memory is as before to the bit, including the NaN around the view
     x.copy_(before)
     assert torch.equal(memory.view(BITS[dtype]), memory_before.view(BITS[dtype]))
 
@@ -85,7 +85,7 @@ def test_leaf_that_requires_grad_is_corrected(backend, device):
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["affine", "relu"])
-def test_version_moves_for_the_tensor_and_all_that_share_its_memory(backend, device, layout, relu):
+def test_version_increases_for_the_tensor_and_all_views_of_its_memory(backend, device, layout, relu):
     x, memory = layout.place(torch.float32, device)
     other = memory[:1]
     assert len({x._version, memory._version, other._version}) == 1
@@ -95,14 +95,14 @@ def test_version_moves_for_the_tensor_and_all_that_share_its_memory(backend, dev
     assert x._version == memory._version == other._version
 
 
-def test_version_moves_with_repair(backend, device):
+def test_version_increases_with_repair(backend, device):
     x = torch.randn(4, 3, 6, 6, device=device)
     target, before = ak.channel_moments(2 * x), x._version
     ak.repair_(x, target)
     assert x._version > before
 
 
-def test_version_moves_in_inference_mode_where_there_is_one(backend, device):
+def test_version_increases_in_inference_mode_if_the_tensor_has_one(backend, device):
     x = torch.ones(2, 3, device=device)
     with torch.inference_mode():
         ak.affine_(x, torch.full((3,), 2.0), torch.ones(3))
@@ -113,17 +113,17 @@ def test_version_moves_in_inference_mode_where_there_is_one(backend, device):
     assert (unversioned == 3).all()
 
 
-def test_autograd_refuses_a_saved_value_that_was_corrected(backend, device):
+def test_backward_through_a_corrected_saved_value_is_an_error(backend, device):
     weight = torch.ones(2, 3, device=device, requires_grad=True)
     y = 2 * weight
-    loss = y.sin().sum()  # y is saved for cos(y)
+    loss = y.sin().sum()  # autograd saves y, for cos(y)
     ak.affine_(y, torch.full((3,), 2.0), torch.ones(3))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_relu_follows_the_correction(backend, device, layout, dtype):
+def test_relu_is_applied_after_the_correction(backend, device, layout, dtype):
     x, _ = layout.place(dtype, device)
     y = x.clone(memory_format=torch.preserve_format)
     gain, shift = factors(x.shape[layout.channel_dim], device)
@@ -146,7 +146,7 @@ def test_nonfinite_value_stays_in_its_channel(backend, device, value, last):
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     x[1, 2] = value
-    # 0 * inf, and a NaN of the factors' own
+    # gains of 0 and NaN, a shift of infinity
     gain = torch.tensor([1.5, torch.nan, 0.0, 2.0, 0.5], device=device)
     shift = torch.tensor([0.0, 1.0, 1.0, torch.inf, 1.0], device=device)
     before = x.clone()
@@ -159,7 +159,7 @@ def test_nonfinite_value_stays_in_its_channel(backend, device, value, last):
         assert_affine(x[:, c : c + 1], before[:, c : c + 1], gain[c : c + 1], shift[c : c + 1], 1, backend)
 
 
-def test_memory_that_overlaps_itself_is_refused(backend, device):
+def test_memory_that_overlaps_itself_is_an_error(backend, device):
     x = torch.ones(2, 3, 1, device=device)
     for expanded in (x.expand(2, 3, 4), x[:1].expand(2, 3, 1), x[:, :1].expand(2, 3, 1)):
         with pytest.raises(ValueError, match="overlaps itself"):
@@ -181,13 +181,13 @@ def test_bad_arguments_are_errors(backend, device):
     assert (x == 1).all()
 
 
-def test_empty_tensor_is_left_as_it_is(backend, device):
+def test_empty_tensor_is_unchanged(backend, device):
     x = torch.empty(0, 3, 4, device=device)
     assert ak.affine_(x, torch.ones(3), torch.ones(3)) is x
     assert x._version == 0
 
 
-def test_offsets_pass_2_to_the_31(backend, vast):
+def test_offsets_beyond_2_to_the_31(backend, vast):
     before = vast.clone()
     gain, shift = factors(5, vast.device)
     ak.affine_(vast, gain, shift)
@@ -205,7 +205,7 @@ def test_offsets_pass_2_to_the_31(backend, vast):
     order=st.permutations(range(4)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_layout_changes_no_bit(backend, device, shape, order, dtype):
+def test_result_is_bit_identical_in_any_layout(backend, device, shape, order, dtype):
     x = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     y = x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
     gain, shift = factors(shape[1], device)
@@ -215,7 +215,7 @@ def test_layout_changes_no_bit(backend, device, shape, order, dtype):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
-def test_repair_gives_back_the_dense_moments(backend, device, last):
+def test_repair_restores_the_dense_moments(backend, device, last):
     dense = torch.randn(4, 3, 6, 6, device=device).mul_(2).add_(5)
     x = torch.randn(4, 3, 6, 6, device=device)
     if last:
@@ -225,13 +225,13 @@ def test_repair_gives_back_the_dense_moments(backend, device, last):
     assert_affine(x, before, gain, shift, 1, backend)
     assert torch.equal(pruned.m2, ak.channel_moments(before).m2)
     after = ak.channel_moments(x)
-    # gain, shift and results are rounded to float32: 2^-24 of values up to about 12, a handful of times; relative to
-    # the deviation of 2 that is 4e-7 each, twice that in the variance. The rule's own eps is 1e-8 of it
+    # gain, shift and results are rounded to float32, a few times: an error of 2^-24 of values up to about 12. Relative
+    # to the deviation of 2 each rounding is 4e-7, and twice that in the variance. The rule's eps adds 1e-8
     torch.testing.assert_close(after.mean, target.mean, rtol=0, atol=5e-6)
     torch.testing.assert_close(after.var, target.var, rtol=5e-6, atol=0)
 
 
-def test_repair_that_fails_leaves_the_tensor_alone(backend, device):
+def test_repair_that_fails_leaves_the_tensor_unchanged(backend, device):
     x = torch.randn(4, 3, 6, 6, device=device)
     before, target = x.clone(), ak.channel_moments(x)
     with pytest.raises(ValueError, match="unknown rule"):

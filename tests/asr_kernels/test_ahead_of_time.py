@@ -1,6 +1,6 @@
-"""Every kernel compiles for sm_80, sm_90 and gfx942 on a machine without a GPU, from the very arguments of its launch.
+"""Every kernel compiles for sm_80, sm_90 and gfx942 on a machine without a GPU, with the arguments of its launch.
 
-What the compiled code shows is promised here: 64-bit offsets, no atomics, no spills, wide loads and enough of them in
+The tests check the compiled code: 64-bit offsets, no atomics, no spilled registers, wide loads and enough of them in
 flight.
 """
 
@@ -20,36 +20,36 @@ import asr_kernels as ak
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="in the interpreter's process kernels are not compiled"
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter compiles no kernels"
 )
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 F16, BF16, F32, F64 = TYPES
-# how the two compilers write loads and stores of so many bits
+# suffixes of load and store instructions by width in bits: PTX, and AMD's assembly
 PTX = {128: r"\.(v4\.b32|v2\.b64)", 64: r"\.(v2\.b32|b64)", 32: r"\.b32", 16: r"\.b16"}
 GCN = {128: "_dwordx4", 64: "_dwordx2", 32: "_dword", 16: "_(u|d16_|)short(_d16)?(_hi)?"}
 
 
 class Variant(NamedTuple):
-    """A kernel on an (N, C, L) view, and the width in bits of its accesses to the tensor."""
+    """A kernel on an (N, C, L) view, and the width in bits of its memory accesses to the tensor."""
 
     kernel: str
     dtype: torch.dtype
     shape: tuple[int, int, int]
     width: int
     last: bool = False  # channels_last
-    gap: int = 1  # images so many times as far apart as they need
+    gap: int = 1  # distance of images, in multiples of their size
 
     def view(self) -> Tensor:
-        """Without memory."""
+        """A tensor on the meta device, without memory."""
         _, c, l = self.shape
         strides = (c * l * self.gap, 1, c) if self.last else (c * l * self.gap, l, 1)
         return torch.empty_strided(self.shape, strides, dtype=self.dtype, device="meta")
 
     def launch(self) -> Any:
-        from asr_kernels.triton_affine import plan_affine
-        from asr_kernels.triton_moments import plan_moments
+        from asr_kernels.backends.triton_affine import plan_affine
+        from asr_kernels.backends.triton_moments import plan_moments
 
         x = self.view()
         if self.kernel == "affine":
@@ -69,26 +69,26 @@ VARIANTS = [
     # planes of 56 x 56: whole 16-byte vectors in every dtype
     *(Variant(kernel, dtype, (8, 64, 3136), 128) for kernel in KERNELS for dtype in TYPES),
     *(Variant(kernel, dtype, (8, 64, 3136), 128, last=True) for kernel in KERNELS for dtype in (BF16, F32)),
-    # planes that no 16-byte vector divides, but there are many of them
+    # planes that 16-byte vectors do not divide, with many images
     *(Variant(kernel, dtype, (64, 64, 196), 128) for kernel in KERNELS for dtype in (BF16, F32)),
     *(Variant(kernel, dtype, (64, 64, 49), 128) for kernel in KERNELS for dtype in (BF16, F32)),
 ]
 FINISH = [Variant("finish", F32, (8, 64, 3136), 0), Variant("paired finish", F32, (64, 64, 49), 0)]
 ODD = [
-    # few images of short planes: a vector of what divides 14 x 14, and none at 7 x 7
+    # few images of short planes: 64-bit vectors divide 14 x 14, no vector divides 7 x 7
     *(Variant(kernel, BF16, (8, 64, 196), 64) for kernel in KERNELS),
     *(Variant(kernel, BF16, (8, 64, 49), 16) for kernel in KERNELS),
     # long planes of an odd size
     *(Variant(kernel, F32, (8, 64, 1225), 32) for kernel in KERNELS),
     # fewer elements than threads
     *(Variant(kernel, F32, (1, 1, 1), 32) for kernel in KERNELS),
-    # strides that do not fit 32 bits as arguments
+    # arguments: strides that exceed 32 bits
     *(Variant(kernel, F16, (2, 3, 1024), 128, gap=2**31) for kernel in KERNELS),
 ]
 
 
 def compiled(launch: Any, target: str) -> Any:
-    """The kernel of a launch, specialised as the launch would be: on 1, on multiples of 16 and on aligned pointers."""
+    """The compiled kernel, specialised as a launch would be: on 1, on multiples of 16 and on aligned pointers."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -114,9 +114,9 @@ def compiled(launch: Any, target: str) -> Any:
 
 
 def assert_64_bits(ttir: str) -> None:
-    """A program's own number is divided at most, then made 64 bits wide: no address and no product of it has 32.
+    """The program id is only subtracted or divided in 32 bits, then extended to 64: no 32-bit address or product of it.
 
-    Nor is there an atomic.
+    There is no atomic operation either.
     """
     narrow: set[str] = set()
     for line in ttir.splitlines():
@@ -131,7 +131,7 @@ def assert_64_bits(ttir: str) -> None:
 
 
 def registers_of(kernel: Any, target: str, folder: Path) -> int:
-    """Registers of a thread; none of them may be spilled to memory."""
+    """Registers per thread; fails if a register is spilled to memory."""
     if target == "gfx942":
         assert set(re.findall(r"\.[sv]gpr_spill_count: *(\d+)", kernel.asm["amdgcn"])) == {"0"}
         return int(re.search(r"\.vgpr_count: *(\d+)", kernel.asm["amdgcn"])[1])
@@ -144,20 +144,20 @@ def registers_of(kernel: Any, target: str, folder: Path) -> int:
 
 
 def assert_sound(kernel: Any, launch: Any, target: str, folder: Path) -> int:
-    """What holds for every kernel; returns how many programs a multiprocessor holds at a time."""
+    """Check what holds for every kernel; returns how many programs a multiprocessor runs at a time."""
     assert kernel.asm["hsaco" if target == "gfx942" else "cubin"].startswith(b"\x7fELF")
     assert_64_bits(kernel.asm["ttir"])
     warp = TARGETS[target][2]
     threads = launch.options(warp)["num_warps"] * warp
     registers = -(-registers_of(kernel, target, folder) // 8) * 8
-    # a multiprocessor of NVIDIA's has 65,536 registers, 2,048 threads and room for 32 programs; a compute unit of AMD's
-    # 131,072 and 2,048. Shared memory: what every program may have without asking
+    # a multiprocessor (NVIDIA) has 65,536 registers and runs 2,048 threads and 32 programs; a compute unit (AMD) has
+    # 131,072 registers and runs 2,048 threads. Shared memory: half of what a program gets without opting in
     assert kernel.metadata.shared <= 48 * 1024 // 2
     return min((131072 if target == "gfx942" else 65536) // (registers * threads), 2048 // threads, 32)
 
 
 def widths_of(kernel: Any, target: str, access: str) -> set[int]:
-    """Bits of the global loads or stores."""
+    """Widths in bits of all global loads or stores."""
     if target == "gfx942":
         names, forms = re.findall(rf"(?:global|buffer)_{access}(_\w+)", kernel.asm["amdgcn"]), GCN
     else:
@@ -172,13 +172,13 @@ def test_kernel_compiles_with_wide_accesses(target, variant, tmp_path):
     kernel = compiled(launch, target)
     programs = assert_sound(kernel, launch, target, tmp_path)
     assert variant.width in widths_of(kernel, target, "load")
-    # the tensor itself is read in no narrower way; factors are
+    # no narrower access to the tensor; gain and shift are read in 32 or 64 bits
     narrower = {bits for bits in widths_of(kernel, target, "load") if bits < variant.width}
     assert not narrower if variant.kernel != "affine" else narrower <= {32, 64}
     if variant.kernel == "affine":
         assert widths_of(kernel, target, "store") == {variant.width}
-    # bytes on their way to a multiprocessor: to hide 700 ns at 4.8 TB/s, 132 of them need 25 KB each. The kernels for
-    # moments hold a tile and ask for the next
+    # bytes in flight per multiprocessor: to hide 700 ns at 4.8 TB/s, each of 132 multiprocessors needs 25 KB. The
+    # kernels for moments hold one tile while they load the next
     tensors = {"moments": 2, "paired": 4, "affine": 1}[variant.kernel]
     assert programs * launch.values * variant.dtype.itemsize * tensors >= 25_000
 
@@ -199,7 +199,7 @@ def test_odd_shapes_compile(variant, tmp_path):
 
 
 def factors(rule: str, prior: str | float = "median") -> Any:
-    from asr_kernels.triton_factors import plan_factors
+    from asr_kernels.backends.triton_factors import plan_factors
 
     moments = ak.ChannelMoments.empty(2048, "meta")
     return plan_factors(moments, moments, rule, prior, bias=True, eps=1e-8)[0]
@@ -215,6 +215,6 @@ def test_factors_compile(target, rule, tmp_path):
     assert assert_sound(compiled(launch, target), launch, target, tmp_path) >= 1
 
 
-def test_factors_of_a_rule_that_the_kernel_does_not_know_do_not_compile():
+def test_factors_of_an_unknown_rule_do_not_compile():
     with pytest.raises(triton.CompilationError, match="no other rule"):
         compiled(factors("new"), "sm_90")

@@ -9,7 +9,7 @@ import asr_kernels as ak
 
 
 def compiled(function):
-    """Traced, functionalised and run without a compiler of the host's; a graph break is an error."""
+    """Traced, functionalised and run without code generation; a graph break is an error."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -42,7 +42,7 @@ def test_moments_are_one_graph(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_a_size_that_changes_compiles_no_second_break(backend, device):
+def test_other_batch_sizes_cause_no_graph_break(backend, device):
     measure = compiled(lambda x: ak.channel_moments(x).var)
     for n in (2, 3, 5):
         x = torch.randn(n, 3, 4, 4, device=device)
@@ -50,7 +50,7 @@ def test_a_size_that_changes_compiles_no_second_break(backend, device):
 
 
 @pytest.mark.parametrize("operator", ["channel_moments", "paired_moments", "affine_"])
-def test_operators_keep_their_word(operator, device):
+def test_operators_pass_opcheck(operator, device):
     x, factor = torch.randn(4, 3, 5, device=device), torch.rand(3, device=device)
     arguments = {
         "channel_moments": (x, 1, 1e-6),

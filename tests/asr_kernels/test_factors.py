@@ -1,4 +1,4 @@
-"""The algebra of the repair rules, on C numbers (arXiv 2605.21426)."""
+"""The formulas of the repair rules, on C numbers (arXiv 2605.21426)."""
 
 import math
 from typing import Literal
@@ -26,11 +26,11 @@ def test_layerwise_is_one_gain_from_the_mean_variances():
     assert gains([4.0, 12.0], [1.0, 3.0], rule="layerwise", eps=0.0) == [2.0, 2.0]
 
 
-def test_channelwise_is_the_root_of_each_ratio():
+def test_channelwise_is_the_root_of_each_variance_ratio():
     assert gains([4.0, 9.0], [1.0, 1.0], rule="channelwise", eps=0.0) == [2.0, 3.0]
 
 
-def test_asr_by_hand():
+def test_asr_equals_a_computation_by_hand():
     # lam = median(1, 3, 4) = 3; trust = 1/4, 3/6, 4/7; raw = 2, 1, 1/2
     wanted = [0.25 * 2 + 0.75, 1.0, 4 / 7 * 0.5 + 3 / 7]
     assert gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], eps=0.0) == pytest.approx(wanted, rel=1e-12)
@@ -58,7 +58,7 @@ def test_equal_moments_need_no_repair(var, rule):
 
 
 @pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
-def test_gain_and_shift_bring_the_mean_to_the_dense_one(rule):
+def test_gain_and_shift_restore_the_dense_mean(rule):
     dense, pruned = moments([4.0, 1.0], [2.0, -3.0]), moments([1.0, 0.5], [0.5, 7.0])
     gain, shift = ak.repair_factors(dense, pruned, rule=rule)
     torch.testing.assert_close(gain * pruned.mean + shift, dense.mean)
@@ -66,16 +66,16 @@ def test_gain_and_shift_bring_the_mean_to_the_dense_one(rule):
 
 
 @pytest.mark.parametrize("rule", ["channelwise", "asr"])
-def test_a_dead_channel_keeps_its_gain(rule):
+def test_a_dead_channel_has_gain_one(rule):
     assert gains([1.0, 1.0, 1.0], [0.0, 1.0, 2.0], rule=rule)[0] == 1.0
 
 
-def test_half_the_channels_dead_is_a_zero_median_and_the_identity_for_the_layer():
+def test_with_half_the_channels_dead_all_gains_are_one():
     assert gains([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.5, 2.0]) == [1.0] * 4
 
 
 @pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
-def test_a_wholly_dead_layer_keeps_its_gains_and_is_given_the_dense_mean(rule):
+def test_a_wholly_dead_layer_has_gains_of_one_and_the_dense_mean_as_shift(rule):
     gain, shift = ak.repair_factors(moments([1.0, 2.0], [3.0, 4.0]), moments([0.0, 0.0]), rule=rule)
     assert gain.tolist() == [1.0, 1.0]
     assert shift.tolist() == [3.0, 4.0]
@@ -83,7 +83,7 @@ def test_a_wholly_dead_layer_keeps_its_gains_and_is_given_the_dense_mean(rule):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("prior", ["median", "mean"])
-def test_a_bad_channel_does_not_touch_the_others(bad, prior):
+def test_a_channel_with_nan_or_infinity_does_not_change_the_others(bad, prior):
     clean = gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], prior=prior)
     assert gains([4.0, 3.0, 1.0, 2.0], [1.0, 3.0, 4.0, bad], prior=prior)[:3] == clean
     layerwise = gains([4.0, 3.0, 1.0], [1.0, 3.0, 4.0], rule="layerwise")
@@ -101,29 +101,29 @@ def test_a_bad_channel_does_not_touch_the_others(bad, prior):
     ],
     ids=str,
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_invalid_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         gains([1.0], [1.0], **options)
 
 
-def test_moments_of_nothing_or_of_other_channels_are_refused():
+def test_moments_of_no_values_or_of_other_channels_are_errors():
     with pytest.raises(ValueError, match="no values"):
         ak.repair_factors(moments([1.0]), ak.ChannelMoments.empty(1))
     with pytest.raises(ValueError, match="2 dense channels cannot repair 1"):
         ak.repair_factors(moments([1.0, 1.0]), moments([1.0]))
 
 
-def test_a_rule_that_a_backend_does_not_know_is_never_another_rule(backend, device, monkeypatch):
+def test_a_rule_without_a_formula_is_an_error_on_every_backend(backend, device, monkeypatch):
     dense, pruned = moments([4.0, 3.0, 1.0]), moments([1.0, 3.0, 4.0])
     there = [ak.ChannelMoments(m.count, m.mean.to(device), m.m2.to(device)) for m in (dense, pruned)]
-    # a name in `Rule` and nothing else
+    # "new" is in `Rule` and nowhere else
     monkeypatch.setattr(ak.ops, "Rule", Literal["layerwise", "channelwise", "asr", "new"])
     with pytest.raises(ValueError, match="no formula for the rule 'new'"):
         ak.repair_factors(*there, rule="new")
 
 
-def test_a_new_rule_is_its_formula_on_triton_until_the_kernel_knows_it(monkeypatch):
-    kernels = pytest.importorskip("asr_kernels.triton_factors")
+def test_triton_uses_the_pytorch_formula_of_a_rule_that_its_kernel_lacks(monkeypatch):
+    kernels = pytest.importorskip("asr_kernels.backends.triton_factors")
     dense, pruned = moments([4.0, 3.0, 1.0], 2.0), moments([1.0, 3.0, 4.0])
     monkeypatch.setattr(ak.factors, "repair_factors", lambda dense, pruned, *_: (dense.var, pruned.var))
     gain, shift = kernels.repair_factors(dense, pruned, "new", "median", True, 1e-8)
@@ -133,8 +133,8 @@ def test_a_new_rule_is_its_formula_on_triton_until_the_kernel_knows_it(monkeypat
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_kernel_refuses_a_rule_that_it_does_not_know(backend, device):
-    from asr_kernels.triton_factors import plan_factors
+def test_the_kernel_raises_for_an_unknown_rule(backend, device):
+    from asr_kernels.backends.triton_factors import plan_factors
 
     there = ak.ChannelMoments.empty(3, device)
     launch, _ = plan_factors(there, there, "new", "median", True, 1e-8)
@@ -151,12 +151,12 @@ AWKWARD = {
     "not finite": ([1.0, math.nan, 2.0, math.inf, 3.0], [math.nan, 1.0, math.inf, 2.0, 5e-324]),
     "nothing finite": ([1.0, 1.0], [math.nan, math.inf]),
     "constant but for rounding": ([1.0, 2.0, 3.0, 1.0], [1e-13, 2.0, 1e-14, 0.5]),
-    "many, and equal ones": ([1.0] * 37, [float(i % 5) for i in range(37)]),
+    "many, some equal": ([1.0] * 37, [float(i % 5) for i in range(37)]),
 }
 
 
-def test_a_constant_but_for_rounding_is_dead():
-    # 0.3 in float32, off by a unit in its last place now and then
+def test_a_channel_constant_up_to_rounding_is_dead():
+    # channel 1: 0.3 in float32, with some values one unit in the last place away
     pruned = moments([1.0, 1e-16, 1e-16], torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64))
     for rule in ("channelwise", "asr"):
         gain, _ = ak.repair_factors(moments([4.0] * 3), pruned, rule=rule, prior=1.0, eps=0.0)
@@ -166,7 +166,7 @@ def test_a_constant_but_for_rounding_is_dead():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rule", ["layerwise", "channelwise", "asr"])
-def test_moments_of_any_dtype_are_taken_as_float64(backend, device, rule, dtype):
+def test_moments_of_any_dtype_are_converted_to_float64(backend, device, rule, dtype):
     mean, m2 = torch.tensor([1.0, -2.0, 0.5], device=device), torch.tensor([100.0, 400.0, 300.0], device=device)
     wanted = [ak.ChannelMoments(100, mean.double(), (m2 * k).double()) for k in (1, 0.5)]
     short = [ak.ChannelMoments(100, mean.to(dtype), (m2 * k).to(dtype)) for k in (1, 0.5)]
@@ -175,8 +175,8 @@ def test_moments_of_any_dtype_are_taken_as_float64(backend, device, rule, dtype)
         assert torch.equal(a, b)
 
 
-def test_dense_moments_from_another_device_are_moved_to_that_of_the_pruned_ones():
-    # "meta" stands for another device: it knows all but the values
+def test_dense_moments_are_moved_to_the_device_of_the_pruned_moments():
+    # "meta" acts as another device, without values
     dense, x = moments([4.0, 3.0, 1.0]), torch.randn(4, 3, 5, device="meta")
     with ak.use_backend("reference"):
         gain, shift = ak.repair_factors(dense, ak.channel_moments(x))
@@ -193,12 +193,12 @@ def test_dense_moments_from_another_device_are_moved_to_that_of_the_pruned_ones(
     [("layerwise", "median"), ("channelwise", "median"), ("asr", "median"), ("asr", "mean"), ("asr", 0.1)],
     ids=str,
 )
-# what NumPy says of NaN in the interpreter
+# NumPy warns about NaN in the interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_kernel_decides_as_the_formulas_do(backend, device, monkeypatch, rule, prior, bias, case):
+def test_every_backend_agrees_with_the_formulas(backend, device, monkeypatch, rule, prior, bias, case):
     if backend == "triton":
         # several blocks of channels
-        monkeypatch.setattr(pytest.importorskip("asr_kernels.triton_factors"), "BLOCK", 4)
+        monkeypatch.setattr(pytest.importorskip("asr_kernels.backends.triton_factors"), "BLOCK", 4)
     dense, pruned = (moments(var, 3.0, count) for var, count in zip(case, (100, 49), strict=True))
     with ak.use_backend("torch"):
         wanted = ak.repair_factors(dense, pruned, rule=rule, prior=prior, bias=bias)

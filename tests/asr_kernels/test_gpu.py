@@ -1,4 +1,4 @@
-"""What only a GPU can show: no wait for the host, graphs, streams, devices, new memory that holds NaN."""
+"""Tests that need a GPU: no host synchronisation, CUDA graphs, streams, devices, new memory that holds NaN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(params=["planes", "short planes", "rows"])
 def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense and pruned activations, as the kernels tell them apart."""
+    """Dense and pruned activations, in each layout that the kernels treat differently."""
     torch.manual_seed(0)
     shape = (64, 24, 7, 7) if request.param == "short planes" else (8, 24, 30, 30)
     form = torch.channels_last if request.param == "rows" else torch.contiguous_format
@@ -29,14 +29,14 @@ def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def errors_on_waiting() -> Iterator[None]:
-    """An error wherever the host waits for the device."""
+    """Raise an error wherever the host waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 def wanted(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """The pruned activations as the reference repairs them."""
+    """The pruned activations, repaired by the reference backend."""
     with ak.use_backend("reference"):
         repaired = pruned.clone(memory_format=torch.preserve_format)
         ak.repair_(repaired, ak.channel_moments(dense))
@@ -45,7 +45,7 @@ def wanted(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 def test_repair_never_waits_for_the_host(pair, errors_on_waiting):
     dense, pruned = pair
-    # compiled once, outside
+    # the first iteration compiles the kernels
     for _ in range(2):
         running = ak.channel_moments(dense).update_(dense)
         ak.paired_moments(dense, pruned)
@@ -68,7 +68,7 @@ def test_repair_runs_in_a_cuda_graph(pair):
         assert shift.isfinite().all()
 
 
-def test_two_streams_do_not_disturb_each_other(pair):
+def test_two_streams_give_the_same_results(pair):
     dense, pruned = pair
     results, streams = [], [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
@@ -82,7 +82,7 @@ def test_two_streams_do_not_disturb_each_other(pair):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_tensor_decides_the_device(pair):
+def test_kernels_run_on_the_device_of_the_tensor(pair):
     dense, pruned = (x.to("cuda:1") for x in pair)
     expected = wanted(dense, pruned)
     assert torch.cuda.current_device() == 0
@@ -108,12 +108,12 @@ def test_moments_from_the_host_are_moved_to_the_tensor(pair):
     torch.testing.assert_close(pruned, expected)
 
 
-def test_new_memory_may_hold_nan(pair):
+def test_nan_in_new_memory_changes_nothing(pair):
     dense, pruned = pair
     expected = wanted(dense, pruned)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        # fills what torch.empty gives
+        # torch.empty then returns memory filled with NaN
         assert torch.utils.deterministic.fill_uninitialized_memory
         assert torch.empty(5, device="cuda").isnan().all()
         assert ak.paired_moments(dense, pruned).corr.isfinite().all()
@@ -123,7 +123,7 @@ def test_new_memory_may_hold_nan(pair):
     torch.testing.assert_close(pruned, expected)
 
 
-def test_inductor_takes_the_kernels_into_its_graph(pair):
+def test_inductor_runs_repair_in_one_graph(pair):
     dense, pruned = pair
     target, expected = ak.channel_moments(dense), wanted(dense, pruned)
 
@@ -137,7 +137,7 @@ def test_inductor_takes_the_kernels_into_its_graph(pair):
 
 @pytest.fixture(params=["plain", "older flags", "fp32_precision", "autocast"])
 def caller(request) -> Iterator[None]:
-    """Each way in which a caller asks for short formats."""
+    """Each setting by which a caller allows TF32 or bfloat16."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with full_precision_of_models():
         if request.param == "older flags":
@@ -149,7 +149,7 @@ def caller(request) -> Iterator[None]:
             yield
 
 
-def test_second_moments_are_as_near_as_on_the_host(pair, caller):
+def test_second_moments_are_as_accurate_as_on_the_host(pair, caller):
     dense, pruned = (t.cpu().contiguous() for t in pair)
     window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2)
     there = ak.patch_moments(pruned.cuda(), dense.cuda(), window)

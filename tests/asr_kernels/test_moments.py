@@ -1,4 +1,4 @@
-"""Moments are those of float64, in any layout, at any offset and however the data are split."""
+"""Moments agree with float64 in any layout, at any offset and for any split of the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import asr_kernels as ak
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# a kernel takes about 10 ms a program in the interpreter
+# the interpreter takes about 10 ms per program of a kernel
 PROPERTY = settings(
     max_examples=6 if INTERPRETED else 30,
     deadline=None,
@@ -24,31 +24,31 @@ PROPERTY = settings(
 
 
 def exact(x: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations in float64, two passes, on the values that x holds after its own rounding."""
+    """Mean and sum of squared deviations of the values of x, in float64, in two passes."""
     x = x.double().movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1)
     mean = x.mean(1)
     return mean, (x - mean[:, None]).square().sum(1)
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far a variance may be off, relative.
+    """Relative error that is allowed in a variance.
 
-    Below float64 the sums are float32 (unit roundoff 6e-8), added in trees or in short pieces, the squares rounded as
-    well: a few units, and up to two bits more where the torch backend lets a small mean stand. The promise is 1e-6.
-    In float64 the same steps have a roundoff of 1.1e-16; 1e-13 leaves room for plain running sums.
+    Below float64 the sums are float32 (unit roundoff 6e-8), added in trees or in short pieces, and the squares are
+    rounded too: an error of a few units, and up to two bits more where the torch backend accepts plain sums at a small
+    mean. The promise is 1e-6. In float64 the same steps have a roundoff of 1.1e-16; 1e-13 allows plain running sums.
     """
     return 1e-13 if dtype == torch.float64 else 1e-6
 
 
 def assert_moments(moments: ak.ChannelMoments, x: Tensor, channel_dim: int = 1, rtol: float | None = None) -> None:
-    """Moments of x, to `rtol` of the variance, and to the same part of the deviation in the mean."""
+    """Compare with the moments of x: `rtol` relative to the variance, and for the mean relative to the deviation."""
     rtol = tolerance(x.dtype) if rtol is None else rtol
     mean, m2 = exact(x, channel_dim)
     assert moments.count == x.numel() // x.shape[channel_dim]
     assert moments.mean.dtype == moments.m2.dtype == torch.float64
     assert moments.mean.shape == moments.m2.shape == (x.shape[channel_dim],)
     assert moments.mean.device == x.device
-    # 4 roundings of float64 where there is no deviation to measure by
+    # for a constant channel: 4 roundings of float64
     floor = 2**-51 * mean.abs()
     assert ((moments.mean - mean).abs() <= rtol * (m2 / moments.count).sqrt() + floor).all()
     assert ((moments.m2 - m2).abs() <= rtol * m2 + moments.count * floor**2).all()
@@ -56,15 +56,15 @@ def assert_moments(moments: ak.ChannelMoments, x: Tensor, channel_dim: int = 1, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_moments_are_those_of_float64(backend, device, layout, dtype):
+def test_moments_agree_with_float64(backend, device, layout, dtype):
     x, _ = layout.place(dtype, device)
     assert_moments(ak.channel_moments(x, layout.channel_dim), x, layout.channel_dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_paired_moments_are_those_of_float64(backend, device, layout, dtype):
+def test_paired_moments_agree_with_float64(backend, device, layout, dtype):
     dense, _ = layout.place(dtype, device)
-    # its own values, plus noise: neither independent of them nor a copy
+    # half the dense values plus noise: correlated, but not a copy
     noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(1)).to(device)
     pruned = layout.place(dtype, device)[0].mul_(0.5).add_(noise)
     assert_paired(ak.paired_moments(dense, pruned, layout.channel_dim), dense, pruned, layout.channel_dim)
@@ -87,7 +87,7 @@ def assert_paired(paired: ak.PairedMoments, dense: Tensor, pruned: Tensor, chann
     count = paired.dense.count
     d, p = (x.double().movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1) for x in (dense, pruned))
     cov = ((d - d.mean(1, keepdim=True)) * (p - p.mean(1, keepdim=True))).mean(1)
-    # Cauchy and Schwarz: rounding of the products is at most that of the two squares
+    # Cauchy-Schwarz: the rounding of the products is at most that of the squares
     scale = (exact(dense, channel_dim)[1] * exact(pruned, channel_dim)[1]).sqrt() / count
     assert ((paired.cov - cov).abs() <= tolerance(dense.dtype) * scale + 2**-100).all()
     assert ((paired.corr - torch.where(scale > 0, cov / scale, 0.0)).abs() <= 4 * tolerance(dense.dtype)).all()
@@ -95,7 +95,7 @@ def assert_paired(paired: ak.PairedMoments, dense: Tensor, pruned: Tensor, chann
 
 @pytest.mark.parametrize(
     ("ratio", "rtol"),
-    # at 1e4 a float32 value holds its deviation to 2^-24 * 1e4 = 6e-4 only; the sums must add nothing of that order
+    # at 1e4 float32 stores the deviation of a value to 2^-24 * 1e4 = 6e-4; the sums must add no error of that order
     [(1, 1e-6), (1e2, 1e-6), (1e3, 1e-6), (1e4, 1e-4), (-1e4, 1e-4)],
     ids=lambda v: f"{v:g}",
 )
@@ -109,9 +109,9 @@ def test_variance_survives_a_mean_far_above_it(backend, device, ratio, rtol, std
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
-def test_outliers_in_front_do_not_set_the_scale(backend, device, last):
-    # a shift by the first value would leave 1e4^2 in every term, and 1e-4 of error in the variance. Beside the square
-    # of an outlier the other squares of its plane, about 1 each, may vanish from a float32 sum: 35 * 41 / 1e8 of it
+def test_outliers_at_the_start_cost_little_precision(backend, device, last):
+    # a shift by the first value would put 1e4^2 into every term: an error of 1e-4 in the variance. Added to the square
+    # of an outlier, the other squares of its plane, about 1 each, may vanish in float32: 35 * 41 / 1e8 of the sum
     x = torch.randn(2, 2, 35, 41, device=device, generator=generator(device))
     x[0, :, 0, 0] = 1e4
     x[1, :, 0, 0] = -1e4
@@ -122,10 +122,10 @@ def test_outliers_in_front_do_not_set_the_scale(backend, device, last):
 
 @pytest.fixture(params=["usual blocks", "small blocks"])
 def blocks(request, backend):
-    """Small blocks are for the kernels alone."""
+    """The usual and small block sizes; small ones for the Triton kernels only."""
     if request.param == "small blocks":
         if backend != "triton":
-            pytest.skip("the other backends know no blocks")
+            pytest.skip("the other backends have no blocks")
         request.getfixturevalue("small_blocks")()
     return request.param
 
@@ -133,7 +133,7 @@ def blocks(request, backend):
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e4, 1e-7], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 def test_constant_channel_has_no_variance(backend, device, blocks, value, last):
-    # counts that divide nothing evenly: a sum which leaves the constant behind by one rounding shows here
+    # counts that are no powers of two: a mean that is off by one rounding would give a variance here
     x = torch.full((3, 2, 7, 11), value, device=device)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -141,11 +141,11 @@ def test_constant_channel_has_no_variance(backend, device, blocks, value, last):
     if backend == "triton":
         assert (m.mean == x[0, 0, 0, 0]).all()
         assert (m.m2 == 0).all()
-    # elsewhere a mean may be one rounding off, of the working precision
+    # in other backends the mean may be off by one rounding of the working precision
     assert (m.var <= (2**-23 * value) ** 2).all()
 
 
-# what NumPy says of inf - inf in the interpreter
+# NumPy warns about inf - inf in the interpreter
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", [(0, 2, 0, 0), (1, 2, 3, 4), (2, 2, 6, 6)], ids=["first", "middle", "last"])
@@ -186,19 +186,19 @@ def test_bad_arguments_are_errors(backend, device):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels can run in this process")
-def test_kernels_without_a_gpu_are_a_plain_error():
+def test_triton_backend_without_a_gpu_is_a_clear_error():
     pytest.importorskip("triton")
     with ak.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         ak.channel_moments(torch.zeros(2, 3))
 
 
-def test_offsets_pass_2_to_the_31(backend, vast):
+def test_offsets_beyond_2_to_the_31(backend, vast):
     m = ak.channel_moments(vast)
     assert_moments(m, vast)
     assert_paired(ak.paired_moments(vast, vast), vast, vast)
 
 
-def test_expanded_tensor_counts_every_value(backend, device):
+def test_expanded_tensor_counts_repeated_values(backend, device):
     x = torch.randn(2, 3, 1, device=device, generator=generator(device)).expand(2, 3, 50)
     assert_moments(ak.channel_moments(x), x)
     assert_paired(ak.paired_moments(x, x.contiguous()), x, x)
@@ -255,7 +255,7 @@ def test_any_order_of_merging_equals_the_whole(backend, device, data, offset, se
     x = torch.randn(6, 2, 3, 5, device=device, generator=generator(device, seed)).add_(offset)
     y = x + torch.randn(x.shape, device=device, generator=generator(device, seed + 1))
     parts = [(ak.channel_moments(a), ak.paired_moments(a, b)) for a, b in zip(x.split(1), y.split(1), strict=True)]
-    # any two of what is left, until one is
+    # merge two of the remaining parts, until one remains
     while len(parts) > 1:
         a = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
         b = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
@@ -270,7 +270,7 @@ def test_any_order_of_merging_equals_the_whole(backend, device, data, offset, se
     order=st.permutations(range(4)),
     seed=st.integers(0, 99),
 )
-def test_layout_does_not_matter(backend, device, shape, order, seed):
+def test_moments_agree_in_any_order_of_axes_in_memory(backend, device, shape, order, seed):
     x = torch.randn(shape, device=device, generator=generator(device, seed))
     # the same values, with the axes in another order in memory
     y = x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
@@ -279,13 +279,13 @@ def test_layout_does_not_matter(backend, device, shape, order, seed):
     assert_paired(ak.paired_moments(x, y), x, y)
 
 
-def test_running_moments_of_other_channels_are_refused(backend, device):
+def test_running_moments_of_other_channels_are_an_error(backend, device):
     with pytest.raises(ValueError, match="4 and of 3 channels"):
         ak.channel_moments(torch.zeros(2, 3, device=device), running=ak.ChannelMoments.empty(4, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_running_moments_of_any_dtype_are_taken_as_float64(backend, device, dtype):
+def test_running_moments_of_any_dtype_are_converted_to_float64(backend, device, dtype):
     x = torch.randn(4, 3, 5, device=device, generator=generator(device))
     mean, m2 = torch.tensor([1.0, -2.0, 0.5], device=device), torch.tensor([4.0, 0.0, 3.0], device=device)
     wanted = ak.channel_moments(x, running=ak.ChannelMoments(7, mean.double(), m2.double()))
@@ -295,8 +295,8 @@ def test_running_moments_of_any_dtype_are_taken_as_float64(backend, device, dtyp
     assert torch.equal(found.m2, wanted.m2)
 
 
-def test_moments_from_another_device_are_moved_to_that_of_the_tensor():
-    # "meta" stands for another device: it knows all but the values
+def test_running_and_merged_moments_are_moved_to_the_first_device():
+    # "meta" acts as another device, without values
     here, there = ak.channel_moments(torch.randn(4, 3, 5)), torch.randn(4, 3, 5, device="meta")
     with ak.use_backend("reference"):
         found = [ak.channel_moments(there, running=here), ak.ChannelMoments.empty(3).update_(there)]
@@ -313,7 +313,7 @@ def test_moments_from_another_device_are_moved_to_that_of_the_tensor():
     assert here.mean.device.type == "cpu"
 
 
-def test_merging_with_nothing_changes_nothing():
+def test_merging_with_empty_moments_changes_nothing():
     m = ak.channel_moments(torch.randn(4, 3))
     nothing = ak.ChannelMoments.empty(3)
     for merged in (m.merge(nothing), nothing.merge(m)):

@@ -1,4 +1,4 @@
-"""Patch moments: every window against patches written out in float64, any chunks, and merging."""
+"""Patch moments agree with patches computed explicitly in float64, for every window, chunk size and merge."""
 
 import math
 from functools import reduce
@@ -20,7 +20,7 @@ def window(kernel, stride=1, padding=0, dilation=1, groups=1, mode="constant"):
 
 
 def patches(x, found):
-    """(G, K, patches) in float64: a convolution with one filter for each value of a patch."""
+    """(G, K, patches) in float64, by a convolution with one filter per value of a patch."""
     if not found.kernel:
         return x.double().reshape(1, -1, x.shape[-1]).mT
     C, dims = x.shape[1] // found.groups, len(found.kernel)
@@ -40,7 +40,7 @@ def reference(x, y, found):
 
 
 def assert_near(found, expected, tolerance=2e-6):
-    """To `tolerance` of what the deviations allow: of their scale for means, of the products of scales for the rest."""
+    """Compare to `tolerance` relative to the deviations (means) or to products of deviations (second moments)."""
     x, y = (expected.xx.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt(), expected.yy.clamp(min=1e-30).sqrt())
     assert found.count == expected.count
     spread = math.sqrt(max(expected.count, 1))
@@ -89,7 +89,7 @@ def case(name, count=5, dtype=torch.float32, offset=0.0, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_every_window_agrees_with_patches_written_out(name, dtype):
+def test_every_window_agrees_with_explicit_patches(name, dtype):
     x, y, found = case(name, dtype=dtype)
     assert_near(patch_moments(x, y, found), reference(x, y, found))
 
@@ -97,7 +97,7 @@ def test_every_window_agrees_with_patches_written_out(name, dtype):
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "linear"])
 def test_a_mean_of_a_thousand_deviations_costs_no_precision(name):
     x, y, found = case(name, offset=1000.0)
-    # a window with padding reads zeros beside those thousands; one without does not
+    # no padding: its zeros would make the deviations as large as the mean
     found = window(found.kernel, found.stride) if found.kernel else found
     y = y[:, :, : found.output(x.shape[2:])[0], : found.output(x.shape[2:])[1]] if found.kernel else y
     assert_near(patch_moments(x, y, found), reference(x, y, found), tolerance=1e-4)
@@ -119,13 +119,13 @@ def test_any_split_into_batches_and_chunks_gives_the_same(name, cuts, budget):
     assert_near(reduce(PatchMoments.merge, parts), reference(x, y, found))
 
 
-def test_a_nan_is_not_hidden():
+def test_a_nan_reaches_the_result():
     x, y, found = case("3x3")
     x[0, 0, 0, 0] = torch.nan
     assert patch_moments(x, y, found).xx.isnan().any()
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_inputs_and_outputs_of_other_shapes_are_errors():
     x, y, found = case("3x3 stride 2")
     with pytest.raises(ValueError, match="do not belong together"):
         patch_moments(x, y[:, :, 1:], found)

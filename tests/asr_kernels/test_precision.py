@@ -1,4 +1,4 @@
-"""Moments and products keep their precision, whatever autocast and TF32 settings the caller has; these stay his."""
+"""Moments and products keep their precision under any autocast and TF32 settings, and the settings are restored."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from asr_kernels.precision import full_precision, full_precision_of_models
 
 BACKENDS = torch.backends
 CONV = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
-# a window, and the shapes of what a layer reads and writes
+# a window, and the shapes of the layer's input and output
 LAYERS = {
     "convolution": (CONV, (5, 6, 9, 7), (5, 4, 9, 7)),
     "strided": (ak.Window((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)), (5, 6, 9, 7), (5, 4, 5, 4)),
     "groups": (ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2), (5, 6, 9, 7), (5, 4, 9, 7)),
     "linear": (ak.Window(), (50, 6), (50, 4)),
 }
-# every setting by which the caller may have asked for a shorter format
+# every setting by which a caller may have allowed a shorter format
 WISHES: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
@@ -53,7 +53,7 @@ PLACES = [(backend, kind) for backend in ("cuda", "mkldnn") for kind in ("all", 
 
 
 def readable() -> list[Any]:
-    """What each setting reads as, in both interfaces; an error, where the two disagree, is an answer too."""
+    """The value of each setting in both interfaces, or the error message where the interfaces disagree."""
     found: list[Any] = [torch._C._get_fp32_precision_getter(*place) for place in [("generic", "all"), *PLACES]]
     for read in (
         torch.get_float32_matmul_precision,
@@ -68,7 +68,7 @@ def readable() -> list[Any]:
 
 
 def everything() -> list[Any]:
-    """What is readable now, and would be with another precision to inherit: all that can be known of the settings."""
+    """All values readable now, and under every inherited precision: the complete observable state of the settings."""
     parents = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all")]
     found, own = readable(), []
     for parent in parents:
@@ -85,7 +85,7 @@ def everything() -> list[Any]:
 
 @pytest.fixture(params=WISHES.values(), ids=WISHES.keys())
 def wished(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The settings of a caller, one after the other; then those that PyTorch starts with."""
+    """Each of the caller's settings in turn; afterwards PyTorch's initial settings."""
     usual()
     request.param()
     yield
@@ -108,7 +108,7 @@ def layer(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 
 
 def second_moments(name: str, dtype: torch.dtype) -> list[Tensor]:
-    """All that patch_moments and cross_products find for a layer, merged with themselves."""
+    """All results of patch_moments and cross_products for a layer, and of merging them."""
     window, x, y = layer(name, dtype)
     moments = ak.patch_moments(x, y, window)
     merged = moments.merge(ak.patch_moments(x + 1, y, window))
@@ -118,7 +118,7 @@ def second_moments(name: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def first_moments(dtype: torch.dtype, last: bool, device: str) -> list[Tensor]:
-    """All that the operations on channels give."""
+    """Results of all operations on channels."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(4, 3, 8, 8, generator=generator).to(device, dtype) for _ in range(2))
     if last:
@@ -137,7 +137,7 @@ def first_moments(dtype: torch.dtype, last: bool, device: str) -> list[Tensor]:
 class TestAutocast:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("name", LAYERS)
-    def test_of_the_caller_changes_no_bit_of_second_moments(self, name, dtype, short):
+    def test_changes_no_bit_of_second_moments(self, name, dtype, short):
         wanted = second_moments(name, dtype)
         with torch.autocast("cpu", short):
             found = second_moments(name, dtype)
@@ -148,7 +148,7 @@ class TestAutocast:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
-    def test_of_the_caller_changes_no_bit_of_channels(self, backend, device, dtype, last, short):
+    def test_changes_no_bit_of_channel_operations(self, backend, device, dtype, last, short):
         wanted = first_moments(dtype, last, device)
         with torch.autocast(device, short):
             found = first_moments(dtype, last, device)
@@ -158,7 +158,7 @@ class TestAutocast:
 
 
 class Watched(TorchDispatchMode):
-    """Of each product that is not float64: its type, and the settings for matrices and convolutions meanwhile."""
+    """Record, for each product that is not float64, its dtype and the matmul and convolution settings at the call."""
 
     PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution_backward")
 
@@ -175,7 +175,7 @@ class Watched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_products_are_taken_in_full_precision(wished, name):
+def test_products_are_computed_in_full_precision(wished, name):
     before = everything()
     with Watched() as watched, torch.autocast("cpu", torch.bfloat16):
         second_moments(name, torch.float32)
@@ -185,7 +185,7 @@ def test_products_are_taken_in_full_precision(wished, name):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
-def test_settings_for_products_are_put_back(wished, device):
+def test_settings_are_restored_after_an_error(wished, device):
     def fails() -> None:
         with full_precision(torch.device(device)):
             found.extend(torch._C._get_fp32_precision_getter(backend, kind) for kind in ("matmul", "conv"))
@@ -198,12 +198,12 @@ def test_settings_for_products_are_put_back(wished, device):
     assert everything() == before
 
 
-def test_shapes_of_products_can_be_asked_for_without_data():
+def test_patch_moments_of_meta_tensors_have_shapes():
     window, x, y = layer("convolution", device="meta")
     assert ak.patch_moments(x, y, window).xx.shape == (1, 54, 54)
 
 
-def test_settings_that_were_never_made_stay_unmade():
+def test_settings_that_were_never_set_stay_unset():
     program = """
         import torch
         from asr_kernels.precision import full_precision
@@ -217,7 +217,7 @@ def test_settings_that_were_never_made_stay_unmade():
 
 
 class TestModels:
-    def test_both_interfaces_agree_meanwhile_and_are_then_as_they_were(self, wished):
+    def test_both_interfaces_agree_inside_and_are_restored_after(self, wished):
         before = everything()
         with full_precision_of_models():
             assert set(readable()[:9]) == {"ieee"}
@@ -225,7 +225,7 @@ class TestModels:
         assert everything() == before
 
     @pytest.mark.parametrize("error", [None, ZeroDivisionError])
-    def test_settings_that_a_model_makes_go_with_it(self, wished, error):
+    def test_settings_made_by_a_model_are_undone(self, wished, error):
         before = everything()
         try:
             with full_precision_of_models():
@@ -240,7 +240,7 @@ class TestModels:
             assert error
         assert everything() == before
 
-    def test_one_within_the_other(self, wished):
+    def test_contexts_can_be_nested(self, wished):
         before = everything()
         with full_precision_of_models():
             inside = everything()
@@ -249,8 +249,8 @@ class TestModels:
             assert everything() == inside
         assert everything() == before
 
-    def test_no_warning_of_the_older_flags_is_ours(self, monkeypatch, recwarn):
-        # PyTorch 2.9 warns so, once in a process
+    def test_no_warning_about_the_older_flags(self, monkeypatch, recwarn):
+        # as PyTorch 2.9 does, once per process
         def warned(function):
             return lambda *args: (warnings.warn("use the new interface", stacklevel=2), function(*args))[1]
 

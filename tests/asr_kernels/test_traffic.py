@@ -1,4 +1,4 @@
-"""What the kernels read and write, counted in Triton's interpreter: a tensor's every byte once, and none beside it."""
+"""Memory accesses of the kernels, counted in Triton's interpreter: each value once, and nothing outside the tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 class Traffic(Counter):
-    """(kind, address, bytes) of every access that no mask holds back: how often it came."""
+    """Number of unmasked accesses by (kind, address, bytes)."""
 
     def of(self, kind: str, x: Tensor) -> list[int]:
         """How often each value of x was read or written."""
@@ -40,7 +40,7 @@ class Traffic(Counter):
         return [self[kind, start + o * size, size] for o in offsets]
 
     def bytes(self, kind: str, outside: list[Tensor]) -> int:
-        """Bytes read or written elsewhere than in these tensors."""
+        """Bytes read or written outside the memory of these tensors."""
         ranges = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in outside]
         return sum(
             size * times
@@ -51,7 +51,7 @@ class Traffic(Counter):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A context in which all loads and stores of the interpreter are counted."""
+    """A context that counts all loads and stores of the interpreter."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     traffic = Traffic()
 
@@ -83,7 +83,7 @@ def counted(monkeypatch):
 
 @pytest.fixture(params=["usual blocks", "small blocks"])
 def blocks(request, small_blocks):
-    """Many pieces of several tiles, or few of one."""
+    """The usual block sizes: few pieces of one tile; or small blocks: many pieces of several tiles."""
     if request.param == "small blocks":
         small_blocks()
 
@@ -95,13 +95,15 @@ def x(request) -> Tensor:
 
 
 def small_change(x: Tensor, tensors: int) -> int:
-    """Bytes that may be moved beside the tensors: partial moments, written once and read twice, and C-sized vectors."""
-    from asr_kernels.triton_moments import plan_moments
+    """Bytes of other accesses that are allowed: partial moments, written once and read twice, and C-sized vectors."""
+    from asr_kernels.backends.triton_moments import plan_moments
 
-    views = ak.ops._as_ncl(*[x] * tensors, channel_dim=1) or ak.ops._as_ncl(*[x.contiguous()] * tensors, channel_dim=1)
+    views = ak.eager.as_ncl(*[x] * tensors, channel_dim=1) or ak.eager.as_ncl(
+        *[x.contiguous()] * tensors, channel_dim=1
+    )
     (measure, finish), moments = plan_moments(*views)
     counts, partials = (measure.arguments[name] for name in ("counts_ptr", "partials_ptr"))
-    # a piece's count is read by each program of the finish, for each of its positions
+    # each program of finish_kernel reads the count of a piece, once per folded position
     of_counts = 2 * finish.grid[0] * finish.arguments["fold"] * counts.nbytes
     return 2 * partials.nbytes + of_counts + 2 * moments.nbytes
 
@@ -109,16 +111,16 @@ def small_change(x: Tensor, tensors: int) -> int:
 def test_triton_moments_read_once(counted, blocks, x):
     with counted() as traffic:
         ak.channel_moments(x)
-    if ak.ops._as_ncl(x, channel_dim=1):
+    if ak.eager.as_ncl(x, channel_dim=1):
         assert set(traffic.of("read", x)) == {1}
         assert traffic.bytes("read", outside=[x]) <= small_change(x, 1)
     assert not any(traffic.of("written", x))
     assert traffic.bytes("written", outside=[x]) <= small_change(x, 1)
 
 
-def test_triton_pair_is_read_once(counted, blocks, x):
-    if not ak.ops._as_ncl(x, channel_dim=1):
-        pytest.skip("is copied first")
+def test_triton_paired_moments_read_once(counted, blocks, x):
+    if not ak.eager.as_ncl(x, channel_dim=1):
+        pytest.skip("paired_moments copies this layout first")
     y = x.clone(memory_format=torch.preserve_format)
     with counted() as traffic:
         ak.paired_moments(x, y)
@@ -133,11 +135,11 @@ def test_triton_affine_reads_once_and_writes_once(counted, blocks, x):
     with counted() as traffic:
         ak.affine_(x, factor, factor)
     assert set(traffic.of("read", x)) == set(traffic.of("written", x)) == {1}
-    # beside it nothing is written, not even in its own memory's gaps
+    # nothing else is written, not even the gaps in its memory
     assert sum(n for (kind, *_), n in traffic.items() if kind == "written") == x.numel()
 
 
-def test_triton_counter_sees_a_second_read(counted):
+def test_triton_traffic_counts_a_second_read(counted):
     x = torch.randn(2, 3, 4, 4)
     with counted() as traffic:
         ak.channel_moments(x)
@@ -145,8 +147,8 @@ def test_triton_counter_sees_a_second_read(counted):
     assert set(traffic.of("read", x)) == {2}
 
 
-def test_triton_partial_moments_stay_small_beside_the_tensor():
-    from asr_kernels.triton_moments import plan_moments
+def test_triton_partial_moments_are_small_compared_with_the_tensor():
+    from asr_kernels.backends.triton_moments import plan_moments
 
     for shape in [(64, 64, 12544), (64, 256, 784), (64, 1024, 196), (64, 2048, 49), (20, 6, 65536)]:
         for dtype in (torch.bfloat16, torch.float32):

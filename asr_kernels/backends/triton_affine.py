@@ -1,0 +1,98 @@
+"""Per-channel affine map in Triton, in place on a strided (N, C, L) view, in the tiles of `triton_tiles`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_tiles import SIZES, Launch, lanes_left, tiles_of
+
+# most tiles per program: they share one load of the factors; with more, the last programs would leave the device idle
+MAX_TILES = 8
+
+
+@triton.jit(do_not_specialize=[*SIZES, "fold", "stride_an"])
+def affine_kernel(
+    x_ptr,  # (N, C, L), any strides; read and written
+    gain_ptr,  # (C / fold,), float32, or float64 for a float64 x
+    shift_ptr,  # (C / fold,), dtype of gain
+    N,
+    C,  # in vectors of VEC_C
+    L,  # in vectors of VEC_L
+    stride_an,  # in vectors, as is the stride of C or L, whichever is not the vector's axis
+    stride_ac,
+    stride_al,
+    blocks,  # of channels
+    splits_l,  # ranges of positions
+    tiles_n,  # tiles per range
+    tiles_l,
+    fold,  # entries of C per channel
+    FOLDED: tl.constexpr,
+    RELU: tl.constexpr,
+    VEC_C: tl.constexpr,
+    VEC_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """x <- gain * x + shift on one piece, fused in float32 (float64 for float64) and rounded once to the dtype of x.
+
+    Programs go from the end of the tensor to its start: the values measured last may still be in cache.
+    """
+    VEC: tl.constexpr = VEC_C * VEC_L
+    # int64 before any product: offsets exceed 2^31. Divide before: a 64-bit division would be a function call
+    i_p = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
+    n_start = (i_s // splits_l).to(tl.int64) * tiles_n * BLOCK_N
+    l_start = (i_s % splits_l).to(tl.int64) * tiles_l * BLOCK_L
+    channels = C.to(tl.int64) * VEC_C
+    length = L.to(tl.int64) * VEC_L
+    n_stop = tl.minimum(n_start + tiles_n.to(tl.int64) * BLOCK_N, N)
+    l_stop = tl.minimum(l_start + tiles_l.to(tl.int64) * BLOCK_L, length)
+
+    # [BLOCK_C]
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    if FOLDED:
+        # unsigned 32 bits suffice: folding needs at least 16 images, and 16 images of 2^32 values exceed any memory
+        o_g = (o_c.to(tl.uint32) // fold.to(tl.uint32)).to(tl.int64)
+    else:
+        o_g = o_c
+    b_gain = tl.load(gain_ptr + o_g, mask=m_c, other=1.0)
+    b_shift = tl.load(shift_ptr + o_g, mask=m_c, other=0.0)
+    # [BLOCK_N * BLOCK_L] images and positions within a tile
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L).to(tl.int64)
+    o_n, o_l = o_t // BLOCK_L, o_t % BLOCK_L
+
+    # [BLOCK_C, BLOCK_N * BLOCK_L]
+    p_x = x_ptr + (o_c * stride_ac * VEC_L)[:, None] + (o_n * stride_an * VEC + o_l * stride_al * VEC_C)[None, :]
+    for i_n in range(n_start, n_stop, BLOCK_N):
+        for i_l in range(l_start, l_stop, BLOCK_L):
+            m = lanes_left(m_c, n_stop - i_n, l_stop - i_l, BLOCK_N, BLOCK_L)
+            p_i = p_x + (i_n * stride_an * VEC + i_l * stride_al * VEC_C)
+            b_x = tl.load(p_i, mask=m, other=0.0).to(b_gain.dtype)
+            b_x = tl.fma(b_gain[:, None], b_x, b_shift[:, None])
+            if RELU:
+                # where, not maximum: maximum would turn a NaN into 0
+                b_x = tl.where(b_x < 0.0, 0.0, b_x)
+            tl.store(p_i, b_x.to(x_ptr.dtype.element_ty), mask=m)
+
+
+def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> Launch:
+    """The launch that corrects x."""
+    tiles = tiles_of(x, most=MAX_TILES)
+    arguments: dict[str, Any] = {"x_ptr": x, "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
+    arguments |= {"fold": tiles.fold, "FOLDED": tiles.fold > 1, "RELU": relu}
+    return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values)
+
+
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+    """x <- gain * x + shift in place on an (N, C, L) view of any strides; then ReLU with `relu`."""
+    plan_affine(x, gain, shift, relu).run()
+    # PyTorch does not see a kernel's writes: without this, autograd would treat x and its views as unchanged
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)

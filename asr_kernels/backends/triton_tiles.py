@@ -1,0 +1,120 @@
+"""How the kernels divide a tensor: into pieces, one per program, and pieces into tiles.
+
+A tensor is a strided (N, C, L) view. A tile is the part that a program holds in registers at a time: BLOCK_N images x
+BLOCK_L positions of BLOCK_C channels. It has one channel where positions are contiguous ("planes"), many where channels
+are contiguous ("rows"). Short planes, 7 x 7 or 14 x 14, fill neither a vector nor a tile: they are read as rows in
+which each channel has `fold` entries, one per position. The division depends on shape, strides and dtype only, so a
+rerun is bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# values per tile: 8 for each of 256 threads, 16 bytes of half precision; half as many in float64, and per tensor of two
+TILE = 2048
+# channels in a tile of rows: 256 contiguous bytes of half precision
+TILE_CHANNELS = 128
+# longest plane that is read as rows, and the bytes of all images at one position that make it worthwhile: the partial
+# moments, 12 bytes per position that are read twice, stay small beside them
+SHORT_PLANE, WORTH_FOLDING = 512, 128
+# programs to aim for: several per multiprocessor of a large GPU, for any number of channels; fewer with folded planes,
+# where each program writes moments of single positions
+PROGRAMS, PROGRAMS_FOLDED = 2048, 512
+# threads that run in lockstep: 64 on AMD's data-centre GPUs, 32 on NVIDIA's
+WARP = 64 if torch.version.hip else 32
+# arguments that Triton does not specialise: VEC gives the divisors, and each special value would compile a new kernel
+SIZES = ["N", "C", "L", "blocks", "splits_l", "tiles_n", "tiles_l"]
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid and every argument by name: `run` launches it, the ahead-of-time tests compile it."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+    values: int  # per tile
+
+    def options(self, warp: int = WARP) -> dict[str, Any]:
+        """8 values per thread. Fusion is written as tl.fma: Triton's default changes between 3.9 and 3.10."""
+        return {"num_warps": min(max(self.values // (8 * warp), 1), 8), "enable_fp_fusion": False}
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        self.kernel[self.grid](**self.arguments, **self.options())
+
+
+class Tiles(NamedTuple):
+    """The division of tensors of one shape into pieces, and the arguments that it gives the programs."""
+
+    channels: int  # entries of a row: `fold` for each channel of the tensor
+    fold: int
+    splits: int
+    programs: int
+    arguments: dict[str, int]
+    values: int  # per tile
+
+
+def tiles_of(*views: Tensor, most: int) -> Tiles:
+    """Divide (N, C, L) views of one shape into pieces of at most `most` tiles."""
+    return _tiles(tuple(views[0].shape), tuple(x.stride() for x in views), views[0].itemsize, most)
+
+
+@lru_cache(maxsize=4096)
+def _tiles(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], itemsize: int, most: int) -> Tiles:
+    """As `tiles_of`, cached by shape: computing it takes as long as the launches of a small layer.
+
+    Triton detects arguments that are multiples of 16, and no other divisors. So sizes and strides are divided by VEC, a
+    power of two that divides them all, and multiplied by VEC again in the kernel.
+    """
+    n, c, l = shape
+    fold = 1
+    worth_it = 1 < l <= SHORT_PLANE and n * itemsize >= WORTH_FOLDING and all(s[1:] == (l, 1) for s in strides)
+    if l == 1 or worth_it:
+        # the axis N becomes L; positions become entries of C
+        fold = l
+        strides = tuple((0, s_c if l == 1 else 1, s_n) for s_n, s_c, _ in strides)
+        n, c, l = 1, c * l, n
+    by_rows = c > 1 and (l == 1 or strides[0][1] < strides[0][2])
+    tile = TILE // len(strides) // (2 if itemsize == 8 else 1)
+    block_c = min(triton.next_power_of_2(c), TILE_CHANNELS) if by_rows else 1
+    block_l = min(triton.next_power_of_2(l), tile // block_c)
+    block_n = min(triton.next_power_of_2(n), tile // (block_c * block_l))
+    tiles_n, tiles_l, blocks = triton.cdiv(n, block_n), triton.cdiv(l, block_l), triton.cdiv(c, block_c)
+
+    # enough pieces for the device, none of more than `most` tiles, and rows of tiles undivided where they fit
+    share = min(triton.cdiv(tiles_n * tiles_l * blocks, PROGRAMS if fold == 1 else PROGRAMS_FOLDED), most)
+    share_l = min(share, tiles_l)
+    share_n = min(share // share_l, tiles_n)
+    splits_l = triton.cdiv(tiles_l, share_l)
+    splits = triton.cdiv(tiles_n, share_n) * splits_l
+
+    vec = math.gcd(16, c if by_rows else l, *(s for s_n, s_c, s_l in strides for s in (s_n, s_l if by_rows else s_c)))
+    vec_c, vec_l = (vec, 1) if by_rows else (1, vec)
+    arguments = {"N": n, "C": c // vec_c, "L": l // vec_l, "VEC_C": vec_c, "VEC_L": vec_l}
+    arguments |= {"blocks": blocks, "splits_l": splits_l, "tiles_n": share_n, "tiles_l": share_l}
+    arguments |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_L": block_l}
+    for name, (s_n, s_c, s_l) in zip("ab", strides, strict=False):
+        arguments |= {f"stride_{name}n": s_n // vec, f"stride_{name}c": s_c // vec_l, f"stride_{name}l": s_l // vec_c}
+    return Tiles(c, fold, splits, splits * blocks, arguments, block_n * block_c * block_l)
+
+
+@triton.jit
+def lanes_left(m_c, rest_n, rest_l, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Mask [BLOCK_C, BLOCK_N * BLOCK_L] of a tile's lanes that hold values; rest_n images and rest_l positions remain.
+
+    Compared in 32 bits: at full bandwidth there is time for a dozen instructions per value; comparisons in 64 bits
+    take four of them instead of two.
+    """
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
+    m_t = o_t % BLOCK_L < tl.where(rest_l < BLOCK_L, rest_l, BLOCK_L).to(tl.int32)
+    if BLOCK_N > 1:
+        m_t &= o_t // BLOCK_L < tl.where(rest_n < BLOCK_N, rest_n, BLOCK_N).to(tl.int32)
+    return m_c[:, None] & m_t[None, :]
