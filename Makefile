@@ -33,51 +33,51 @@ outside: $(OUTSIDE)/.ready ## thirty networks of torchvision, timm and transform
 		--table benchmarks/results/outside.md $(ARGS)
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
-	@$(BIN)/python benchmarks/headline.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/headline.py $(ARGS)
 
 ablation: $(READY) ## what each part of the compression is worth; an hour
-	@$(BIN)/python benchmarks/ablation.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/ablation.py $(ARGS)
 
 accuracy: $(READY) ## the accuracy table on real networks and images
-	@$(BIN)/python benchmarks/accuracy.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/accuracy.py $(ARGS)
 
 map: $(READY) ## where sparsity may go and which repair holds it; an hour, or less with ARGS='--workers 2'
-	@$(BIN)/python benchmarks/recoverability.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/recoverability.py $(ARGS)
 
 structured: $(READY) ## channels out of real networks, and what comes back; ten minutes
-	@$(BIN)/python benchmarks/structured.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/structured.py $(ARGS)
 
 regrow: $(READY) ## one shot, in steps, or past the target and back, on real networks; half an hour
-	@$(BIN)/python benchmarks/regrow.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/regrow.py $(ARGS)
 
 recoverable: $(READY) ## training for pruning, and means of what was pruned, on digits; five minutes
-	@$(BIN)/python benchmarks/recoverable.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/recoverable.py $(ARGS)
 
 ridge: $(READY) ## the ridge of a refit, fixed or cross-validated, by the number of images; half an hour
-	@$(BIN)/python benchmarks/ridge.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/ridge.py $(ARGS)
 
 means: $(READY) ## means of pruned weights on real networks; a quarter of an hour
-	@$(BIN)/python benchmarks/means.py $(ARGS)
+	@$(BIN)/python benchmarks/accuracy/means.py $(ARGS)
 
 bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
-	@$(BIN)/python benchmarks/cpu_kernels.py $(ARGS)
+	@$(BIN)/python benchmarks/speed/cpu_kernels.py $(ARGS)
 
 gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)
-	@PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/speed/gpu.py $(ARGS)
 
 bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about half an hour
-	@$(BIN)/python benchmarks/repair.py $(ARGS)
+	@$(BIN)/python benchmarks/speed/repair.py $(ARGS)
 
 bench-walk: $(READY) ## networks without a graph, passes beside one another, page faults; ten minutes
-	@$(BIN)/python benchmarks/walk.py $(ARGS)
+	@$(BIN)/python benchmarks/speed/walk.py $(ARGS)
 
 bench-memory: $(READY) ## peak memory under a budget; five minutes
-	@$(BIN)/python benchmarks/memory.py $(ARGS)
+	@$(BIN)/python benchmarks/speed/memory.py $(ARGS)
 
 paper: ## with the Python that is there: trains four networks, then the published comparison; goes on where it was stopped
-	@PYTHONPATH=.:python $(PYTHON) benchmarks/zoo/train.py --output build/zoo $(ARGS)
-	@PYTHONPATH=.:python $(PYTHON) benchmarks/paper_table.py --checkpoints build/zoo $(ARGS)
-	@PYTHONPATH=.:python $(PYTHON) benchmarks/paper_table.py --checkpoints build/zoo --speed $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/published/train.py --output build/networks $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/published/paper_table.py --checkpoints build/networks $(ARGS)
+	@PYTHONPATH=.:python $(PYTHON) benchmarks/published/paper_table.py --checkpoints build/networks --speed $(ARGS)
 
 docs: $(READY) ## the API reference, into build/docs
 	@$(BIN)/pdoc --output-directory build/docs --docformat google resuscitate asr_kernels

@@ -1,5 +1,6 @@
-"""The benchmarks run: what needs a GPU, on tiny tensors in the interpreter."""
+"""The benchmarks run at small size; the GPU benchmark on tiny tensors in Triton's interpreter."""
 
+import copy
 import json
 import os
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from benchmarks.accuracy.two_stage import aggregate
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +33,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("matplotlib")
     output = tmp_path / "gpu.json"
-    table = run("benchmarks/kernels.py", "--dry-run", "--output", str(output))
+    table = run("benchmarks/speed/kernels.py", "--dry-run", "--output", str(output))
     assert "these figures mean nothing" in table
     found = json.loads(output.read_text())
     assert {row["operation"] for row in found["rows"]} == {"moments", "paired", "affine"}
@@ -42,7 +47,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
 def test_the_cpu_benchmark_runs(tmp_path):
     pytest.importorskip("pytest_benchmark")
     output = tmp_path / "cpu.json"
-    command = ["benchmarks/cpu_kernels.py", "--threads", "1", "--rounds", "1", "--only", "64x512x1x1 and fp32"]
+    command = ["benchmarks/speed/cpu_kernels.py", "--threads", "1", "--rounds", "1", "--only", "64x512x1x1 and fp32"]
     run(*command, "--output", str(output))
     rows = json.loads(output.read_text())["rows"]
     assert {row["operation"] for row in rows} == {"moments", "moments, mean 10 std", "paired", "affine"}
@@ -56,7 +61,7 @@ def test_the_cpu_benchmark_runs(tmp_path):
 def test_training_for_pruning_runs(tmp_path):
     pytest.importorskip("sklearn")
     options = ["--sparsities", "0.8", "--output", str(tmp_path)]
-    run("benchmarks/recoverable.py", "--epochs", "1", "--seeds", "1", "--calibration", "64", *options)
+    run("benchmarks/accuracy/recoverable.py", "--epochs", "1", "--seeds", "1", "--calibration", "64", *options)
     rows = json.loads((tmp_path / "recoverable.json").read_text())["rows"]
     assert len(rows) == 4 * 4
     assert {row["stored"] > 0 for row in rows if row["recovery"] == "mean per kernel"} == {True}
@@ -76,7 +81,7 @@ def test_the_repair_benchmark_measures_what_a_user_gets_first(tmp_path, monkeypa
     threads = int(subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, check=True).stdout)
     output = tmp_path / "repair.json"
     options = ["--images", "64", "--networks", "resnet20", "--rounds", "1", "--slow-rounds", "0", "--no-scale"]
-    run("benchmarks/repair.py", *options, "--data", str(data), "--output", str(output))
+    run("benchmarks/speed/repair.py", *options, "--data", str(data), "--output", str(output))
     rows = json.loads(output.read_text())["rows"]
     settings = [("default", threads), ("tuned", 1)]
     jobs = ("sequential ASR", "exact BatchNorm")
@@ -89,3 +94,16 @@ def test_the_repair_benchmark_measures_what_a_user_gets_first(tmp_path, monkeypa
     heads = [line for line in output.with_suffix(".md").read_text().splitlines() if "ours, s" in line]
     assert heads[0].startswith(f"| sequential ASR, {threads} thread{'s' * (threads > 1)}, default malloc |")
     assert heads[2].startswith("| sequential ASR, 1 thread, tuned malloc |")
+
+
+def test_aggregation_reads_a_removed_channel_from_its_copy():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        dense[0].weight[3], dense[0].bias[3] = dense[0].weight[1], dense[0].bias[1]
+    pruned, images = copy.deepcopy(dense), torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        pruned[2].weight[:, 3] = 0
+        assert aggregate(pruned, dense, images.split(16), ridge=1e-7) == ["2"]
+        assert (pruned[2].weight[:, 3] == 0).all()
+        torch.testing.assert_close(pruned(images), dense(images), atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""The published comparison, end to end at toy size: networks of the zoo, their training, the tables, the timings."""
+"""The published comparison, end to end at toy size: its networks, their training, the tables, the timings."""
 
 import json
 from itertools import product
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.zoo import NETS, build
+from benchmarks.networks import NETS, build
 from tests.test_benchmarks import run
 
 # with 10 classes; the ResNets and VGG-16 as commonly given for CIFAR-10. DenseNet-121: torchvision's 7,978,856, less
@@ -79,7 +79,7 @@ def images(tmp_path_factory):
 
 def train(folder, images, nets, *options):
     run(
-        "benchmarks/zoo/train.py",
+        "benchmarks/published/train.py",
         *("--nets", nets, "--epochs", "2", "--batch-size", "16", "--lr", "0.1", "--device", "cpu"),
         *("--output", str(folder), *images, *options),
     )
@@ -116,7 +116,7 @@ def test_training_in_pieces_ends_in_the_same_weights(checkpoints, images, tmp_pa
 
 def compare(checkpoints, images, output, *options):
     return run(
-        "benchmarks/paper_table.py",
+        "benchmarks/published/paper_table.py",
         *("--checkpoints", str(checkpoints), *images, "--device", "cpu", "--output", str(output)),
         *("--batch-size", "16", "--images", "64", *options),
     )

@@ -1,0 +1,94 @@
+"""Removal of channels, 1.5 to 3 times fewer FLOPs: `make structured`, or `python benchmarks/accuracy/structured.py`.
+
+Channels are removed from trained ResNet-20 and ResNet-32 for CIFAR-10, the same share from each group of channels. Only
+channels within a block can be removed, because the shortcuts pad with zeros. The repairs use the same unlabelled
+images: none, exact BatchNorm, ridge aggregation alone (`two_stage.py`), a refit alone, and two-stage, which is
+aggregation and then a refit. Accuracy on images that no repair used. Writes structured.json and .md.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "python")]  # this checkout
+
+import resuscitate
+from benchmarks.accuracy.two_stage import aggregate
+from benchmarks.common.inputs import DataFolder, ImageCount, Nets, calibration_images, data_folder, network, scorer
+from benchmarks.common.results import RESULTS, accuracy_cell, markdown_table, progress, publish
+
+REPAIRS = ("no repair", "BN exact", "aggregate", "refit", "two-stage")
+
+
+def prune(dense: nn.Module, sparsity: float, example: Tensor) -> tuple[nn.Module, resuscitate.Masks, float]:
+    """A copy with that share of its channels at zero, the masks, and the FLOPs before over after removal."""
+    model = copy.deepcopy(dense)
+    masks = resuscitate.sparsify(model, sparsity, pattern="channels", allocation="uniform", example=example)
+    before, after = resuscitate.shrink(copy.deepcopy(model), masks, example).flops
+    return model, masks, before / after
+
+
+def at_ratio(dense: nn.Module, ratio: float, example: Tensor) -> tuple[nn.Module, resuscitate.Masks, float]:
+    """`prune` with the smallest share of channels that reduces the FLOPs at least `ratio` times; by bisection."""
+    low, high = 0.0, 0.9
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (low, middle) if prune(dense, middle, example)[2] >= ratio else (middle, high)
+    return prune(dense, high, example)
+
+
+def repair(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> None:
+    """One of `REPAIRS`, in place."""
+    if name == "BN exact":
+        resuscitate.repair(model, calibration=images, method="bn", progress=False)
+    if name in ("aggregate", "two-stage"):
+        aggregate(model, dense, images.split(128))
+    if name in ("refit", "two-stage"):
+        # without ReLU-aware refinement: half the time
+        resuscitate.repair(model, dense, images, method="refit", relu_aware=False, ridge=1e-2, progress=False)
+
+
+def main(
+    data: DataFolder = None,
+    nets: Nets = "resnet20,resnet32",
+    ratios: Annotated[str, typer.Option(help="by comma")] = "1.5,1.73,2,3",
+    images: ImageCount = 512,
+    test_images: int = 2000,
+    output: Path = RESULTS,
+) -> None:
+    """Remove channels from trained networks, repair, print accuracies."""
+    folder = data_folder(data)
+    calibration, score = calibration_images(folder, images), scorer(folder, test_images)
+    jobs = [(net, float(ratio)) for net in nets.split(",") for ratio in ratios.split(",")]
+    rows = []
+    for net, ratio in progress(jobs, "repairing"):
+        dense = network(net, folder, calibration)
+        pruned, masks, reached = at_ratio(dense, ratio, calibration[:2])
+        row: dict[str, Any] = {"net": net, "dense": score(dense), "ratio": round(reached, 2), "accuracy": {}}
+        for name in REPAIRS:
+            model = copy.deepcopy(pruned)
+            repair(name, model, dense, calibration)
+            resuscitate.shrink(model, masks, calibration[:2])
+            row["accuracy"][name] = score(model)
+        rows.append(row)
+    publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, markdown(rows))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A row for each network and ratio of FLOPs, a column for each repair: accuracy, the best of a row in bold."""
+    lines = []
+    for row in rows:
+        best = max(row["accuracy"].values())
+        cells = [accuracy_cell(accuracy, best) for accuracy in row["accuracy"].values()]
+        lines.append([f"{row['net']} ({row['dense']:.1f}), {row['ratio']:.2f}x fewer", *cells])
+    return markdown_table(["network (dense), FLOPs", *REPAIRS], lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""The trained networks and the images that the benchmarks read."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import resuscitate
+from benchmarks.common.results import ROOT
+from resuscitate.data.images import load_images, load_labels
+from resuscitate.models import build
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# options of several command lines
+DataFolder = Annotated[Path | None, typer.Option(help="folder with networks and images; else RESUSCITATE_DATA")]
+Nets = Annotated[str, typer.Option(help="which networks, by comma")]
+ImageCount = Annotated[int, typer.Option(help="for calibration")]
+
+
+def data_folder(given: Path | None) -> Path:
+    """The folder with the trained networks and the images; exits with a message if the files are missing."""
+    folder = given or Path(os.environ.get("RESUSCITATE_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "cifar10_resnet20.safetensors").exists():
+        sys.exit(
+            f"no data in {folder}: this benchmark needs cifar10_resnet20.safetensors, cifar10_resnet32.safetensors,\n"
+            "cifar10_jpeg_train.npz and cifar10_jpeg_test.npz; name their folder with --data or RESUSCITATE_DATA"
+        )
+    return folder
+
+
+def calibration_images(folder: Path, count: int) -> Tensor:
+    """CIFAR-10 training images (count, 3, 32, 32), normalised as in the training of the networks."""
+    return load_images(folder / "cifar10_jpeg_train.npz", mean=MEAN, std=STD, max_samples=count)
+
+
+def scorer(folder: Path, count: int) -> resuscitate.Accuracy:
+    """Top-1 accuracy on the first `count` CIFAR-10 test images, none of which is used for calibration."""
+    test, options = folder / "cifar10_jpeg_test.npz", {"max_samples": count, "seed": None}
+    return resuscitate.Accuracy(load_images(test, mean=MEAN, std=STD, **options), load_labels(test, **options))
+
+
+def network(name: str, folder: Path, images: Tensor) -> nn.Module:
+    """The trained network; without trained weights, random weights and BatchNorm statistics of 512 of the images."""
+    torch.manual_seed(0)
+    model = build(name).eval()
+    weights = folder / f"cifar10_{name}.safetensors"
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+    else:
+        resuscitate.recalibrate_batchnorm(model, images[:512])
+    return model
+
+
+def pruned_copy(dense: nn.Module, sparsity: float = 0.8) -> nn.Module:
+    """A copy of the network, pruned by global magnitude."""
+    model = copy.deepcopy(dense)
+    resuscitate.sparsify(model, sparsity)
+    return model
