@@ -58,8 +58,8 @@ def device() -> str:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Call it, and a tensor that the interpreter can afford has many pieces of many tiles, some of them cut."""
-    tiles = pytest.importorskip("asr_kernels.triton_tiles")
-    kernels = pytest.importorskip("asr_kernels.triton_moments")
+    tiles = pytest.importorskip("asr_kernels.backends.triton_tiles")
+    kernels = pytest.importorskip("asr_kernels.backends.triton_moments")
 
     def shrink() -> None:
         tiles._tiles.cache_clear()
@@ -212,6 +212,6 @@ def keywords():
     """The trained keyword-spotting DS-CNN, which pads as TensorFlow's "SAME"; its clips, and their labels."""
     if not (DATA / "kws_dscnn.safetensors").exists():
         pytest.skip("needs the trained networks and images")
-    from benchmarks.zoo.dscnn import load_dscnn
+    from benchmarks.networks.dscnn import load_dscnn
 
     return load_dscnn(DATA)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torch_pruning")
 
-from benchmarks.zoo.resnet import resnet18
+from benchmarks.networks.resnet import resnet18
 from resuscitate import Masks, models
 from resuscitate.pruning.structured import channel_groups, channel_masks
 from tests.networks import (

@@ -1,4 +1,4 @@
-"""What is there to work with, and do the kernels do here what the reference says?"""
+"""Report the installed software and hardware, and check the kernels on this device against the reference."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .errors import ResuscitateError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-# extra -> (module that it brings, what it is for)
+# extra -> (a module that it installs, what the extra is for)
 EXTRAS = {
-    "plots": ("matplotlib", "the pictures of demo and map"),
+    "plots": ("matplotlib", "the figures of demo and map"),
     "images": ("PIL", "folders of image files"),
-    "demo": ("sklearn", "the digits of the demo"),
+    "demo": ("sklearn", "the images of the demo"),
     "onnx": ("onnxscript", "ONNX files"),
     "structured": ("torch_pruning", 'pattern "channels" and shrink'),
     "parquet": ("pyarrow", "parquet tables"),
@@ -32,13 +32,13 @@ EXTRAS = {
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = ((16, 32, 32, 32), (64, 64, 7, 7), (3, 5, 9, 7), (33, 17))
 SECONDS = 10.0
-# of the reference: moments are sums in float32 at least, and what is written is rounded once to the tensor's dtype
+# allowed errors: of moments, sums in float32 at least; of written values, in roundings to the tensor's dtype
 MOMENTS, WRITTEN = 1e-5, 1.01
 
 
 @dataclass
 class Check:
-    """One operation on the device: its largest error, as a share of what is allowed; the cause where it raised."""
+    """One operation on the device: its largest error, divided by the allowed error; `cause` if it raised."""
 
     name: str
     error: float
@@ -46,13 +46,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Is it within what is allowed?"""
+        """Did the operation run, with an error within the allowed one?"""
         return not self.cause and self.error <= 1
 
 
 @dataclass
 class Findings:
-    """What `examine` found: facts by name, checks, and for all that is amiss what to do."""
+    """The result of `examine`: facts by name, checks, and a remedy for each problem."""
 
     facts: dict[str, str]
     checks: list[Check] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Findings:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, ready for JSON."""
+        """The findings as plain data, ready for JSON."""
         checks = [{**vars(check), "passed": check.passed} for check in self.checks]
         return {**vars(self), "checks": checks, "well": self.well}
 
@@ -81,66 +81,66 @@ class Findings:
         worst = max((check.error for check in self.checks if check.passed), default=0.0)
         yield (
             f"\n{len(self.checks) - len(failed)} of {len(self.checks)} checks against the float64 reference passed in "
-            f"{self.seconds:.1f} s; the largest error is {worst:.0%} of what is allowed"
+            f"{self.seconds:.1f} s; the largest error is {worst:.0%} of the allowed error"
         )
         for check in failed:
-            yield escape(f"failed: {check.name}: {check.cause or f'{check.error:.3g} times what is allowed'}")
+            yield escape(f"failed: {check.name}: {check.cause or f'{check.error:.3g} times the allowed error'}")
         for remedy in self.remedies:
             yield escape(f"- {remedy}")
 
 
 def examine(device: torch.device | str | None = None) -> Findings:
-    """Look around, and run every operation on the device in a few shapes and dtypes against the reference.
+    """Collect facts, and check every operation on the device, in a few shapes and dtypes, against the reference.
 
-    device: None: the first GPU, else the CPU. Takes `SECONDS` at most, and then leaves the rest out.
-    Raises ResuscitateError where there is no such device.
+    device: None means the first GPU, or else the CPU. No further checks start after `SECONDS`.
+    Raises ResuscitateError where the device cannot be used.
     """
     started = time.perf_counter()
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a GPU
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without GPU support
         raise ResuscitateError(f"device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    facts, remedies = _look(place)
+    facts, remedies = _facts(target)
     found = Findings(facts, remedies=remedies)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         torch.manual_seed(0)
         for shape in SHAPES:
             for dtype in DTYPES:
                 if time.perf_counter() - started < SECONDS:
-                    found.checks += _check(shape, dtype, place)
+                    found.checks += _check(shape, dtype, target)
     if not found.well:
-        found.remedies.insert(0, "run with ASR_BACKEND=torch, which needs no Triton, and report what failed above")
+        found.remedies.insert(0, "run with ASR_BACKEND=torch, which needs no Triton, and report the failures above")
     found.seconds = time.perf_counter() - started
     return found
 
 
-def _look(place: torch.device) -> tuple[dict[str, str], list[str]]:
-    """Facts by name, and what to do about some of them."""
+def _facts(device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """Facts by name, and remedies."""
     remedies = []
     wanted, triton = os.environ.get("ASR_BACKEND", "auto"), find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if wanted != "auto":
-        backend = f"{wanted}, for ASR_BACKEND says so"
-    elif place.type == "cuda" and triton:
-        backend = "triton, for there is a GPU and Triton"
-    elif place.type == "cuda":
-        backend = "torch, for Triton is not installed"
+        backend = f"{wanted}: set by ASR_BACKEND"
+    elif device.type == "cuda" and triton:
+        backend = "triton: there is a GPU, and Triton is installed"
+    elif device.type == "cuda":
+        backend = "torch: Triton is not installed"
         remedies.append("install Triton for the faster kernels: pip install triton")
     else:
-        backend = "torch, for there is no GPU to run Triton on"
+        backend = "torch: there is no GPU for Triton"
     if interpreted:
-        remedies.append("TRITON_INTERPRET=1 runs Triton's kernels in its interpreter, slowly: unset it but for tests")
-    if place.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
-        remedies.append("this torch is built for CUDA and sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+        remedies.append("TRITON_INTERPRET=1 runs Triton's kernels in its slow interpreter; unset it except for tests")
+    if device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
+        remedies.append("this torch is built for CUDA and sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     facts = {name: _version(name) for name in ("resuscitate", "torch", "triton", "numpy", "safetensors")}
     facts = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}", **facts}
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} threads"
-    facts |= {"device": f"{place}, {name}", "backend": backend, "Triton's interpreter": "on" if interpreted else "off"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    facts |= {"device": f"{device}, {name}", "backend": backend, "Triton's interpreter": "on" if interpreted else "off"}
     for extra, (module, purpose) in EXTRAS.items():
-        there = find_spec(module) is not None
-        facts[f"extra {extra}"] = f"there, for {purpose}" if there else f"missing: no {purpose}"
-        if not there:
+        installed = find_spec(module) is not None
+        facts[f"extra {extra}"] = f"installed, for {purpose}" if installed else f"missing: no {purpose}"
+        if not installed:
             remedies.append(f"for {purpose}: pip install 'resuscitate[{extra}]'")
     return facts, remedies
 
@@ -152,12 +152,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _check(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> list[Check]:
-    """Every operation on one tensor, channels a few standard deviations off centre."""
-    spread = torch.linspace(0.5, 2, shape[1], device=place).view(-1, *[1] * (len(shape) - 2))
-    dense = (torch.randn(shape, device=place) * spread + 3).to(dtype)
-    pruned = (dense.float() * 0.3 + 0.2 * torch.randn(shape, device=place)).to(dtype)
-    gain, shift = torch.rand(2, shape[1], dtype=torch.float64, device=place) + 0.5
+def _check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Check]:
+    """Check every operation on one tensor whose channel means are a few standard deviations from zero."""
+    spread = torch.linspace(0.5, 2, shape[1], device=device).view(-1, *[1] * (len(shape) - 2))
+    dense = (torch.randn(shape, device=device) * spread + 3).to(dtype)
+    pruned = (dense.float() * 0.3 + 0.2 * torch.randn(shape, device=device)).to(dtype)
+    gain, shift = torch.rand(2, shape[1], dtype=torch.float64, device=device) + 0.5
 
     def moments() -> list[Tensor]:
         found = ak.channel_moments(dense)
@@ -181,7 +181,7 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> l
             found = operation()
             with ak.use_backend("reference"):
                 expected = operation()
-        except Exception as error:  # whatever a driver or a compiler says
+        except Exception as error:  # a driver or a compiler may raise anything
             checks.append(Check(name, float("inf"), f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
             continue
         allowed = WRITTEN * torch.finfo(dtype).eps if operation is affine else MOMENTS

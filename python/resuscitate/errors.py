@@ -1,19 +1,19 @@
-"""Every error this package raises on purpose. Each message names the layer (or the batch) and the remedy."""
+"""The errors that this package raises. Each message names the layer (or the batch) and the remedy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-MODEL = "the model itself"  # what has the empty name in `model.named_modules()`
+MODEL = "the model itself"  # in messages, for the module with the empty name in `model.named_modules()`
 
 
 class ResuscitateError(Exception):
-    """Root of the errors raised on purpose; the model is as it was when one of these arrives."""
+    """Base class of the package's errors; when one is raised, the model is unchanged."""
 
 
 class CalibrationError(ResuscitateError, ValueError):
-    """The images cannot be used: none, too few, of an unknown kind, or impossible to read again."""
+    """The images cannot be used: none, too few, of an unknown type, or not readable a second time."""
 
 
 class CheckpointError(ResuscitateError, ValueError):
@@ -21,7 +21,7 @@ class CheckpointError(ResuscitateError, ValueError):
 
 
 def called(name: str, kind: str = "layer") -> str:
-    """A layer, or another kind of module, in a message: by its name, or `MODEL` where that is empty."""
+    """How a message names a layer, or another kind of module: by its name, or `MODEL` if the name is empty."""
     return f"{kind} {name!r}" if name else MODEL
 
 
@@ -46,18 +46,18 @@ class MaskError(LayerError):
 
 
 class ModelMismatchError(ResuscitateError, ValueError):
-    """The pruned and the dense model do not have the same layers, or are one and the same object."""
+    """The pruned and the dense model have different layers, or are the same object."""
 
 
 class DistributedError(ResuscitateError, RuntimeError):
-    """Another rank failed, no longer answers, or holds something else; every rank's model is as it was."""
+    """Another rank failed, does not answer, or has other arguments; every rank's model is unchanged."""
 
 
 class JournalError(ResuscitateError, ValueError):
-    """A journal cannot be read, or belongs to another model, other data or another method."""
+    """A journal cannot be read, or was written for another model, other data or another method."""
 
 
 def did_you_mean(given: str, choices: Iterable[str], most: int = 1) -> str:
-    """The end of a sentence, "; did you mean ...?", with the closest of the choices, or nothing where none is close."""
+    """The end of a message, "; did you mean ...?", with the closest choices; empty if no choice is close."""
     close = difflib.get_close_matches(given, list(choices), n=most)
     return f"; did you mean {', '.join(close)}?" if close else ""

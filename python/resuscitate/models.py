@@ -1,4 +1,4 @@
-"""Small networks to prune and repair: the CIFAR ResNets of He et al. (2015), and one for 8x8 digits."""
+"""Small networks for examples: the CIFAR ResNets of He et al. (2015), and a ResNet for 8x8 digits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         self.stride, self.padding = stride, (planes - inputs) // 2
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """The identity, or the subsampled and zero-padded input where the shape changes."""
+        """The input, or the subsampled and zero-padded input where the shape changes."""
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, self.padding, self.padding)) if self.padding else x
@@ -92,7 +92,7 @@ def resnet56() -> ResNet:
 def digitnet() -> ResNet:
     """The demo's ResNet-14 for scikit-learn's digits: (N, 1, 8, 8) grey images, scaled to 0..1, to 10 logits.
 
-    0.4 M parameters: wide enough that a repair has something to bring back after global pruning to 95 %.
+    0.4 M parameters: wide enough that a repair can restore accuracy after global pruning to 95 %.
     """
     return ResNet(2, inputs=1, widths=(24, 48, 96))
 
@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str) -> nn.Module:
-    """A new, randomly initialised model by its name in `MODELS`; ValueError, listing the names, for any other."""
+    """A new, randomly initialised model by its name in `MODELS`; ValueError, listing the names, for another name."""
     if name not in MODELS:
         close = get_close_matches(name, MODELS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""

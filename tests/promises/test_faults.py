@@ -28,9 +28,7 @@ OPTIONS = {
     "parallel": {
         "method": "channelwise",
         "schedule": "parallel",
-        "recalibrate": "ema",
-        "ema_batches": 2,
-        "ema_batch_size": 8,
+        "recalibrate": resuscitate.EMA(batches=2, batch_size=8),
     },
     "means": {"means": "kernel"},
     "mean": {"method": "mean"},
@@ -162,7 +160,7 @@ class TestInTheProcess:
             torch.set_grad_enabled(False)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(resuscitate.network.operands._Catch, "__exit__", interrupted)
+        monkeypatch.setattr(resuscitate.network.operands._ProductCatcher, "__exit__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             repair(model, dense, images(), method="refit")
         assert not torch.overrides._get_current_function_mode_stack()
@@ -190,10 +188,10 @@ def traced(run, at):
     """
     package, lines = str(Path(resuscitate.__file__).parent), itertools.count(1)
     # the line of a `with` is traced once more as it is left; Python looks for no signal before it has released a lock
-    files = {str(path): path.read_text().splitlines() for path in Path(package).glob("*.py")}
+    files = {str(path): path.read_text().splitlines() for path in Path(package).rglob("*.py")}
     locks = {(name, at) for name, text in files.items() for at, each in enumerate(text, 1) if "lock:" in each}
     # where signals are taken care of, Python looks for them at the calls alone, not at each line
-    elsewhere = str(Path(package) / "interrupts.py")
+    elsewhere = str(Path(package, "utils", "interrupts.py"))
 
     def line(frame, event, arg):
         if event == "line" and (frame.f_code.co_filename, frame.f_lineno) not in locks and next(lines) == at:

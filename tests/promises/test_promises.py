@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import resuscitate
-from resuscitate.engine import corrections
+from resuscitate import EMA
+from resuscitate.engine import writer
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
-METHODS = ["bn", "layerwise", "channelwise", "asr", "refit", "two-stage"]
+METHODS = ["bn", "layerwise", "channelwise", "asr", "refit"]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -42,27 +43,27 @@ class TestAllOrNothing:
 
     @pytest.mark.parametrize("build", [chain, Residual, Shared], ids=lambda b: b.__name__)
     @pytest.mark.parametrize(
-        ("options", "writer"),
+        ("options", "function"),
         [
-            ({"method": "asr"}, "write_correction"),
-            ({"method": "asr", "recalibrate": "exact"}, "write_correction"),
+            ({"method": "asr"}, "write_gain"),
+            ({"method": "asr", "recalibrate": "exact"}, "write_gain"),
             ({"method": "refit"}, "write_weights"),
         ],
         ids=["gains", "gains and BatchNorm", "refit"],
     )
-    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, options, writer, monkeypatch):
+    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, options, function, monkeypatch):
         dense = seeded(build)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
         written = []
-        write = vars(corrections)[writer]
+        write = vars(writer)[function]
 
         def fail_at_the_second(*args):
             if written:
                 raise RuntimeError("out of memory")
             written.append(write(*args))
 
-        monkeypatch.setitem(vars(corrections), writer, fail_at_the_second)
+        monkeypatch.setattr(writer, function, fail_at_the_second)
         with pytest.raises(RuntimeError, match="out of memory"):
             resuscitate.repair(model, dense, images(), **options)
         assert written
@@ -76,7 +77,7 @@ class TestAllOrNothing:
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setitem(vars(corrections), "write_statistics", interrupted)
+        monkeypatch.setattr(writer, "write_statistics", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resuscitate.repair(model, dense, images(), recalibrate="exact")
         assert same(model, before)
@@ -142,7 +143,7 @@ class TestNoSurpriseState:
         model.conv1.weight.requires_grad_(False)
         flags = [m.training for net in (model, dense) for m in net.modules()]
         found = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-        resuscitate.repair(model, dense, images(), recalibrate="ema", ema_batches=2, ema_batch_size=8)
+        resuscitate.repair(model, dense, images(), recalibrate=EMA(batches=2, batch_size=8))
         assert [m.training for net in (model, dense) for m in net.modules()] == flags
         for name, (parameter, grad) in found.items():
             assert model.get_parameter(name) is parameter
@@ -184,7 +185,7 @@ class TestNoSurpriseState:
         model = pruned_copy(dense)
         model[1].momentum = None
         found = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.deterministic
-        resuscitate.recalibrate_batchnorm(model, images(), mode="ema", ema_batches=1, ema_batch_size=8)
+        resuscitate.recalibrate_batchnorm(model, images(), mode=EMA(batches=1, batch_size=8))
         assert model[1].momentum is None
         assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.deterministic) == found
 
@@ -214,14 +215,15 @@ class TestSameAnswer:
         resuscitate.repair(last, dense, images().to(memory_format=torch.channels_last), method=method)
         torch.testing.assert_close(last.state_dict(), plain.state_dict(), rtol=2e-5 * rounding, atol=2e-6 * rounding)
 
-    @pytest.mark.parametrize("recalibrate", [None, "exact", "ema"])
+    @pytest.mark.parametrize(
+        "recalibrate", [None, "exact", EMA(batches=2, batch_size=12)], ids=["none", "exact", "ema"]
+    )
     def test_bit_identical_when_run_again(self, recalibrate):
         dense = seeded(Residual)
         loader = torch.utils.data.DataLoader(images(), batch_size=5, shuffle=True)
         first, second = pruned_copy(dense), pruned_copy(dense)
         for model in (first, second):
-            cut = {"ema_batches": 2, "ema_batch_size": 12} if recalibrate == "ema" else {}
-            resuscitate.repair(model, dense, loader, recalibrate=recalibrate, gain_samples=9, **cut)
+            resuscitate.repair(model, dense, loader, recalibrate=recalibrate, gain_samples=9)
         assert same(first, second)
 
     def test_ema_is_cut_to_its_stated_batch_size(self):
@@ -229,7 +231,7 @@ class TestSameAnswer:
         models = [pruned_copy(dense), pruned_copy(dense)]
         for model, batch_size in zip(models, (5, 24), strict=True):
             loader = images().split(batch_size)
-            resuscitate.recalibrate_batchnorm(model, loader, mode="ema", ema_batches=3, ema_batch_size=8)
+            resuscitate.recalibrate_batchnorm(model, loader, mode=EMA(batches=3, batch_size=8))
         assert same(*models)
 
 
@@ -248,14 +250,15 @@ class TestPlainErrors:
         assert same(model, before)
 
     def test_unknown_choices_list_what_there_is(self):
-        names = "'auto', 'bn', 'layerwise', 'channelwise', 'asr', 'refit', 'two-stage'"
+        names = "'auto', 'bn', 'layerwise', 'channelwise', 'asr', 'mean', 'refit'"
         self.run(f"method='magic' is unknown; there are {names}", method="magic")
         self.run("schedule='never' is unknown", schedule="never")
         self.run("recalibrate='often' is unknown", recalibrate="often")
 
     def test_counts_below_one(self):
         self.run("gain_samples must be", gain_samples=0)
-        self.run("recalibrate_samples must be", recalibrate="exact", recalibrate_samples=-1)
+        with pytest.raises(ValueError, match="samples=-1 must be at least 1"):
+            resuscitate.Exact(samples=-1)
         self.run("max_samples must be", max_samples=0)
 
     def test_an_unknown_layer_name_comes_with_close_matches(self):
@@ -288,7 +291,7 @@ class TestPlainErrors:
 
     def test_no_images(self):
         self.run("no batches", calibration=[])
-        self.run("iterator is used up", calibration=iter(()))
+        self.run("the iterator is used up", calibration=iter(()))
 
     def test_too_few_images_for_the_published_protocol(self):
         self.run("2560", recalibrate="ema")

@@ -1,4 +1,4 @@
-"""The demonstration: its command, its picture, and that what it says follows from its numbers."""
+"""The demo: its command, its figure, and that its sentences follow from its numbers."""
 
 import io
 import os
@@ -21,9 +21,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def result(**row):
-    """Numbers as they might come out, at every sparsity the same."""
+    """Made-up results, the same at every sparsity."""
     accuracy = dict.fromkeys(demo.METHODS, 50.0) | {demo.NO_REPAIR: 10.0} | row
-    # a channel that has no variance left cannot be drawn on a log scale
+    # zero variances cannot be drawn on a log scale
     variances = {"dense": [1.0, 3.0, 2.0], "pruned": [0.01, 0.0, 0.02], "repaired": [0.5, 0.0, 1.5]}
     return demo.Demo(98.0, 1280, 517, dict.fromkeys(demo.SPARSITIES, accuracy), variances)
 
@@ -57,25 +57,25 @@ def test_the_command_prints_a_table_and_draws_a_picture(tmp_path):
     assert len(picture) > 20_000
 
 
-def test_it_says_what_the_numbers_show():
+def test_the_findings_follow_from_the_numbers():
     strong = printed(result(**{demo.BN_EXACT: 93.0, "ASR": 94.0}))
-    assert f"At {demo.SHOWN_SPARSITY:.0%} sparsity the network is right in 10.0 % of cases instead of 98.0" in strong
-    assert "the best repair, ASR, brings it to 94.0" in strong
+    assert f"At {demo.SHOWN_SPARSITY:.0%} sparsity the network classifies 10.0 % correctly instead of 98.0" in strong
+    assert "the best repair, ASR, raises this to 94.0" in strong
     assert "Exact BatchNorm statistics alone reach 93.0, in itself a strong repair" in strong
     assert "strong repair" not in printed(result(**{demo.BN_EXACT: 40.0}))
-    assert "no repair brings anything back" in printed(result(**{demo.NO_REPAIR: 97.0}))
+    assert "no repair improves the accuracy" in printed(result(**{demo.NO_REPAIR: 97.0}))
 
 
-def test_the_picture_copes_with_channels_without_variance(tmp_path):
-    plots.draw_demo(result(), tmp_path / "a.png")
+def test_channels_without_variance_can_be_drawn(tmp_path):
+    demo.draw_demo(result(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
-    plots.draw_demo(result(), tmp_path / "a.svg")
+    demo.draw_demo(result(), tmp_path / "a.svg")
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
 
 
-def test_a_picture_of_an_unknown_kind_leaves_nothing(tmp_path):
+def test_a_picture_with_an_unknown_ending_is_refused_and_not_written(tmp_path):
     with pytest.raises(ValueError, match="txt"):
-        plots.draw_demo(result(), tmp_path / "a.txt")
+        demo.draw_demo(result(), tmp_path / "a.txt")
     assert os.listdir(tmp_path) == []
 
 
@@ -88,24 +88,24 @@ def test_without_matplotlib_the_table_is_printed_and_the_picture_skipped(tmp_pat
     assert "picture skipped: it needs matplotlib, pip install 'resuscitate[plots]'" in done.stdout
     assert os.listdir(tmp_path) == []
     with pytest.raises(ResuscitateError, match=r"pip install 'resuscitate\[plots\]'"):
-        plots.draw_demo(result(), tmp_path / "a.png")
+        demo.draw_demo(result(), tmp_path / "a.png")
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     done = CliRunner().invoke(cli.app, ["demo", "--no-plot"])
     assert done.exit_code == 1
     assert done.stderr == "Error: the demo needs scikit-learn's digits: pip install 'resuscitate[demo]'\n"
 
 
-def test_a_picture_that_could_not_be_written_stops_it_before_the_training(monkeypatch):
+def test_a_picture_that_cannot_be_written_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(demo, "run", pytest.fail)
     done = CliRunner().invoke(cli.app, ["demo", "--output", "no/such/folder.png"])
     assert done.exit_code == 1
     assert "no such folder" in done.stderr
 
 
-def test_the_random_state_and_the_threads_stay_as_found(monkeypatch):
+def test_the_random_state_and_the_number_of_threads_are_unchanged(monkeypatch):
     monkeypatch.setattr(demo, "SPARSITIES", (demo.SHOWN_SPARSITY,))
     monkeypatch.setattr(demo, "METHODS", {demo.NO_REPAIR: {}, demo.SHOWN_METHOD: demo.METHODS[demo.SHOWN_METHOD]})
     threads, state = torch.get_num_threads(), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""The doctor: it finds what is there, what is missing, and a kernel that computes something else."""
+"""The doctor: its facts, the extras that it reports as missing, and the kernels that fail its checks."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_a_sound_machine_passes_every_check(capsys):
     assert found.facts["device"].startswith("cpu")
 
 
-def test_it_leaves_the_random_state_alone():
+def test_the_random_state_is_unchanged():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -27,15 +27,15 @@ def test_it_leaves_the_random_state_alone():
 
 
 @pytest.mark.parametrize("broken", ["wrong", "nan", "raises"])
-def test_a_kernel_that_is_wrong_is_named_with_what_to_do(monkeypatch, broken):
-    right = ak.torch_ops.affine_
+def test_a_wrong_kernel_is_named_with_a_remedy(monkeypatch, broken):
+    right = ak.backends.torch_ops.affine_
 
     def affine_(x, gain, shift, relu):
         if broken == "raises":
             raise RuntimeError("no kernel image is available\nfor execution")
         right(x, gain * 1.1 if broken == "wrong" else gain * float("nan"), shift, relu)
 
-    monkeypatch.setattr(ak.torch_ops, "affine_", affine_)
+    monkeypatch.setattr(ak.backends.torch_ops, "affine_", affine_)
     monkeypatch.setattr(doctor, "SHAPES", ((3, 5, 9, 7),))
     found = doctor.examine("cpu")
     assert not found.well
@@ -46,7 +46,7 @@ def test_a_kernel_that_is_wrong_is_named_with_what_to_do(monkeypatch, broken):
     assert ("RuntimeError: no kernel image is available" in done.stdout) == (broken == "raises")
 
 
-def test_missing_extras_are_named_with_the_command_that_brings_them(monkeypatch):
+def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatch):
     monkeypatch.setattr(doctor, "SHAPES", ())
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = doctor.examine("cpu")
@@ -56,28 +56,28 @@ def test_missing_extras_are_named_with_the_command_that_brings_them(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("variables", "fact", "said"),
+    ("variables", "fact", "expected"),
     [
-        ({}, "backend", "torch, for there is no GPU"),
-        ({"ASR_BACKEND": "reference"}, "backend", "reference, for ASR_BACKEND says so"),
+        ({}, "backend", "torch: there is no GPU"),
+        ({"ASR_BACKEND": "reference"}, "backend", "reference: set by ASR_BACKEND"),
         ({"TRITON_INTERPRET": "1"}, "Triton's interpreter", "on"),
     ],
 )
-def test_it_says_which_backend_runs_and_why(monkeypatch, variables, fact, said):
+def test_the_backend_is_reported_with_the_reason(monkeypatch, variables, fact, expected):
     for name in ("ASR_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(doctor, "SHAPES", ())
-    assert doctor.examine("cpu").facts[fact].startswith(said)
+    assert doctor.examine("cpu").facts[fact].startswith(expected)
 
 
-def test_it_stops_in_time(monkeypatch):
+def test_no_check_starts_after_the_time_limit(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.0)
     assert not doctor.examine("cpu").checks
 
 
-def test_the_command_prints_json_and_refuses_a_device_that_is_not_there():
+def test_the_command_prints_json_and_refuses_an_unknown_device():
     found = json.loads(invoke("doctor", "--device", "cpu", "--json").stdout)
     assert found["well"]
     assert found["checks"][0]["passed"]

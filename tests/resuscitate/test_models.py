@@ -1,4 +1,4 @@
-"""The models the package carries: their shapes, their keys, and the trained weights they load."""
+"""The models of the package: their shapes, their keys, and the trained weights that they load."""
 
 import pytest
 import torch
@@ -85,5 +85,5 @@ def test_the_trained_weights_load_strictly_and_reach_their_accuracy(name, accura
     images, labels = load_images(JPEG_TEST, **NORMALISE, **first), load_labels(JPEG_TEST, **first)
     with torch.no_grad():
         hits = torch.cat([model(batch).argmax(1) for batch in images.split(250)]) == labels
-    # a few images may fall the other way where another machine rounds, or decodes a JPEG, differently
+    # other rounding or JPEG decoding on another machine can change the class of a few images
     assert 100 * hits.float().mean().item() == pytest.approx(accuracy, abs=0.3)

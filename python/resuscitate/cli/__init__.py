@@ -6,6 +6,6 @@ Results go to standard output; progress, where it is a terminal, and errors to s
 """
 
 from . import compress, demo, doctor, export, map, prune, regrow, repair, report  # noqa: F401 - each adds its commands, in the order of the help
-from .app import app
+from .application import app, main
 
-__all__ = ["app"]
+__all__ = ["app", "main"]

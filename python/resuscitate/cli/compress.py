@@ -2,82 +2,65 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-from .app import app, options_of, show
+from . import flags
+from .application import app, options_of, show, write_report
+from .flags import opt
 from .inputs import build_model, check_runs, read_images
-from .options import (
-    BatchSize,
-    Calibration,
-    Device,
-    Exclude,
-    Include,
-    MaxSamples,
-    Mean,
-    Model,
-    Output,
-    Precision,
-    Seed,
-    Size,
-    Std,
-    Timeout,
-    Workers,
-    WrittenMasks,
-    opt,
-    parse_densities,
-    parse_steps,
-)
+from .method_options import method_name, method_options, with_method_options
 from .prune import Allocation
 
 
 @app.command()
+@with_method_options(recalibrates=False)
 def compress(
-    model: Model,
+    model: flags.Model,
     dense: Annotated[Path, opt("The trained weights: .safetensors, .pt or .pth.")],
-    calibration: Calibration,
-    output: Output,
+    calibration: flags.Calibration,
+    output: flags.Output,
     sparsity: Annotated[float, opt("Fraction of the weights that goes, such as 0.9.")],
     allocation: Annotated[Allocation, opt("How it is shared out over the layers.")] = "global",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
-    steps: Annotated[Any, opt("How many, or where to stop: 0.5,0.8,0.9.", parser=parse_steps, metavar="STEPS")] = 7,
+    steps: Annotated[
+        Any, opt("How many, or where to stop: 0.5,0.8,0.9.", parser=flags.parse_steps, metavar="STEPS")
+    ] = 7,
     densities: Annotated[list[str] | None, opt("Layers to keep that much of: GLOB=DENSITY; repeatable.")] = None,
     min_per_layer: Annotated[int, opt("Weights that stay in each layer.", min=0)] = 1,
     min_per_channel: Annotated[int, opt("Weights that stay in each output channel.", min=0)] = 0,
-    include: Include = None,
-    exclude: Exclude = None,
-    ridge: Annotated[
-        float | None, opt("The pull towards the weights as they are; without it, by cross-validation.")
-    ] = None,
-    relu_aware: Annotated[bool, opt("Let go of errors that the ReLU behind a layer hides.")] = True,
-    max_samples: MaxSamples = None,
-    batch_size: BatchSize = 128,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    dtype: Precision = None,
-    device: Device = None,
-    memory: Annotated[str | None, opt("For images and activations: 4GiB; default: half of what is free.")] = None,
-    scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
+    include: flags.Include = None,
+    exclude: flags.Exclude = None,
+    method: Annotated[str, opt("Of the repair after each step, as for `repair`.")] = "refit",
+    max_samples: flags.MaxSamples = None,
+    batch_size: flags.BatchSize = 128,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
+    size: flags.Size = None,
+    dtype: flags.Precision = None,
+    device: flags.Device = None,
+    memory: flags.Memory = None,
+    scratch: flags.Scratch = None,
+    on_nonfinite: flags.OnNonfinite = "raise",
     resume: Annotated[Path | None, opt("Folder of journals: a killed run goes on from it.")] = None,
-    seed: Seed = 0,
-    masks: WrittenMasks = None,
-    report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
-    workers: Workers = 0,
-    timeout: Timeout = 600.0,
+    seed: flags.Seed = 0,
+    masks: flags.WrittenMasks = None,
+    report: flags.Report = None,
+    workers: flags.Workers = 0,
+    timeout: flags.Timeout = 600.0,
+    **chosen: Any,
 ) -> None:
-    """Prune in steps, and refit the rest after each from unlabelled images. Runs under torchrun too."""
-    options = options_of(locals())
+    """Prune in steps, and repair after each step from unlabelled images. Runs under torchrun too."""
+    options = options_of({**locals(), **chosen})
     from ..deploy.checkpoints import load_weights, provenance, write_state_dict
     from ..runtime.distributed import Ranks, launched
-    from ..utils.files import atomic, check_writable
+    from ..utils.files import check_writable
     from ..workflows.compress import compress as run
 
     for path in filter(None, (output, masks, report)):
         check_writable(path)
-    fixed = parse_densities(densities)
+    fixed = flags.parse_densities(densities)
     network = build_model(model)
     load_weights(network, dense)
     with launched(timeout) as group:
@@ -85,16 +68,19 @@ def compress(
         shard = ranks.rank, ranks.size
         images = read_images(calibration, mean, std, size, max_samples, seed, shard, workers, batch_size)
         check_runs(network, images.head, calibration, device)
-        names = set(run.__kwdefaults__ or ()) & set(options) - {"densities"}
-        keywords = {name: options[name] for name in names}
-        done = run(network, sparsity, images.all, densities=fixed, **keywords, group=group)
+        pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "steps": steps, "densities": fixed}
+        pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
+        pruning |= {"include": include, "exclude": exclude, "resume": resume}
+        running: dict[str, Any] = {"max_samples": max_samples, "batch_size": batch_size, "dtype": dtype, "seed": seed}
+        running |= {"device": device, "memory": memory, "scratch": scratch, "on_nonfinite": on_nonfinite}
+        own = method_options(chosen)
+        done = run(network, sparsity, images.all, method=method_name(method), **own, **pruning, **running, group=group)
         if ranks.rank:
             return
     made_by = provenance("compress", options)
     with ExitStack() as stack:
-        if report is not None:
-            document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
-            stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
+        document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
+        write_report(stack, report, done, document)
         if masks is not None:
             done.masks.save(masks, made_by)
         write_state_dict(output, network.state_dict(), made_by)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .app import app, show
-from .options import opt
+from .application import app, show
+from .flags import opt
 
 
 @app.command()
@@ -17,8 +17,8 @@ def demo(
     plot: Annotated[bool, opt("Draw the picture.")] = True,
 ) -> None:
     """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
-    from ..demo import run
-    from ..reports.plots import draw_demo, have_matplotlib
+    from ..demo import draw_demo, run
+    from ..reports.plots import have_matplotlib
     from ..utils.files import check_writable
 
     if plot:

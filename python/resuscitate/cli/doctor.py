@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .app import app, show
-from .options import Device, opt
+from .application import app, show
+from .flags import Device, opt
 
 
 @app.command()

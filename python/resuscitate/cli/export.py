@@ -5,22 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .app import app, options_of, show
+from . import flags
+from .application import app, options_of, show
+from .flags import opt
 from .inputs import build_model, check_runs, read_images
-from .options import Calibration, Mean, Model, Size, Std, opt
 
 
 @app.command()
 def export(
-    model: Model,
+    model: flags.Model,
     weights: Annotated[Path, opt("What to export: .safetensors, .pt or .pth.")],
-    calibration: Calibration,
+    calibration: flags.Calibration,
     output: Annotated[Path, opt("A .safetensors, .pt2 (torch.export) or .onnx file to write.", "--output", "-o")],
     fold: Annotated[bool, opt("Fold each BatchNorm into the layer that it alone reads.")] = False,
     tolerance: Annotated[float, opt("Of the largest output, the difference to accept.")] = 1e-4,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
+    size: flags.Size = None,
 ) -> None:
     """Write a network for others to run; the file is read again and compared before it stays."""
     options = options_of(locals())

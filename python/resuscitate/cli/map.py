@@ -6,52 +6,39 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..workflows.recoverability import METHODS
-from .app import app, show
+from ..workflows.recoverability import presets
+from . import flags
+from .application import app, show
+from .flags import opt
 from .inputs import build_model, check_runs, read_images, read_labelled
-from .options import (
-    BatchSize,
-    Calibration,
-    Device,
-    Exclude,
-    Include,
-    MaxSamples,
-    Mean,
-    Model,
-    Precision,
-    Seed,
-    Size,
-    Std,
-    opt,
-    parse_numbers,
-)
+from .method_options import method_name
 
 
 @app.command("map")
 def map_(
-    model: Model,
+    model: flags.Model,
     dense: Annotated[Path, opt("The weights before pruning: .safetensors, .pt or .pth.")],
-    calibration: Calibration,
+    calibration: flags.Calibration,
     test: Annotated[Path, opt("An .npz of images and `labels` to score on; not those of --calibration.")],
     output: Annotated[Path, opt("The folder to write to.", "--output", "-o")],
     sparsities: Annotated[str, opt("By comma.")] = "0.5,0.7,0.8,0.9,0.95,0.98",
     allocations: Annotated[str, opt("By comma; also rr.")] = "global,uniform,erk,lamp",
-    methods: Annotated[str, opt(f"By comma: {', '.join(METHODS)}.")] = "bn,asr",
+    methods: Annotated[str, opt(f"By comma: {', '.join(presets())}, or package.module:Class.")] = "bn,asr",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
     damage: Annotated[float | None, opt("Draw each channel's damage at this sparsity too.")] = None,
-    max_samples: MaxSamples = None,
+    max_samples: flags.MaxSamples = None,
     test_samples: Annotated[int | None, opt("At most so many images of --test.", min=1)] = None,
-    batch_size: BatchSize = 128,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    dtype: Precision = None,
-    device: Device = None,
+    batch_size: flags.BatchSize = 128,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
+    size: flags.Size = None,
+    include: flags.Include = None,
+    exclude: flags.Exclude = None,
+    dtype: flags.Precision = None,
+    device: flags.Device = None,
     workers: Annotated[int, opt("Processes to share the work out to.", min=1)] = 1,
     plot: Annotated[bool, opt("Draw the pictures.")] = True,
-    seed: Seed = 0,
+    seed: flags.Seed = 0,
 ) -> None:
     """Which sparsity, allocation and repair a network survives: prune, repair and score it over and over.
 
@@ -78,9 +65,9 @@ def map_(
         network,
         images,
         Accuracy(held_out, labels),
-        sparsities=parse_numbers(sparsities),
+        sparsities=flags.parse_numbers(sparsities),
         allocations=allocations.split(","),
-        methods=methods.split(","),
+        methods=[method_name(name) for name in methods.split(",")],
         pattern=pattern,
         # the share of the commonest class, which one can have without looking
         chance=100 * int(labels.bincount().max()) / len(labels),
@@ -110,10 +97,9 @@ def map_(
                 damage,
                 allocation=allocation,
                 pattern=pattern,
-                calibration=images,
                 include=include,
                 exclude=exclude,
-                **(running if allocation == "rr" else {}),
+                **({"calibration": images, **running} if allocation == "rr" else {}),
             )
             written.append(output / f"damage-{allocation}.svg")
             layers = compare(pruned, network, images, **running)

@@ -7,26 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from .app import app, options_of, show
+from . import flags
+from .application import app, options_of, show
+from .flags import opt
 from .inputs import build_model, read_images
-from .options import (
-    BatchSize,
-    Device,
-    Exclude,
-    Images,
-    Include,
-    MaxSamples,
-    Mean,
-    Model,
-    Output,
-    Precision,
-    Seed,
-    Size,
-    Std,
-    WrittenMasks,
-    opt,
-    parse_densities,
-)
 
 Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
 Indivisible = Literal["dense", "pad", "raise"]
@@ -34,9 +18,9 @@ Indivisible = Literal["dense", "pad", "raise"]
 
 @app.command()
 def prune(
-    model: Model,
+    model: flags.Model,
     dense: Annotated[Path, opt("The trained weights: .safetensors, .pt or .pth.")],
-    output: Output,
+    output: flags.Output,
     sparsity: Annotated[float | None, opt("Fraction of the weights that goes, such as 0.9.")] = None,
     allocation: Annotated[Allocation, opt("How it is shared out over the layers; rr reads --calibration.")] = "global",
     pattern: Annotated[str, opt("unstructured, filter, channels, or n:m (n kept of m) such as 2:4.")] = "unstructured",
@@ -44,18 +28,18 @@ def prune(
     min_per_layer: Annotated[int, opt("Weights that stay in each layer.", min=0)] = 1,
     min_per_channel: Annotated[int, opt("Weights that stay in each output channel.", min=0)] = 0,
     indivisible: Annotated[Indivisible, opt("Of n:m, layers that m does not divide.")] = "dense",
-    include: Include = None,
-    exclude: Exclude = None,
-    calibration: Images = None,
-    max_samples: MaxSamples = 256,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    batch_size: BatchSize = 128,
-    dtype: Precision = None,
-    device: Device = None,
-    seed: Seed = 0,
-    masks: WrittenMasks = None,
+    include: flags.Include = None,
+    exclude: flags.Exclude = None,
+    calibration: flags.Images = None,
+    max_samples: flags.MaxSamples = 256,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
+    size: flags.Size = None,
+    batch_size: flags.BatchSize = 128,
+    dtype: flags.Precision = None,
+    device: flags.Device = None,
+    seed: flags.Seed = 0,
+    masks: flags.WrittenMasks = None,
 ) -> None:
     """Set the smallest weights to zero."""
     options = options_of(locals())
@@ -65,7 +49,7 @@ def prune(
 
     for path in filter(None, (output, masks)):
         check_writable(path)
-    fixed = parse_densities(densities)
+    fixed = flags.parse_densities(densities)
     network = build_model(model)
     load_weights(network, dense)
     images, described = None, []
@@ -75,9 +59,10 @@ def prune(
     elif allocation == "rr" or pattern == "channels":
         raise typer.BadParameter(f"{'allocation rr' if allocation == 'rr' else 'channels'} needs images: --calibration")
     names = ["allocation", "pattern", "min_per_layer", "min_per_channel", "indivisible", "include", "exclude"]
-    names += ["batch_size", "dtype", "device", *(["seed"] if allocation == "rr" else [])]
+    names += ["batch_size", "dtype", "device", "seed"] if allocation == "rr" else []
     chosen = {name: options[name] for name in names}
-    pruned = sparsify(network, sparsity, densities=fixed, calibration=images, example=images, **chosen)
+    chosen["example" if pattern == "channels" else "calibration"] = images
+    pruned = sparsify(network, sparsity, densities=fixed, **chosen)
     made_by = provenance("prune", options)
     if masks is not None:
         pruned.save(masks, made_by)

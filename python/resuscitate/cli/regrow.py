@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..pruning.regrowth import Budget, Saliency
 from ..workflows.regrow import Initial, Pattern
-from .app import app, options_of, show
+from . import flags
+from .application import app, options_of, show, write_report
+from .flags import opt
 from .inputs import build_model, check_runs, read_images, read_labelled
-from .options import (
-    BatchSize,
-    Calibration,
-    Device,
-    MaxSamples,
-    Mean,
-    Model,
-    Output,
-    Precision,
-    Seed,
-    Size,
-    Std,
-    Timeout,
-    Workers,
-    WrittenMasks,
-    opt,
-    parse_densities,
-)
+from .method_options import method_name, method_options, with_method_options
 
 
 @app.command()
+@with_method_options(recalibrates=False)
 def regrow(
-    model: Model,
+    model: flags.Model,
     pruned: Annotated[Path, opt("The pruned weights: .safetensors, .pt or .pth.")],
     dense: Annotated[Path, opt("The weights before pruning.")],
-    calibration: Calibration,
-    output: Output,
+    calibration: flags.Calibration,
+    output: flags.Output,
     sparsity: Annotated[float, opt("Fraction of the weights that is to stay pruned, such as 0.9.")],
     masks: Annotated[Path | None, opt("The masks, as `prune --masks` wrote them; default: what is zero.")] = None,
     pattern: Annotated[Pattern, opt("Single weights, or whole channels (needs --masks).")] = "unstructured",
@@ -49,32 +34,34 @@ def regrow(
     denser: Annotated[Path | None, opt("Masks of a denser pruning, what they keep comes back first.")] = None,
     initial: Annotated[Initial, opt("The value of what comes back.")] = "dense",
     rounds: Annotated[int, opt("In so many equal parts.", min=1)] = 1,
-    method: Annotated[str, opt("Of the repair after each; none: no repair.")] = "auto",
+    method: Annotated[str, opt("Of the repair after each round, as for `repair`; none: no repair.")] = "auto",
     labelled: Annotated[Path | None, opt("An .npz of images and `labels`, for --saliency gradient.")] = None,
     test: Annotated[Path | None, opt("An .npz of images and `labels` to score each round on.")] = None,
     accuracy: Annotated[float | None, opt("Stop when --test reaches it, in per cent.")] = None,
-    max_samples: MaxSamples = None,
-    batch_size: BatchSize = 128,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    dtype: Precision = None,
-    device: Device = None,
-    memory: Annotated[str | None, opt("For images and activations: 4GiB; default: half of what is free.")] = None,
-    scratch: Annotated[Path | None, opt("Folder for what exceeds that.")] = None,
+    max_samples: flags.MaxSamples = None,
+    batch_size: flags.BatchSize = 128,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
+    size: flags.Size = None,
+    dtype: flags.Precision = None,
+    device: flags.Device = None,
+    memory: flags.Memory = None,
+    scratch: flags.Scratch = None,
+    on_nonfinite: flags.OnNonfinite = "raise",
     resume: Annotated[Path | None, opt("Folder of journals: a killed run goes on from it.")] = None,
-    seed: Seed = 0,
-    write_masks: WrittenMasks = None,
-    report: Annotated[Path | None, opt("Write the report as JSON to this file.")] = None,
-    workers: Workers = 0,
-    timeout: Timeout = 600.0,
+    seed: flags.Seed = 0,
+    write_masks: flags.WrittenMasks = None,
+    report: flags.Report = None,
+    workers: flags.Workers = 0,
+    timeout: flags.Timeout = 600.0,
+    **chosen: Any,
 ) -> None:
     """Give a network that was pruned too far back what it misses most, and repair it. Runs under torchrun too."""
-    options = options_of(locals())
+    options = options_of({**locals(), **chosen})
     from ..deploy.checkpoints import load_weights, provenance, write_state_dict
     from ..network.masks import Masks
     from ..runtime.distributed import Ranks, launched
-    from ..utils.files import atomic, check_writable
+    from ..utils.files import check_writable
     from ..workflows.recoverability import Accuracy
     from ..workflows.regrow import regrow as run
 
@@ -88,8 +75,11 @@ def regrow(
     network, target = build_model(model), build_model(model)
     load_weights(network, pruned)
     load_weights(target, dense)
-    keywords = {name: options[name] for name in run.__kwdefaults__ or () if name in options}
-    keywords |= {"densities": parse_densities(densities), "method": None if method == "none" else method}
+    keywords: dict[str, Any] = {"pattern": pattern, "budget": budget, "densities": flags.parse_densities(densities)}
+    keywords |= {"initial": initial, "rounds": rounds, "accuracy": accuracy, "resume": resume}
+    keywords |= {"max_samples": max_samples, "batch_size": batch_size, "dtype": dtype, "device": device, "seed": seed}
+    keywords |= {"memory": memory, "scratch": scratch, "on_nonfinite": on_nonfinite}
+    keywords |= {"method": None if method == "none" else method_name(method), **method_options(chosen)}
     keywords["saliency"] = saliency if denser is None else Masks.load(denser)
     if labelled is not None:
         pair = read_labelled(labelled, mean, std, size, None, seed)
@@ -106,9 +96,8 @@ def regrow(
             return
     made_by = provenance("regrow", options)
     with ExitStack() as stack:
-        if report is not None:
-            document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
-            stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
+        document = {**done.to_dict(), "calibration": images.measured, "output": str(output), "provenance": made_by}
+        write_report(stack, report, done, document)
         if write_masks is not None:
             done.save(write_masks, made_by)
         write_state_dict(output, network.state_dict(), made_by)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ResuscitateError
-from .app import app, show
-from .options import opt
+from .application import app, show
+from .flags import opt
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Calibration images: where they come from, batches of them, checks of them."""
+"""Calibration images: reading them from files and loaders, batches, checks, memory limits."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,34 +13,27 @@ from ..errors import CalibrationError
 from ..runtime.activations import Frame, Store
 from ..runtime.distributed import Ranks
 from ..utils.digest import image_keys
-from .calibration import check_count, first_tensor, read_batches
+from ..utils.nested import count_images
+from .calibration import read_batches
 from .checks import warn_of_padding
-
-if TYPE_CHECKING:
-    from ..engine.room import Room
 
 
 class Batches:
-    """Batches that can be read again and again: those in the caller's hands as they are, others kept in `store`.
+    """Batches that can be read any number of times: those that the caller holds as they are, others kept in `store`."""
 
-    to_deal: note what `deal` needs while the images come by.
-    """
-
-    def __init__(self, source: Iterable[Any], store: Store | None = None, to_deal: bool = False) -> None:
+    def __init__(self, source: Iterable[Any], store: Store | None = None) -> None:
         self.counts: list[int] = []
-        self._keys: list[int] = []
         self._turns: Sequence[Tensor] = ()
         self._kept: list[Any] = []
         for batch in source:
             self.counts.append(count_images(batch))
-            if to_deal:
-                self._keys += image_keys(batch)
             if store is None:
                 self._kept.append(batch)
             else:
-                frame = Frame(store)
-                frame.close({0: _compact(batch)})
-                self._kept.append(frame)
+                if isinstance(batch, Tensor) and batch.untyped_storage().nbytes() > batch.nbytes:
+                    batch = batch.clone()  # lest the whole be kept for a part
+                self._kept.append(Frame(store))
+                self._kept[-1].close({0: batch})
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -62,8 +55,8 @@ class Batches:
         return sum(self.counts[:batches])
 
     def deal(self, ranks: Ranks) -> None:
-        """Number the images of all ranks by their contents, so that neither order, batches nor ranks matter."""
-        own = torch.tensor(self._keys, dtype=torch.int64)
+        """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
+        own = torch.tensor([key for batch in self.head() for key in image_keys(batch)], dtype=torch.int64)
         self._turns = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts)
 
     def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
@@ -81,45 +74,23 @@ class Batches:
         return min(sum(seen < images for seen in accumulate([0, *self.counts[:-1]])), len(self))
 
 
-def read_share(
-    calibration: Any,
-    ranks: Ranks,
-    *,
-    max_samples: int | None,
-    max_batches: int | None,
-    batch_size: int,
-    raw: bool,
-    room: Room | None = None,
-) -> Iterable[Any]:
-    """This rank's batches by `read_batches`: its share of `max_samples`, which may be none; all else is its own.
-
-    Raises CalibrationError.
-    """
-    check_count("max_samples", max_samples)
+def read_share(calibration: Any, ranks: Ranks, *, max_samples: int | None, **options: Any) -> Iterable[Any]:
+    """This rank's share of `max_samples` images, which may be none, by `read_batches`. Raises CalibrationError."""
     share = ranks.share(max_samples)
     if ranks.size > 1 and ranks.rank == 0:
         warn_of_padding(calibration)
-    if share == 0:
-        return ()
-    options: dict[str, Any] = {"max_batches": max_batches, "batch_size": batch_size, "raw": raw, "room": room}
-    return read_batches(calibration, max_samples=share, allow_empty=ranks.size > 1, **options)
-
-
-def count_images(batch: Any) -> int:
-    """How many images a batch holds: the length of its first tensor."""
-    tensor = first_tensor(batch)
-    return 1 if tensor is None else len(tensor)
+    return () if share == 0 else read_batches(calibration, max_samples=share, allow_empty=ranks.size > 1, **options)
 
 
 def most_images(wanted: Sequence[int | None], max_samples: int | None) -> int | None:
     """How many images to read: as many as any step wants, at most `max_samples`; None for all."""
-    limits = [max(known)] if (known := [w for w in wanted if w is not None]) and len(known) == len(wanted) else []
-    limits += [] if max_samples is None else [max_samples]
-    return min(limits, default=None)
+    known = [count for count in wanted if count is not None]
+    most = max(known, default=None) if len(known) == len(wanted) else None
+    return min((limit for limit in (most, max_samples) if limit is not None), default=None)
 
 
 def cut(batches: Iterable[Any], marks: Iterable[int | None]) -> Iterator[Any]:
-    """Split each batch in which image number `mark` lies, so that a run of whole batches ends there."""
+    """Split each tensor in which image number `mark` lies, so that a batch ends there."""
     ends = sorted({mark for mark in marks if mark})
     seen = 0
     for batch in batches:
@@ -147,36 +118,19 @@ def rebatch(batches: Batches, size: int, count: int | None = None) -> Iterator[T
             f"{count or 1} batches of {size} need {size * (count or 1)} images and there are {available}; "
             "pass more calibration images, fewer batches or a smaller batch size"
         )
-    return _rebatch(batches, size, available // size if count is None else count)
+    return islice(_rebatch(cut(batches.head(), range(size, available + 1, size)), size), count)
 
 
-def _rebatch(batches: Batches, size: int, count: int) -> Iterator[Tensor]:
+def _rebatch(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Pieces joined to batches of `size` images; no piece may reach beyond the end of a batch."""
     held: list[Tensor] = []
-    for batch in batches.head():
-        while len(batch):
-            missing = size - sum(map(len, held))
-            held.append(batch[:missing])
-            batch = batch[missing:]
-            if sum(map(len, held)) < size:
-                continue
-            if len({piece.shape[1:] for piece in held}) > 1:
-                shapes = " and ".join(str(tuple(piece.shape[1:])) for piece in held)
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) == size:
+            if len({each.shape[1:] for each in held}) > 1:
+                shapes = " and ".join(str(tuple(each.shape[1:])) for each in held)
                 raise CalibrationError(
                     f"images of shapes {shapes} cannot share a batch of {size}; bring them to one size"
                 )
             yield held[0] if len(held) == 1 else torch.cat(held)
-            held, count = [], count - 1
-            if not count:
-                return
-
-
-def first_images(batch: Any, images: int = 2) -> Any:
-    """A small batch to look at a network with; one that is no tensor goes whole: see `Network.example`."""
-    return batch[:images] if isinstance(batch, Tensor) else batch
-
-
-def _compact(batch: Any) -> Any:
-    """A tensor that is a part of a larger memory as a copy of its own, lest the whole be kept."""
-    if isinstance(batch, Tensor) and batch.untyped_storage().nbytes() > batch.numel() * batch.element_size():
-        return batch.clone()
-    return batch
+            held = []

@@ -1,4 +1,4 @@
-"""Batches of images of any usual kind, one after the other."""
+"""Reads batches of images of any usual kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
+from ..runtime.options import check_count
+from ..utils.nested import first_tensor
 from .checks import ClassOrder
-
-if TYPE_CHECKING:
-    from ..engine.room import Room
+from .room import Room
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
+
+Limits = tuple[int | None, int | None]  # max_samples, max_batches
 
 INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
 
@@ -43,44 +45,32 @@ def read_batches(
     raw: yield the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
         that reaches `max_samples`, counted along the first tensor found in each.
     allow_empty: have no batches at all without an error, as one of several ranks may.
-    room: end, with a line in the log, where a batch has no room beside those before it. None, and for what the caller
-        holds anyway, a tensor, array, list or tuple: as long as there are batches.
+    room: end, with a warning in the log, at the first batch that takes more memory than is left. None, and for a
+        tensor, array, list or tuple, which the caller holds anyway: no such limit.
     Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
     for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
         check_count(option, limit)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
-    room = None if is_held(source) else room
-    return _read(source, _iterate(source, batch_size, max_samples), max_samples, max_batches, raw, allow_empty, room)
+    batches = _iterate(source, batch_size, max_samples)
+    return _read(source, batches, (max_samples, max_batches), raw, allow_empty, None if is_held(source) else room)
 
 
 def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
-    """The batches that were read from `calibration`, to be gone through any number of times."""
-    # a loader may hand out the same memory again and again
+    """The batches that were read from `calibration`, as a list that can be read any number of times."""
+    # a loader may use the same memory for each batch
     return list(batches if is_held(calibration) else map(copy.deepcopy, batches))
 
 
-def check_count(option: str, limit: int | None) -> None:
-    """Raise CalibrationError for a limit that is neither None nor a whole number of at least 1."""
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
-
-
 def is_held(calibration: Any) -> bool:
-    """Are the batches in the caller's hands, so that keeping them takes no memory?"""
+    """Does the caller hold the batches, so that keeping them takes no memory?"""
     return isinstance(calibration, Tensor | np.ndarray | list | tuple)
 
 
 def _read(
-    source: Any,
-    batches: Iterator[Any],
-    max_samples: int | None,
-    max_batches: int | None,
-    raw: bool,
-    allow_empty: bool,
-    room: Room | None,
+    source: Any, batches: Iterator[Any], limits: Limits, raw: bool, allow_empty: bool, room: Room | None
 ) -> Iterator[Any]:
-    samples, total, dimensions, order = 0, None, set(), ClassOrder()
+    (max_samples, max_batches), samples, total, dimensions, order = limits, 0, None, set(), ClassOrder()
     for index, batch in enumerate(batches):
         try:
             images = first_tensor(batch) if raw else input_of(batch)
@@ -94,8 +84,8 @@ def _read(
                 "an (images, labels) pair is one batch: put it in a list"
             )
         if room is not None and index == 0:
-            total = _total(source, count, max_samples, max_batches)
-            room.hint(total if max_samples is None and max_batches is None else None)
+            total = _total(source, count, limits)
+            room.hint(total if limits == (None, None) else None)
         left = count if max_samples is None else max_samples - samples
         part = batch if raw else images if images is None or count <= left else images[:left]
         if room is not None and not room.take(part) and index:
@@ -109,7 +99,13 @@ def _read(
             order.warn()
             return
     if not dimensions and not allow_empty:
-        raise CalibrationError(_nothing_read(source))
+        used_up = "the iterator is used up, as a generator is after one pass; pass a list, a DataLoader, or a function"
+        cause = (
+            f"{used_up} that returns a new iterator"
+            if isinstance(source, Iterator)
+            else "the calibration data is empty"
+        )
+        raise CalibrationError(f"no batches: {cause}")
 
 
 def input_of(batch: Any) -> Tensor:
@@ -148,23 +144,14 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     return iter(source)
 
 
-def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | None) -> int | None:
-    """How many images there are to read, in batches of so many; None where nobody knows."""
-    known = [] if max_samples is None else [max_samples]
-    known += [] if max_batches is None else [max_batches * batch]
+def _total(source: Any, batch: int, limits: Limits) -> int | None:
+    """How many images there are to read, in batches of so many; None where that is unknown."""
+    known = [limit * size for limit, size in zip(limits, (1, batch), strict=True) if limit is not None]
     with suppress(TypeError, NotImplementedError):  # of a loader without a length
         known.append(len(source) * batch)
         if getattr(source, "batch_sampler", None) is not None:  # the last batch may be short
             known.append(len(source.dataset))
     return min(known, default=None)
-
-
-def first_tensor(batch: Any) -> Tensor | np.ndarray | None:
-    """The first tensor with a batch axis in a nest of tuples, lists and dicts."""
-    if isinstance(batch, Tensor | np.ndarray):
-        return batch if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
 
 
 def _count(tensor: Tensor | np.ndarray) -> int:
@@ -173,15 +160,6 @@ def _count(tensor: Tensor | np.ndarray) -> int:
     if len(tensor) == 0:
         raise CalibrationError(f"there are no images in it (shape {tuple(tensor.shape)})")
     return len(tensor)
-
-
-def _nothing_read(source: Any) -> str:
-    if isinstance(source, Iterator):
-        return (
-            "no batches: the iterator is used up, as a generator is after one pass; pass a list, a DataLoader, or a "
-            "function that returns a new iterator"
-        )
-    return "no batches: the calibration data is empty"
 
 
 def _describe(batch: Any) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -25,11 +25,11 @@ ENOUGH = 32  # labels in order that are no accident
 NORMALISED_FROM = 64  # images to judge the normalisation from, where there are as many
 ENOUGH_IMAGES = 16  # the fewest to judge it from
 FAR = 0.4  # Jeffreys' divergence: a variance 3.3 times off, or a mean 0.9 standard deviations off
-told: WeakSet[nn.Module] = WeakSet()  # whose images have been warned of
+told: WeakSet[nn.Module] = WeakSet()  # networks about whose images a warning was given
 
 
 class ClassOrder:
-    """Watches labels go by, where batches have them, for classes that come one after the other."""
+    """Finds out from the labels of batches, if they have them, whether the images are sorted by class."""
 
     def __init__(self) -> None:
         self.counts = Counter[int]()
@@ -45,20 +45,19 @@ class ClassOrder:
             self.counts.update(labels.tolist())
 
     def warn(self) -> None:
-        """Say so where they came in order. For when a limit has left the rest unread."""
+        """Warn if the labels were sorted. Call this where a limit leaves the other images unread."""
         if self.ordered and self.counts.total() >= ENOUGH:
             seen = ", ".join(f"{label}: {count}" for label, count in [*self.counts.items()][:5])
+            seen += ", ..." if len(self.counts) > 5 else ""
             log.warning(
-                "the images come sorted by class, and only the first %d are used (class: images: %s%s); shuffle them, "
+                "the images come sorted by class, and only the first %d are used (class: images: %s); shuffle them, "
                 "or the statistics are those of these classes alone",
-                self.counts.total(),
-                seen,
-                ", ..." if len(self.counts) > 5 else "",
+                *(self.counts.total(), seen),
             )
 
 
 def warn_of_padding(loader: Any) -> None:
-    """Say so where a DataLoader's DistributedSampler repeats images, so that all ranks have as many."""
+    """Warn if a DataLoader's DistributedSampler repeats images, so that all ranks have as many."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
@@ -73,11 +72,11 @@ def warn_of_padding(loader: Any) -> None:
 
 @torch.no_grad()
 def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
-    """Say so where the first BatchNorm of the dense network reads far other statistics than in training.
+    """Warn if the inputs of the dense network's first BatchNorm have far other statistics than in training.
 
-    batches: as `run`, a forward pass of the network, takes them; each runs up to that BatchNorm only, and no more are
-    taken once `NORMALISED_FROM` images are seen. Fewer than `ENOUGH_IMAGES` tell nothing, nor does a BatchNorm that was
-    never trained. With the variance ratio r = sum now_var / sum var and the squared offset
+    `run` is a forward pass of the network over one of the `batches`. Each runs up to that BatchNorm only, and no more
+    are taken after `NORMALISED_FROM` images. Fewer than `ENOUGH_IMAGES` images, or a BatchNorm that was never trained,
+    give no warning. With the variance ratio r = sum now_var / sum var and the squared offset
     d2 = sum (now_mean - mean)^2 / sum var, both over all channels, so that near-dead channels have no weight, far is
     Jeffreys' divergence of two normal distributions, (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
     """
@@ -93,23 +92,19 @@ def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callabl
             raise _SeenError
 
     first, found, images = None, list[ak.ChannelMoments](), 0
-    handles = [module.register_forward_pre_hook(take) for module in batchnorms]
-    try:
+    with ExitStack() as hooks:
+        for module in batchnorms:
+            hooks.callback(module.register_forward_pre_hook(take).remove)
         for batch in batches:
             with suppress(_SeenError):
                 run(batch)
             if not seen or first not in (None, seen[0][0]):
                 return
             first, x = seen.pop()
-            var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
-            count = x.numel() // x.shape[1]
-            found.append(ak.ChannelMoments(count, mean, var * count))
+            found.append(ak.channel_moments(x.double()))
             images += len(x)
             if images >= NORMALISED_FROM:
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
     if first is None or images < ENOUGH_IMAGES:
         return
     moments = ak.ChannelMoments.pool(found)
@@ -126,13 +121,12 @@ def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callabl
             "the images may not be normalised as the network was trained: what its first BatchNorm reads has %.3g "
             "times the variance that it had in training, and a mean %.3g standard deviations off; look at the images' "
             "mean and standard deviation",
-            ratio,
-            math.sqrt(offset),
+            *(ratio, math.sqrt(offset)),
         )
 
 
 class _SeenError(BaseException):
-    """Ends a forward pass; not an Exception, lest a model catches it."""
+    """Ends a forward pass. Not an Exception, so that no handler of the model takes it."""
 
 
 def _labels_of(batch: Any, images: int) -> np.ndarray | None:

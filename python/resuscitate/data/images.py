@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import CalibrationError
-from .sources import open_source
+from .sources import Size, open_source
 
 Channels = Sequence[float] | float | None
 
@@ -22,7 +22,7 @@ def load_images(
     *,
     mean: Channels = None,
     std: Channels = None,
-    size: int | tuple[int, int] | None = None,
+    size: Size = None,
     max_samples: int | None = None,
     seed: int | None = 0,
     shard: tuple[int, int] = (0, 1),
@@ -59,11 +59,11 @@ def load_labels(path: str | Path, *, max_samples: int | None = None, seed: int |
 
 
 class ImageStream(IterableDataset[Tensor]):
-    """The images of `load_images` batch by batch, float32 (n, C, H, W), each read when it is wanted.
+    """The images of `load_images` in batches, float32 (n, C, H, W), each read when it is asked for.
 
     For more images than memory holds. To read in several processes: `DataLoader(stream, batch_size=None,
-    num_workers=4)`. Each worker reads batches of its own, and they come in the same order. Neither ranks (`shard`) nor
-    workers read an image twice, or pad. Encoded files stay encoded; an .npz is held as it is, an .npy stays on disk.
+    num_workers=4)`. Each worker reads other batches, and the order stays the same. Neither ranks (`shard`) nor workers
+    read an image twice, or pad. Encoded files stay encoded; an .npz is held in memory, an .npy stays on disk.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ImageStream(IterableDataset[Tensor]):
         batch_size: int = 128,
         mean: Channels = None,
         std: Channels = None,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
         max_samples: int | None = None,
         seed: int | None = 0,
         shard: tuple[int, int] = (0, 1),
@@ -106,12 +106,10 @@ class ImageStream(IterableDataset[Tensor]):
         scaled = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32)
         if pixels.dtype == np.uint8:
             scaled /= 255
-        channels = scaled.shape[1]
+        wanted = f"must be one number, or one for each of {scaled.shape[1]} channels"
         for name, value in (("mean", self.mean), ("std", self.std)):
-            if len(value) not in (1, channels):
-                raise CalibrationError(
-                    f"{self.path}: {name} must be one number, or one for each of {channels} channels"
-                )
+            if len(value) not in (1, scaled.shape[1]):
+                raise CalibrationError(f"{self.path}: {name} {wanted}")
         return scaled.sub_(self.mean).div_(self.std)
 
 

@@ -17,6 +17,10 @@ from ..runtime.activations import free_memory
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KINDS = ("folder", "npz", "npy", "parquet", "wds")
 CHANNELS = (1, 3, 4)
+LABELS = ("labels", "y")  # names of arrays in an .npz
+IMAGES = ("images", "x", "data")
+
+Size = int | tuple[int, int] | None
 
 
 class Source(Protocol):
@@ -31,8 +35,8 @@ class Source(Protocol):
         """These images, (n, C, H, W), uint8 or floating point. Raises CalibrationError, naming the file."""
 
 
-def open_source(path: str | Path, size: int | tuple[int, int] | None = None) -> Source:
-    """The images there, by the word before a colon in `path`, or by its ending, or by what a folder holds.
+def open_source(path: str | Path, size: Size = None) -> Source:
+    """The images at `path`, whose kind a word before a colon says, or its ending, or the files of a folder.
 
     size: image files are resized and cropped about their centre to this height and width; None: they must agree.
     Raises CalibrationError, naming the file, where none can be read.
@@ -41,11 +45,11 @@ def open_source(path: str | Path, size: int | tuple[int, int] | None = None) -> 
     if kind in READERS:
         return READERS[kind](path, size)
     arrays = _read_arrays(path)
-    labels = next((arrays[name] for name in ("labels", "y") if name in arrays), None)
+    labels = next((arrays[name] for name in LABELS if name in arrays), None)
     if {"jpeg", "offsets"} <= arrays.keys():
         return _Jpegs(path, arrays["jpeg"], arrays["offsets"], labels, size)
-    unknown = [name for name in arrays if name not in ("labels", "y")]
-    named = [name for name in ("images", "x", "data") if name in arrays] or (unknown if len(unknown) == 1 else [])
+    unknown = [name for name in arrays if name not in LABELS]
+    named = [name for name in IMAGES if name in arrays] or (unknown if len(unknown) == 1 else [])
     if not named:
         stored = ", ".join(arrays) or "none"
         raise CalibrationError(f"{path}: none of images, x, data, jpeg and offsets among its arrays ({stored})")
@@ -70,8 +74,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         if isinstance(loaded, np.ndarray):
             return {"images": np.atleast_1d(loaded)}
         with loaded as archive:
-            named = [n for n in archive if n in ("images", "x", "data", "jpeg", "offsets", "labels", "y")]
-            wanted = named or list(archive)
+            wanted = [n for n in archive if n in (*IMAGES, *LABELS, "jpeg", "offsets")] or list(archive)
             size = sum(entry.file_size for entry in archive.zip.infolist() if entry.filename[:-4] in wanted)
             if size > free_memory(torch.device("cpu")):
                 raise CalibrationError(f"{path}: unpacks to {size:,} bytes, more than there is memory")
@@ -105,12 +108,13 @@ class _Array:
 
 
 class _Files:
-    """Encoded image files, of which a kind says how many there are and how to open one."""
+    """Encoded image files. A subclass says what its `items` are, and opens one."""
 
-    labels: np.ndarray | None = None
+    def __init__(self, path: Path, size: Size, items: Sequence[Any], labels: np.ndarray | None = None) -> None:
+        self.path, self.size, self.items, self.labels = path, size, items, labels
 
-    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
-        self.path, self.size = path, size
+    def __len__(self) -> int:
+        return len(self.items)
 
     def open(self, row: int) -> Any:
         """A path, or an open file."""
@@ -126,48 +130,36 @@ class _Files:
 class _Folder(_Files):
     """A folder of image files, read recursively, in the order of their names."""
 
-    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
-        super().__init__(path, size)
-        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, path: Path, size: Size) -> None:
+        found = (f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+        super().__init__(path, size, sorted(found))
 
     def open(self, row: int) -> Any:
-        return self.files[row]
+        return self.items[row]
 
     def name(self, row: int) -> str:
-        return str(self.files[row])
+        return str(self.items[row])
 
 
 class _Jpegs(_Files):
     """JPEG files end to end in one array of bytes; file i lies from offset i to offset i + 1."""
 
     def __init__(
-        self,
-        path: Path,
-        data: np.ndarray,
-        offsets: np.ndarray,
-        labels: np.ndarray | None,
-        size: int | tuple[int, int] | None,
+        self, path: Path, data: np.ndarray, offsets: np.ndarray, labels: np.ndarray | None, size: Size
     ) -> None:
-        super().__init__(path, size)
         if data.dtype != np.uint8 or data.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
             raise CalibrationError(f"{path}: jpeg must be bytes, uint8 (B,), and offsets whole numbers (N + 1,)")
-        self.data, self.offsets, self.labels = data, offsets, labels
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+        super().__init__(path, size, np.stack([offsets[:-1], offsets[1:]], 1), labels)  # type: ignore[arg-type]
+        self.data = data
 
     def open(self, row: int) -> Any:
-        return io.BytesIO(self.data[self.offsets[row] : self.offsets[row + 1]].tobytes())
+        return io.BytesIO(self.data[slice(*self.items[row])].tobytes())
 
 
 class _Parquet(_Files):
     """Tables as Hugging Face datasets write them: a column of images, bytes or a struct with `bytes`; kept encoded."""
 
-    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
-        super().__init__(path, size)
+    def __init__(self, path: Path, size: Size) -> None:
         try:
             from pyarrow import ArrowException, types  # type: ignore[import-untyped]
             from pyarrow.parquet import ParquetDataset  # type: ignore[import-untyped]
@@ -184,14 +176,10 @@ class _Parquet(_Files):
             table = data.read(columns=[named[0], *([labelled] if labelled else [])])
         except (OSError, ArrowException) as error:
             raise CalibrationError(f"{path}: not readable parquet ({error})") from error
-        self.column = table[named[0]]
-        self.labels = table[labelled].to_numpy() if labelled else None
-
-    def __len__(self) -> int:
-        return len(self.column)
+        super().__init__(path, size, table[named[0]], table[labelled].to_numpy() if labelled else None)
 
     def open(self, row: int) -> Any:
-        value = self.column[row].as_py()
+        value = self.items[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise CalibrationError(f"{self.name(row)}: holds no bytes of an image")
@@ -204,9 +192,8 @@ class _Parquet(_Files):
 class _Shards(_Files):
     """Tar shards as webdataset has them, one file or a folder of them: images, and the .cls of each with its label."""
 
-    def __init__(self, path: Path, size: int | tuple[int, int] | None) -> None:
-        super().__init__(path, size)
-        self.images, classes = list[tuple[str, Path, int, int]](), dict[str, int]()
+    def __init__(self, path: Path, size: Size) -> None:
+        images, classes = list[tuple[str, Path, int, int]](), dict[str, int]()
         try:
             for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
                 with tarfile.open(shard, "r:") as archive:
@@ -214,32 +201,28 @@ class _Shards(_Files):
                         stem, _, ending = member.name.rpartition(".")
                         name = f"{shard}/{stem}"
                         if member.isfile() and f".{ending.lower()}" in SUFFIXES:
-                            self.images.append((name, shard, member.offset_data, member.size))
+                            images.append((name, shard, member.offset_data, member.size))
                         elif member.isfile() and ending == "cls" and (text := archive.extractfile(member)):
                             classes[name] = int(text.read(32))
         except (OSError, tarfile.TarError, ValueError) as error:
             raise CalibrationError(f"{path}: not readable tar shards ({error})") from error
-        names = [name for name, *_ in self.images]
-        if names and all(name in classes for name in names):
-            self.labels = np.array([classes[name] for name in names])
-
-    def __len__(self) -> int:
-        return len(self.images)
+        labels = [classes[name] for name, *_ in images if name in classes]
+        super().__init__(path, size, images, np.array(labels) if images and len(labels) == len(images) else None)
 
     def open(self, row: int) -> Any:
-        _, shard, offset, size = self.images[row]
+        _, shard, offset, size = self.items[row]
         with open(shard, "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
     def name(self, row: int) -> str:
-        return self.images[row][0]
+        return self.items[row][0]
 
 
 READERS: dict[str, Callable[[Path, Any], Source]] = {"folder": _Folder, "parquet": _Parquet, "wds": _Shards}
 
 
-def decode(files: Sequence[tuple[str, Any]], size: int | tuple[int, int] | None) -> np.ndarray:
+def decode(files: Sequence[tuple[str, Any]], size: Size) -> np.ndarray:
     """RGB images (N, 3, H, W), uint8, of (name, path or open file) pairs. Raises CalibrationError, naming the file."""
     try:
         from PIL import Image, ImageOps

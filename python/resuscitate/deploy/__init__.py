@@ -1,1 +1,1 @@
-"""What goes in and out of files: checkpoints, folded BatchNorm, exports, semi-structured weights."""
+"""From a repaired model to use: checkpoints, folded BatchNorm, exported files, semi-structured weights."""

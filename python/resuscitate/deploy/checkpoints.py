@@ -1,4 +1,4 @@
-"""State dicts on disk: read without unpickling anything, loaded strictly, written as safetensors, all or nothing."""
+"""State dicts on disk: read without unpickling, loaded strictly, written as safetensors, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,11 +22,13 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
 from ..network.layers import LAYERS, out_channels, unwrap
+from ..network.mean_layers import can_have_means, means_fit, to_mean_layer
 from ..utils.files import write_safetensors
+from ..version import __version__
 
 log = logging.getLogger("resuscitate")
 
-# where training scripts keep the state dict in a checkpoint that holds more than that
+# keys under which training scripts store the state dict in a larger checkpoint
 NESTED_UNDER = ("state_dict", "model")
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
@@ -34,9 +36,9 @@ WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Nothing is ever unpickled.
 
-    A name that ends in .safetensors is read as that; any other (.pt, .pth) with `torch.load(weights_only=True)`, and
-    holds a plain state dict, or one under "state_dict" or "model".
-    Raises OSError for a file that cannot be opened, CheckpointError for one that holds something else.
+    A .safetensors file is read as such, any other (.pt, .pth) with `torch.load(weights_only=True)`: a state dict, at
+    the top or under "state_dict" or "model".
+    Raises OSError for a file that cannot be opened, CheckpointError for one with other content.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -45,93 +47,83 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     _check_stored(path)
-    try:
-        with open(path, "rb") as file:
-            loaded = _unpacked(file)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint that can be read without unpickling, which may run any code; if you trust it, "
-            "load it and save the weights alone: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the type of error depends on the kind of file
+            problem = "not a checkpoint that can be read without unpickling, which may run any code"
+            remedy = "if you trust it, load it and save the weights alone"
+            call = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            raise CheckpointError(f"{path}: {problem}; {remedy}: {call}") from error
     nested = [loaded.get(key) for key in NESTED_UNDER] if isinstance(loaded, Mapping) else []
     for found in (loaded, *nested):
         if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
             return dict(found)
-    raise CheckpointError(
-        f"{path}: holds no state dict, neither as such nor under {' or '.join(map(repr, NESTED_UNDER))}; "
-        "save model.state_dict()"
-    )
+    keys = " or ".join(map(repr, NESTED_UNDER))
+    raise CheckpointError(f"{path}: holds no state dict, neither at the top nor under {keys}; save model.state_dict()")
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint into `model`, strictly: every tensor of either must find its place in the other.
+    """Load a checkpoint into `model`, strictly: file and model must have the same tensors.
 
-    What is reconciled, with one log line each: the `module.` and `_orig_mod.` that DataParallel and `torch.compile` put
-    into names; the `weight_orig` and `weight_mask` of `torch.nn.utils.prune`, which become their product; a bias for a
-    convolution or linear layer that has none in the model, as a repair may add one where no BatchNorm can take the
-    shift: it is registered on the layer, so that the model then has that key too; likewise the `means` of a layer whose
-    pruned weights were replaced by them. A tied tensor may be stored once.
-    Raises CheckpointError, naming the keys that do not fit, with the model as it was.
+    These differences are allowed; all but the last are logged:
+    - the prefixes `module.` and `_orig_mod.` of DataParallel and `torch.compile` are removed from names;
+    - `weight_orig` and `weight_mask` of `torch.nn.utils.prune` are replaced by their product;
+    - a bias of a convolution or linear layer that has none in the model is added to the layer (a repair adds one where
+      no BatchNorm can take the shift), as are the `means` of a layer (see `replace_by_means`);
+    - a tied tensor may be stored once, and `num_batches_tracked` may be missing.
+    Raises CheckpointError, naming the keys that do not fit, with the model unchanged.
     """
     model = unwrap(model)
-    from ..network.mean_layers import carry, may_carry  # here, for they need masks, which are written by this file
-
     wanted = model.state_dict()
-    kinds = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
-    layers, means = ({f"{name}.{key}": layer for name, layer in kinds.items()} for key in ("bias", "means"))
-    state = _strip_wrappers(path, read_state_dict(path), {*wanted, *layers, *means})
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    optional = {f"{name}.{part}" for name in layers for part in ("bias", "means")}
+    state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
     state = _bake_masks(path, state, wanted)
-    biases = {key: layers[key] for key, value in state.items() if key in layers and _may_be_added(value, layers[key])}
-    carried = {
-        k: means[k] for k, value in state.items() if k in means and k not in wanted and may_carry(value, means[k])
-    }
+    added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
     stored = {wanted[key].data_ptr() for key in state if key in wanted and not is_lazy(wanted[key])}
     missing = [
         key
         for key, value in wanted.items()
-        # num_batches_tracked: files older than it are complete without
-        if key not in state
-        and not key.endswith("num_batches_tracked")
-        and (is_lazy(value) or value.data_ptr() not in stored)
+        if key not in state and not key.endswith("num_batches_tracked")  # which older files do not have
+        if is_lazy(value) or value.data_ptr() not in stored
     ]
-    unexpected = [key for key in state if key not in wanted and key not in biases and key not in carried]
+    unexpected = [key for key in state if key not in wanted and key not in added]
     reshaped = [
         f"{key} ({tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model)"
         for key, value in state.items()
         if key in wanted and not is_lazy(wanted[key]) and value.shape != wanted[key].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    found = [f"{len(keys)} {what}: {_few(keys)}" for what, keys in problems.items() if keys]
+    found = [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]
     if found:
-        raise CheckpointError(
-            f"{path} does not fit the model: {'; '.join(found)}; build the very model that the file was saved from"
-        )
-    for key, layer in biases.items():
-        layer.bias = nn.Parameter(torch.zeros_like(state[key], dtype=layer.weight.dtype, device=layer.weight.device))
-    if biases:
-        log.info("%s: biases added to layers that had none: %s", path, _few(list(biases)))
-    for key, layer in carried.items():
-        carry(layer, state[key])
-    if carried:
-        log.info("%s: layers with means of their pruned weights: %s", path, _few(list(carried)))
+        remedy = "build the very model that the file was saved from"
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
+    for key in added:
+        name, _, part = key.rpartition(".")
+        if part == "bias":
+            layers[name].bias = nn.Parameter(torch.zeros_like(state[key]).to(layers[name].weight))
+        elif can_have_means(layers[name]):  # a module with two names is a mean layer already
+            to_mean_layer(layers[name], state[key])
+    for part, what in (("bias", "biases"), ("means", "means of pruned weights")):
+        if keys := [key for key in added if key.endswith(part)]:
+            log.info("%s: %s added to layers that had none: %s", path, what, _abbreviated(keys))
     model.load_state_dict(state, strict=False)
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, with `provenance` as metadata (strings as they are, all else as JSON).
+    """Write tensors as safetensors, with `provenance` as metadata (strings unchanged, other values as JSON).
 
-    Written in a contiguous layout and once per name, so that tied tensors, and a channels_last model, load anywhere
-    with `load_state_dict(strict=True)`. The file appears whole or not at all. Raises OSError.
+    Each name is stored with its own contiguous tensor, so that tied tensors and channels_last models load with
+    `load_state_dict(strict=True)`. The file is written whole or not at all. Raises OSError.
     """
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     write_safetensors(path, tensors, {"format": "pt", **provenance})
 
 
 def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a file: method, options, versions, the command line and the date, for its metadata."""
-    from .. import __version__
-
+    """Metadata on how a file was made: method, options, versions, the command line and the date."""
     versions = {"resuscitate": __version__, "python": platform.python_version()}
     return {
         "method": method,
@@ -142,53 +134,49 @@ def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unpacked(file: IO[bytes]) -> Any:
-    """What is in it, without unpickling. Raises ValueError."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what it raises for a file of another kind depends on the kind
-        raise ValueError from error
-
-
 def _check_stored(path: Path) -> None:
-    """Refuse an archive that would unpack to more than it is: torch compresses nothing."""
+    """Refuse an archive that unpacks to more bytes than it has: torch compresses nothing."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
-            return  # the format before torch 1.6, or none
+            return  # the format before torch 1.6, or no checkpoint
         try:
             size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
-        except Exception as error:  # a broken directory may raise anything
+        except Exception as error:  # a damaged zip directory may raise anything
             raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
     if size > path.stat().st_size:
-        raise CheckpointError(f"{path}: unpacks to {size:,} bytes, as no file of torch.save does; it is refused")
+        raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than its size; no file of torch.save does that")
 
 
 def _strip_wrappers(path: str | Path, state: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
-    """Names without wrappers' prefixes, where the model knows only those."""
+    """The state dict without wrappers' prefixes in its names, where only the bare name is known."""
     bare = {key: name for key in state if key not in known and (name := WRAPPERS.sub("", key)) != key}
-    # under torch.nn.utils.prune the tensor itself has another ending
+    # torch.nn.utils.prune adds an ending to the name of the tensor
     bare = {key: name for key, name in bare.items() if name in known or re.sub("_(orig|mask)$", "", name) in known}
     if bare:
-        log.info("%s: stripped module. or _orig_mod. from its names", path)
+        log.info("%s: stripped module. or _orig_mod. from tensor names", path)
     return {bare.get(key, key): value for key, value in state.items()}
 
 
 def _bake_masks(path: str | Path, state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Each pair of x_orig and x_mask as their product x, where the model knows an x only."""
+    """Replace x_orig and x_mask by their product x, where the model has x only."""
     names = [key.removesuffix("_orig") for key in state if key.endswith("_orig") and key not in wanted]
     masked = [name for name in names if name in wanted and f"{name}_mask" in state]
     if not masked:
         return state
-    log.info("%s: applied the masks of torch.nn.utils.prune to %s", path, _few(masked))
+    log.info("%s: applied the masks of torch.nn.utils.prune to %s", path, _abbreviated(masked))
     products = {name: state[f"{name}_orig"] * state[f"{name}_mask"] for name in masked}
     parts = {f"{name}{part}" for name in masked for part in ("_orig", "_mask")}
     return {key: value for key, value in state.items() if key not in parts} | products
 
 
-def _may_be_added(bias: Tensor, layer: Any) -> bool:
-    return layer.bias is None and bias.shape == (out_channels(layer),)
+def _fits(value: Tensor, layers: Mapping[str, Any], key: str) -> bool:
+    """Can this bias or these means be added to the layer?"""
+    name, _, part = key.rpartition(".")
+    if part == "means":
+        return means_fit(value, layers[name])
+    return layers[name].bias is None and value.shape == (out_channels(layers[name]),)
 
 
-def _few(keys: list[str], most: int = 3) -> str:
+def _abbreviated(keys: list[str], most: int = 3) -> str:
     rest = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + rest

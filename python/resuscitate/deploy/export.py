@@ -1,4 +1,4 @@
-"""Out into the world: weights with their provenance, a torch.export program, ONNX; each read again and compared."""
+"""Export: weights with their provenance, a torch.export program, or ONNX; each file is read again and compared."""
 
 from __future__ import annotations
 
@@ -9,35 +9,43 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ResuscitateError
-from ..network.copies import difference, tensors_of
+from ..network.comparison import describe_error, output_tensors, plain_copy, relative_difference
 from ..network.layers import find_batchnorms, unwrap
 from ..network.masks import Masks
 from ..network.mean_layers import densify
 from ..network.runner import Network
+from ..reports.base import Report
 from ..utils.files import atomic, check_writable
 from .checkpoints import write_state_dict
-from .fold import fold_batchnorm, plain_copy
+from .fold import fold_batchnorm
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A file that was written, read again and run: the largest difference, relative to the largest output.
+class Exported(Report):
+    """The file that `export` wrote.
 
-    `sparsity` is the share of zeros among the weights that were written, `folded` counts the BatchNorms folded away.
+    `error` is the largest difference of its outputs from those of the model, relative to the largest output.
+    `sparsity` is the fraction of zeros in the written weights, `folded` the number of folded BatchNorms.
     """
+
+    columns: ClassVar = ("path", "format", "error", "sparsity", "folded")
 
     path: Path
     format: str
     error: float
     sparsity: float
     folded: int = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row, for the file."""
+        return [self.to_dict()]
 
 
 @torch.no_grad()
@@ -50,49 +58,46 @@ def export(
     tolerance: float = 1e-4,
     provenance: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Write the model for others to run; the file is read again and compared before it takes its place.
+    """Write the model to a file. The file is read again, and its outputs compared, before it appears at `path`.
 
-    path: what to write, by its ending. ".safetensors": the weights with `provenance` as metadata, for the same code.
-        ".pt2": a `torch.export` program, which needs no code; ".onnx": for other runtimes (the `onnx` extra). The batch
-        size stays free in both. Means of pruned weights become plain weights in these two.
-    example: a batch (N, ...), N at least 2, that the model runs on. tolerance: the largest difference to accept,
-        relative to the largest output.
-    fold: fold each BatchNorm into the layer that it alone reads first (`fold_batchnorm`).
+    path: its ending is the format. ".safetensors": the weights with `provenance` as metadata; needs the model's code.
+        ".pt2": a `torch.export` program, which needs no code. ".onnx": for other runtimes (needs the `onnx` extra). The
+        last two take any batch size, and store mean layers as plain layers.
+    example: an input batch (N, ...) with N at least 2. tolerance: the largest accepted difference, relative to the
+        largest output.
+    fold: first fold each BatchNorm into the layer that it alone reads (`fold_batchnorm`).
 
-    The model is not changed. Raises ValueError for another ending, ResuscitateError where the model cannot be exported,
-    the extra is missing, or what comes back computes something else; OSError where it cannot be written.
+    The model is unchanged. Raises ValueError for another ending, ResuscitateError where the model cannot be exported,
+    the extra is missing, or the outputs of the file differ; OSError where the file cannot be written.
     """
     path = check_target(path)
     if not isinstance(example, Tensor) or len(example) < 2:
-        raise ValueError("example must be a batch of two images at least, so that the batch size can be left free")
+        raise ValueError("example must be a batch of at least two images, so that the batch size can stay variable")
     ready = plain_copy(unwrap(model))
     batch = Network(ready).place(example)
-    expected = tensors_of(ready(batch))
+    expected = output_tensors(ready(batch))
     before = len(find_batchnorms(ready))
     ready = fold_batchnorm(ready, batch) if fold else ready
     if path.suffix != ".safetensors":
         densify(ready)
     with atomic(path) as temporary:
         try:
-            again = WRITERS[path.suffix](ready, temporary, batch, provenance or {})
-            pairs = ((expected, again(batch)), ([y[:1] for y in expected], again(batch[:1])))
-            error = max(difference(*pair) for pair in pairs)
+            read_back = WRITERS[path.suffix](ready, temporary, batch, provenance or {})
+            pairs = ((expected, read_back(batch)), ([y[:1] for y in expected], read_back(batch[:1])))
+            error = max(relative_difference(*pair) for pair in pairs)
         except (ResuscitateError, OSError):
             raise
-        except Exception as cause:  # an exporter may raise anything, and says most of it in its first line
-            line = str(cause).strip().partition("\n")[0]
-            raise ResuscitateError(f"{path}: cannot be exported; {type(cause).__name__}: {line}") from cause
+        except Exception as cause:  # an exporter may raise anything
+            raise ResuscitateError(f"{path}: cannot be exported; {describe_error(cause)}") from cause
         if not error <= tolerance:
-            raise ResuscitateError(
-                f"{path}: what was written computes something else, by {error:.3g} of the largest output, more than "
-                f"tolerance={tolerance:g}; no file is left"
-            )
+            differ = f"differ from the model's by {error:.3g} of the largest output, more than tolerance={tolerance:g}"
+            raise ResuscitateError(f"{path}: its outputs {differ}; no file was written")
     sparsity = Masks.from_zeros(ready).sparsity
     return Exported(path, path.suffix[1:], error, sparsity, before - len(find_batchnorms(ready)))
 
 
 def check_target(path: str | Path) -> Path:
-    """The path, if that is something to write. Raises ValueError for another ending, OSError where it cannot be."""
+    """`path` as a Path. Raises ValueError for an unknown ending, OSError where it cannot be written."""
     path = Path(path)
     if path.suffix not in WRITERS:
         raise ValueError(f"{path}: write one of {', '.join(WRITERS)}, not {path.suffix or 'a file without an ending'}")
@@ -100,57 +105,50 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-Again = Callable[[Tensor], list[Tensor]]
+ReadBack = Callable[[Tensor], list[Tensor]]  # the outputs of a written file for a batch
 
 
-def _write_weights(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> Again:
-    target = path.with_suffix(".safetensors")
-    twin = copy.deepcopy(model)
-    for tensor in [*twin.parameters(), *twin.buffers()]:
+def _write_weights(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> ReadBack:
+    target, loaded = path.with_suffix(".safetensors"), copy.deepcopy(model)
+    for tensor in [*loaded.parameters(), *loaded.buffers()]:
         tensor.zero_()
     try:
         write_state_dict(target, model.state_dict(), provenance)
-        twin.load_state_dict(load_file(target))
+        loaded.load_state_dict(load_file(target))
         target.replace(path)
     finally:
         target.unlink(missing_ok=True)
-    return lambda x: tensors_of(twin(x))
+    return lambda x: output_tensors(loaded(x))
 
 
-def _write_program(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> Again:
-    dynamic = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(model, (batch,), dynamic_shapes=dynamic)
-    content = io.BytesIO()  # for torch ends the whole process where a disk is full
+def _write_program(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> ReadBack:
+    program = torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    content = io.BytesIO()  # torch.save to a file on a full disk ends the process
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
     with open(path, "rb") as file:
         run = torch.export.load(file).module()
-    return lambda x: tensors_of(run(x))
+    return lambda x: output_tensors(run(x))
 
 
-def _write_onnx(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> Again:
+def _write_onnx(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping[str, Any]) -> ReadBack:
     try:
         import onnxruntime  # type: ignore[import-untyped]
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise ResuscitateError(f"{error}; ONNX needs more: pip install 'resuscitate[onnx]'") from error
-    talk = logging.getLogger("torch.onnx")
+        raise ResuscitateError(f"{error}; ONNX files need the extra: pip install 'resuscitate[onnx]'") from error
+    exporter_log = logging.getLogger("torch.onnx")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself, as in its log
-        level = talk.level
-        talk.setLevel(logging.ERROR)
-        dynamic = ({0: torch.export.Dim("batch")},)
-        torch.onnx.export(
-            model, (batch.cpu(),), path, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
-        )
-        talk.setLevel(level)
+        warnings.simplefilter("ignore")  # the exporter's warnings and log concern the exporter itself
+        level = exporter_log.level
+        exporter_log.setLevel(logging.ERROR)
+        options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(model, (batch.cpu(),), path, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+        exporter_log.setLevel(level)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: [torch.from_numpy(y).to(x.device) for y in session.run(None, {name: x.cpu().numpy()})]
 
 
-WRITERS: dict[str, Callable[[nn.Module, Path, Tensor, Mapping[str, Any]], Again]] = {
-    ".safetensors": _write_weights,
-    ".pt2": _write_program,
-    ".onnx": _write_onnx,
-}
+WRITERS: dict[str, Callable[[nn.Module, Path, Tensor, Mapping[str, Any]], ReadBack]]
+WRITERS = {".safetensors": _write_weights, ".pt2": _write_program, ".onnx": _write_onnx}

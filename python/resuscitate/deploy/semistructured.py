@@ -1,90 +1,95 @@
-"""2:4 sparsity put to use: linear layers that compute with torch's semi-structured tensors, checked on an example."""
+"""Convert 2:4 sparse linear layers to torch's semi-structured tensors, and compare the outputs on an example."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from ..errors import ResuscitateError
-from ..network.copies import difference, tensors_of
+from ..network.comparison import describe_error, output_tensors, relative_difference
 from ..network.layers import unwrap
 from ..network.runner import Network
+from ..reports.base import Report
 
-CAPABILITY = (8, 0)  # the GPUs that multiply 2:4 matrices
+CAPABILITY = (8, 0)  # the first GPUs with 2:4 sparse matrix multiplication
 
 
 @dataclass(frozen=True)
-class SemiStructured:
-    """Which linear layers were `converted`, why others were `left`, and the largest difference of the outputs.
+class SemiStructured(Report):
+    """The `converted` layers, the reason for each `unchanged` layer, and the `error` of the outputs.
 
-    `error` is relative to the largest output, and 0 where nothing was converted.
+    `error` is the largest difference relative to the largest output, and 0 where no layer was converted.
     """
 
+    columns: ClassVar = ("name", "status", "reason")
+
     converted: list[str]
-    left: dict[str, str]
+    unchanged: dict[str, str]
     error: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each layer, with the status "converted" or "unchanged"."""
+        converted = [{"name": name, "status": "converted"} for name in self.converted]
+        return converted + [{"name": n, "status": "unchanged", "reason": why} for n, why in self.unchanged.items()]
 
 
 @torch.no_grad()
 def to_semi_structured(model: nn.Module, example: Tensor, *, tolerance: float = 1e-2) -> SemiStructured:
-    """Have linear layers whose weights are 2:4 sparse compute with torch's semi-structured tensors, in place.
+    """Convert the 2:4 sparse weights of linear layers to torch's semi-structured tensors, in place.
 
-    On a GPU of compute capability 8.0 or newer, for weights of float16 or bfloat16 whose sizes torch takes. It has
-    these tensors for linear layers only: convolutions, and whatever else does not apply, are left with the reason.
-    Files do not hold them: load the weights (`export` writes the zeros as they are), then convert.
+    Needs a GPU of compute capability 8.0 or newer, and weights of float16 or bfloat16 in sizes that torch supports.
+    Torch has these tensors for linear layers only. All other layers are unchanged, with the reason in the result.
+    Semi-structured tensors are not stored in files: load the weights (`export` writes zeros as zeros), then convert.
 
-    example: a batch that the model runs on, in eval mode. tolerance: the largest difference to accept, relative to the
-        largest output; float16 rounds otherwise when sums run in another order.
-    Raises ResuscitateError, with the model as it was, where the outputs differ by more.
+    example: an input batch, for which the model runs in eval mode. tolerance: the largest accepted difference, relative
+        to the largest output; in float16 another order of the sums rounds differently.
+    Raises ResuscitateError, with the model unchanged, where the outputs differ by more.
     """
     model = unwrap(model)
     net = Network(model)
-    expected = tensors_of(net.run(example))
+    expected = output_tensors(net.run(example))
     kept: dict[str, nn.Parameter] = {}
-    left: dict[str, str] = {}
+    unchanged: dict[str, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() < 2:
             continue
-        reason = _obstacle(module, weight)
-        if reason is None:
-            try:
-                converted = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
-            except (RuntimeError, ValueError, NotImplementedError) as problem:
-                reason = f"torch does not take it: {str(problem).strip().splitlines()[0]}"
-            else:
-                kept[name] = weight  # type: ignore[assignment]
-                module.weight = converted
-        if reason is not None:
-            left[name] = reason
-    error = difference(expected, tensors_of(net.run(example))) if kept else 0.0
+        if reason := _obstacle(module, weight):
+            unchanged[name] = reason
+            continue
+        try:
+            module.weight = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
+            kept[name] = weight  # type: ignore[assignment]
+        except (RuntimeError, ValueError, NotImplementedError) as problem:
+            unchanged[name] = f"torch does not support it: {describe_error(problem)}"
+    error = relative_difference(expected, output_tensors(net.run(example))) if kept else 0.0
     if not error <= tolerance:
         for name, weight in kept.items():
             model.get_submodule(name).weight = weight
-        raise ResuscitateError(
-            f"with semi-structured tensors the outputs differ by {error:.3g} of the largest, more than "
-            f"tolerance={tolerance:g}: the model is as it was"
-        )
-    return SemiStructured(list(kept), left, error)
+        differ = f"differ by {error:.3g} of the largest, more than tolerance={tolerance:g}"
+        raise ResuscitateError(f"with semi-structured tensors the outputs {differ}; the model is unchanged")
+    return SemiStructured(list(kept), unchanged, error)
 
 
 def _obstacle(module: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer cannot be converted, as far as that shows before trying."""
+    """The reason why a layer cannot be converted, if one is known before the conversion."""
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}; torch has semi-structured tensors for linear layers only"
     if not is_two_of_four(weight):
         return "not 2:4 sparse"
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < CAPABILITY:
-        return f"on {weight.device}; it takes a GPU of compute capability {'.'.join(map(str, CAPABILITY))} or newer"
+        needed = ".".join(map(str, CAPABILITY))
+        return f"on {weight.device}; 2:4 sparsity needs a GPU of compute capability {needed} or newer"
     if weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"{weight.dtype}; it takes float16 or bfloat16"
+        return f"{weight.dtype}; 2:4 sparsity needs float16 or bfloat16"
     return None
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Has a weight (out, in) at most two values other than zero in every four along its inputs?"""
+    """Has a weight (out, in) at most two nonzero values in every four along its inputs?"""
     inputs = weight.shape[1]
     return inputs % 4 == 0 and bool(((weight != 0).view(-1, inputs // 4, 4).sum(2) <= 2).all())

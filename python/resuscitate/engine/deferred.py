@@ -1,4 +1,4 @@
-"""A correction of outputs that are computed already, in place or within the BatchNorm that reads them."""
+"""A correction of outputs that are already computed: in place, or within the BatchNorm that reads them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ..network.runner import has_hooks
 
 
 def mergeable(module: nn.Module | None) -> _BatchNorm | None:
-    """The module, if it is a BatchNorm that does what its running statistics say, and no more."""
+    """The module, if it is a plain BatchNorm in eval mode with running statistics and without hooks; else None."""
     if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm) or has_hooks(module) or module.training:
         return None
     return module if module.running_mean is not None and module.running_var is not None else None
 
 
 @dataclass
-class Correction:
-    """gain * output + shift, float64 (C,), the channels on `axis`. `batchnorm` alone reads the outputs, if it is given.
+class DeferredCorrection:
+    """gain * output + shift, both float64 (C,), with the channels on `axis`.
 
-    It must be `mergeable`. Its statistics are read when the correction is first made.
+    `batchnorm`, which must be `mergeable`, is the only reader of the outputs; None: they have other readers. Its
+    statistics are read when the correction is first made.
     """
 
     gain: Tensor
@@ -40,7 +41,7 @@ class Correction:
         ak.affine_(output, self.gain, self.shift, self.axis)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance, weight and bias of a BatchNorm that does both, with an eps of 0."""
+        """Mean, variance, weight and bias of one BatchNorm, with an eps of 0, for correction and BatchNorm together."""
         if self._factors is None:
             module = self.batchnorm
             assert module is not None
@@ -55,6 +56,6 @@ class Correction:
         return self._factors
 
     def through_batchnorm(self, output: Tensor) -> Tensor:
-        """What the BatchNorm makes of the corrected outputs, in one pass over the uncorrected ones."""
+        """The output of the BatchNorm for the corrected outputs, in one pass over the uncorrected ones."""
         mean, var, weight, bias = self.factors()
         return F.batch_norm(output, mean, var, weight, bias, training=False, eps=0.0)

@@ -1,4 +1,4 @@
-"""What modules put out, or read, in whole forward passes in which nothing is corrected."""
+"""Moments at many modules in whole forward passes, without corrections; images with non-finite activations."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batches, count_images
+from ..data.batches import Batches
 from ..network.runner import Network, check_finite
 from ..runtime.activations import Store
-from ..runtime.passes import Crew, Pass, at_a_time, current, end, threads_kept
+from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
+from ..statistics.outputs import Calls, merge_calls
+from ..utils.nested import count_images
 from ..utils.progress import Bar
-from .probes import Calls, Stop, merge_calls
+from .probes import Request
 
-AHEAD = 16  # batches that are read before the passes over them begin, so that all cores have work
-# Bytes of a large value. In threads but the main one glibc's heaps have 64 MiB and hold few of these; what they do not
-# hold takes new pages from the system each time.
+AHEAD = 16  # batches that are read before their passes begin, so that all cores have work
+# Bytes of a large activation. glibc's heap of a thread other than the main one has 64 MiB and holds few of these; the
+# others take new pages from the system each time.
 LARGE = 16 << 20
 
 
 class _Lane:
-    """Passes that run one after the other, and `after` each. `calls` are the moments of the batch in hand."""
+    """Passes that run one after the other, `after` is called behind each. `calls`: the moments of the present batch."""
 
     def __init__(self, names: Iterable[str], after: Callable[[], object]) -> None:
         self.names, self.after = list(names), after
         self.calls: dict[str, Calls] = {}
 
     def run(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
-        """Run batches that no other lane has taken, as long as there are some."""
+        """Run the batches that no other lane has taken."""
         for index, batch in batches:
             self.calls = found[index] = {name: [] for name in self.names}
             net.run(batch)
@@ -47,11 +49,10 @@ def measure(
     largest: float = 0.0,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, Calls]:
-    """Moments at each named module, one per call, over all batches, as the network is now: one pass per batch.
+    """Moments at each named module over all batches, one set for each call of the module, in one pass per batch.
 
-    Several passes run at a time on a CPU, unless a value of the passes is LARGE: `largest` is how many bytes of the
-    largest one each image takes, 0 where that is not known. `after` is called after each pass, in its thread. Raises
-    NonFiniteError.
+    On a CPU several passes run at a time, unless an activation is LARGE: `largest` is the number of bytes of the
+    largest one per image, 0 if unknown. `after` is called after each pass, in its thread. Raises NonFiniteError.
     """
     found: dict[str, Calls] = {name: [] for name in names}
     alone = _Lane(found, after)
@@ -69,7 +70,7 @@ def measure(
             drawn = torch.get_rng_state()
             found_in = _run(net, some, alone, size, threads)
             if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
-                # what draws random numbers draws them in order, one pass after the other
+                # a network that draws random numbers runs one pass after the other, so that their order is fixed
                 torch.set_rng_state(drawn)
                 most = 1
                 found_in = _run(net, some, alone)
@@ -81,23 +82,23 @@ def measure(
 
 
 def measure_apart(
-    dense: Network, batches: Batches, stops: Iterable[Stop], store: Store, bar: Bar, largest: float
+    dense: Network, batches: Batches, requests: Iterable[Request], store: Store, bar: Bar, largest: float
 ) -> dict[str, Calls]:
-    """Moments of the dense network alone at the stops that ask for them; `largest` as in `measure`."""
-    asked = [stop for stop in stops if stop.dense and stop.batches]
+    """Moments of the dense network at the requests that ask for them; `largest` as in `measure`."""
+    asked = [each for each in requests if each.probe.dense and each.batches]
 
     def passing() -> Iterator[Any]:
-        for batch in batches.head(max((stop.batches for stop in asked), default=0)):
+        for batch in batches.head(max((each.batches for each in asked), default=0)):
             yield batch
             bar.advance("dense network", count_images(batch))
 
-    return measure(dense, passing(), [stop.name for stop in asked], largest, store.tidy)
+    return measure(dense, passing(), [each.name for each in asked], largest, store.tidy)
 
 
 def _run(
     net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int = 1, threads: int | None = None
 ) -> dict[int, dict[str, Calls]]:
-    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread by the lane `alone`."""
+    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread in lane `alone`."""
     found: dict[int, dict[str, Calls]] = {}
     if size == 1:
         alone.run(net, iter(some), found)
@@ -105,14 +106,14 @@ def _run(
     waiting, lanes = iter(some), [_Lane(alone.names, alone.after) for _ in range(size)]
     passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
     try:
-        Crew(len(passes)).run(iter([each]) for each in passes)
+        PassRunner(len(passes)).run(iter([each]) for each in passes)
     finally:
         end(passes)
     return found
 
 
 def _check(index: int, found: dict[str, Calls]) -> None:
-    """Raise NonFiniteError for the first module whose moments are not finite; a GPU waits but once if all are."""
+    """Raise NonFiniteError for the first module with non-finite moments; one wait for a GPU where all are finite."""
     seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]
     if seen and not torch.cat(seen).isfinite().all():
         for name, calls in found.items():
@@ -120,9 +121,9 @@ def _check(index: int, found: dict[str, Calls]) -> None:
 
 
 def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:
-    """The batches without the images that give a NaN or infinite activation in any network; counts those as "images".
+    """The batches without the images that give a NaN or infinite activation in any network.
 
-    The networks are taken as they are. An opaque batch (not a tensor) goes whole.
+    The images left out are counted in `skipped["images"]`. A batch that is no tensor is left out whole.
     """
     for batch in batches:
         images = count_images(batch)

@@ -1,14 +1,15 @@
 """The memory of suspended forward passes: which storages a pass has made and will still read.
 
-While a pass is suspended, what it will not read again is freed although its frames refer to it, and what a memory
-budget does not admit is moved out. A storage without its bytes stays the same storage: once they are back, every tensor
-over it, a view too, has its values again.
+While a pass is suspended, storages that it will not read again are freed although its frames refer to them, and others
+that a memory budget does not admit are spilled. A storage without its bytes stays the same storage: when the bytes are
+back, each tensor over it, also a view, has its values again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,30 +24,28 @@ from ..runtime.spill import Region
 
 Storage = torch.UntypedStorage
 SMALL = 1 << 12  # bytes; smaller storages stay in memory
-# functions that give access to a tensor's memory without an operator
+# functions that access a tensor's memory without an operator
 RAW = {"numpy", "tolist", "data_ptr", "untyped_storage", "__array__", "__dlpack__"}
 
 
-def storage_of(x: Any) -> Storage | None:
-    """The storage of a tensor; None for what has none, such as a sparse tensor."""
-    if not isinstance(x, Tensor):
-        return None
-    try:
-        return x.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
+def storages(values: Iterable[Any]) -> Iterator[Storage]:
+    """The storages of the tensors among some values; a sparse tensor, for one, has none."""
+    for x in values:
+        if isinstance(x, Tensor):
+            with suppress(NotImplementedError, RuntimeError):
+                yield x.untyped_storage()
 
 
-def identities(tensors: Iterable[Any]) -> set[int]:
-    """The identities of the storages of some tensors."""
-    return {storage._cdata for x in tensors if (storage := storage_of(x)) is not None}
+def identities(values: Iterable[Any]) -> set[int]:
+    """The identities of these storages."""
+    return {storage._cdata for storage in storages(values)}
 
 
 class Made(TorchDispatchMode):
     """Numbers the storages that operators make while it is active in a thread, without keeping them alive.
 
-    foreign: identities of storages that do not count, such as those of the model's parameters. While `aside` is set,
-    operators run that the forward pass by itself would not: the storages that they make have no number.
+    foreign: identities of storages to leave out, such as those of the model's parameters. Storages that operators make
+    while `untracked` is set, outside the model's own forward pass, have no number.
     """
 
     def __init__(self, foreign: Set[int]) -> None:
@@ -54,8 +53,8 @@ class Made(TorchDispatchMode):
         self.foreign = foreign
         self.made: dict[int, tuple[StorageWeakRef, int | None]] = {}
         self.count = 0
-        self.trail = 0  # a hash of the operators that made what has a number, in their order
-        self.aside = False
+        self.operator_hash = 0  # a hash of the operators that made the numbered storages, in their order
+        self.untracked = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -67,23 +66,19 @@ class Made(TorchDispatchMode):
         self.read(values)
         given = identities(values)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            storage = storage_of(leaf)
-            if (
-                storage is None or storage._cdata in given or storage._cdata in self.foreign
-            ):  # a view is of a storage that is known, or of another's
-                continue
-            if storage._cdata not in self.made:
-                self.made[storage._cdata] = StorageWeakRef(storage), None if self.aside else self.count
-                if not self.aside:
-                    self.count, self.trail = self.count + 1, hash((self.trail, func))
+        for storage in storages(tree_leaves(result)):
+            if storage._cdata in given or storage._cdata in self.foreign or storage._cdata in self.made:
+                continue  # not new: of a view, for one
+            self.made[storage._cdata] = StorageWeakRef(storage), None if self.untracked else self.count
+            if not self.untracked:
+                self.count, self.operator_hash = self.count + 1, hash((self.operator_hash, func))
         return result
 
     def read(self, values: Iterable[Any]) -> None:
-        """An operator, or a function without one, is about to read these values."""
+        """Called before an operator, or a function without one, reads these values."""
 
     def alive(self) -> Iterator[tuple[Storage, int | None]]:
-        """The storages that something refers to, and their numbers; the others are forgotten."""
+        """The storages that are referred to, and their numbers; the others are forgotten."""
         for key, (reference, number) in list(self.made.items()):
             storage = Storage._new_with_weak_ptr(reference.cdata)
             if storage is None:
@@ -92,21 +87,18 @@ class Made(TorchDispatchMode):
                 yield storage, number
 
     def forget(self, key: int) -> None:
-        """A storage is gone; another one may have the same identity from now on."""
+        """A storage is freed; another one may have the same identity from now on."""
         del self.made[key]
 
 
 class Rehearsal(Made):
-    """Learns from a forward pass of a small batch how long storages are needed.
-
-    `peak` is the most bytes that were in use at once after an operator.
-    """
+    """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use."""
 
     def __init__(self, foreign: Set[int]) -> None:
         super().__init__(foreign)
         self.peak = self.operators = 0
         self.last_read: dict[int, int] = {}  # by number: after how many operators
-        self.stops: dict[str, tuple[int, int, int] | None] = {}
+        self.suspensions: dict[str, tuple[int, int, int] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
@@ -115,81 +107,79 @@ class Rehearsal(Made):
         return result
 
     def read(self, values: Iterable[Any]) -> None:
-        for x in values:
-            known = self.made.get(storage._cdata) if (storage := storage_of(x)) is not None else None
-            if known is not None and known[1] is not None:
-                self.last_read[known[1]] = self.operators
+        for storage in storages(values):
+            _, number = self.made.get(storage._cdata, (None, None))
+            if number is not None:
+                self.last_read[number] = self.operators
 
-    def stop(self, name: str, used: Iterable[Any]) -> None:
-        """A pass is to be suspended here."""
-        self.stops[name] = None if name in self.stops else (self.operators, self.count, self.trail)
+    def suspend_at(self, name: str, used: Iterable[Any]) -> None:
+        """A pass will be suspended at this module."""
+        self.suspensions[name] = None if name in self.suspensions else (self.operators, self.count, self.operator_hash)
 
-    def spent(self) -> dict[str, Spent]:
-        """By stop: what is read no more behind it. Of one that came twice, none. Asked once the pass has ended.
+    def unread(self) -> dict[str, Unread]:
+        """For each module called once at which passes are suspended: the storages that are not read after it.
 
-        What something refers to then, such as an attribute of the model, is not spent.
+        Call it after the pass. Storages that something refers to then, such as an attribute of the model, are kept.
         """
         kept = {number for _, number in self.alive()}
         return {
-            name: Spent(place[2], {n for n in range(place[1]) if self.last_read.get(n, 0) <= place[0]} - kept)
-            for name, place in self.stops.items()
+            name: Unread(place[2], {n for n in range(place[1]) if self.last_read.get(n, 0) <= place[0]} - kept)
+            for name, place in self.suspensions.items()
             if place is not None
         }
 
 
-class Spent(NamedTuple):
-    """The numbers of storages that need not be kept at a stop, by a pass that has come there by the same `trail`."""
+class Unread(NamedTuple):
+    """The numbers of storages that a pass suspended at a module need not keep, if its `operator_hash` is the same."""
 
-    trail: int
+    operator_hash: int
     numbers: Set[int]
 
 
-class Trial(Made):
-    """Tries what a rehearsal found: overwrites, where a pass is to be suspended, what it is said to read no more.
+class OverwriteTest(Made):
+    """Tries the result of a rehearsal: overwrites the unread storages where a pass will be suspended.
 
-    The output shows whether something reads it all the same, unseen, such as an extension that takes its pointer.
+    The output shows whether they are read all the same, as by an extension that takes their pointers.
     """
 
-    def __init__(self, foreign: Set[int], spent: Mapping[str, Spent]) -> None:
+    def __init__(self, foreign: Set[int], unread: Mapping[str, Unread]) -> None:
         super().__init__(foreign)
-        self.spent = spent
+        self.unread = unread
 
-    def stop(self, name: str, used: Iterable[Any]) -> None:
-        """A pass is to be suspended here; `used` are values that are not overwritten."""
-        kept, spent = identities(used), self.spent[name].numbers if name in self.spent else frozenset()
+    def suspend_at(self, name: str, used: Iterable[Any]) -> None:
+        """A pass will be suspended at this module; the values `used` are not overwritten."""
+        kept, unread = identities(used), self.unread[name].numbers if name in self.unread else frozenset()
         for storage, number in self.alive():
-            if number in spent and storage._cdata not in kept and storage.nbytes():
+            if number in unread and storage._cdata not in kept and storage.nbytes():
                 _bytes(storage).fill_(255)  # NaN, or -1
 
 
-class Shelf:
-    """A store for what suspended passes have in memory, and which pass has made which storage. For several threads."""
+@dataclass
+class SharedStore:
+    """A store for the storages of suspended passes, and which pass has made which storage. For several threads."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.owners: dict[int, Live] = {}
+    store: Store
+    owners: dict[int, PassStorages] = field(default_factory=dict)
 
 
-class Live(Made):
+class PassStorages(Made):
     """The storages of one pass.
 
     From `put` to `get` no operator may use them. A storage that another pass reads, such as a value that the model
-    keeps in an attribute, is brought back and stays in memory.
+    keeps in an attribute, is read back and stays in memory.
 
-    spent: by stop, what need not be kept there; where a pass reads it all the same, for its control flow behind the
-    stop differs from that of the rehearsal, it raises RestartError.
+    unread: for each module at which passes are suspended, what need not be kept there. A pass that reads it all the
+    same, because its control flow differs from that of the rehearsal, raises RestartError.
     """
 
-    def __init__(self, foreign: Set[int], shelf: Shelf, spent: Mapping[str, Spent]) -> None:
+    def __init__(self, foreign: Set[int], shared: SharedStore, unread: Mapping[str, Unread]) -> None:
         super().__init__(foreign)
-        self.shelf, self.spent = shelf, spent
+        self.shared, self.unread = shared, unread
         self.active, self.at_rest = True, False
-        self.error: BaseException | None = None  # that unwinds the pass, whose values may be away
+        self.error: BaseException | None = None  # unwinds the pass, whose values may be spilled
         self.counted = 0  # bytes that the store has admitted
-        self.away: dict[int, Region] = {}
-        self.freed: set[int] = set()
-        self.owned: set[int] = set()
-        self.pinned: set[int] = set()
+        self.spilled = dict[int, Region]()
+        self.freed, self.owned, self.pinned = set[int](), set[int](), set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.error is not None:
@@ -199,13 +189,10 @@ class Live(Made):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def read(self, values: Iterable[Any]) -> None:
-        for x in values:
-            storage = storage_of(x)
-            if storage is None:
-                continue
+        for storage in storages(values):
             if storage._cdata in self.freed:
                 raise RestartError
-            if self.shelf.owners.get(storage._cdata, self) is not self:
+            if self.shared.owners.get(storage._cdata, self) is not self:
                 self._pin(storage)
 
     def forget(self, key: int) -> None:
@@ -214,22 +201,21 @@ class Live(Made):
         self.pinned.discard(key)
 
     def _pin(self, storage: Storage) -> None:
-        """Have a storage of another pass in memory for good."""
-        with self.shelf.store.lock:
-            owner = self.shelf.owners.pop(storage._cdata, None)
-            if owner is not None:
+        """Keep a storage of another pass in memory from now on."""
+        with self.shared.store.lock:
+            if (owner := self.shared.owners.pop(storage._cdata, None)) is not None:
                 owner.owned.discard(storage._cdata)
                 owner.pinned.add(storage._cdata)
                 owner._bring(storage, keep=False)
 
     def put(self, stop: str, used: Iterable[Any]) -> None:
-        """The pass is suspended: free what is spent, count what the store admits, move the rest out.
+        """The pass is suspended: free what is unread, count what the store admits, spill the rest.
 
-        used: values that are not spent, whatever the rehearsal says.
+        used: values that are not unread, whatever the rehearsal says.
         """
-        known, used = self.spent.get(stop), identities(used)
-        spent = known.numbers if known is not None and known.trail == self.trail else frozenset()
-        with self.shelf.store.lock:
+        known, used = self.unread.get(stop), identities(used)
+        unread = known.numbers if known is not None and known.operator_hash == self.operator_hash else frozenset()
+        with self.shared.store.lock:
             if self.at_rest:
                 return
             self.at_rest = True
@@ -237,59 +223,59 @@ class Live(Made):
                 key, size = storage._cdata, storage.nbytes()
                 if key in self.pinned or size < SMALL or not storage.resizable() or storage.is_shared():
                     continue
-                self.shelf.owners[key] = self
+                self.shared.owners[key] = self
                 self.owned.add(key)
-                if number in spent and key not in used:
+                if number in unread and key not in used:
                     storage.resize_(0)
                     self.freed.add(key)
-                elif key in self.away:
+                elif key in self.spilled:
                     storage.resize_(0)
-                elif self.shelf.store.admit(size):
+                elif self.shared.store.admit(size):
                     self.counted += size
                 else:
-                    self.away[key] = self.shelf.store.write(_bytes(storage))
+                    self.spilled[key] = self.shared.store.write(_bytes(storage))
                     storage.resize_(0)
 
     def get(self, keep: bool = False) -> None:
-        """Bring its storages back. keep: none changes before the next `put`, so that what is written out stays."""
-        with self.shelf.store.lock:
+        """Read its storages back. keep: none changes before the next `put`, so that the spilled bytes stay valid."""
+        with self.shared.store.lock:
             if not self.at_rest:
                 return
             self.at_rest = False
-            self.shelf.store.release(self.counted)
+            self.shared.store.release(self.counted)
             self.counted = 0
-            if self.away:
+            if self.spilled:
                 for storage, _ in self.alive():
                     self._bring(storage, keep)
             if keep:
                 return
-            for region in self.away.values():  # of storages that are gone
-                self.shelf.store.free(region)
-            self.away.clear()
+            for region in self.spilled.values():  # of storages that are gone
+                self.shared.store.free(region)
+            self.spilled.clear()
             for key in self.owned:
-                if self.shelf.owners.get(key) is self:
-                    del self.shelf.owners[key]
+                if self.shared.owners.get(key) is self:
+                    del self.shared.owners[key]
             self.owned.clear()
 
     def finish(self) -> None:
-        """The pass has ended: what something still refers to stays in memory."""
+        """The pass has ended: storages that are still referred to stay in memory."""
         self.error, self.active = None, False
         self.get()
 
     def _bring(self, storage: Storage, keep: bool) -> None:
-        region = self.away.get(storage._cdata)
+        region = self.spilled.get(storage._cdata)
         if region is None:
             return
         if not storage.nbytes():
             storage.resize_(region.size)
-            self.shelf.store.read(region, _bytes(storage))
+            self.shared.store.read(region, _bytes(storage))
         if not keep:
-            del self.away[storage._cdata]
-            self.shelf.store.free(region)
+            del self.spilled[storage._cdata]
+            self.shared.store.free(region)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """While a pass is suspended its thread works for others; then it has its values again, or is unwound."""
+        """A context while the pass is suspended and its thread works for others. Then it reads its values back."""
         self.active = False
         try:
             yield

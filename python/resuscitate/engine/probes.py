@@ -1,73 +1,102 @@
-"""What a walk through a network is asked for, and what it hands out: stops and visits."""
+"""What a method sees of a layer, what it may ask to be measured there, and the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-import asr_kernels as ak
+from ..network.layers import dead_channels, effective_weight, out_channels
+from ..runtime.distributed import Ranks
+from ..statistics.base import Statistic
+from ..statistics.outputs import OutputMoments
 
-Calls = list[ak.ChannelMoments]
-M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
-class Stop:
-    """A module to measure, over the first `batches` batches: a layer's output, or what a BatchNorm reads.
+class Probe:
+    """What to measure at a layer: a statistic of its input or output in the pruned and in the dense network.
 
-    `dense`: in the dense network too; `paired`: with the covariances of the two; `refit`: not its output but what it
-    reads, with the dense output, or if it is `wide` with what the dense one reads; `gated`: let the visit `aim`, where
-    a ReLU hides what is below it; `folds`: into how many parts the images are dealt. No batches: only to be passed, so
-    that what is known already can be corrected.
+    `pruned="input"` measures before the layer runs, so that an update of its weights is in effect when it runs.
+    `dense=None`: the dense network is not measured. `replay`: where a ReLU alone reads the layer, let the method run
+    through the batches once more (`Statistic.replay`). `folds`: the number of parts that the images are dealt into.
+    """
+
+    statistic: type[Statistic] = OutputMoments
+    pruned: Side = "output"
+    dense: Side | None = "output"
+    replay: bool = False
+    folds: int = 1
+
+    @property
+    def side_by_side(self) -> bool:
+        """Must the dense network run beside the pruned one, batch by batch? Plain moments can be measured apart."""
+        return self.dense is not None and self.statistic is not OutputMoments
+
+
+WITHOUT_IMAGES = Probe(Statistic, dense=None)  # for an update that follows from the weights alone
+
+
+@dataclass(frozen=True)
+class Request:
+    """A probe at a named layer or BatchNorm, over the first `batches` batches.
+
+    With 0 batches nothing is measured: the walk only passes there, so that a known update can be written.
     """
 
     name: str
+    probe: Probe
     batches: int
-    dense: bool = False
-    paired: bool = False
-    refit: bool = False
-    wide: bool = False
-    gated: bool = False
-    folds: int = 1
+
+    @property
+    def large(self) -> bool:
+        """Is its statistic a product of large matrices?"""
+        return self.probe.statistic.large
 
 
 @dataclass
-class Visit:
-    """A stop that was reached while every earlier one is final.
+class Measurement:
+    """The statistic at one layer, measured when all earlier layers had their final weights.
 
-    `calls` and `dense` hold one set of moments for each call of the module in a forward pass, of the pruned and of the
-    dense network; `pairs` holds both and their covariances, where the stop asked for them, and `folds` the moments of
-    what the module reads and of the dense output, over all calls, for each part of the images. `correct(gain, shift)`
-    must be told of any change that was made to the module's output, so that what follows sees it; where it was to be
-    refitted it is yet to run. `aim(weight, bias, patches)`, where a ReLU hides some of a layer's errors, is one more
-    pass over the batches: the cross products, about the means of `patches`, for outputs as good as the dense ones, the
-    nearest to what the layer puts out with such weights (in its shape, and (O,)).
+    `correct(gain, shift)` must be called when the output of a layer that was probed at its output has become
+    gain * output + shift, so that later layers see it.
     """
 
     name: str
-    calls: Calls = field(default_factory=list)
-    dense: Calls = field(default_factory=list)
-    pairs: list[ak.PairedMoments] = field(default_factory=list)
-    folds: dict[int, ak.PatchMoments] = field(default_factory=dict)
-    correct: Callable[[Tensor, Tensor], None] = lambda gain, shift: None
-    aim: Callable[[Tensor, Tensor, ak.PatchMoments], ak.CrossProducts] | None = None
-
-    def take_pairs(self) -> Visit:
-        """The same visit, `calls` and `dense` filled from the pairs."""
-        if self.pairs:
-            self.calls, self.dense = [pair.pruned for pair in self.pairs], [pair.dense for pair in self.pairs]
-        return self
+    found: Statistic
+    correct: Callable[[Tensor, Tensor], None] = field(default=lambda gain, shift: None)
 
 
-def merge_folds(old: dict[int, ak.PatchMoments], new: dict[int, ak.PatchMoments]) -> dict[int, ak.PatchMoments]:
-    """Fold by fold; a batch may have no image of some."""
-    return old | {fold: old[fold].merge(found) if fold in old else found for fold, found in new.items()}
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer as a method sees it. A method must not write to it.
 
+    `dense` is the same layer of the dense network, if that is there. `in_use`, boolean in the shape of the weight, is
+    False where a weight is pruned. `is_product`: the output is the weight times patches of one input, and a bias.
+    `ranks` are the processes over which a method may divide its work.
+    """
 
-def merge_calls(old: list[M], new: list[M]) -> list[M]:
-    """Call by call; a pass may have had fewer calls than another."""
-    longer = old if len(old) > len(new) else new
-    return [a.merge(b) for a, b in zip(old, new, strict=False)] + longer[min(len(old), len(new)) :]
+    name: str
+    module: nn.Module
+    dense: nn.Module | None
+    in_use: Tensor
+    is_product: bool
+    ranks: Ranks
+
+    @property
+    def channels(self) -> int:
+        """The number of output channels, C."""
+        return out_channels(self.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that a forward pass uses."""
+        return effective_weight(self.name, self.module)
+
+    @property
+    def dead(self) -> Tensor:
+        """Boolean (C,): channels whose weights are all zero."""
+        return dead_channels(self.name, self.module)

@@ -1,36 +1,37 @@
-"""What outputs should be like: those of a dense model, of one measured earlier, or as BatchNorm remembers them."""
+"""The reference of a repair: a dense network, its statistics measured earlier, or BatchNorm's running statistics."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
-from ..data.batches import count_images, read_share
 from ..errors import CalibrationError, CheckpointError
 from ..network.layers import find_batchnorms, find_layers, unwrap
-from ..network.runner import Network, as_dtype
-from ..network.snapshot import moved_to, undisturbed
+from ..network.runner import Network
 from ..network.wiring import Wiring
 from ..reports.repair import RepairReport
-from ..runtime.distributed import Ranks
+from ..runtime.options import RunOptions, run_options
+from ..statistics.outputs import Calls, OutputMoments
 from ..utils.arguments import IMAGES, NETWORK, Kind, check_places
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import write_safetensors
+from ..utils.nested import count_images
 from ..utils.progress import Bar
-from .measure import measure
-from .probes import Calls, Visit
+from .probes import Measurement
+from .session import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger("resuscitate")
 
@@ -39,10 +40,10 @@ FORMAT = "resuscitate dense statistics 1"
 
 @dataclass
 class DenseStatistics:
-    """The moments of a dense model's layers over some images: enough to repair its pruned copies by a gain.
+    """The output moments of a dense network's layers over some images, with which its pruned copies are repaired.
 
     `layers`: by name, one set of moments (float64, (C,)) for each call in a forward pass. `batchnorms`: running mean
-    and variance by name. `images` and `digest` tell which images; `model` is the digest of the dense model.
+    and variance by name. `images` and `digest` identify the images; `model` is the digest of the dense network.
     """
 
     layers: dict[str, Calls]
@@ -57,35 +58,20 @@ class DenseStatistics:
         cls,
         dense: nn.Module,
         calibration: Any,
-        *,
-        max_samples: int | None = None,
-        max_batches: int | None = None,
-        batch_size: int = 128,
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        group: Any = None,
-        seed: int = 0,
-        progress: bool | None = None,
+        **options: Unpack[RunOptions],
     ) -> DenseStatistics:
-        """Measure every layer of `dense` in one pass over the images, which are not kept; options as in `repair`.
+        """Measure every layer of `dense` in one pass over the images, which are not kept. See `RunOptions`.
 
-        Give it the images that the repairs will have, and as many. Raises CalibrationError, LayerError, NonFiniteError,
+        Give the same images that the repairs get. Raises CalibrationError, LayerError, NonFiniteError,
         DistributedError.
         """
         call = "DenseStatistics.measure(dense, images)"
         check_places(call, dense=(dense, NETWORK), calibration=(calibration, IMAGES))
-        dense, ranks, seen = unwrap(dense), Ranks(group), [0, 0]
-        show = progress if ranks.rank == 0 else False
-        with ExitStack() as stack:
-            stack.enter_context(ranks.together())
-            stack.enter_context(moved_to(device, [dense]))
-            stack.enter_context(undisturbed([dense], seed))
-            bar = stack.enter_context(Bar("dense statistics", ["all layers"], max_samples or 0, show))
-            net = Network(dense, forward_fn, as_dtype(dtype))
-            reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": max_batches}
-            reading |= {"batch_size": batch_size, "raw": forward_fn is not None}
-            source = read_share(calibration, ranks, **reading)
+        run = run_options("DenseStatistics.measure()", options)
+        seen = [0, 0]
+        with Session([unwrap(dense)], run) as session:
+            total = run["max_samples"] or 0
+            bar = session.stack.enter_context(Bar("dense statistics", ["all layers"], total, session.show))
 
             def counted(batches: Iterable[Any]) -> Iterator[Any]:
                 for batch in batches:
@@ -94,17 +80,18 @@ class DenseStatistics:
                     seen[1] += digest_images([batch])
                     bar.advance("all layers", count_images(batch))
 
-            found = measure(net, counted(source), find_layers(dense))
-            layers = {name: ranks.merge(Visit(name, calls), net.device).calls for name, calls in found.items()}
+            net, ranks = session.net, session.ranks
+            found = session.measure_all(list(find_layers(net.model)), counted(session.stream(calibration)))
+            layers = {name: statistic.calls for name, statistic in found.items()}
             images, digest = ranks.total(seen[0], seen[1] % MODULUS)
             if not images:
                 raise CalibrationError("no rank has any images")
             batchnorms = {}
-            for name, module in find_batchnorms(dense).items():
+            for name, module in find_batchnorms(net.model).items():
                 assert module.running_mean is not None
                 assert module.running_var is not None
                 batchnorms[name] = module.running_mean.cpu().clone(), module.running_var.cpu().clone()
-            return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(dense))
+            return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(net.model))
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write as .safetensors, whole or not at all. Raises OSError; ValueError for another ending."""
@@ -148,18 +135,19 @@ class DenseStatistics:
 
 
 Dense = nn.Module | DenseStatistics | str | Path
+Target = nn.Module | DenseStatistics | Literal["running"] | None
 TARGET: Kind = (lambda value: isinstance(value, Dense | None), "a module, a statistics file or 'running'")
 
 
-def as_target(dense: Any) -> nn.Module | DenseStatistics | Literal["running"] | None:
-    """What `repair` takes as `dense`, wrappers taken off and files read. Raises OSError, CheckpointError."""
+def as_target(dense: Any) -> Target:
+    """The `dense` argument of `repair`, without wrappers and with files read. Raises OSError, CheckpointError."""
     if isinstance(dense, nn.Module):
         return unwrap(dense)
     return DenseStatistics.load(dense) if isinstance(dense, str | Path) and dense != "running" else dense
 
 
-def identify(target: nn.Module | DenseStatistics | str | None) -> str:
-    """A name for the contents of a target, to know it by later."""
+def identify(target: Target) -> str:
+    """A digest of the contents of a target."""
     if isinstance(target, nn.Module):
         return digest_model(target)
     if not isinstance(target, DenseStatistics):
@@ -168,26 +156,17 @@ def identify(target: nn.Module | DenseStatistics | str | None) -> str:
     return f"{target.model} on {target.digest}, {fingerprint([list(target.layers), moments, target.batchnorms])}"
 
 
-def wanted_by(
-    target: nn.Module | DenseStatistics | str | None, net: Network, wiring: Wiring
-) -> Callable[[Visit], Calls]:
-    """For a visit at a layer, the moments that its outputs should have, one for each call."""
-
-    def from_file(visit: Visit) -> Calls:
-        assert isinstance(target, DenseStatistics)
-        return [
-            ak.ChannelMoments(found.count, found.mean.to(net.device), found.m2.to(net.device))
-            for found in target.layers[visit.name]
-        ]
-
-    def from_batchnorm(visit: Visit) -> Calls:
-        behind = net.modules[wiring.batchnorm_of[visit.name]]
-        assert isinstance(behind, _BatchNorm)
-        return [remembered(behind, visit.calls[0].count)] if visit.calls else []
-
+def fill_reference(measurement: Measurement, target: Target, net: Network, wiring: Wiring) -> None:
+    """Give a measurement the dense moments of a reference that is no network: a statistics file, or a BatchNorm."""
+    found, name = measurement.found, measurement.name
+    if not isinstance(found, OutputMoments):
+        return
     if isinstance(target, DenseStatistics):
-        return from_file
-    return from_batchnorm if target == "running" else lambda visit: visit.dense
+        found.dense_calls = [moments.to(net.device) for moments in target.layers[name]]
+    elif target == "running" and found.calls:
+        behind = net.modules[wiring.batchnorm_of[name]]
+        assert isinstance(behind, _BatchNorm)
+        found.dense_calls = [remembered(behind, found.calls[0].count)]
 
 
 def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
@@ -198,15 +177,15 @@ def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
     return ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))
 
 
-def describe(target: nn.Module | DenseStatistics | str | None) -> str:
-    """What the report says of the target."""
+def describe(target: Target) -> str:
+    """The name of the target for the report."""
     if isinstance(target, nn.Module):
         return "dense model"
     return f"dense statistics ({target.path})" if isinstance(target, DenseStatistics) else "running statistics"
 
 
 def compare_images(statistics: DenseStatistics, report: RepairReport, digest: str) -> None:
-    """Note in the report where the statistics come from other images."""
+    """Note in the report if the statistics come from other images."""
     if (statistics.images, statistics.digest) != (report.images, digest):
         report.notes.append(
             f"the dense statistics come from {statistics.images} images, and not from the {report.images} used here: "

@@ -1,9 +1,9 @@
-"""What the ReLU behind a layer hides: an output that it cuts off need not be right, only low enough.
+"""ReLU-equivalent targets: outputs of a layer that the ReLU behind it maps to the values of the dense network.
 
-Least squares on the outputs of a layer spends much of its freedom on values that the next ReLU sets to zero. Where a
-layer is read by relu(batchnorm(output) + other) alone, both parts optional, the wanted outputs are a convex set: what
-the ReLU makes of them is to be what it makes of the dense ones. The refit then goes back and forth between the set and
-the span of the inputs (in the manner of Zhang et al. 2015, arXiv 1505.06798, for responses behind a ReLU).
+Least squares on the outputs of a layer spends much of its freedom on values that the next ReLU sets to zero. Where
+relu(batchnorm(output) + other) alone reads a layer (both parts optional), all outputs that this ReLU maps to the dense
+values are as good as the dense outputs. They are a convex set. The refit alternates between the nearest point of this
+set and the span of the inputs (as Zhang et al. 2015, arXiv 1505.06798, do for responses before a ReLU).
 """
 
 from __future__ import annotations
@@ -20,60 +20,64 @@ from asr_kernels import CrossProducts, PatchMoments, cross_products
 from ..network.layers import BATCHNORMS
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import Network, has_hooks
-from ..network.wiring import Gate
+from ..network.wiring import ReluConsumer
 
-FURTHEST = 4.0  # standard deviations of a channel that a hidden output may be away from the mean
-IMAGES = 64  # at a time: little memory beside what the walk keeps
+FURTHEST = 4.0  # standard deviations of a channel: the bound on a target that the ReLU sets to zero, from the mean
+IMAGES = 64  # at a time, which takes little memory beside the activations of the walk
 SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 
-# of one batch: what the layer reads, what is added to its output, the dense output, and what is added to that
+# of one batch: the layer's input, the tensor added to its output, the dense output, the tensor added to that
 Seen = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def usable(gate: Gate | None, net: Network) -> bool:
-    """Is there a gate, whose BatchNorm does what its statistics say, and no more (a subclass may)?"""
-    if gate is None or gate.batchnorm is None:
-        return gate is not None
-    module = net.modules[gate.batchnorm]
+def usable(consumer: ReluConsumer | None, net: Network) -> bool:
+    """Is there a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
+    if consumer is None or consumer.batchnorm is None:
+        return consumer is not None
+    module = net.modules[consumer.batchnorm]
     plain = type(module) in BATCHNORMS and not module.training and not has_hooks(module)
     return plain and getattr(module, "running_var", None) is not None
 
 
-def aim(
+def relu_equivalent_products(
     net: Network,
     dense: Network,
     name: str,
-    gates: tuple[Gate, Gate],
+    consumers: tuple[ReluConsumer, ReluConsumer],
     seen: Callable[[], Iterable[Seen]],
     weight: Tensor,
     bias: Tensor,
     patches: PatchMoments,
 ) -> CrossProducts:
-    """See `Visit.aim`; `gates` are those of the layer in the pruned and in the dense network."""
+    """The cross products of a layer's inputs with the ReLU-equivalent targets that are nearest to its outputs.
+
+    weight, bias: those that make the outputs, in the layer's shape and (O,); `consumers` are those of the layer in the
+    pruned and in the dense network. About the means of `patches`, the moments of the same inputs and the dense outputs.
+    """
     layer = net.modules[name]
     mean = patches.target.view(-1)
     reach = FURTHEST * (patches.yy.view(-1) / patches.count).sqrt()
-    vectors = *_affine(net, gates[0], mean), *_affine(dense, gates[1], mean), mean - reach, mean + reach
+    vectors = *_affine(net, consumers[0], mean), *_affine(dense, consumers[1], mean), mean - reach, mean + reach
     dtype = torch.float64 if net.dtype == torch.float64 else torch.float32
-    goal = Goal(*(vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors))
+    targets = ReluEquivalentTargets(*(vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors))
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
         parts = with_batch_axis(layer, *batch)
         chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in parts]
         for x, own, y, theirs in zip(*chunks, strict=False):
             read, window = operands(name, layer, x)
-            wanted = goal.nearest(product(read, weight, bias, window), y, own, theirs)
+            wanted = targets.nearest(product(read, weight, bias, window), y, own, theirs)
             found += cross_products(read, wanted, window, patches.mean, patches.target)
     return found
 
 
-class Goal:
-    """The outputs y that a layer may have, for a ReLU to make of them what it makes of the dense ones:
+class ReluEquivalentTargets:
+    """The outputs y of a layer for which the ReLU gives the dense values:
 
         relu(scale * y + offset + own) = relu(dense_scale * wanted + dense_offset + theirs)
 
-    or y = wanted where the right side is positive: what is added is not made up for. All tensors here are of one dtype
-    and broadcast against y; no hidden y is taken below `least` or above `greatest`.
+    Where the right side is positive y = wanted: errors of the added tensor are not compensated. All tensors are of one
+    dtype and broadcast against y. A y that the ReLU sets to zero stays between `least` and `greatest`.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Goal:
         self.rising, self.idle = bool((scale > 0).all()), bool((scale == 0).any())
 
     def nearest(self, now: Tensor, wanted: Tensor, own: Tensor | None, theirs: Tensor | None) -> Tensor:
-        """Of these outputs those nearest to `now`, which is overwritten. own, theirs: None where nothing is added."""
+        """The targets nearest to `now`, which is overwritten. own, theirs: None where nothing is added."""
         now, wanted = now.to(self.scale.dtype), wanted.to(self.scale.dtype)
         level = self.level if own is None else torch.mul(own, self.back).add_(self.level)
         if self.rising:
@@ -104,11 +108,11 @@ class Goal:
         return torch.where(hidden, low.clamp_(self.least, self.greatest), wanted)
 
 
-def _affine(net: Network, gate: Gate, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and shift (O,) of the BatchNorm."""
-    if gate.batchnorm is None:
+def _affine(net: Network, consumer: ReluConsumer, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and shift (O,) of the BatchNorm; 1 and 0 without one."""
+    if consumer.batchnorm is None:
         return torch.ones_like(like), torch.zeros_like(like)
-    module = net.modules[gate.batchnorm]
+    module = net.modules[consumer.batchnorm]
     assert isinstance(module, _BatchNorm)
     assert module.running_mean is not None
     assert module.running_var is not None
@@ -116,15 +120,15 @@ def _affine(net: Network, gate: Gate, like: Tensor) -> tuple[Tensor, Tensor]:
     return scale.detach(), ((0.0 if module.bias is None else module.bias) - module.running_mean * scale).detach()
 
 
-def other_node(graph: fx.Graph, gate: Gate, name: str) -> fx.Node | None:
-    """What is added to the output of a layer with this gate, if anything: moved before the layer in the graph.
+def added_node(graph: fx.Graph, consumer: ReluConsumer, name: str) -> fx.Node | None:
+    """The node that is added to the output of a layer, if any; the graph is changed so that it runs before the layer.
 
-    Raises ValueError where that does not show in the graph.
+    Raises ValueError where the graph does not show it.
     """
-    if not gate.adds:
+    if not consumer.adds:
         return None
     layer = next(node for node in graph.nodes if node.op == "call_module" and node.target == name)
-    behind = next(iter(layer.users)) if gate.batchnorm is not None else layer
+    behind = next(iter(layer.users)) if consumer.batchnorm is not None else layer
     for node in behind.users:
         others = [source for source in node.all_input_nodes if source is not behind]
         if node.target in SUMS.get(node.op, ()) and len(others) == 1 and others[0].op != "get_attr":
@@ -134,7 +138,7 @@ def other_node(graph: fx.Graph, gate: Gate, name: str) -> fx.Node | None:
 
 
 def _bring_forward(graph: fx.Graph, wanted: fx.Node, before: fx.Node) -> None:
-    """Move `wanted`, and all that it needs, before a node, which it must not need."""
+    """Move `wanted`, and all nodes that it needs, before a node that it must not need."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     needed, ahead = set[fx.Node](), [wanted]
     while ahead:

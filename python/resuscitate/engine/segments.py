@@ -1,4 +1,4 @@
-"""A graph cut into the stretches between two stops of a walk, and how one of them runs, node by node."""
+"""A graph split into segments that end at the probed modules, and how a segment runs, node by node."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..network.layers import BATCHNORMS, LAYERS
 from ..network.runner import Network, has_hooks
 from ..runtime.activations import leaves
-from .probes import Stop
+from .probes import Request
 
 Values = dict[Any, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A node to run, and the values that nothing reads after it; `over`: into the memory of what it reads."""
+    """A node to run, and the values that no later node reads; `over`: it may overwrite its input."""
 
     node: fx.Node
     gone: list[fx.Node]
@@ -30,11 +29,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The stretch before the stop `name`.
+class Segment:
+    """The segment before the probed module `name`.
 
-    `reads` are the values that it takes from before, `keep` those that must outlive it; `source` is measured at the
-    end.
+    `source` is the node whose value is measured at the end. `reads` are values of earlier segments that it uses, `keep`
+    the values that later segments use.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Stretch:
 
 
 def run_step(net: Network, step: Step, values: Values, batch: Callable[[], Any]) -> None:
-    """Put the node's value among `values`, and drop those that are read no more."""
+    """Compute the node's value into `values`, and delete the values that no later node reads."""
     if step.over:
         values[step.node] = torch.relu_(values[step.node.all_input_nodes[0]])
     else:
@@ -55,7 +54,7 @@ def run_step(net: Network, step: Step, values: Values, batch: Callable[[], Any])
 
 
 def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
-    """The network's output for one batch, by its graph, and the most bytes of activations that were held at once."""
+    """The network's output for one batch, by its graph, and the peak number of bytes of activations."""
     values: Values = {}
     peak = 0
     nodes = list(graph.nodes)
@@ -66,40 +65,37 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     return values[nodes[-1]], peak
 
 
-def cut(
-    graph: fx.Graph, net: Network, stops: Sequence[Stop], others: Mapping[str, fx.Node | None], is_dense: bool
-) -> list[Stretch]:
-    """Cut the graph after each layer, and before each BatchNorm, where the walk stops; the rest is never run.
-
-    A layer that is to be refitted is cut before, in the pruned network: it runs when it has its new weights. One that
-    is wide is cut before in the dense network too.
-    """
+def split(
+    graph: fx.Graph, net: Network, requests: Sequence[Request], added: Mapping[str, fx.Node | None], is_dense: bool
+) -> list[Segment]:
+    """Split the graph at each request, before or after the module as its probe says; what lies behind is never run."""
     nodes = list(graph.nodes)
     place = {str(node.target): index for index, node in enumerate(nodes) if node.op == "call_module"}
     sources, ends = [], []
-    for stop in stops:
-        node = nodes[place[stop.name]]
-        before = isinstance(net.modules[stop.name], _BatchNorm) or (stop.wide if is_dense else stop.refit)
+    for request in requests:
+        node = nodes[place[request.name]]
+        probe = request.probe
+        before = ((is_dense and probe.dense) or probe.pruned) == "input"
         sources.append(node.all_input_nodes[0] if before else node)
-        ends.append(place[stop.name] + (not before))
+        ends.append(place[request.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}
     for source, end in zip(sources, ends, strict=True):
         last[source] = max(last.get(source, 0), end - 1)
-    for stop, source, end in zip(stops, sources, ends, strict=True):
-        for node in (source, others[stop.name]) if stop.name in others else ():
-            if node is not None:  # looked at again when the part is done
+    for request, source, end in zip(requests, sources, ends, strict=True):
+        for node in (source, added[request.name]) if request.name in added else ():
+            if node is not None:  # read again when the segment has been measured
                 last[node] = max(last.get(node, 0), end)
-    parts = []
-    for stop, source, begin, end in zip(stops, sources, [0, *ends], ends, strict=False):
+    segments = []
+    for request, source, begin, end in zip(requests, sources, [0, *ends], ends, strict=False):
         inside, earlier = nodes[begin:end], set(nodes[:begin])
         reads = {read for node in inside for read in node.all_input_nodes} | {source}
         keep = {node for node in nodes[:end] if last.get(node, 0) >= end}
-        parts.append(Stretch(stop.name, source, _steps(net, inside, {*keep, source}), reads & earlier, keep))
-    return parts
+        segments.append(Segment(request.name, source, _steps(net, inside, {*keep, source}), reads & earlier, keep))
+    return segments
 
 
 def _steps(net: Network, nodes: Sequence[fx.Node], keep: Collection[fx.Node]) -> list[Step]:
-    """The nodes, each with the values of which it is the last reader, but for those to keep."""
+    """The nodes, each with the values that it is the last to read, except those to keep."""
     read = set(keep)
     steps = []
     for node in reversed(nodes):
@@ -111,7 +107,7 @@ def _steps(net: Network, nodes: Sequence[fx.Node], keep: Collection[fx.Node]) ->
 
 
 def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool:
-    """Is this a ReLU of what a layer, a BatchNorm or a sum made for it alone, in memory that nothing shares?"""
+    """Is this a ReLU that alone reads the output of a layer, BatchNorm or sum, in memory that no other value shares?"""
     module = net.modules.get(str(node.target)) if node.op == "call_module" else None
     if not (type(module) is nn.ReLU or node.target in (nn.functional.relu, torch.relu)) or has_hooks(module):
         return False
@@ -127,7 +123,7 @@ def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:
     if node.op == "placeholder":
         return net.place(batch())
-    if node.op == "get_attr":  # looked up where it is read: the model's own tensors are not ours to keep
+    if node.op == "get_attr":  # looked up at each use: a tensor of the model may be replaced meanwhile
         return reduce(getattr, str(node.target).split("."), net.model)
 
     def value(source: fx.Node) -> Any:

@@ -1,76 +1,75 @@
-"""The walk by suspended forward passes: those of all batches stop at a layer, it is changed, and they go on.
+"""The suspended walk: the forward passes of all batches are suspended at a layer, it is changed, and they continue.
 
-Each batch has one pass through the pruned network, and one through the dense network where the two are compared image
-by image. A pass is suspended within a hook, before or after a layer, or where something is added to what it puts out.
+Each batch has one pass through the pruned network, and one through the dense network where a probe needs both side by
+side. A pass is suspended within a hook, before or after a layer, or at the sum behind the layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import asr_kernels as ak
-
-from ..data.batches import Batches, count_images
+from ..data.batches import Batches
 from ..errors import ModelMismatchError, called
-from ..network.runner import Network, check_finite
-from ..network.wiring import Gate, Wiring, observe, same_output
+from ..network.runner import Network
+from ..network.wiring import ReluConsumer, Wiring, observe, same_output
 from ..runtime.activations import Store
 from ..runtime.heap import heap
-from ..runtime.passes import Crew, Pass, at_a_time, end, threads_kept
+from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
+from ..statistics.outputs import Calls
+from ..utils.nested import count_images
 from ..utils.progress import Bar
+from .collect import BatchNormInputs, Collector, complete
 from .measure import measure_apart
-from .pass_memory import Live, Rehearsal, Shelf, Spent, Trial, identities
-from .probes import Calls, Stop, Visit, merge_calls, merge_folds
-from .relu_targets import Seen, aim
-from .suspension import Position, Route
+from .pass_memory import OverwriteTest, PassStorages, Rehearsal, SharedStore, Unread, identities
+from .probes import Measurement, Request
+from .relu_targets import Seen, relu_equivalent_products
+from .suspension import Position, SuspensionPoints
 
-THREAD = 512 << 10  # bytes that the thread of a suspended pass takes, its stack and torch's own state
+THREAD = 512 << 10  # bytes of the thread of a suspended pass: its stack, and torch's state
 
 
-class Track:
+class SuspendedPasses:
     """The passes of one network, one for each batch, begun when they are first resumed.
 
-    shelf: where the values of suspended passes are kept when memory is short; None keeps all of them in memory.
+    shared: where the values of suspended passes are kept when memory is short; None keeps all of them in memory.
     """
 
-    def __init__(self, route: Route, batches: Batches) -> None:
-        self.route, self.batches = route, batches
+    def __init__(self, points: SuspensionPoints, batches: Batches) -> None:
+        self.points, self.batches = points, batches
         self.threads: int | None = None
-        self.shelf: Shelf | None = None
-        self.peak, self.spent = 0, dict[str, Spent]()
+        self.shared: SharedStore | None = None
+        self.peak, self.unread = 0, dict[str, Unread]()
         self.foreign: Set[int] = set()
         self.passes: dict[int, tuple[Pass, Position]] = {}
 
     def rehearse(self, example: Any) -> None:
-        """Learn from a small batch which values are read no more behind a stop, and how many bytes are in use at most.
+        """Find with a small batch which values are not read after a suspension, and the peak bytes of activations.
 
-        What was learned is tried: each such value is overwritten, and the output must be the same.
+        A second pass tries this: it overwrites each such value, and its output must be the same.
         """
-        rehearsal = Rehearsal(_own(self.route.net))
+        rehearsal = Rehearsal(_own(self.points.net))
         expected = self._example(example, rehearsal)
-        self.foreign, self.peak, self.spent = rehearsal.foreign, rehearsal.peak, rehearsal.spent()
+        self.foreign, self.peak, self.unread = rehearsal.foreign, rehearsal.peak, rehearsal.unread()
         try:
-            as_expected = same_output(expected, self._example(example, Trial(self.foreign, self.spent)))
+            as_expected = same_output(expected, self._example(example, OverwriteTest(self.foreign, self.unread)))
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # of a value that was overwritten
+        except Exception:  # the model's own, about a value that was overwritten
             as_expected = False
         if not as_expected:
-            self.spent = {}
+            self.unread = {}
 
-    def _example(self, example: Any, live: Rehearsal | Trial) -> Any:
-        """The output of a small batch, in a pass that is not suspended."""
+    def _example(self, example: Any, live: Rehearsal | OverwriteTest) -> Any:
+        """The output for a small batch, in a pass that is not suspended."""
         here = Position(0, live)
-        each = Pass(partial(self.route.run, here, lambda: example), here)
+        each = Pass(partial(self.points.run, here, lambda: example), here)
         try:
-            Crew(1).run([iter([each])])
+            PassRunner(1).run([iter([each])])
         finally:
             end([each])
         return here.output
@@ -80,25 +79,25 @@ class Track:
         return self._pass(index)[1]
 
     def at(self, index: int, name: str) -> bool:
-        """Is the pass of this batch suspended at this stop?"""
+        """Is the pass of this batch suspended at this module?"""
         each, here = self._pass(index)
-        return not each.ended and here.at == name and name in self.route.ahead
+        return not each.ended and here.at == name and name in self.points.ahead
 
     def ended(self, index: int) -> bool:
         """Has the pass of this batch ended?"""
         return self._pass(index)[0].ended
 
     def to_next(self, index: int) -> Iterator[Pass]:
-        """The pass of this batch, to resume it, unless it waits at a stop ahead or has ended."""
+        """The pass of this batch, to resume it, unless it is suspended at a module ahead or has ended."""
         each, here = self._pass(index)
-        if not each.ended and here.at not in self.route.ahead:
+        if not each.ended and here.at not in self.points.ahead:
             yield each
             if each.again:
                 del self.passes[index]
                 yield self._pass(index, whole=True)[0]
 
     def rest(self, index: int) -> None:
-        """The pass of this batch is suspended and measured."""
+        """The pass of this batch is suspended and measured: its values may be spilled."""
         each, here = self._pass(index)
         if not each.ended:
             here.rest()
@@ -108,223 +107,147 @@ class Track:
         end(self.passes.pop(index)[0] for index in list(self.passes) if index >= count)
 
     def _pass(self, index: int, whole: bool = False) -> tuple[Pass, Position]:
-        """The pass of a batch. whole: it keeps what a rehearsal says that it will not read."""
+        """The pass of a batch. whole: it frees no value, whatever the rehearsal found."""
         if index not in self.passes:
-            live = None if self.shelf is None else Live(self.foreign, self.shelf, {} if whole else self.spent)
+            live = (
+                None if self.shared is None else PassStorages(self.foreign, self.shared, {} if whole else self.unread)
+            )
             here = Position(index, live)
-            run = partial(self.route.run, here, partial(self.batches.__getitem__, index))
+            run = partial(self.points.run, here, partial(self.batches.__getitem__, index))
             self.passes[index] = Pass(run, here, self.threads, None if live is None else live.finish), here
         return self.passes[index]
 
 
-@dataclass
 class SuspendedWalk:
-    """One walk over the stops of `stops`, which are in the order of their first calls. See `suspended_walk`."""
+    """One walk over the requests, which are in the order of their first calls. See `suspended_walk`."""
 
-    pruned: Track
-    dense: Track | None
-    stops: Sequence[Stop]
-    wiring: Wiring
-    gates: Mapping[str, tuple[Gate, Gate]]
-    crew: Crew
-    bar: Bar
-    behind: dict[str, Calls] = field(default_factory=dict)  # by BatchNorm: the moments of what reaches it, by batch
+    def __init__(
+        self,
+        pruned: SuspendedPasses,
+        dense: SuspendedPasses | None,
+        requests: Sequence[Request],
+        wiring: Wiring,
+        consumers: Mapping[str, tuple[ReluConsumer, ReluConsumer]],
+        runner: PassRunner,
+        bar: Bar,
+    ) -> None:
+        self.pruned, self.dense, self.requests, self.wiring = pruned, dense, requests, wiring
+        self.consumers, self.runner, self.bar = consumers, runner, bar
+        self.inputs = BatchNormInputs(requests, wiring)
 
-    def visits(self) -> Iterator[Visit]:
-        """Visit the stops, each when all before it are final."""
+    def measurements(self) -> Iterator[Measurement]:
+        """Measure at each request when all earlier modules are final."""
         threads = torch.get_num_threads()
-        for part, stop in enumerate(self.stops):
+        for part, request in enumerate(self.requests):
             if self.pruned.threads is not None:
-                # the threads of a team spin for a while when their work is done, on the cores that the passes need:
-                # there is no team of this thread but for a refit, whose products and solutions take longer than that
-                torch.set_num_threads(threads if stop.refit else self.pruned.threads)
-            yield self._visit(part, stop)
-            for track in self._tracks():
-                track.route.ahead.discard(stop.name)
-                if self._called_again(stop):
-                    track.keep(0)
+                # The threads of an OpenMP team spin for a while after their work, on cores that the passes need. So
+                # this thread has a team only for large matrix products, which take longer than that.
+                torch.set_num_threads(threads if request.large else self.pruned.threads)
+            yield self._measurement(part, request)
+            for passes in self._networks():
+                passes.points.ahead.discard(request.name)
+                if self._called_again(request):
+                    passes.keep(0)
 
-    def _tracks(self) -> list[Track]:
-        return [track for track in (self.pruned, self.dense) if track is not None]
+    def _networks(self) -> list[SuspendedPasses]:
+        return [passes for passes in (self.pruned, self.dense) if passes is not None]
 
-    def _called_again(self, stop: Stop) -> bool:
+    def _called_again(self, request: Request) -> bool:
         """Is the module called several times in a forward pass? Then the passes begin anew behind it."""
-        return self.wiring.calls[stop.name] > 1
+        return self.wiring.calls[request.name] > 1
 
-    def _visit(self, part: int, stop: Stop) -> Visit:
-        name, again = stop.name, self._called_again(stop)
-        batches_of = {each.name: each.batches for each in self.stops}
-        follower = "" if stop.refit or again else self.wiring.batchnorm_of.get(name, "")
-        known = self.behind.pop(name, None)
-        measured = 0 if known is not None else max(stop.batches, batches_of.get(follower, 0))
-        found = _Found(stop, measured)
-        order = self._order(part, measured)
+    def _measurement(self, part: int, request: Request) -> Measurement:
+        name, again = request.name, self._called_again(request)
+        nets = self.pruned.points.net, None if self.dense is None else self.dense.points.net
+        collector = Collector(request, self.inputs, *nets, self.pruned.batches, follows=not again)
+        order = self._order(part, collector.measured)
         with self._only(name) if again else nullcontext():
-            # passes that are not to be corrected behind the stop need not wait for one another
-            size = self.crew.size if again or stop.refit else max(len(order), 1)
+            # passes whose outputs here are not corrected need not wait for one another
+            size = self.runner.size if again or request.large else max(len(order), 1)
             for some in (order[at : at + size] for at in range(0, len(order), size)):
-                self._measure(stop, some, found)
-        visit = found.visit(known or [])
-        if follower in batches_of:
-            self.behind[follower] = moments = found.moments()
-            if batches_of[follower] == len(moments) > 0:
-                # to be pooled anyway: correct the sum of them, not each
-                few = len(moments) <= stop.batches
-                self.behind[follower] = visit.calls if few else _pooled(name, dict(enumerate(moments)))
-
-        def correct(gain: Tensor, shift: Tensor) -> None:
-            if again:
-                return
-            self.pruned.route.correct(name, gain, shift, self.wiring.batchnorm_of.get(name, ""))
-            if follower in self.behind:
-                self.behind[follower] = [each.affine(gain, shift) for each in self.behind[follower]]
-
-        visit.correct = correct
-        if self.dense is not None and name in self.gates:
-            nets = self.pruned.route.net, self.dense.route.net
-            visit.aim = partial(aim, *nets, name, self.gates[name], partial(self._seen, stop))
-        return visit
+                self._measure(request, some, collector)
+        batchnorm = self.wiring.batchnorm_of.get(name, "")
+        measurement = collector.finish(lambda gain, shift: self.pruned.points.correct(name, gain, shift, batchnorm))
+        if self.dense is not None and name in self.consumers:
+            seen = partial(self._seen, request)
+            both = self.pruned.points.net, self.dense.points.net
+            measurement.found.replay = partial(relu_equivalent_products, *both, name, self.consumers[name], seen)
+        return measurement
 
     def _order(self, part: int, measured: int) -> Sequence[int]:
-        """The batches whose passes are to come to a stop; passes that no stop up to the next restart needs end here.
+        """The batches whose passes are resumed up to a request; passes that no later request needs are cancelled.
 
-        From the last to the first at every other stop: the activations of the last are in the cache.
+        At every other request from the last batch to the first: the activations of the last batch are in cache.
         """
-        ends = [at for at, stop in enumerate(self.stops) if at >= part and self._called_again(stop)]
-        later = self.stops[part : ends[0] + 1 if ends else None]
+        ends = [at for at, each in enumerate(self.requests) if at >= part and self._called_again(each)]
+        later = self.requests[part : ends[0] + 1 if ends else None]
         last = max(each.batches for each in later)
         self.pruned.keep(max(last, measured))
         if self.dense is not None:
-            self.dense.keep(max((each.batches for each in later if each.dense), default=0))
-        # behind a layer all wait, to be corrected; before a module only those that are measured
-        count = max(last, measured) if self.pruned.route.where[self.stops[part].name] == "output" else measured
+            self.dense.keep(max((each.batches for each in later if each.probe.dense), default=0))
+        # behind a layer all passes are suspended, to be corrected; before a module only those that are measured
+        count = max(last, measured) if self.pruned.points.where[self.requests[part].name] == "output" else measured
         return range(count) if part % 2 == 0 else range(count - 1, -1, -1)
 
     @contextmanager
     def _only(self, name: str) -> Iterator[None]:
-        """Suspend passes at this stop alone."""
-        before = [(track.route, track.route.ahead) for track in self._tracks()]
+        """Suspend passes at this module alone."""
+        before = [(passes.points, passes.points.ahead) for passes in self._networks()]
         try:
-            for route, ahead in before:
-                route.ahead = ahead & {name}
+            for points, ahead in before:
+                points.ahead = ahead & {name}
             yield
         finally:
-            for route, ahead in before:
-                route.ahead = ahead
+            for points, ahead in before:
+                points.ahead = ahead
 
-    def _measure(self, stop: Stop, indices: Sequence[int], found: _Found) -> None:
-        """Measure some batches at a stop: at the first call, or at all calls of a module that is called again."""
-        self.crew.run(self._come(stop, index, found) for index in indices)
-        while stop.refit or self._called_again(stop):
-            here = [index for index in indices if self.pruned.at(index, stop.name)]
-            for index in indices if stop.refit else ():
+    def _measure(self, request: Request, indices: Sequence[int], collector: Collector) -> None:
+        """Measure some batches: at the first call of the module, or at all calls of one that is called again."""
+        self.runner.run(self._come(request, index, collector) for index in indices)
+        while request.large or self._called_again(request):
+            here = [index for index in indices if self.pruned.at(index, request.name)]
+            for index in indices if request.large else ():
                 if index in here:
-                    found.add_patches(self._patches(stop, index))
-                for track in self._tracks():
-                    track.rest(index)
-            if not here or not self._called_again(stop):
+                    collector.add(index, *(passes.position(index).value for passes in self._networks()))
+                for passes in self._networks():
+                    passes.rest(index)
+            if not here or not self._called_again(request):
                 return
-            for track in self._tracks():
+            for passes in self._networks():
                 for index in here:
-                    track.position(index).at = None
-            self.crew.run(self._come(stop, index, found) for index in here)
+                    passes.position(index).at = None
+            self.runner.run(self._come(request, index, collector) for index in here)
 
-    def _come(self, stop: Stop, index: int, found: _Found) -> Iterator[Pass]:
-        """Bring the passes of one batch to a stop, and measure what is small there."""
-        name, net, compared = stop.name, self.pruned.route.net, stop.refit or stop.paired
-        dense = self.dense if self.dense is not None and stop.dense and index < stop.batches else None
+    def _come(self, request: Request, index: int, collector: Collector) -> Iterator[Pass]:
+        """Resume the passes of one batch up to a request; measure there if that is cheap."""
+        name = request.name
+        dense = self.dense if self.dense is not None and collector.dense_batch(index) else None
         if dense is not None:
             yield from dense.to_next(index)
         yield from self.pruned.to_next(index)
         self.bar.advance(name, self.pruned.batches.counts[index])
         ours, theirs = self.pruned.at(index, name), dense is not None and dense.at(index, name)
-        if dense is not None and compared and ours != theirs:
-            calls = len(found.pairs.get(index, []))
+        if dense is not None and request.probe.side_by_side and ours != theirs:
+            calls = collector.calls(index)
             raise ModelMismatchError(
                 f"{called(name)} runs {calls + ours} times in the model, {calls + theirs} in the dense one"
             )
-        if stop.refit:
+        if request.large:
             return
-        if theirs and dense is not None:
-            y = dense.position(index).value
-            if stop.paired:
-                x = self.pruned.position(index).value
-                for each in (x, y):
-                    net.check_tensor(name, each)
-                found.pairs.setdefault(index, []).append(ak.paired_moments(y, x, net.axis(name)))
-            else:
-                found.dense.setdefault(index, []).append(net.moments(name, y))
-        if ours and index < found.measured:
-            # not of the pair: a run that resumes between a layer and its BatchNorm has none, and must find the same
-            found.calls.setdefault(index, []).append(net.moments(name, self.pruned.position(index).value))
-        for track in self._tracks():
-            track.rest(index)
+        x = self.pruned.position(index).value if ours else None
+        y = dense.position(index).value if theirs and dense is not None else None
+        collector.add(index, x, y)
+        for passes in self._networks():
+            passes.rest(index)
 
-    def _patches(self, stop: Stop, index: int) -> dict[int, ak.PatchMoments]:
+    def _seen(self, request: Request) -> Iterator[Seen]:
+        """The tensors at a request, batch by batch, and the tensors added to the layer's output."""
         assert self.dense is not None
-        x, y = (track.position(index).value for track in (self.pruned, self.dense))
-        net, batches = self.pruned.route.net, self.pruned.batches
-        return net.patches(stop.name, index, x, self.dense.route.net, y, batches, stop.folds)
-
-    def _seen(self, stop: Stop) -> Iterator[Seen]:
-        """What was measured at a stop, batch by batch, and what is added to the layer's output."""
-        assert self.dense is not None
-        for index in range(stop.batches):
-            if self.pruned.at(index, stop.name):
+        for index in range(request.batches):
+            if self.pruned.at(index, request.name):
                 here, there = self.pruned.position(index), self.dense.position(index)
                 with here.in_memory(), there.in_memory():
                     yield here.value, here.added, there.value, there.added
-
-
-@dataclass
-class _Found:
-    """What was measured at a stop: by batch, one set of moments for each call; patch moments over all."""
-
-    stop: Stop
-    measured: int
-    calls: dict[int, Calls] = field(default_factory=dict)
-    dense: dict[int, Calls] = field(default_factory=dict)
-    pairs: dict[int, list[ak.PairedMoments]] = field(default_factory=dict)
-    folds: dict[int, ak.PatchMoments] = field(default_factory=dict)
-
-    def add_patches(self, found: dict[int, ak.PatchMoments]) -> None:
-        """Add the patch moments of one batch."""
-        self.folds = merge_folds(self.folds, found)
-
-    def moments(self) -> Calls:
-        """The moments of a module that is called once, batch by batch."""
-        return [self.calls[index][0] for index in sorted(self.calls)]
-
-    def visit(self, known: Calls) -> Visit:
-        """All batches together, in their order; `known` are the moments of a module that was not measured."""
-        name, count = self.stop.name, self.stop.batches
-        calls = {index: [each] for index, each in enumerate(known)} | self.calls
-        visit = Visit(name, folds=self.folds)
-        visit.calls = _by_call(name, {index: each for index, each in calls.items() if index < count})
-        pairs = [self.pairs[index] for index in sorted(self.pairs)]
-        visit.pairs = reduce(merge_calls, pairs) if pairs else []
-        visit.dense = _by_call(name, self.dense) if not pairs else [pair.dense for pair in visit.pairs]
-        return visit
-
-
-def _by_call(name: str, found: Mapping[int, Calls]) -> Calls:
-    """Over all batches, in their order, one set of moments for each call; a batch may have fewer than another."""
-    longest = max(map(len, found.values()), default=0)
-    return [
-        each
-        for call in range(longest)
-        for each in _pooled(name, {index: found[index][call] for index in sorted(found) if len(found[index]) > call})
-    ]
-
-
-def _pooled(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
-    """One set of moments for all batches, as a list of one; of none, none. Raises NonFiniteError."""
-    if not moments:
-        return []
-    pooled = ak.ChannelMoments.pool(list(moments.values()))
-    if not (pooled.mean.isfinite() & pooled.m2.isfinite()).all():
-        check_finite(name, moments.items())
-    return [pooled]
 
 
 def _own(net: Network) -> set[int]:
@@ -333,7 +256,7 @@ def _own(net: Network) -> set[int]:
 
 
 def peak_memory(net: Network, batch: Any) -> int:
-    """The most bytes of activations of a batch that are in use at once in a forward pass."""
+    """The peak bytes of activations of a batch in a forward pass."""
     with Rehearsal(_own(net)) as found:
         net.run(batch)
     return found.peak
@@ -343,59 +266,60 @@ def suspended_walk(
     pruned: Network,
     dense: Network | None,
     batches: Batches,
-    stops: Sequence[Stop],
+    requests: Sequence[Request],
     wiring: Wiring,
-    gates: Mapping[str, tuple[Gate, Gate]],
+    consumers: Mapping[str, tuple[ReluConsumer, ReluConsumer]],
     store: Store,
     example: Any,
     bar: Bar,
-) -> Iterator[Visit]:
-    """Visit `stops`, in the order of their first calls, in one forward pass of each network for each batch.
+) -> Iterator[Measurement]:
+    """Measure at the requests, in the order of their first calls, in one forward pass of each network for each batch.
 
-    A module that is called several times costs one pass more: it is measured at all its calls, uncorrected, in passes
-    to the end, and those behind it begin anew. A batch that passes a stop by, or comes to it after a later one, is not
-    measured there. The moments of what a BatchNorm reads follow by arithmetic where it alone reads a layer that was
-    just measured and corrected. The dense network is measured in passes before, or beside the pruned one where a stop
-    is `paired` or a `refit`. Raises LayerError, ModelMismatchError, NonFiniteError.
+    A module that is called several times costs one more pass: it is measured at all its calls, uncorrected, in passes
+    to the end; then the passes start again. A batch whose pass does not call a requested module, or calls it after a
+    later one, is not measured there. The inputs of a BatchNorm that alone reads a layer follow from the layer's moments
+    by arithmetic. The dense network runs before the walk, or beside the pruned one where a probe needs both side by
+    side. Raises LayerError, ModelMismatchError, NonFiniteError.
     """
-    wanted: dict[str, Calls] = {}
-    beside = dense is not None and any(stop.paired or stop.refit for stop in stops)
-    of_pruned, of_dense = ({name: pair[side] for name, pair in gates.items()} for side in (0, 1))
-    routes = [Route(pruned, stops, of_pruned, is_dense=False)]
+    apart: dict[str, Calls] = {}
+    beside = dense is not None and any(each.probe.side_by_side for each in requests)
+    of_pruned, of_dense = ({name: pair[side] for name, pair in consumers.items()} for side in (0, 1))
+    both = [SuspensionPoints(pruned, requests, of_pruned, is_dense=False)]
     if dense is not None and beside:
-        routes.append(Route(dense, [stop for stop in stops if stop.dense], of_dense, is_dense=True))
+        compared = [each for each in requests if each.probe.dense]
+        both.append(SuspensionPoints(dense, compared, of_dense, is_dense=True))
     with ExitStack() as stack, threads_kept():
-        for route in routes:
-            route.hook(stack)
-        tracks = [Track(route, batches) for route in routes]
-        for track in tracks:
-            stack.callback(track.keep, 0)
+        for points in both:
+            points.hook(stack)
+        networks = [SuspendedPasses(points, batches) for points in both]
+        for passes in networks:
+            stack.callback(passes.keep, 0)
         largest = max(batches.counts, default=0) / count_images(example)
         wirings = [wiring]
         if dense is not None and beside:
             wirings.append(observe(dense.model, lambda: dense.run(example)))
-        # what draws random numbers draws them in order, one pass after the other
-        passes = 1 if any(each.draws for each in wirings) else len(batches)
-        needed = int(sum(each.made for each in wirings) * largest) * len(batches)
-        if needed <= store.budget // 2:  # there is room for whatever the passes make
-            lanes, threads = at_a_time(pruned.device, passes)
+        # a network that draws random numbers runs one pass after the other, so that their order is fixed
+        count = 1 if any(each.draws_random_numbers for each in wirings) else len(batches)
+        needed = int(sum(each.bytes_made for each in wirings) * largest) * len(batches)
+        if needed <= store.budget // 2:  # all activations of all passes fit
+            lanes, threads = at_a_time(pruned.device, count)
             store.set_aside(needed)
         else:
-            shelf = Shelf(store)
-            for track in tracks:
-                track.rehearse(example)
-                track.shelf = shelf
-            peak = int(sum(track.peak for track in tracks) * largest)
-            lanes, threads = at_a_time(pruned.device, passes, store.budget // 2, peak)
+            shared = SharedStore(store)
+            for passes in networks:
+                passes.rehearse(example)
+                passes.shared = shared
+            peak = int(sum(passes.peak for passes in networks) * largest)
+            lanes, threads = at_a_time(pruned.device, count, store.budget // 2, peak)
             store.set_aside(lanes * peak)
             needed = peak * len(batches)
         stack.enter_context(heap(needed, store.budget))
         if dense is not None and not beside:
-            wanted = measure_apart(dense, batches, stops, store, bar, wiring.largest / count_images(example))
-        store.reserve += THREAD * len(tracks) * len(batches)
-        for track in tracks:
-            track.threads = threads
-        walk = SuspendedWalk(tracks[0], tracks[1] if beside else None, stops, wiring, gates, Crew(lanes), bar)
-        for visit in walk.visits():
-            visit.dense = visit.dense or wanted.get(visit.name, [])
-            yield visit
+            apart = measure_apart(dense, batches, requests, store, bar, wiring.largest_bytes / count_images(example))
+        store.reserve += THREAD * len(networks) * len(batches)
+        for passes in networks:
+            passes.threads = threads
+        second = networks[1] if beside else None
+        walk = SuspendedWalk(networks[0], second, requests, wiring, consumers, PassRunner(lanes), bar)
+        for measurement in walk.measurements():
+            yield complete(measurement, apart)

@@ -1,74 +1,150 @@
-"""BatchNorm: statistics re-estimated exactly or by momentum."""
+"""Re-estimation of BatchNorm statistics, exact or by momentum, and the method that does nothing else."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..engine.probes import Layer, Probe
 from ..errors import called
-from ..utils.arguments import IMAGES, NETWORK, check_places
-
-if TYPE_CHECKING:
-    from ..network.runner import Network
-    from ..reports.repair import RepairReport
+from ..network.runner import Network
+from ..network.updates import BatchNormStatistics, Unchanged
+from ..reports.repair import RepairReport
+from ..runtime.options import check_choice
+from ..statistics.outputs import OutputMoments
+from .base import DenseAccess, Method, Recalibration, check_number, register
 
 log = logging.getLogger("resuscitate")
 
 
-def recalibrate_batchnorm(
-    model: nn.Module, calibration: Any = None, *, mode: Literal["exact", "ema"] = "exact", **options: Any
-) -> RepairReport:
-    """Re-estimate every BatchNorm's running statistics from images, in place: `repair` with method "bn".
+@register
+@dataclass(frozen=True, kw_only=True)
+class BatchNormOnly(Method):
+    """Change no layer: only the BatchNorm statistics are re-estimated, see `recalibrate`."""
 
-    "exact": each BatchNorm gets the mean and unbiased variance, pooled over all images, of what reaches it once the
-    ones before it are final; any split into batches gives the same. (`torch.optim.swa_utils.update_bn` averages the
-    batches' variances and counts a short last batch in full.) "ema": reset, then `ema_batches` training-mode batches of
-    `ema_batch_size` at `ema_momentum`, the protocol of arXiv 2605.21426. The other options are those of `repair`.
+    name = "bn"
+    dense = DenseAccess.NONE
+    changes_layers = False
+    measures_layers = False
+
+    def probe(self, layer: Layer) -> None:
+        """Nothing."""
+        return
+
+    def solve(self, layer: Layer, found: Any) -> Unchanged:
+        """No change."""
+        return Unchanged("only BatchNorm is re-estimated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(Recalibration):
+    """The mean and unbiased variance, pooled over all images, of the inputs of each BatchNorm.
+
+    Each is measured when all earlier modules are final, in the same walk. samples: use so many images; None: all.
     """
-    from ..workflows.repair import repair
 
-    call = "recalibrate_batchnorm(model, images)"
-    check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
-    return repair(model, None, calibration, method="bn", recalibrate=mode, **options)
+    samples: int | None = None
+
+    name = "exact"
+    in_walk = True
+
+    def __post_init__(self) -> None:
+        check_choice("frozen", self.frozen, ("keep", "recalibrate"))
+        if self.samples is not None:
+            check_number("samples", self.samples, 1, whole=True)
+
+    @property
+    def images(self) -> int | None:
+        """`samples`."""
+        return self.samples
+
+    def probe(self) -> Probe:
+        """The moments of the inputs."""
+        return Probe(OutputMoments, pruned="input", dense=None)
+
+    def solve(self, layer: Layer, found: OutputMoments) -> BatchNormStatistics:
+        """The pooled moments."""
+        return BatchNormStatistics(found.pruned)
 
 
-def estimate_by_momentum(
-    net: Network, batchnorms: Mapping[str, _BatchNorm], batches: Iterable[Tensor], momentum: float
-) -> None:
-    """Reset the given BatchNorms and run the batches with those alone in training mode, as PyTorch itself updates them.
+@dataclass(frozen=True, kw_only=True)
+class EMA(Recalibration):
+    """The published protocol (arXiv 2605.21426): reset, then training-mode batches, after all layers are corrected.
 
-    After b batches a share (1 - momentum)^b of the initial mean 0 and variance 1 is left.
+    batches, batch_size: exactly so many batches of so many images. momentum: of the running averages. A share
+    (1 - momentum)^batches of the initial mean 0 and variance 1 remains.
     """
-    found = {name: batchnorm.momentum for name, batchnorm in batchnorms.items()}
-    try:
-        for batchnorm in batchnorms.values():
-            batchnorm.reset_running_stats()
-            batchnorm.momentum = momentum
-            batchnorm.train()
-        for batch in batches:
-            net.run(batch)
-    finally:
-        for name, batchnorm in batchnorms.items():
-            batchnorm.momentum = found[name]
-            batchnorm.eval()
+
+    batches: int = 20
+    batch_size: int = 128
+    momentum: float = 0.1
+
+    name = "ema"
+    in_walk = False
+
+    def __post_init__(self) -> None:
+        check_choice("frozen", self.frozen, ("keep", "recalibrate"))
+        check_number("batches", self.batches, 1, whole=True)
+        check_number("batch_size", self.batch_size, 1, whole=True)
+        check_number("momentum", self.momentum, 0, most=1, above=True)
+
+    @property
+    def images(self) -> int:
+        """All images of its batches."""
+        return self.batches * self.batch_size
+
+    def estimate(self, net: Network, batchnorms: Mapping[str, _BatchNorm], batches: Iterable[Tensor]) -> None:
+        """Reset the BatchNorms and run the batches with these alone in training mode, as PyTorch updates them."""
+        before = {name: batchnorm.momentum for name, batchnorm in batchnorms.items()}
+        try:
+            for batchnorm in batchnorms.values():
+                batchnorm.reset_running_stats()
+                batchnorm.momentum = self.momentum
+                batchnorm.train()
+            for batch in batches:
+                net.run(batch)
+        finally:
+            for name, batchnorm in batchnorms.items():
+                batchnorm.momentum = before[name]
+                batchnorm.eval()
 
 
-def batchnorms_to_estimate(model: nn.Module, keep_frozen: bool, report: RepairReport) -> dict[str, _BatchNorm]:
-    """The BatchNorms whose statistics may be re-estimated, by name; what is kept goes into the report's notes.
+RECALIBRATIONS: dict[str, type[Exact] | type[EMA]] = {"exact": Exact, "ema": EMA}
 
-    Kept: those without running statistics and, with `keep_frozen`, those in eval mode while the model trains.
+
+def make_recalibration(given: Exact | EMA | str | None, method: Method) -> Exact | EMA | None:
+    """The recalibration: given, or by name. "auto" is `Exact` for a method that changes no layer, else None.
+
+    Raises ValueError for an unknown name, and for None where nothing would be done.
     """
+    if given == "auto":
+        given = None if method.changes_layers else "exact"
+    if isinstance(given, str):
+        check_choice("recalibrate", given, ("auto", *RECALIBRATIONS, None))
+        return RECALIBRATIONS[given]()
+    if given is not None and not isinstance(given, Recalibration):
+        raise TypeError(f"recalibrate must be Exact(...), EMA(...), a name or None, not {type(given).__name__}")
+    if given is None and not method.changes_layers:
+        raise ValueError(f"method {method.name!r} with recalibrate=None does nothing; choose 'exact' or 'ema'")
+    return given
+
+
+def batchnorms_to_estimate(
+    model: nn.Module, recalibration: Recalibration, report: RepairReport
+) -> dict[str, _BatchNorm]:
+    """The BatchNorms to re-estimate, by name; the report notes which ones are kept, and why."""
     chosen = {}
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
             continue
         if module.running_mean is None:
             report.notes.append(f"{called(name, 'BatchNorm')} keeps no running statistics: nothing to re-estimate")
-        elif keep_frozen and model.training and not module.training:
+        elif recalibration.frozen == "keep" and model.training and not module.training:
             report.notes.append(f"{called(name, 'BatchNorm')} is frozen (in eval mode while the model trains): kept")
         else:
             chosen[name] = module

@@ -1,1 +1,1 @@
-"""A network as it is: its layers, its wiring, its masks, how to run it, and how to put it back."""
+"""One network: its layers, wiring and masks, its forward pass, and snapshots to restore it from."""

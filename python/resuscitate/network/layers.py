@@ -1,4 +1,4 @@
-"""Which modules are layers, where their output channels lie, and which tensor really holds their weights."""
+"""Which modules are layers, which axis holds their output channels, and which tensor stores their weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,24 @@ from torch.nn.parameter import is_lazy
 from ..errors import MODEL, LayerError, did_you_mean
 
 LAYERS = (_ConvNd, nn.Linear)
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # of just these types: a subclass may do more
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # exactly these types: a subclass may compute more
 Selector = str | type[nn.Module]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers.
 
-    Raises TypeError for what is no module.
+    Raises TypeError for anything but a module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; the model stands first")
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; pass the model first")
+    wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = model.module if wraps else getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution (1-3 d, transposed too) and linear layer by name; a shared one under its first name."""
+    """Every convolution (1-3 d, also transposed) and linear layer by name; a shared layer by its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
@@ -55,19 +51,19 @@ def select_layers(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
 ) -> dict[str, nn.Module]:
-    """The layers that `include` names (all when None) less those that `exclude` names.
+    """The layers that `include` names (all when None) without those that `exclude` names.
 
-    A selector is a glob over layer names (`"layer3.*"`; a module's name takes in all within it) or a module type.
-    Raises ValueError, with close matches, for one that selects nothing.
+    A selector is a glob over layer names (`"layer3.*"`; a module's name selects every layer within) or a module type.
+    Raises ValueError, with close matches, for a selector that selects nothing.
     """
     layers = find_layers(model)
     chosen = set(layers) if include is None else matching(layers, include, "include")
-    dropped = set() if exclude is None else matching(layers, exclude, "exclude")
-    return {name: module for name, module in layers.items() if name in chosen and name not in dropped}
+    excluded = set() if exclude is None else matching(layers, exclude, "exclude")
+    return {name: module for name, module in layers.items() if name in chosen and name not in excluded}
 
 
 def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Selector, option: str) -> set[str]:
-    """The names of the layers that the selectors take; ValueError, naming the option, for one that takes none."""
+    """The names of the layers that the selectors select; ValueError, naming the option, if one selects none."""
     found: set[str] = set()
     for selector in [selectors] if isinstance(selectors, str | type) else selectors:
         if isinstance(selector, str):
@@ -75,52 +71,48 @@ def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Se
         else:
             hits = {n for n, module in layers.items() if isinstance(module, selector)}
         if not hits:
-            hint = (
-                did_you_mean(str(selector), layers, 3)
-                or f"; the layers are {', '.join(n or MODEL for n in layers) or 'none'}"
-            )
+            names = ", ".join(n or MODEL for n in layers) or "none"
+            hint = did_you_mean(str(selector), layers, 3) or f"; the layers are {names}"
             raise ValueError(f"{option}={selector!r} selects no layer{hint}")
         found |= hits
     return found
 
 
 def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
-    """The parameter to write a change of weight to: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
+    """The parameter that stores the weight: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
 
-    Raises LayerError where the weight is recomputed in each forward (weight norm, parametrizations): what is written
-    there would be lost.
+    Raises LayerError where the weight is recomputed in each forward pass (weight norm, parametrizations), so that a
+    change would be lost, and where it is not initialised.
     """
     weight = module._parameters.get("weight")
     if weight is None and "weight_mask" in module._buffers:
         weight = module._parameters.get("weight_orig")
     if weight is None:
-        raise LayerError(
-            name,
-            f"{type(module).__name__}.weight is recomputed from other parameters in every forward, so a change "
-            "would be lost; bake it first (remove_weight_norm, remove_parametrizations) or exclude it",
-        )
+        problem = "is recomputed from other parameters in every forward, so a change would be lost"
+        remedy = "bake it first (remove_weight_norm, remove_parametrizations) or exclude it"
+        raise LayerError(name, f"{type(module).__name__}.weight {problem}; {remedy}")
     if is_lazy(weight):
         raise LayerError(name, "its parameters are not initialised yet; run one forward pass first")
     return weight
 
 
 def stored_bias(name: str, module: nn.Module) -> nn.Parameter | None:
-    """The layer's bias parameter, or None. Raises LayerError where the bias is recomputed in each forward."""
+    """The layer's bias parameter, or None. Raises LayerError where the bias is recomputed in each forward pass."""
     if getattr(module, "bias", None) is not None and module._parameters.get("bias") is None:
         raise LayerError(name, "its bias is recomputed in every forward; call prune.remove(layer, 'bias') first")
     return module._parameters.get("bias")
 
 
 def refuse_means(layers: Mapping[str, nn.Module]) -> None:
-    """Raise LayerError for a layer with means of its pruned weights: its weight is not all that it computes with."""
+    """Raise LayerError for a layer with means of its pruned weights: it computes with more than its weight."""
     for name, layer in layers.items():
         if "means" in layer._parameters:
-            remedy = "take them out with resuscitate.densify(model, keep_zeros=True)"
-            raise LayerError(name, f"it carries means of its pruned weights; {remedy}")
+            remedy = "remove them with resuscitate.densify(model, keep_zeros=True)"
+            raise LayerError(name, f"it has means of its pruned weights; {remedy}")
 
 
 def refresh_weight(module: nn.Module) -> None:
-    """Bring the derived `weight` of a `torch.nn.utils.prune`d module up to date with `weight_orig` and its mask."""
+    """Under `torch.nn.utils.prune`, recompute the module's `weight` from `weight_orig` and its mask."""
     mask = module._buffers.get("weight_mask")
     if mask is not None:
         module.weight = (module.weight_orig * mask).detach()  # type: ignore[operator]
@@ -146,7 +138,7 @@ def channel_dim(module: nn.Module) -> int:
 def along_weight(module: nn.Module, vector: Tensor) -> Tensor:
     """A (C,) vector over output channels, shaped to broadcast against the layer's weight.
 
-    A transposed convolution keeps its output channels on axis 1, a group's share of them at a time.
+    A transposed convolution has the output channels of one group on axis 1.
     """
     if isinstance(module, _ConvTransposeNd):
         groups, rows = module.groups, module.in_channels // module.groups
@@ -166,14 +158,14 @@ def along_inputs(module: nn.Module, vector: Tensor) -> Tensor:
 
 
 def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor of the shape of the layer's weight as (C, fan-in): a row for each output channel."""
+    """A tensor of the shape of the layer's weight as (C, fan-in): one row per output channel."""
     if isinstance(module, _ConvTransposeNd):
         return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
     return weight.flatten(1)
 
 
 def columns_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor of the shape of the layer's weight as (input channels of all groups, all else): a row for each."""
+    """A tensor of the shape of the layer's weight as (input channels of all groups, rest): a row per input channel."""
     if isinstance(module, _ConvTransposeNd):
         return weight.flatten(1)
     groups = module.groups if isinstance(module, _ConvNd) else 1
@@ -187,11 +179,11 @@ def dead_channels(name: str, module: nn.Module) -> Tensor:
 
 
 def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """A stand-in for the layer that computes with another weight, and maybe bias, without hooks; it is not changed."""
-    double = copy.copy(module)
-    double.__dict__.pop("weight", None)  # where torch.nn.utils.prune keeps it
-    double._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
+    """A copy of the layer, without hooks, that computes with another weight and, if given, bias."""
+    stand_in = copy.copy(module)
+    stand_in.__dict__.pop("weight", None)  # an attribute under torch.nn.utils.prune
+    stand_in._parameters = {**module._parameters, "weight": weight}  # type: ignore[dict-item]
     if bias is not None:
-        double._parameters["bias"] = bias  # type: ignore[assignment]
-    double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return double
+        stand_in._parameters["bias"] = bias  # type: ignore[assignment]
+    stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return stand_in

@@ -1,10 +1,10 @@
-"""Which weights are pruned, and must stay zero."""
+"""Masks: which weights are pruned, and stay zero."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MODEL, CheckpointError, MaskError
+from ..reports.base import terminal_table
 from ..utils.files import write_safetensors
 from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
@@ -25,9 +26,9 @@ FORMAT = "resuscitate masks 1"
 
 
 class MaskRow(NamedTuple):
-    """One layer of `Masks.table()`: `kept` of `total` weights survive; `sparsity` is the fraction that does not.
+    """One layer in `Masks.table()`: `kept` of `total` weights are not pruned; `sparsity` is the fraction that is.
 
-    Of the *original* weights, always. `note` says what is special about the layer, such as why it was left dense.
+    All three count the *original* weights. `note` is a remark, such as why the layer stayed dense.
     """
 
     layer: str
@@ -39,17 +40,17 @@ class MaskRow(NamedTuple):
 
 
 class Masks(Mapping[str, Tensor]):
-    """Layer name -> boolean tensor of the shape of the layer's weight; True = kept, False = pruned and zero for good.
+    """Layer name -> boolean tensor of the shape of the layer's weight; True = kept, False = pruned.
 
     Names are those of `model.named_modules()`, without the prefixes of DataParallel or `torch.compile`. Layers that
-    share one weight share one mask tensor. `notes` has a remark on some layers, for the table. A mask may also be a
-    tensor or an array of nothing but 0 and 1, whatever its dtype; raises MaskError for anything else.
+    share one weight share one mask tensor. `notes` maps some layers to a remark for the table. A mask may also be given
+    as a tensor or array of 0 and 1 of any dtype; raises MaskError for anything else.
     """
 
     def __init__(self, masks: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
-        given = dict(masks)  # held, so that no two have one id
-        made = {id(mask): _as_mask(name, mask) for name, mask in given.items()}
-        self._masks = {name: made[id(mask)] for name, mask in given.items()}
+        given = dict(masks)  # keeps the masks alive, so that no two have the same id
+        converted = {id(mask): _as_mask(name, mask) for name, mask in given.items()}
+        self._masks = {name: converted[id(mask)] for name, mask in given.items()}
         self.notes = dict(notes or {})
 
     @classmethod
@@ -59,30 +60,33 @@ class Masks(Mapping[str, Tensor]):
         include: Iterable[Selector] | Selector | None = None,
         exclude: Iterable[Selector] | Selector | None = None,
     ) -> Masks:
-        """The masks a model already has: False where the weight that a forward pass uses is zero.
+        """The masks of a pruned model: False where the weight that the forward pass uses is zero.
 
-        Every convolution and linear layer, or those that `include` and `exclude` leave (see `select_layers`); a
-        `torch.nn.utils.prune` mask counts. Raises LayerError for a layer whose weight is recomputed in each forward.
+        Of every convolution and linear layer, or those that `include` and `exclude` select (see `select_layers`). The
+        weight is that under a `torch.nn.utils.prune` mask, if any. Raises LayerError for a layer whose weight is
+        recomputed in each forward pass.
         """
         layers = select_layers(unwrap(model), include, exclude)
-        masks: dict[str, Tensor] = {}
-        for first, names in tied_layers(layers).items():
-            masks |= dict.fromkeys(names, effective_weight(first, layers[first]) != 0)
-        return cls({name: masks[name] for name in layers})
+        return cls._of(layers, lambda name, layer: effective_weight(name, layer) != 0)
 
     @classmethod
     def from_prune(cls, model: nn.Module) -> Masks:
-        """The masks that `torch.nn.utils.prune` holds in the model, and no others; empty where it holds none."""
+        """The masks that `torch.nn.utils.prune` keeps in the model; empty if there are none."""
         layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if "weight_mask" in layer._buffers}
+        return cls._of(layers, lambda name, layer: layer._buffers["weight_mask"])
+
+    @classmethod
+    def _of(cls, layers: Mapping[str, nn.Module], mask_of: Callable[[str, nn.Module], Any]) -> Masks:
+        """One mask for each weight, which all layers that share the weight share."""
         masks: dict[str, Any] = {}
         for first, names in tied_layers(layers).items():
-            masks |= dict.fromkeys(names, layers[first]._buffers["weight_mask"])
+            masks |= dict.fromkeys(names, mask_of(first, layers[first]))
         return cls({name: masks[name] for name in layers})
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write as .safetensors, a bit for each weight, whole or not at all.
+        """Write a .safetensors file with one bit per weight, whole or not at all.
 
-        Raises OSError; ValueError for another ending.
+        `provenance` is added to its metadata. Raises OSError; ValueError for another ending.
         """
         stored: dict[int, str] = {}
         packed, layers = {}, {}
@@ -104,11 +108,11 @@ class Masks(Mapping[str, Tensor]):
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: holds no masks; Masks.save writes some")
+            raise CheckpointError(f"{path}: holds no masks; write masks with Masks.save")
         try:
             layers = json.loads(metadata["layers"])
-            made = {key: _unpack(bits, layers[key]["shape"]) for key, bits in packed.items()}
-            return cls({name: made[entry["as"]] for name, entry in layers.items()}, json.loads(metadata["notes"]))
+            unpacked = {key: _unpack(bits, layers[key]["shape"]) for key, bits in packed.items()}
+            return cls({name: unpacked[entry["as"]] for name, entry in layers.items()}, json.loads(metadata["notes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its masks are damaged ({type(error).__name__}: {error})") from error
 
@@ -122,7 +126,7 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __eq__(self, other: object) -> bool:
-        """Same layers, same masks (on whatever device)."""
+        """Same layers and same masks, on any device."""
         if not isinstance(other, Masks):
             return NotImplemented
         return self.keys() == other.keys() and all(torch.equal(m.cpu(), other[name].cpu()) for name, m in self.items())
@@ -134,21 +138,21 @@ class Masks(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Zero every pruned weight in place, all or nothing; also after an optimizer step, so that none comes back.
+        """Zero every pruned weight in place; call this after each optimizer step to keep pruned weights zero.
 
-        Where `torch.nn.utils.prune` holds the weight, its mask takes these zeros in (what it pruned stays pruned) and
-        `weight_orig` is left alone. Kept weights keep their bits. Raises MaskError where a mask has no layer of its
-        shape in the model.
+        Under `torch.nn.utils.prune` the zeros are written to its mask (weights that it pruned stay pruned), and
+        `weight_orig` is unchanged. Kept weights are unchanged, bit for bit. Raises MaskError, with the model unchanged,
+        where a mask has no layer of its shape in the model.
         """
         for name, module in self._layers_of(model).items():
             mask = module._buffers.get("weight_mask")
             target = stored_weight(name, module) if mask is None else mask
             target.masked_fill_(~self[name].to(target.device), 0)
             refresh_weight(module)
-        torch.clear_autocast_cache()  # the casts of these weights that the caller's autocast keeps
+        torch.clear_autocast_cache()  # the caller's autocast caches casts of the weights
 
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call `apply_` after every step of the optimizer from now on, until the handle that is returned is removed."""
+        """Call `apply_` after every step of the optimizer, until the returned handle is removed."""
         self._layers_of(model)
         return optimizer.register_step_post_hook(lambda *_: self.apply_(model))
 
@@ -168,7 +172,7 @@ class Masks(Mapping[str, Tensor]):
         return sum(int((~mask).sum()) for mask in unique) / total if total else 0.0
 
     def table(self) -> list[MaskRow]:
-        """One row a layer, in the model's order."""
+        """One row per layer, in the model's order."""
         rows = []
         for name, mask in self.items():
             kept, total = int(mask.sum()), mask.numel()
@@ -177,23 +181,15 @@ class Masks(Mapping[str, Tensor]):
         return rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table("layer", "shape", box=None, header_style="bold")
-        for title in ("kept", "of", "sparsity"):
-            table.add_column(title, justify="right")
-        if self.notes:
-            table.add_column("")
+        rows = []
         for row in self.table():
-            shape = "x".join(map(str, row.shape))
-            cells = [escape(row.layer or MODEL), shape, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"]
-            table.add_row(*cells, *[escape(row.note)] * bool(self.notes))
-        yield table
+            cells = [row.layer or MODEL, "x".join(map(str, row.shape)), *[row.note] * bool(self.notes)]
+            rows.append([*cells, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"])
+        yield terminal_table(["layer", "shape", *["note"] * bool(self.notes)], ["kept", "of", "sparsity"], rows)
         yield f"{self.sparsity:.2%} of the original weights of these layers are pruned"
 
     def _layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The masked layers of the model; MaskError for a name or a shape that it does not have."""
+        """The masked layers of the model; MaskError for a name or shape that the model does not have."""
         layers = find_layers(unwrap(model))
         for name, mask in self.items():
             if name not in layers:
@@ -206,33 +202,36 @@ class Masks(Mapping[str, Tensor]):
 
 
 def in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
-    """Masks of the layers' weights that are in use: not zero, or not said to be pruned."""
+    """Masks of the weights in use: those that `masks` keeps or, in a layer without a mask there, the nonzero ones.
+
+    A weight under `torch.nn.utils.prune` is in use only where its mask keeps it. Raises MaskError where `masks` does
+    not fit the model.
+    """
     given = Masks(masks or {})
     given.check(model)
-    weights = {name: effective_weight(name, layer) for name, layer in layers.items()}
-    held = {name: layer._buffers.get("weight_mask") for name, layer in layers.items()}
     found: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        found[name] = given[name].to(weight.device) if name in given else weight != 0
-        if (pruned := held[name]) is not None:
-            found[name] = found[name] & (pruned != 0)
+    for name, layer in layers.items():
+        weight, kept = effective_weight(name, layer), layer._buffers.get("weight_mask")
+        used = given[name].to(weight.device) if name in given else weight != 0
+        found[name] = used if kept is None else used & (kept != 0)
     return Masks(found)
 
 
 def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Layers by the weight they use: the first name of each weight -> the names of all layers that hold it.
+    """Group layers by weight: the first name of each weight -> the names of all layers that use it.
 
     Two layers share a weight when they read the same memory in the same way, under the same `torch.nn.utils.prune`
-    mask if any. Raises LayerError for a layer whose weight is recomputed in each forward.
+    mask if any. Raises LayerError for a layer whose weight is recomputed in each forward pass.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, module in layers.items():
         tensors = (stored_weight(name, module), module._buffers.get("weight_mask"))
-        groups.setdefault(tuple(map(_memory, tensors)), []).append(name)
+        groups.setdefault(tuple(map(_memory_key, tensors)), []).append(name)
     return {names[0]: names for names in groups.values()}
 
 
-def _memory(tensor: Tensor | None) -> object:
+def _memory_key(tensor: Tensor | None) -> object:
+    """Equal for tensors that read the same memory in the same way."""
     if tensor is None:
         return None
     if math.prod(tensor.shape) == 0 or tensor.is_meta:
@@ -245,8 +244,8 @@ def _as_mask(name: str, mask: Any) -> Tensor:
     if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
         return tensor
     if not isinstance(tensor, Tensor) or not bool(((tensor == 0) | (tensor == 1)).all()):
-        kind = f"{tensor.dtype} of other values" if isinstance(tensor, Tensor) else type(mask).__name__
-        raise MaskError(name, f"a mask is a boolean tensor, or one of 0 and 1, True where a weight is kept, not {kind}")
+        kind = f"{tensor.dtype} with other values" if isinstance(tensor, Tensor) else type(mask).__name__
+        raise MaskError(name, f"its mask must be boolean, or hold only 0 (pruned) and 1 (kept); it is {kind}")
     return tensor.bool()
 
 

@@ -1,21 +1,19 @@
-"""Mean replacement: what was pruned is replaced by its mean, one number for a group, and the model stays sparse.
+"""Mean replacement: the pruned weights of a group are replaced by their mean; the stored weight stays sparse.
 
-"Pruning on the fly" (arXiv 2212.12651) replaces pruned values by their mean; of that paper only the abstract was at
-hand, and which values share a mean, and how it is stored, are ours. A group whose survivors are w and whose pruned
-weights are all m is stored as w - m on the survivors, zero elsewhere, and the one number m:
+"Pruning on the fly" (arXiv 2212.12651) replaces pruned values by their mean. Only the abstract of that paper was
+available: which weights form a group, and how the mean is stored, is this project's choice. A group with survivors w
+and mean m of its pruned weights is stored as w - m on the survivors, zero elsewhere, and the number m:
 
     y = conv(x, w - m) + m * (sum of x over the group's window)
 
-which a gain does not bring about, so no BatchNorm cancels it. The sum over the window of a whole filter is one map for
-all filters; that of each input channel is one map a channel, and then one more 1x1 convolution.
+A gain cannot produce the second term, so no BatchNorm cancels it. With one mean per filter, the sum over the window is
+one map for all filters. With one mean per kernel, it is one map per input channel, followed by a 1x1 convolution.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
-from asr_kernels import CrossProducts, PatchMoments
-
 from ..errors import ModelMismatchError
-from ..methods.refit import Fit, fit
 from .layers import (
     Selector,
     effective_weight,
@@ -40,29 +35,24 @@ from .layers import (
 from .masks import tied_layers
 from .matching import same_layers
 
-log = logging.getLogger("resuscitate")
 Per = Literal["layer", "filter", "kernel"]
-PER = ("layer", "filter", "kernel")
+PER = get_args(Per)
 
 
 class _WithMeans(nn.Module):
-    """A layer whose weight is `weight + means`, the latter of shape (1 or O, 1 or I / groups, 1, ...)."""
+    """A layer with the weight `weight + means`, where means has the shape (1 or O, 1 or I / groups, 1, ...)."""
 
     means: nn.Parameter
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)
-        return out + self.of_means(x)
+        return out + self.mean_term(x)
 
-    def of_means(self, x: Tensor) -> Tensor:
-        """What the means add to the output."""
-        raise NotImplementedError
-
-
-class _ConvWithMeans(_WithMeans):
-    def of_means(self, x: Tensor) -> Tensor:
-        assert isinstance(self, _ConvNd)
+    def mean_term(self, x: Tensor) -> Tensor:
+        """The part of the output that the means contribute: of a linear layer, or of a convolution."""
+        if not isinstance(self, _ConvNd):
+            return x.sum(-1, keepdim=True) * self.means.view(-1)
         axis, groups = -1 - len(self.kernel_size), self.groups
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         window: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -71,7 +61,7 @@ class _ConvWithMeans(_WithMeans):
             window["padding"] = 0
         by_kernel = self.means.shape[1] > 1
         if not by_kernel:
-            x = x.unflatten(axis, (groups, -1)).sum(axis)  # one map for each group
+            x = x.unflatten(axis, (groups, -1)).sum(axis)  # one map per group
         maps = x.shape[axis]
         sums = conv(x, self.means.new_ones(maps, 1, *self.kernel_size), groups=maps, **window)
         if by_kernel:
@@ -80,36 +70,29 @@ class _ConvWithMeans(_WithMeans):
         return sums.repeat_interleave(share, axis) * self.means.view(-1, *[1] * len(self.kernel_size))
 
 
-class MeanConv1d(_ConvWithMeans, nn.Conv1d):
+class MeanConv1d(_WithMeans, nn.Conv1d):
     """`nn.Conv1d` with means of its pruned weights."""
 
 
-class MeanConv2d(_ConvWithMeans, nn.Conv2d):
+class MeanConv2d(_WithMeans, nn.Conv2d):
     """`nn.Conv2d` with means of its pruned weights."""
 
 
-class MeanConv3d(_ConvWithMeans, nn.Conv3d):
+class MeanConv3d(_WithMeans, nn.Conv3d):
     """`nn.Conv3d` with means of its pruned weights."""
 
 
 class MeanLinear(_WithMeans, nn.Linear):
     """`nn.Linear` with means of its pruned weights."""
 
-    def of_means(self, x: Tensor) -> Tensor:
-        return x.sum(-1, keepdim=True) * self.means.view(-1)
 
-
-KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: MeanConv1d,
-    nn.Conv2d: MeanConv2d,
-    nn.Conv3d: MeanConv3d,
-    nn.Linear: MeanLinear,
-}
+KINDS: dict[type[nn.Module], type[nn.Module]]
+KINDS = {nn.Conv1d: MeanConv1d, nn.Conv2d: MeanConv2d, nn.Conv3d: MeanConv3d, nn.Linear: MeanLinear}
 PLAIN = {kind: plain for plain, kind in KINDS.items()}
 
 
-def can_carry(layer: nn.Module) -> bool:
-    """Is it a kind of layer that means are made for?"""
+def can_have_means(layer: nn.Module) -> bool:
+    """Is there a mean layer for the type of this layer?"""
     return type(layer) in KINDS
 
 
@@ -122,14 +105,14 @@ def replace_by_means(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
 ) -> dict[str, int]:
-    """Replace every pruned weight by the mean of the dense weights that were pruned with it, in place; no images.
+    """Replace every pruned weight by the mean of the pruned weights' dense values, in place; needs no images.
 
-    per: which share a mean: all of a "layer", of a "filter", or of a "kernel": a filter's window on one input channel
-        (in 1x1 convolutions and linear layers, where that is a single weight, a filter).
+    per: the weights that share a mean: those of a "layer", of a "filter", or of a "kernel", a filter's window on one
+        input channel (in 1x1 convolutions and linear layers, where a window is a single weight, of a filter).
 
-    Returns how many numbers each layer now has more. Its stored weight is sparse as before; its class becomes
-    `MeanConv2d` or the like, with a parameter `means`, a new key of the state dict. Transposed convolutions and
-    subclasses of their own stay as they are, and are not named. `densify` makes plain layers of all.
+    Returns the number of means by layer. The stored weight stays sparse; the layer's class becomes `MeanConv2d` or the
+    like, with a parameter `means`, a new key of the state dict. Transposed convolutions and subclasses of the layer
+    types are unchanged and not in the result. `densify` turns mean layers into plain ones.
     Raises ModelMismatchError where the dense model has other layers, LayerError for a layer that has means already.
     """
     if per not in PER:
@@ -139,41 +122,37 @@ def replace_by_means(
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
     selected = select_layers(model, include, exclude)
     refuse_means(selected)
-    layers = {name: layer for name, layer in selected.items() if can_carry(layer)}
+    layers = {name: layer for name, layer in selected.items() if can_have_means(layer)}
     same_layers(layers, dense)
-    originals, counts = find_layers(dense), dict[str, int]()
+    dense_layers, counts = find_layers(dense), dict[str, int]()
     for name, names in tied_layers(layers).items():
         weight = effective_weight(name, layers[name])
-        gone, original = weight == 0, effective_weight(name, originals[name]).to(weight)
-        if not gone.any():
+        pruned, dense_weight = weight == 0, effective_weight(name, dense_layers[name]).to(weight)
+        if not pruned.any():
             continue
-        axes = _axes(weight.shape, per)
-        sums = (original.double() * gone).sum(axes, keepdim=True)
-        means = sums / gone.sum(axes, keepdim=True).clamp(min=1)
-        attach(name, layers[name], means, weight - means.to(weight.dtype))
-        for other in names[1:]:
-            carry(layers[other], layers[name].get_parameter("means"))
+        means = means_of_pruned(dense_weight, pruned, per)
+        stored = stored_weight(name, layers[name])
+        stored.copy_(torch.where(pruned, stored, weight - means.to(weight.dtype)))
         counts[name] = means.numel()
+        for each in names:  # the layers share one Parameter
+            to_mean_layer(layers[each], means)
+            means = layers[each].get_parameter("means")
     return counts
 
 
-def _axes(shape: torch.Size, per: str) -> tuple[int, ...]:
-    """The axes of a weight of this shape over which a mean is taken."""
-    if per == "kernel" and shape[2:].numel() > 1:
-        return tuple(range(2, len(shape)))
-    return tuple(range(1 if per != "layer" else 0, len(shape)))
+def means_of_pruned(dense: Tensor, pruned: Tensor, per: str) -> Tensor:
+    """The mean dense weight over the pruned weights of each group, float64, broadcastable against the weight."""
+    first = {"layer": 0, "filter": 1, "kernel": 2 if dense.shape[2:].numel() > 1 else 1}[per]
+    axes = tuple(range(first, dense.dim()))
+    sums = (dense.double() * pruned).sum(axes, keepdim=True)
+    return sums / pruned.sum(axes, keepdim=True).clamp(min=1)
 
 
-@torch.no_grad()
-def attach(name: str, layer: nn.Module, means: Tensor, survivors: Tensor) -> None:
-    """Make the layer one with means, stored as `survivors` where it is not zero now; means broadcast against it."""
-    weight, in_use = stored_weight(name, layer), effective_weight(name, layer) != 0
-    weight.copy_(torch.where(in_use, survivors.to(weight.dtype), weight))
-    carry(layer, means)
+def to_mean_layer(layer: nn.Module, means: Tensor) -> None:
+    """Make the layer a mean layer, in place, with its weight unchanged.
 
-
-def carry(layer: nn.Module, means: Tensor) -> None:
-    """Make the layer one with means, or with the very parameter, whatever its weight is."""
+    means: a Parameter is registered itself, so that layers can share it; a tensor becomes a new Parameter.
+    """
     weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
     assert weight is not None
     layer.__class__ = KINDS[type(layer)]
@@ -185,61 +164,28 @@ def carry(layer: nn.Module, means: Tensor) -> None:
 
 @torch.no_grad()
 def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
-    """Make plain layers of all that carry means, in place, the same function to rounding; returns their names.
+    """Turn mean layers into plain layers, in place, with the same outputs up to rounding; returns their names.
 
-    keep_zeros: take the means out instead: survivors get back what they were, pruned weights are zero.
+    keep_zeros: remove the means instead: survivors get back their values, pruned weights are zero.
     """
-    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if type(layer) in PLAIN}
-    for names in tied_layers(layers).values():
-        for index, name in enumerate(names):
+    plain = {kind: plain for plain, kind in KINDS.items()}
+    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if type(layer) in plain}
+    for first, names in tied_layers(layers).items():
+        for name in names:
             layer = layers[name]
             if "weight_mask" in layer._buffers:
                 prune.remove(layer, "weight")
-            weight, means = stored_weight(name, layer), layer._parameters.pop("means")
-            assert means is not None
-            if index == 0:
+            weight, means = stored_weight(name, layer), layer.get_parameter("means")
+            if name == first:
                 weight.copy_(torch.where(weight != 0, weight + means, 0.0) if keep_zeros else weight + means)
-            layer.__class__ = PLAIN[type(layer)]
+            del layer._parameters["means"]
+            layer.__class__ = plain[type(layer)]
     return list(layers)
 
 
-def fit_with_means(
-    moments: PatchMoments,
-    weight: Tensor,
-    support: Tensor,
-    shape: torch.Size,
-    per: str,
-    aim: Callable[[Tensor, Tensor], CrossProducts] | None = None,
-    **options: Any,
-) -> tuple[Fit, Tensor]:
-    """`refit.fit` with a mean for each filter, or kernel, found along with the survivors; `shape` is the weight's.
-
-    The sums over windows are inputs like any other, x' = T x with T the identity over rows of ones, and all that least
-    squares needs of them follows from the moments: mean' = T mean, C' = T C T'. Returns the fit, of survivors less
-    means, and the means, broadcastable against the weight.
-    """
-    values, kernel = weight.shape[1], shape[2:].numel()
-    by_kernel = per == "kernel" and kernel > 1
-    inputs = values // kernel if by_kernel else 1
-    rows = torch.eye(inputs).repeat_interleave(values // inputs, 1).to(weight.device, torch.float64)
-    t = torch.cat([torch.eye(values, dtype=torch.float64, device=weight.device), rows])
-    wide = replace(moments, mean=moments.mean @ t.mT, xx=t @ moments.xx @ t.mT, xy=t @ moments.xy)
-    extra = weight.new_zeros(len(weight), inputs)
-
-    def aim_wide(w: Tensor, bias: Tensor) -> CrossProducts:
-        assert aim is not None
-        found = aim(w @ t, bias)
-        return replace(found, xy=t @ found.xy)
-
-    weights, supports = torch.cat([weight, extra], 1), torch.cat([support, torch.ones_like(extra, dtype=torch.bool)], 1)
-    found = fit(wide, weights, supports, aim=None if aim is None else aim_wide, **options)
-    survivors, means = found.weight.split([values, inputs], 1)
-    return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
-
-
-def may_carry(means: Tensor, layer: nn.Module) -> bool:
-    """Are these means, of shape (1 or O, 1 or I / groups, 1, ...), for a plain layer like this?"""
+def means_fit(means: Tensor, layer: nn.Module) -> bool:
+    """Do these means have the shape (1 or O, 1 or I / groups, 1, ...) for this plain layer?"""
     weight = layer._parameters.get("weight")
-    if not can_carry(layer) or weight is None or means.dim() != weight.dim():
+    if not can_have_means(layer) or weight is None or means.dim() != weight.dim():
         return False
     return all(means.shape[axis] in (1, weight.shape[axis]) for axis in (0, 1)) and means.shape[2:].numel() == 1

@@ -1,7 +1,7 @@
-"""What a layer multiplies its weight with: the arguments of the convolution, or the matrix product, in its forward.
+"""The input and the window of a layer's product, from the convolution or matrix product that its `forward` calls.
 
-A layer's attributes do not tell: TensorFlow's "SAME" padding depends on the size of the input and stands in the forward
-of a subclass; `padding` may have been set after construction. The arguments of the call do.
+A layer's attributes are not enough: TensorFlow's "SAME" padding depends on the size of the input and is computed in the
+`forward` of a subclass; `padding` may have been set after construction. The arguments of the call are exact.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> di
 
 
 def operands(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, Window]:
-    """What a layer multiplies its weight with where it reads `x`: the input after its own padding, and the window.
+    """The tensor that a layer multiplies its weight with, for the input `x`, after its own padding; and the window.
 
-    x: (N, C, *spatial), or (..., C) for a linear layer. The layer's forward runs as far as its product, without its
-    hooks. Raises LayerError where it never multiplies its own weight: `Wiring.products` names the layers that do.
+    x: (N, C, *spatial), or (..., C) for a linear layer. The layer's `forward` runs up to its product, without hooks.
+    Raises LayerError where it never multiplies its own weight: `Wiring.products` names the layers that do.
     """
-    catch = _Catch(layer)
     try:
-        with catch:
+        with _ProductCatcher(layer):
             layer.forward(x)
-    except _CaughtError:
-        return catch.found["input"], _window(catch.found)
+    except _ProductReachedError as reached:
+        (call,) = reached.args
+        return call["input"], _window(call)
     raise LayerError(name, f"{type(layer).__name__}.forward does not multiply with the layer's own weight; exclude it")
 
 
 def with_batch_axis(layer: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
-    """A layer's inputs or outputs; a convolution's (C, *spatial), of one image, as (1, C, *spatial)."""
-    lone = isinstance(layer, _ConvNd) and any(x is not None and x.dim() < layer.weight.dim() for x in tensors)
-    return [x[None] if lone and x is not None else x for x in tensors]
+    """A layer's inputs or outputs with a batch axis: a convolution's (C, *spatial) as (1, C, *spatial)."""
+    unbatched = isinstance(layer, _ConvNd) and any(x is not None and x.dim() < layer.weight.dim() for x in tensors)
+    return [x[None] if unbatched and x is not None else x for x in tensors]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """The outputs of a weight where it reads `x`, as `operands` gives it, in the dtype of the weight."""
+    """The product of a weight with `x`, as `operands` returns it, plus bias, in the dtype of the weight."""
     x = x.to(weight.dtype)
     if not window.kernel:
         return F.linear(x, weight, bias)
@@ -62,43 +62,41 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> T
     return found
 
 
-class _CaughtError(BaseException):
-    """Ends a forward at its product. Not an Exception, lest the layer's own handler take it."""
+class _ProductReachedError(BaseException):
+    """Ends a forward pass at its product, with the arguments. Not an Exception: the layer's code may catch those."""
 
 
-class _Catch(TorchFunctionMode):
-    """Ends a layer's forward at the product with its own weight, and keeps the arguments."""
+class _ProductCatcher(TorchFunctionMode):
+    """Ends a layer's `forward` at the product with its own weight."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.found: dict[str, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in PRODUCTS:
             named = named_arguments(args, kwargs)
             if named["weight"] is self.layer.weight:
-                self.found = named
-                raise _CaughtError
+                raise _ProductReachedError(named)
         return func(*args, **(kwargs or {}))
 
 
 def _window(call: Mapping[str, Any]) -> Window:
-    """The window of a call."""
+    """The window that the arguments of a product describe."""
     kernel = tuple(call["weight"].shape[2:])
     if not kernel:
         return Window()
-    stride, dilation = (_each(call.get(key, 1), kernel) for key in ("stride", "dilation"))
+    stride, dilation = (_per_axis(call.get(key, 1), kernel) for key in ("stride", "dilation"))
     padding = call.get("padding", 0)
     if padding == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pads = tuple((total // 2, total - total // 2) for total in totals)
     else:
-        pads = tuple((n, n) for n in _each(0 if padding == "valid" else padding, kernel))
+        pads = tuple((n, n) for n in _per_axis(0 if padding == "valid" else padding, kernel))
     return Window(kernel, stride, pads, dilation, call.get("groups", 1))
 
 
-def _each(value: int | Sequence[int], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """One number for each spatial axis, as convolutions take them."""
+def _per_axis(value: int | Sequence[int], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """One number per spatial axis, from any form that convolutions accept."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * len(kernel) if len(values) == 1 else values

@@ -1,9 +1,9 @@
-"""A model and how to run it on a batch; what its modules put out on the way, caught by hooks."""
+"""A model and how to run it on a batch; the inputs and outputs of its modules, found by hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import asr_kernels as ak
 
-from ..data.batches import Batches, first_images
 from ..errors import LayerError, NonFiniteError
-from ..methods.refit import moments_of
 from .layers import LAYERS, channel_dim
 from .snapshot import autocast
 
@@ -45,10 +43,10 @@ class Network:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Every part of a forward pass runs in this context: autocast to `autocast`, or none; the caller's is left.
+        """The context of each part of a forward pass: autocast to `autocast`, or none, instead of the caller's.
 
-        No cast of a weight is kept, for weights change between passes: not by this context, and not by an autocast in
-        the model, whose casts PyTorch keeps until the caller's autocast ends.
+        No cast of a weight is cached, because weights change between passes: neither by this context, nor by an
+        autocast in the model, whose casts PyTorch caches until the caller's autocast ends.
         """
         with autocast(self.device.type, self.autocast):
             try:
@@ -62,10 +60,10 @@ class Network:
             return self.forward_fn(self.model, batch) if self.forward_fn else self.model(self.place(batch))
 
     def example(self, batch: Any) -> Any:
-        """A small batch to look at the network with: the first images of this one.
+        """The first images of a batch, to observe the network with.
 
-        Of a nest of tensors the first ones of each, if all have the same length and the model takes that; else it goes
-        whole.
+        Of nested tensors the first images of each, if all have the same length and the model accepts them; else the
+        whole batch.
         """
         if isinstance(batch, Tensor):
             return first_images(batch)
@@ -82,83 +80,60 @@ class Network:
 
     @contextmanager
     def hooked(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Hand what each named BatchNorm reads, and what each named layer puts out, to `take` as it comes by."""
-        handles = []
-        try:
+        """Call `take` with the input of each named BatchNorm and the output of each named layer, in each pass."""
+        with ExitStack() as hooks:
             for name in names:
                 module = self.modules[name]
                 if isinstance(module, _BatchNorm):
-                    handles.append(module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0])))
+                    handle = module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0]))
                 else:
-                    handles.append(module.register_forward_hook(lambda m, args, out, name=name: take(name, out)))
+                    handle = module.register_forward_hook(lambda m, args, out, name=name: take(name, out))
+                hooks.enter_context(handle)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def observed(self) -> list[str]:
         """Every layer and every BatchNorm, by name."""
         return [name for name, module in self.modules.items() if isinstance(module, (*LAYERS, _BatchNorm))]
 
     def axis(self, name: str) -> int:
-        """Where the channels lie in what is measured at this module."""
-        module = self.modules[name]
-        return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
+        """The channel axis of the tensor that is measured at this module."""
+        return channel_axis(self.modules[name])
 
-    def moments(self, name: str, x: Any, running: ak.ChannelMoments | None = None) -> ak.ChannelMoments:
-        """Moments of what is measured at this module, merged with those that are running.
+    def moments(self, name: str, x: Any) -> ak.ChannelMoments:
+        """Moments of the tensor that is measured at this module. Raises LayerError where it is no tensor."""
+        return moments_at(name, self.modules[name], x)
 
-        Raises LayerError where that is not one tensor.
-        """
-        self.check_tensor(name, x)
-        return ak.channel_moments(x, self.axis(name), running=running, tolerance=TOLERANCE)
 
-    def patches(
-        self, name: str, batch: int, x: Any, dense: Network, wanted: Any, batches: Batches, folds: int
-    ) -> dict[int, ak.PatchMoments]:
-        """Patch moments of what a layer reads, and of what the dense network wants (see `refit.moments_of`).
+def channel_axis(module: nn.Module) -> int:
+    """The axis of the channels in the input of a BatchNorm, or in the output of a layer."""
+    return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
 
-        One set for each of the `folds` that images of this batch belong to. Raises LayerError, NonFiniteError.
-        """
-        self.check_tensor(name, x)
-        self.check_tensor(name, wanted)
 
-        def deal(rows: int) -> Mapping[int, Tensor | None]:
-            return {0: None} if folds == 1 else batches.folds(batch, folds, rows)
+def moments_at(name: str, module: nn.Module, x: Any) -> ak.ChannelMoments:
+    """Moments of a BatchNorm's input, or of a layer's output. Raises LayerError where it is no tensor."""
+    check_tensor(name, x)
+    return ak.channel_moments(x, channel_axis(module), tolerance=TOLERANCE)
 
-        found = moments_of(name, self.modules[name], dense.modules[name], x, wanted, deal)
-        for each in found.values():
-            check_finite(name, [(batch, ak.ChannelMoments(each.count, each.mean, each.xx.diagonal(dim1=1, dim2=2)))])
-            check_finite(name, [(batch, ak.ChannelMoments(each.count, each.target, each.yy))])
-        return found
 
-    def check_tensor(self, name: str, x: Any) -> None:
-        """Raise LayerError where a layer's output is not one tensor."""
-        if not isinstance(x, Tensor):
-            raise LayerError(name, f"its output is a {type(x).__name__}, not a tensor; exclude it")
+def check_tensor(name: str, x: Any) -> None:
+    """Raise LayerError where a layer's output is not one tensor."""
+    if not isinstance(x, Tensor):
+        raise LayerError(name, f"its output is a {type(x).__name__}, not a tensor; exclude it")
+
+
+def first_images(batch: Any, images: int = 2) -> Any:
+    """The first images of a tensor; a whole batch of another kind (see `Network.example`)."""
+    return batch[:images] if isinstance(batch, Tensor) else batch
 
 
 def has_hooks(module: nn.Module | None) -> bool:
-    """Does it carry forward hooks, of the user's?"""
+    """Has the module forward hooks, those of the user?"""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The precision for autocast. Raises ValueError for other than bfloat16 and float16, by any of their names."""
-    names = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
-    found = names.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in names.values():
-        raise ValueError(f"dtype={dtype!r} is unknown; there are 'bf16', 'fp16' and None, the model's own")
-    return found
 
 
 def check_finite(name: str, batches: Iterable[tuple[int, ak.ChannelMoments]]) -> None:
     """Raise NonFiniteError, naming the layer and the first batch whose moments are NaN or infinite."""
     for index, moments in batches:
         if not (moments.mean.isfinite() & moments.m2.isfinite()).all():
-            raise NonFiniteError(
-                name,
-                index,
-                "activations are NaN or infinite, or their squares overflow; look at the images, try a wider dtype, or "
-                "leave such images out with on_nonfinite='skip'",
-            )
+            remedy = "look at the images, try a wider dtype, or leave such images out with on_nonfinite='skip'"
+            raise NonFiniteError(name, index, f"activations are NaN or infinite, or their squares overflow; {remedy}")

@@ -1,4 +1,4 @@
-"""Leaving no trace: a snapshot that can be put back, and a context in which measuring disturbs nothing."""
+"""Snapshots that restore a model, and contexts that restore settings: modes, flags, hooks, random state, device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from asr_kernels.precision import full_precision_of_models
@@ -20,16 +20,19 @@ from .layers import find_layers, refresh_weight
 
 
 class Snapshot:
-    """A copy of every parameter and buffer of a model, of its modules' classes and sizes, and of what they lack.
+    """A copy of every parameter and buffer of a model, with its modules' classes, sizes and tensor names.
 
-    As a context it puts all back when an error, or an interrupt, leaves it, and lets no interrupt through meanwhile:
-    torch's modes too, which an interrupt at the end of a `with` statement leaves behind.
+    As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits until the
+    model is restored. Torch's gradient and function modes are restored too: an interrupt at the end of a `with`
+    statement can leave them set.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.copies = {id(tensor): (module, name, tensor.detach().clone()) for module, name, tensor in _slots(model)}
-        self.frames = [_Frame(module) for module in model.modules()]
+        # module and name identify a tensor even after `Module.to` has replaced a buffer
+        slots = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])
+        self.copies = {id(x): (module, name, x.detach().clone()) for module, name, x in slots if x is not None}
+        self.records = [_ModuleRecord(module) for module in model.modules()]
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Snapshot:
@@ -47,8 +50,9 @@ class Snapshot:
         self._interrupts.release(self.restore)
 
     def settling(self) -> ExitStack:
-        """A context within this one. Once it is left, an interrupt waits until this one is: what lies between the two,
-        such as flags that are set again, is done in full.
+        """A context inside this one: from its end to the end of this context, interrupts wait.
+
+        The code between the two ends, such as resetting flags, therefore runs to its end.
         """
         stack = ExitStack()
         stack.callback(self._interrupts.hold)
@@ -56,9 +60,9 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every tensor back, bit for bit and in place where its size is the same; take away what is new."""
-        for frame in self.frames:
-            frame.restore()
+        """Restore every tensor bit for bit, in place where its size is the same, and remove tensors added since."""
+        for record in self.records:
+            record.restore()
         for module, name, copy in self.copies.values():
             getattr(module, name).copy_(copy)
         for module in find_layers(self.model).values():
@@ -67,15 +71,12 @@ class Snapshot:
 
     def forget_unchanged(self) -> None:
         """Keep only the copies that differ from the model as it is now."""
-        self.copies = {
-            key: (module, name, copy)
-            for key, (module, name, copy) in self.copies.items()
-            if getattr(module, name).shape != copy.shape or not torch.equal(getattr(module, name), copy)
-        }
+        copies = self.copies.items()
+        self.copies = {key: (m, name, x) for key, (m, name, x) in copies if not torch.equal(getattr(m, name), x)}
 
 
-class _Frame:
-    """All of a module but the values of its tensors: its class, its sizes, and which tensor has which place."""
+class _ModuleRecord:
+    """A module without the values of its tensors: its class, its numeric attributes, and its tensors by name."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
@@ -86,26 +87,18 @@ class _Frame:
         self.module.__class__ = self.kind
         vars(self.module).update(self.sizes)
         for slots, before in self.tensors:
-            for name in [name for name in slots if name not in before]:
+            for name in slots.keys() - before.keys():
                 del slots[name]
             for name, tensor in before.items():
                 now = slots.get(name)
-                # `Module.to` may have put a new buffer there, of the same size: that one stays
+                # a new buffer of the same size comes from `Module.to`: keep it, `Snapshot.restore` copies its values
                 if now is None or tensor is None or now.shape != tensor.shape:
                     slots[name] = tensor  # type: ignore[assignment]
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Where each tensor lives: `Module.to` may put a new one into a buffer's place, so the place is what is kept."""
-    for module in model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                yield module, name, tensor
-
-
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever happens meanwhile, every module's train/eval flag is then as it was found."""
+    """Restore every module's train/eval flag at the end."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -115,32 +108,36 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 
 def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to `dtype` on a type of device, or with None no autocast, whatever the caller's is. No cast is kept."""
+    """Autocast to `dtype` on a device type, or with None no autocast, whatever the caller uses. No cast is cached."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Run compiled modules as they are written. If nothing was compiled yet, torch's compiler is not loaded for it."""
+    """Run compiled modules in eager mode. Does not load torch's compiler where nothing is compiled yet."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
-    """Measure in eval mode, without gradients, in full precision and from a fixed seed; then all is as it was found.
+    """Measure in eval mode, without gradients, in full precision and from a fixed seed; then restore all settings.
 
-    Full precision: without the caller's autocast, and without TF32. What a `forward_fn` compiles runs uncompiled:
-    compiled code does not see that passes are suspended.
+    Full precision: without the caller's autocast, and without TF32. Code that a `forward_fn` compiles runs in eager
+    mode, because compiled code does not support suspended forward passes.
 
-    Kept: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the TF32 and
-    cuDNN settings.
+    Restored: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the
+    settings of TF32 and cuDNN.
     """
-    hooks = [(found, set(found)) for model in models for module in model.modules() for found in _hooks(module)]
-    flags = [(module, module.training) for model in models for module in model.modules()]
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        for model in models:
+            stack.enter_context(flags_kept(model))
+            for module in model.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    stack.callback(_remove_others, hooks, set(hooks))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -148,30 +145,22 @@ def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         stack.enter_context(_uncompiled())
         for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
             stack.enter_context(autocast(device, None))
-        try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            for model in models:
-                model.eval()
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for found, before in hooks:
-                for key in found.keys() - before:
-                    del found[key]
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        for model in models:
+            model.eval()
+        yield
 
 
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    return module._forward_hooks, module._forward_pre_hooks
+def _remove_others(hooks: dict[int, Any], kept: set[int]) -> None:
+    for key in hooks.keys() - kept:
+        del hooks[key]
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """TF32 off and cuDNN deterministic, for a while."""
+    """TF32 off and cuDNN deterministic, until the end."""
     cudnn: Any = torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     with full_precision_of_models():
@@ -184,22 +173,14 @@ def _full_precision() -> Iterator[None]:
 
 @contextmanager
 def moved_to(device: torch.device | str | None, models: Sequence[nn.Module]) -> Iterator[None]:
-    """Have the models on `device` for a while."""
-    if device is None:
-        yield
-        return
-    homes: list[tuple[nn.Module, torch.device]] = []
-    for model in models:
-        places = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        if len(places) > 1:
-            raise ValueError(
-                f"the model is spread over {sorted(map(str, places))}; move it to one device, or leave device out"
-            )
-        homes.extend((model, place) for place in places)
-    try:
-        for model in models:
+    """Move the models to `device`, and back at the end. Raises ValueError for a model on several devices."""
+    with ExitStack() as stack:
+        for model in models if device is not None else ():
+            devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+            if len(devices) > 1:
+                names = sorted(map(str, devices))
+                raise ValueError(f"the model is spread over {names}; move it to one device, or leave device out")
+            for origin in devices:
+                stack.callback(model.to, origin)
             model.to(device)
         yield
-    finally:
-        for model, home in homes:
-            model.to(home)

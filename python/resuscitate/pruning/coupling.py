@@ -1,7 +1,7 @@
-"""Which channels stand or fall together, by Torch-Pruning's picture of a network.
+"""Groups of coupled channels, found by Torch-Pruning and verified numerically.
 
-Torch-Pruning finds the dependencies and does the surgery (Fang et al. 2023, "DepGraph: Towards any structural
-pruning"). Its picture is believed only where numbers bear it out: see `_objection`.
+Torch-Pruning finds the dependencies and removes the channels (Fang et al. 2023, "DepGraph: Towards any structural
+pruning"). A group is accepted only if the network without it computes what it should: see `_mismatch`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import ResuscitateError
-from ..network.copies import Example, difference, inputs_of, make_twin, outputs, placed, randomise, said, tensors_of
+from ..network.comparison import (
+    Example,
+    compute_outputs,
+    describe_error,
+    input_tensors,
+    output_tensors,
+    randomise_weights,
+    relative_difference,
+    to_model,
+    trial_copy,
+)
 from ..network.layers import (
     LAYERS,
     Selector,
@@ -35,36 +45,36 @@ from ..network.snapshot import undisturbed
 
 logger = logging.getLogger("resuscitate")
 
-# what a module may be to some channels -> where it says how many it has
+# role of a module in a group -> its attributes with the number of channels
 WIDTHS = {
-    "makers": ("out_channels", "out_features"),
-    "readers": ("in_channels", "in_features"),
+    "producers": ("out_channels", "out_features"),
+    "consumers": ("in_channels", "in_features"),
     "norms": ("num_features",),
 }
-# relative, between two ways to run one random network in single precision; a wrong picture is off by far more
+# relative difference in output between two computations of one random network in float32; a wrong group exceeds it
 AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that stand or fall together: each unit is what goes with one of them, in every layer with a part in it.
+    """Coupled channels. A unit is a set of channels, over all layers of the group, that can only be removed together.
 
-    The tensors are int64 (units, k): row u holds the channels of that module which belong to unit u.
+    The tensors are int64 (units, k): row u holds the channels of the module that belong to unit u.
     """
 
-    name: str  # the first layer, in model order, that makes these channels
-    makers: dict[str, Tensor]  # layer -> its output channels; a depthwise convolution both makes and reads
-    readers: dict[str, Tensor]  # layer -> its input channels, counted through all groups of a convolution
-    norms: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm on their way -> its features
+    name: str  # the first producer, in model order
+    producers: dict[str, Tensor]  # layer -> output channels; a depthwise convolution is producer and consumer
+    consumers: dict[str, Tensor]  # layer -> input channels, numbered through all groups of a convolution
+    norms: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm between producer and consumer -> features
 
     @property
     def units(self) -> int:
-        """How many units there are."""
-        return len(self.makers[self.name])
+        """Number of units."""
+        return len(self.producers[self.name])
 
 
 class _Part(NamedTuple):
-    """A module's part in the channels of a root layer: its `channels[i]` goes with the root's `roots[i]`."""
+    """A module's channels in the group of a root layer: `channels[i]` is coupled with the root's channel `roots[i]`."""
 
     name: str
     module: nn.Module
@@ -74,7 +84,7 @@ class _Part(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """A channel of some module, and the root's channel that it goes with, as torch-pruning's mappings take them."""
+    """A channel of a module and the root's channel coupled with it, in the form of torch-pruning's index mappings."""
 
     idx: int
     root_idx: int
@@ -86,129 +96,129 @@ def channel_groups(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
 ) -> list[ChannelGroup]:
-    """Every group of coupled channels that can be removed, in model order. The model is not changed.
+    """Groups of coupled channels that can be removed, in model order. The model is not changed.
 
-    example: a batch that the model runs on, (N, ...), or a tuple of its inputs; two images are enough.
-    include, exclude: as for `select_layers`; a group is offered if every layer that makes its channels is selected.
+    example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough.
+    include, exclude: as for `select_layers`; a group is returned if all its producers are selected.
 
-    Channels that reach the output are never a group; nor are those of layers that run twice, those that a parameter
-    outside of any layer goes with, and those whose removal torch-pruning gets wrong. A line at INFO says of each why
-    it stays. Raises ResuscitateError where torch-pruning is missing or cannot trace the model.
+    Not returned: channels of the model's output, channels of layers that run twice, channels coupled with a parameter
+    outside of any layer, and channels that torch-pruning removes wrongly. The log gives each reason at level INFO.
+    Raises ResuscitateError if torch-pruning is missing or cannot trace the model.
     """
-    tp, model = torch_pruning(), unwrap(model)
+    model = unwrap(model)
     selected = select_layers(model, include, exclude)
-    groups, stay = survey(tp, model, inputs_of(example))
+    groups, refused = verified_groups(model, input_tensors(example))
     for group in groups:
-        if left := [name for name in group.makers if name not in selected]:
-            stay[group.name] = f"not selected: {', '.join(left)}"
-    for name, reason in stay.items():
-        logger.info("channels of %r stay: %s", name, reason)
-    return [group for group in groups if group.name not in stay]
+        if left := [name for name in group.producers if name not in selected]:
+            refused[group.name] = f"not selected: {', '.join(left)}"
+    for name, reason in refused.items():
+        logger.info("channels of %r are kept: %s", name, reason)
+    return [group for group in groups if group.name not in refused]
 
 
 def torch_pruning() -> Any:
+    """The module `torch_pruning`. Raises ResuscitateError if it is not installed."""
     try:
         return importlib.import_module("torch_pruning")
     except ImportError as error:
-        raise ResuscitateError(
-            "removing channels needs torch-pruning: pip install 'resuscitate[structured]'"
-        ) from error
+        remedy = "pip install 'resuscitate[structured]'"
+        raise ResuscitateError(f"removing channels needs torch-pruning: {remedy}") from error
 
 
-def survey(tp: Any, model: nn.Module, inputs: list[Tensor]) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """The groups to be trusted, and for the first layer of every other why its channels stay."""
-    twin, few = make_twin(model), [x[:2] for x in inputs]
-    with undisturbed([twin], 0):
-        shared = _shared(twin, few)  # runs the model: an error of its own comes out as it is
+def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """The groups that can be removed, and for the first layer of each other group the reason why it cannot."""
+    torch_pruning()
+    copied, few = trial_copy(model), [x[:2] for x in inputs]
+    with undisturbed([copied], 0):
+        reused = _reused_modules(copied, few)  # outside the try: an error of the model itself is raised unchanged
         try:
-            graph = trace(tp, twin, few)
+            graph = trace(copied, few)
         except Exception as error:
-            raise ResuscitateError(f"torch-pruning cannot trace this network; {said(error)}") from error
-        groups, stay = _picture(tp, graph, shared)
-        randomise(twin)
-        if _objection(tp, twin, few, groups):
+            raise ResuscitateError(f"torch-pruning cannot trace this network; {describe_error(error)}") from error
+        groups, refused = _candidates(graph, reused)
+        randomise_weights(copied)
+        if _mismatch(copied, few, groups):
             candidates, groups = groups, []
             for group in candidates:
-                if objection := _objection(tp, twin, few, [*groups, group]):
-                    stay[group.name] = objection
+                if reason := _mismatch(copied, few, [*groups, group]):
+                    refused[group.name] = reason
                 else:
                     groups.append(group)
-    return groups, stay
+    return groups, refused
 
 
-def trace(tp: Any, model: nn.Module, inputs: list[Tensor]) -> Any:
-    """Torch-Pruning's dependency graph. Each output gets a node of its own, which a group that reaches it contains."""
+def trace(model: nn.Module, inputs: list[Tensor]) -> Any:
+    """Torch-Pruning's dependency graph. Each model output is a node, so a group with output channels contains one."""
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tp.DependencyGraph().build_dependency(
-            model,
-            example_inputs=placed(model, (x[:2] for x in inputs)),
-            forward_fn=lambda model, inputs: model(*inputs),
-            output_transform=lambda out: [leaf * 1 for leaf in tensors_of(out) if leaf.requires_grad],
-            verbose=False,
+        return (
+            torch_pruning()
+            .DependencyGraph()
+            .build_dependency(
+                model,
+                example_inputs=to_model(model, (x[:2] for x in inputs)),
+                forward_fn=lambda model, inputs: model(*inputs),
+                output_transform=lambda out: [leaf * 1 for leaf in output_tensors(out) if leaf.requires_grad],
+                verbose=False,
+            )
         )
 
 
-def _picture(tp: Any, graph: Any, shared: Mapping[nn.Module, str]) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """The groups that torch-pruning sees and that make sense, and why the others do not."""
-    groups: list[ChannelGroup] = []
-    stay: dict[str, str] = {}
-    seen: set[str] = set()
+def _candidates(graph: Any, reused: Mapping[nn.Module, str]) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Torch-Pruning's groups that are consistent, and the reason against each other one."""
+    groups, refused, seen = list[ChannelGroup](), dict[str, str](), set[str]()
     for name, layer in find_layers(graph.model).items():
         if layer not in graph.module2node:
-            stay[name] = "torch-pruning does not see it run on the way to the output"
+            refused[name] = "torch-pruning does not see a path from this layer to the output"
         elif name not in seen:
             try:
-                groups.append(_group(tp, graph, name, shared, seen))
+                groups.append(_group(graph, name, reused, seen))
             except Exception as error:
-                stay[name] = said(error)
-    return groups, stay
+                refused[name] = describe_error(error)
+    return groups, refused
 
 
-def _group(tp: Any, graph: Any, name: str, shared: Mapping[nn.Module, str], seen: set[str]) -> ChannelGroup:
-    """The group of layer `name`'s output channels; adds its makers to `seen`. Raises where it makes no sense."""
+def _group(graph: Any, name: str, reused: Mapping[nn.Module, str], seen: set[str]) -> ChannelGroup:
+    """The group of layer `name`'s output channels; adds its producers to `seen`. Raises if it is inconsistent."""
     names = {module: name for name, module in graph.model.named_modules()}
-    count = width_of(graph.model.get_submodule(name), "makers")
-    members = _walk(graph, name, count)
-    parts: list[_Part] = []
+    count = width_of(graph.model.get_submodule(name), "producers")
+    members, parts = _coupled_channels(graph, name, count), list[_Part]()
     for (node, handler), root_of in members.items():
-        roles = {
-            "makers": isinstance(node.module, LAYERS) and graph.is_out_channel_pruning_fn(handler),
-            "readers": isinstance(node.module, LAYERS) and graph.is_in_channel_pruning_fn(handler),
-            "norms": hasattr(node.module, "num_features"),
-        }
+        module, is_layer = node.module, isinstance(node.module, LAYERS)
+        roles = ["producers"] * (is_layer and graph.is_out_channel_pruning_fn(handler))
+        roles += ["consumers"] * (is_layer and graph.is_in_channel_pruning_fn(handler))
+        roles += ["norms"] * hasattr(module, "num_features")
         channels, roots = torch.tensor([*root_of]), torch.tensor([*root_of.values()])
-        parts += [
-            _Part(names[node.module], node.module, role, channels, roots) for role, plays in roles.items() if plays
-        ]
-    seen |= {part.name for part in parts if part.role == "makers"}
-    kinds = {node.type for node, _ in members}
-    if tp.ops.OPTYPE.OUTPUT in kinds:
-        raise ResuscitateError("they reach the model's output")
-    if tp.ops.OPTYPE.PARAMETER in kinds:
-        raise ResuscitateError("a parameter outside of any layer goes with them")
-    if twice := [part for part in parts if part.module in shared]:
-        raise ResuscitateError(f"{twice[0].name!r} {shared[twice[0].module]}")
-    unit_of = _units(parts, count)
+        parts += [_Part(names[module], module, role, channels, roots) for role in roles]
+    seen |= {part.name for part in parts if part.role == "producers"}
+    kinds, types = {node.type for node, _ in members}, torch_pruning().ops.OPTYPE
+    if types.OUTPUT in kinds:
+        raise ResuscitateError("these channels reach the model's output")
+    if types.PARAMETER in kinds:
+        raise ResuscitateError("a parameter outside of any layer is coupled with these channels")
+    if twice := [part for part in parts if part.module in reused]:
+        raise ResuscitateError(f"{twice[0].name!r} {reused[twice[0].module]}")
+    unit_of = _unit_of_channel(parts, count)
     tables: dict[str, dict[str, Tensor]] = {role: {} for role in WIDTHS}
     for part in parts:
         tables[part.role][part.name] = _table(part, unit_of[part.roots])
-    if not tables["readers"]:
-        raise ResuscitateError("no layer reads them")
-    if len(tables["makers"][name]) < 2:
-        raise ResuscitateError("they are one unit, and the last unit of a group stays")
+    if not tables["consumers"]:
+        raise ResuscitateError("no layer reads these channels")
+    if len(tables["producers"][name]) < 2:
+        raise ResuscitateError("these channels are one unit, and the last unit of a group is kept")
     return ChannelGroup(name, **tables)
 
 
-def _walk(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, int]]:
-    """All that the `count` outputs of layer `name` come to: (node, what cuts it) -> its channel -> the layer's channel.
+def _coupled_channels(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, int]]:
+    """Channels coupled with the `count` outputs of layer `name`: (node, pruning function) -> channel -> output channel.
 
-    Torch-Pruning's own walk, which does not end where its indices go round in circles. Raises there.
+    Torch-Pruning's own traversal does not terminate if its index mappings are cyclic. This one raises there.
     """
     root = graph.module2node[graph.model.get_submodule(name)]
     start = (root, graph.get_pruner_of_module(root.module).prune_out_channels)
-    # no concatenation is wider than all layers together
-    limit = sum(width_of(layer, role) for layer in find_layers(graph.model).values() for role in ("makers", "readers"))
+    layers = find_layers(graph.model).values()
+    # a concatenation has at most as many channels as all layers together
+    limit = sum(width_of(layer, "producers") + width_of(layer, "consumers") for layer in layers)
     found = {start: {channel: channel for channel in range(count)}}
     ahead = [(*start, [_Index(channel, channel) for channel in range(count)])]
     while ahead:
@@ -222,16 +232,16 @@ def _walk(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, 
                 fresh = [index for index in mapped if index.idx not in there]
                 there |= {index.idx: index.root_idx for index in fresh}
                 if any(index.idx >= limit or there[index.idx] != index.root_idx for index in mapped):
-                    raise ResuscitateError("torch-pruning loses track of which of them go together")
+                    raise ResuscitateError("torch-pruning's index mappings contradict each other")
                 if fresh:
                     ahead.append((edge.target, edge.handler, fresh))
     return {key: root_of for key, root_of in found.items() if root_of}
 
 
-def _units(parts: Iterable[_Part], count: int) -> Tensor:
-    """(count,): the unit of each channel of the root; one each, unless grouped convolutions tie them.
+def _unit_of_channel(parts: Iterable[_Part], count: int) -> Tensor:
+    """(count,): unit of each channel of the root; one unit per channel, unless grouped convolutions couple channels.
 
-    The groups of a convolution must stay equal in size, so what has the same place in each of them is one unit.
+    The groups of a convolution must stay equal in size, so channels at the same index in all groups are one unit.
     """
     labels, before = torch.arange(count), None
     while before is None or not torch.equal(labels, before):
@@ -246,18 +256,18 @@ def _units(parts: Iterable[_Part], count: int) -> Tensor:
 
 
 def _table(part: _Part, units: Tensor) -> Tensor:
-    """(units, k): the module's channels in each unit, ascending. Raises where units are not alike, or cannot be cut."""
+    """(units, k): the module's channels in each unit, ascending. Raises if units differ in size or cannot be pruned."""
     name, module, role, channels, _ = part
     if role != "norms":
         stored_weight(name, module)
     width, groups, count = width_of(module, role), _groups(module), int(units.max()) + 1
     if groups > 1 and isinstance(module, _ConvTransposeNd):
-        raise ResuscitateError(f"torch-pruning cannot cut {name!r}, a grouped transposed convolution")
+        raise ResuscitateError(f"torch-pruning cannot prune {name!r}, a grouped transposed convolution")
     if groups > 1 and groups == module.out_channels:
-        raise ResuscitateError(f"torch-pruning takes {name!r} for a depthwise convolution, which it is not")
+        raise ResuscitateError(f"torch-pruning treats {name!r} as a depthwise convolution, which it is not")
     sizes = units.bincount(minlength=count)
-    if channels.max() >= width or (sizes != sizes[0]).any() or (role == "makers" and len(channels) < width):
-        raise ResuscitateError(f"{name!r} does not have as many channels for each of them")
+    if channels.max() >= width or (sizes != sizes[0]).any() or (role == "producers" and len(channels) < width):
+        raise ResuscitateError(f"{name!r} does not have the same number of channels in each unit")
     table = channels[(units * width + channels).argsort()].view(count, -1)
     per_group, rest = divmod(table.shape[1], groups)
     places = table % (width // groups)
@@ -267,64 +277,65 @@ def _table(part: _Part, units: Tensor) -> Tensor:
 
 
 def width_of(module: nn.Module, role: str) -> int:
+    """Number of the module's channels in this role, a key of `WIDTHS`."""
     return int(next(getattr(module, key) for key in WIDTHS[role] if hasattr(module, key)))
 
 
 def _groups(module: nn.Module) -> int:
-    """Groups of a convolution that must stay equal in size; a depthwise one has fewer of them afterwards instead."""
+    """Groups of a convolution that must stay equal in size; 1 for a depthwise one, which loses whole groups."""
     groups = int(getattr(module, "groups", 1))
     return 1 if groups == getattr(module, "in_channels", 0) == module.out_channels else groups
 
 
-def _shared(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, str]:
-    """Modules that run more than once in a forward pass, or hold a parameter that another one holds too."""
+def _reused_modules(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, str]:
+    """Modules that run more than once in a forward pass or share a parameter, with the reason."""
     network, runs = Network(model), Counter[str]()
     with network.hooked(network.observed(), lambda name, x: runs.update([name])):
-        outputs(model, inputs)
+        compute_outputs(model, inputs)
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    shared = {network.modules[name]: "runs more than once" for name, times in runs.items() if times > 1}
+    reused = {network.modules[name]: "runs more than once" for name, times in runs.items() if times > 1}
     for module in model.modules():
         if any(p is not None and holders[id(p)] > 1 for p in module._parameters.values()):
-            shared[module] = "shares a parameter with another module"
-    return shared
+            reused[module] = "shares a parameter with another module"
+    return reused
 
 
-def _objection(tp: Any, model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup]) -> str:
-    """Why these groups are not what they seem, or nothing.
+def _mismatch(model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup]) -> str:
+    """Reason why these groups are wrong, or the empty string.
 
-    A random half of the units is taken out of one copy. In another copy all of them are still made, but their readers
-    no longer read them: if any other way led from them to the output, or an index were wrong, the outputs would differ.
+    A random half of the units is removed from one copy. In another copy the consumers' weights on these units are
+    zero. The outputs differ if the units reach the output by another path, or if an index is wrong.
     """
     dropped = {group.name: torch.randperm(group.units) < group.units // 2 for group in groups}
-    unread, small = make_twin(model), make_twin(model)
+    unconnected, small = trial_copy(model), trial_copy(model)
     for group in groups:
-        for name, table in group.readers.items():
-            weight = unread.get_parameter(f"{name}.weight")
-            mask = without(name, unread.get_submodule(name), "readers", table[dropped[group.name]])
+        for name, table in group.consumers.items():
+            weight = unconnected.get_parameter(f"{name}.weight")
+            mask = mask_channels(name, unconnected.get_submodule(name), "consumers", table[dropped[group.name]])
             weight.masked_fill_(~mask, 0)
     try:
-        remove_units(tp, small, inputs, groups, dropped)
-        error = difference(outputs(unread, inputs), outputs(small, inputs))
+        error = remove_units(small, inputs, groups, dropped, unconnected)
     except Exception as problem:
-        return f"the model does not run without some of them; {said(problem)}"
-    return "" if error <= AGREEMENT else "the output depends on them in a way that torch-pruning does not see"
+        return f"the model does not run without some of these channels; {describe_error(problem)}"
+    return "" if error <= AGREEMENT else "the output depends on these channels in a way that torch-pruning does not see"
 
 
 def remove_units(
-    tp: Any, model: nn.Module, inputs: list[Tensor], groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]
-) -> None:
-    """Take the dropped units out of a twin."""
-    graph = trace(tp, model, inputs)
+    model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup], dropped: Mapping[str, Tensor], like: nn.Module
+) -> float:
+    """Remove the dropped units from a `trial_copy`, in place; returns how far its output is from that of `like`."""
+    graph = trace(model, inputs)
     for group in groups:
         if group.name in dropped:
-            layer, rows = model.get_submodule(group.name), group.makers[group.name][dropped[group.name]]
+            layer, rows = model.get_submodule(group.name), group.producers[group.name][dropped[group.name]]
             cut = graph.get_pruner_of_module(layer).prune_out_channels
             graph.get_pruning_group(layer, cut, rows.flatten().tolist()).prune(record_history=False)
+    return relative_difference(compute_outputs(like, inputs), compute_outputs(model, inputs))
 
 
-def without(name: str, module: nn.Module, role: str, channels: Tensor) -> Tensor:
-    """Boolean of the weight's shape: False in the rows ("makers") or the columns ("readers") of these channels."""
+def mask_channels(name: str, module: nn.Module, role: str, channels: Tensor) -> Tensor:
+    """Boolean, weight's shape: False in the rows (role "producers") or columns ("consumers") of these channels."""
     weight, kept = stored_weight(name, module), torch.ones(width_of(module, role), dtype=torch.bool)
     kept[channels.flatten()] = False
-    along = along_weight if role == "makers" else along_inputs
+    along = along_weight if role == "producers" else along_inputs
     return along(module, kept).expand(weight.shape).to(weight.device, copy=True)

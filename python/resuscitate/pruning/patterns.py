@@ -1,4 +1,4 @@
-"""Which weights of one layer may go together: any, N kept of every M input channels, whole filters, whole channels."""
+"""Sparsity patterns of a layer: unstructured, N of M input channels, whole filters, whole channels."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ Indivisible = Literal["dense", "pad", "raise"]
 
 
 class NofM(NamedTuple):
-    """N weights kept of every M."""
+    """N weights kept of every M consecutive ones."""
 
     n: int
     m: int
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the weights that goes, 1 - N/M."""
-        return 1 - self.n / self.m
-
 
 def parse_pattern(pattern: str) -> str | NofM:
-    """The pattern itself if it is one of `NAMES`, (n, m) for "n:m" with 0 < n < m; ValueError for anything else."""
+    """The pattern itself if it is in `NAMES`, (n, m) for "n:m" with 0 < n < m. Raises ValueError for anything else."""
     if pattern in NAMES:
         return pattern
     found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
@@ -44,21 +39,15 @@ def parse_pattern(pattern: str) -> str | NofM:
 
 
 def check_nm_sparsity(sparsity: float | None, pattern: NofM) -> None:
-    """ValueError unless the sparsity is None or the pattern's own."""
-    if sparsity is not None and not math.isclose(sparsity, pattern.sparsity, rel_tol=1e-9):
-        raise ValueError(
-            f"pattern {pattern.n}:{pattern.m} keeps {pattern.n} of {pattern.m}, a sparsity of {pattern.sparsity:.6g}; "
-            f"leave sparsity out instead of asking for {sparsity!r}"
-        )
-
-
-def fits(module: nn.Module, pattern: NofM) -> bool:
-    """Whether the layer's input channels (per group) come in whole groups of M: not in a stem, nor depthwise."""
-    return input_channels(module) % pattern.m == 0
+    """Raise ValueError unless the sparsity is None or that of the pattern."""
+    n, m = pattern
+    if sparsity is not None and not math.isclose(sparsity, 1 - n / m, rel_tol=1e-9):
+        remedy = f"leave sparsity out instead of asking for {sparsity!r}"
+        raise ValueError(f"pattern {n}:{m} keeps {n} of {m}, a sparsity of {1 - n / m:.6g}; {remedy}")
 
 
 def unit_mask(units: Units, module: nn.Module, removed: int) -> Tensor:
-    """Boolean mask of the weight's shape that drops the `removed` units of least score, the earlier among equals."""
+    """Boolean mask, weight's shape: False at the `removed` units of smallest score, among equals the earlier ones."""
     kept = ~units.smallest(removed)
     if units.count == math.prod(units.shape):
         return kept.view(units.shape)
@@ -68,15 +57,16 @@ def unit_mask(units: Units, module: nn.Module, removed: int) -> Tensor:
 def nm_mask(magnitude: Tensor, module: nn.Module, pattern: NofM) -> Tensor:
     """Boolean mask that keeps the N largest of every M consecutive input channels, at each kernel position.
 
-    magnitude: |w| of the layer. Among equals the later channel is kept. Where the channels do not divide, the last
-    group is filled up with channels of weight zero, of which the mask says nothing: it keeps N of the rest, or all.
+    magnitude: |w| of the layer. Among equals the later channel is kept. If M does not divide the channels, the last
+    group is padded with channels of weight zero, which the mask does not contain: N of its own channels are kept, or
+    all.
     """
-    # [groups of M, M, all else]; a transposed convolution has its input channels on axis 0, group after group
+    # a transposed convolution has its input channels on axis 0, group after group
     axis = 0 if isinstance(module, _ConvTransposeNd) else 1
     channels, groups = input_channels(module), module.groups if isinstance(module, _ConvTransposeNd) else 1
     by_group = magnitude.movedim(axis, 0).unflatten(0, (groups, channels))
     missing = -channels % pattern.m
-    # smaller than any weight, so that no place is lost to what is not there
+    # smaller than any |w|, so that padding is never kept in place of a weight
     padding = by_group.new_full((groups, missing, *by_group.shape[2:]), -1.0)
     grouped = torch.cat([by_group, padding], 1).unflatten(1, (-1, pattern.m))
     kept: Tensor = grouped.argsort(dim=2, stable=True).argsort(2) >= pattern.m - pattern.n
@@ -84,7 +74,7 @@ def nm_mask(magnitude: Tensor, module: nn.Module, pattern: NofM) -> Tensor:
 
 
 def input_channels(module: nn.Module) -> int:
-    """Input channels that one output channel reads."""
+    """Number of input channels per output channel."""
     if isinstance(module, _ConvNd):
         return module.in_channels // module.groups
     return int(module.in_features)  # type: ignore[arg-type]

@@ -1,39 +1,43 @@
-"""Relative repairability: what a layer loses at each density that no gain and shift per channel can bring back."""
+"""Relative repairability: the part of a layer's output, at each density, that no gain and shift can restore."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import asr_kernels as ak
 
-from ..data.batches import count_images, read_share
-from ..engine.corrections import explained
+from ..engine.session import Session
 from ..errors import CalibrationError, ModelMismatchError, called
-from ..network.layers import Selector, effective_weight, unwrap, with_weight
-from ..network.runner import Network, as_dtype, check_finite
-from ..network.snapshot import moved_to, undisturbed
-from ..runtime.distributed import Ranks
+from ..network.layers import effective_weight, unwrap, with_weight
+from ..network.runner import channel_axis, check_finite, check_tensor
+from ..runtime.options import RunOptions, run_options
+from ..statistics.outputs import OutputCovariances, explained, merge_calls
 from ..utils.arguments import IMAGES, NETWORK, check_places
+from ..utils.nested import count_images
 from ..utils.progress import Bar
+from .allocation import Curve, Selection, prunable_layers
 from .units import units_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 
 
 @dataclass(frozen=True)
 class Repairability:
-    """For each layer, the residual at some densities: {layer: {density: residual}}, and how many images it is from.
+    """Residuals {layer: {density: residual}}, and the number of images that they were measured on.
 
-    The residual is 1 - corr^2 between the outputs of the layer and of its pruned self, both on the dense model's own
-    inputs, averaged over channels by dense variance: the share of the output that is left unexplained by the best gain
-    and shift for each channel. It is 0 for the whole layer and 1 for none of it.
+    The residual is 1 - corr^2 between the outputs of the dense and the pruned layer, both on the dense model's inputs,
+    averaged over channels with the dense variance as weight: the fraction of the output's variance that the best gain
+    and shift per channel do not explain. It is 0 at density 1 and 1 at density 0.
 
     This is **this project's reading** of the relative repairability of arXiv 2605.25508, whose formula was not at hand.
     """
@@ -48,91 +52,80 @@ class Repairability:
         calibration: Any,
         *,
         densities: Iterable[float] = DENSITIES,
-        max_samples: int | None = None,
-        batch_size: int = 128,
-        include: Iterable[Selector] | Selector | None = None,
-        exclude: Iterable[Selector] | Selector | None = None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        progress: bool | None = None,
+        include: Selection = None,
+        exclude: Selection = None,
+        **options: Unpack[RunOptions],
     ) -> Repairability:
-        """Measure the selected layers of a dense model in one pass over unlabelled images; options as in `repair`.
+        """Measure the selected layers of a dense model in one pass over unlabelled images. See `RunOptions`.
 
-        Each batch runs every layer once more for each density, at which the layer keeps its largest weights. Raises
-        CalibrationError, LayerError, NonFiniteError; ValueError for a density outside (0, 1).
+        For each batch, each layer runs once more per density, with its largest weights only. Raises CalibrationError,
+        LayerError, NonFiniteError; ValueError for a density outside (0, 1).
         """
-        from .allocation import prunable
-
         call = "Repairability.measure(model, images)"
         check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
         grid = sorted(set(densities), reverse=True)
         if not grid or not all(0 < density < 1 for density in grid):
             raise ValueError(f"densities={grid} must lie between 0 and 1")
-        model = unwrap(model)
-        layers, _ = prunable(model, include, exclude)
+        model, run = unwrap(model), run_options("Repairability.measure()", options)
+        layers, _ = prunable_layers(model, include, exclude)
         seen = 0
-        with ExitStack() as stack:
-            stack.enter_context(moved_to(device, [model]))
-            stack.enter_context(undisturbed([model], seed))
-            bar = stack.enter_context(Bar("repairability", ["all layers"], max_samples or 0, progress))
-            comparison = _Comparison(Network(model, forward_fn, as_dtype(dtype)))
-            for name, layer in layers.items():
-                compare = partial(comparison.compare, name, _survivals(name, layer, grid))
-                stack.callback(layer.register_forward_hook(compare).remove)
-            options: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
-            for batch in read_share(calibration, Ranks(), **options, raw=forward_fn is not None):
-                comparison.net.run(batch)
-                comparison.batch += 1
+        with Session([model], run) as session:
+            bar = Bar("repairability", ["all layers"], run["max_samples"] or 0, session.show)
+            session.stack.enter_context(bar)
+            found = {name: OutputCovariances(session.place(name)) for name in layers}
+            images = session.stream(calibration)
+            times_kept = {name: _times_kept(name, layer, grid) for name, layer in layers.items()}
+            for index, batch in enumerate(images):
+                with ExitStack() as hooks:
+                    for name, times in times_kept.items():
+                        hook = partial(_compare, found[name], times, index)
+                        hooks.callback(session.net.modules[name].register_forward_hook(hook).remove)
+                    session.net.run(batch)
                 seen += count_images(batch)
                 bar.advance("all layers", count_images(batch))
+            (seen,) = session.ranks.total(seen)
+            merged = {name: session.merged(name, statistic) for name, statistic in found.items()}
         if not seen:
             raise CalibrationError("there are no images to measure repairability on")
-        return cls({**{name: {} for name in layers}, **comparison.residuals(grid)}, seen)
+        return cls({name: _residuals(statistic.pairs, grid) for name, statistic in merged.items()}, seen)
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """(fraction removed, residual) from (0, 0) to (1, 1); a straight line for a layer never reached or constant.
+    def curve(self, name: str) -> Curve:
+        """[(fraction removed, residual)] from (0, 0) to (1, 1); a straight line for a layer not run or constant.
 
         Raises ModelMismatchError for a layer that was not measured.
         """
         if name not in self.residuals:
-            raise ModelMismatchError(f"{called(name)} is not among those whose repairability was measured")
+            raise ModelMismatchError(f"{called(name)} is not among the layers measured; measure it, or exclude it")
         between = [(1 - density, residual) for density, residual in self.residuals[name].items()]
         return [(0.0, 0.0), *sorted(between), (1.0, 1.0)]
 
 
 @torch.no_grad()
-def _survivals(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
-    """int8, of the shape of the layer's weight: at how many of the densities, which descend, each weight survives."""
-    units = units_of(name, layer, filters=False, min_per_layer=1, min_per_channel=0)
-    survivals = torch.zeros(units.count, dtype=torch.int8)
+def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
+    """int8, weight's shape: the number of densities of `grid`, which descends, at which each weight is kept."""
+    units = units_of(name, layer)
+    times_kept = torch.zeros(units.count, dtype=torch.int8)
     for density in grid:
-        survivals += ~units.smallest(min(units.count - round(density * units.count), units.spare))
-    return survivals.view(units.shape).to(effective_weight(name, layer).device)
+        times_kept += ~units.smallest(min(units.count - round(density * units.count), units.removable))
+    return times_kept.view(units.shape).to(effective_weight(name, layer).device)
 
 
-@dataclass
-class _Comparison:
-    """Hooks that pair each layer's output with what it would be at each density, and merge that over the batches."""
+def _compare(
+    found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: tuple[Any, ...], out: Any
+) -> None:
+    """A forward hook that compares a layer's output with its output at each density; `pairs` has one for each."""
+    name, weight, pairs = found.place.name, effective_weight(found.place.name, layer), []
+    check_tensor(name, out)
+    for index in range(int(times.max())):
+        pruned = with_weight(layer, weight * (times > index))(*args)
+        pairs.append(ak.paired_moments(out, pruned, channel_axis(layer)))
+    check_finite(name, ((batch, moments) for pair in pairs for moments in (pair.dense, pair.pruned)))
+    found.pairs = merge_calls(found.pairs, pairs)
 
-    net: Network
-    batch: int = 0
-    pairs: dict[str, list[ak.PairedMoments]] = field(default_factory=dict)
 
-    def compare(self, name: str, survivals: Tensor, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.net.check_tensor(name, output)
-        weight, found = effective_weight(name, layer), []
-        for index in range(int(survivals.max())):
-            pruned = with_weight(layer, weight * (survivals > index))(*args)
-            found.append(ak.paired_moments(output, pruned, self.net.axis(name)))
-        check_finite(name, ((self.batch, moments) for pair in found for moments in (pair.dense, pair.pruned)))
-        before = self.pairs.get(name)
-        self.pairs[name] = found if before is None else [a.merge(b) for a, b in zip(before, found, strict=True)]
-
-    def residuals(self, grid: list[float]) -> dict[str, dict[float, float]]:
-        return {
-            name: {density: 1 - explained([pair]) for density, pair in zip(grid, pairs, strict=True)}
-            for name, pairs in self.pairs.items()
-            if pairs and pairs[0].dense.m2.any()  # of what is constant nothing can be lost
-        }
+def _residuals(pairs: list[ak.PairedMoments], grid: list[float]) -> dict[float, float]:
+    """By density, the part of the output's variance that is lost; empty for a layer not run, or a constant one."""
+    if not pairs or not pairs[0].dense.m2.any():
+        return {}
+    shares = [explained([pair]) for pair in pairs]
+    return {density: 1 - share for density, share in zip(grid, shares, strict=True) if share is not None}

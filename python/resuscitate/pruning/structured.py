@@ -1,30 +1,38 @@
-"""Whole channels, out of the masks and out of the network for good."""
+"""Structured pruning: masks of whole channels, and their removal from the network."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError, MaskError, ResuscitateError
-from ..network.copies import Example, count_flops, difference, inputs_of, make_twin, outputs, said
+from ..network.comparison import (
+    Example,
+    compute_outputs,
+    count_flops,
+    describe_error,
+    input_tensors,
+    relative_difference,
+    trial_copy,
+)
 from ..network.layers import columns_of, find_layers, rows_of, unwrap
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot, undisturbed
+from ..reports.base import Report
 from .coupling import (
     AGREEMENT,
     WIDTHS,
     ChannelGroup,
     channel_groups,
+    mask_channels,
     remove_units,
-    survey,
-    torch_pruning,
+    verified_groups,
     width_of,
-    without,
 )
 
 __all__ = ["ChannelGroup", "Shrinkage", "channel_groups", "channel_masks", "shrink"]
@@ -33,75 +41,82 @@ SIZES = {*itertools.chain(*WIDTHS.values()), "groups", "num_parameters"}
 
 
 @dataclass(frozen=True)
-class Shrinkage:
-    """What `shrink` did."""
+class Shrinkage(Report):
+    """Result of `shrink`."""
 
-    removed: dict[str, int]  # group -> units removed
-    kept: dict[str, Tensor]  # layer or BatchNorm -> int64, the original output channels that remain, where some went
-    kept_inputs: dict[str, Tensor]  # layer -> int64, likewise for its input channels
+    columns: ClassVar = ("group", "removed")
+
+    removed: dict[str, int]  # group -> number of units removed
+    kept: dict[str, Tensor]  # layer or BatchNorm -> int64, original output channels kept, if some were removed
+    kept_inputs: dict[str, Tensor]  # layer -> int64, original input channels kept, if some were removed
     parameters: tuple[int, int]  # of the whole model, before and after
     flops: tuple[int, int]  # for one image, before and after
     error: float  # largest difference between the outputs before and after, relative to the largest output
-    notes: list[str]  # what is masked and stays, and why
+    notes: list[str]  # masked channels that were not removed, with the reason
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each group."""
+        return [{"group": group, "removed": count} for group, count in self.removed.items()]
 
 
 def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks without the rows and the columns of dropped units: layer -> boolean of its weight's shape, True = kept.
+    """Masks that prune the rows and columns of dropped units: layer -> boolean, weight's shape, True = kept.
 
-    dropped: group name -> boolean (units,); a group that is missing drops nothing.
-    There is a mask for every layer that makes or reads channels of some group. Raises ValueError for a name that is
-    not among `groups`, and for a tensor that is not boolean (units,).
+    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped.
+    There is a mask for every producer and consumer of the groups. Raises ValueError for a name that is not among
+    `groups`, and for a tensor that is not boolean (units,).
     """
     layers, by_name = find_layers(unwrap(model)), {group.name: group for group in groups}
-    for name, gone in dropped.items():
+    for name, chosen in dropped.items():
         if name not in by_name:
             raise ValueError(f"dropped names {name!r}; the groups are {', '.join(by_name) or 'none'}")
         count = by_name[name].units
-        if gone.dtype != torch.bool or gone.shape != (count,):
-            raise ValueError(f"dropped[{name!r}] is {gone.dtype} {tuple(gone.shape)}, not boolean ({count},)")
+        if chosen.dtype != torch.bool or chosen.shape != (count,):
+            raise ValueError(f"dropped[{name!r}] is {chosen.dtype} {tuple(chosen.shape)}, not boolean ({count},)")
     masks: dict[str, Tensor] = {}
     for group in by_name.values():
-        gone = dropped.get(group.name, torch.zeros(group.units, dtype=torch.bool)).cpu()
-        for role, tables in (("makers", group.makers), ("readers", group.readers)):
+        chosen = dropped.get(group.name, torch.zeros(group.units, dtype=torch.bool)).cpu()
+        for role, tables in (("producers", group.producers), ("consumers", group.consumers)):
             for layer, table in tables.items():
-                mask = without(layer, layers[layer], role, table[gone])
+                mask = mask_channels(layer, layers[layer], role, table[chosen])
                 masks[layer] = masks[layer] & mask if layer in masks else mask
     return {name: masks[name] for name in layers if name in masks}
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, tolerance: float = 1e-4) -> Shrinkage:
-    """Take out, in place, every unit of channels that `masks` leave neither made nor read; say what went.
+    """Remove, in place, every unit that `masks` prune in all its producers and consumers.
 
-    masks: layer -> boolean of its weight's shape, True = kept; a layer without one is dense. Their zeros must be in
-        the model already (`Masks.apply_`).
-    example: a batch (N, ...), or a tuple of inputs, on which the small network must agree with the masked one.
+    masks: layer -> boolean, weight's shape, True = kept; a layer without a mask is dense. The masked weights must be
+        zero in the model (`Masks.apply_`).
+    example: an input batch (N, ...), or a tuple of inputs, on which the outputs before and after are compared.
     tolerance: the largest difference in output to accept, relative to the largest output.
 
-    Modules and state-dict keys stay as they are; parameters that shrink are new tensors, so make optimizers anew. A
-    unit whose rows are masked but that is still read stays, for it may emit a constant, and so does a group's last
-    unit; the notes count them. All or nothing: on an error the model is as it was.
-    Raises MaskError where a mask does not fit, LayerError for a layer under `torch.nn.utils.prune` or recomputed in
-    each forward, ResuscitateError where torch-pruning is missing or fails, or where the outputs differ.
+    Modules and state-dict keys are kept. Parameters that shrink are new tensors, so create optimizers anew. A unit that
+    is masked in its producers only is kept, because its output may be a constant. The last unit of a group is kept.
+    The notes count both. All or nothing: on an error the model is unchanged.
+    Raises MaskError if a mask does not fit, LayerError for a layer with `torch.nn.utils.prune` masks or with a weight
+    that is recomputed in each forward pass, ResuscitateError if torch-pruning is missing or fails, or the outputs
+    differ.
     """
-    tp, model, inputs = torch_pruning(), unwrap(model), inputs_of(example)
+    model, inputs = unwrap(model), input_tensors(example)
     for name, layer in find_layers(model).items():
         for key in ("weight", "bias"):
             if f"{key}_mask" in layer._buffers:
                 raise LayerError(name, f"its {key} is under torch.nn.utils.prune; prune.remove(layer, {key!r}) first")
     masks = Masks(masks)
     masks.check(model)
-    groups, stay = survey(tp, model, inputs)
-    dropped, notes = _droppable(model, groups, masks)
-    notes += [f"channels of {n!r} stay: {why}" for n, why in stay.items() if _masked(model, masks, n, "makers").any()]
+    groups, refused = verified_groups(model, inputs)
+    dropped, notes = _removable_units(model, groups, masks)
+    masked = {name for name in refused if _masked_channels(model, masks, name, "producers").any()}
+    notes += [f"channels of {name!r} are kept: {why}" for name, why in refused.items() if name in masked]
     if not dropped:
-        notes.append("nothing to remove: no unit is masked in all layers that make it and all that read it")
-    dense, small, which = make_twin(model), make_twin(model), ", ".join(dropped)
+        notes.append("nothing to remove: no unit is masked in all its producers and consumers")
+    dense, small, which = trial_copy(model), trial_copy(model), ", ".join(dropped)
     with undisturbed([dense, small], 0):
         try:
-            remove_units(tp, small, inputs, groups, dropped)
-            error = difference(outputs(dense, inputs), outputs(small, inputs))
+            error = remove_units(small, inputs, groups, dropped, dense)
         except Exception as problem:
-            raise ResuscitateError(f"channels of {which} cannot be removed; {said(problem)}") from problem
+            raise ResuscitateError(f"channels of {which} cannot be removed; {describe_error(problem)}") from problem
         if not error <= tolerance:
             raise ResuscitateError(
                 f"without the masked channels of {which} the output differs by {error:.3g} of its largest value, more "
@@ -109,130 +124,125 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
             )
         flops = count_flops(dense, inputs), count_flops(small, inputs)
     parameters = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in small.parameters())
-    kept, kept_inputs = _survivors(dense, groups, dropped)
-    _adopt(model, _tensors(small), small)
-    removed = {name: int(gone.sum()) for name, gone in dropped.items()}
+    kept, kept_inputs = _remaining_channels(dense, groups, dropped)
+    _install(model, _tensors(small), small)
+    removed = {name: int(units.sum()) for name, units in dropped.items()}
     return Shrinkage(removed, kept, kept_inputs, parameters, flops, error, notes)
 
 
 def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor], example: Example) -> bool:
-    """Undo `shrink`, in place: the units it took out are there again, masked; returns whether any were missing.
+    """Undo `shrink`, in place: put the removed units back, masked. Returns whether any were missing.
 
-    masks: as `shrink` was given them, in the shapes of `dense`, the network before it. What was taken out comes back
-    without weights, and with the dense bias and BatchNorm; the model computes what it did.
-    Raises MaskError where a layer has another size than the masks leave it, ResuscitateError as `shrink` does.
+    masks: those given to `shrink`, in the shapes of `dense`, the network before it. A restored unit has weights of
+    zero and the bias and BatchNorm of `dense`; the model's outputs are unchanged.
+    Raises MaskError if a layer's size does not match the masks, ResuscitateError as `shrink` does.
     """
-    tp, model, inputs = torch_pruning(), unwrap(model), inputs_of(example)
-    layers, originals = find_layers(model), find_layers(unwrap(dense))
+    model, dense, inputs = unwrap(model), unwrap(dense), input_tensors(example)
+    layers, originals = find_layers(model), find_layers(dense)
     if all(layers[n].weight.shape == originals[n].weight.shape for n in layers if n in originals):
         return False
-    groups, _ = survey(tp, unwrap(dense), inputs)
-    dropped, _ = _droppable(unwrap(dense), groups, Masks(masks))
-    kept, _ = _survivors(unwrap(dense), groups, dropped)
+    groups, _ = verified_groups(dense, inputs)
+    dropped = dropped_units(dense, groups, Masks(masks))
+    kept, _ = _remaining_channels(dense, groups, dropped)
     regions = channel_masks(dense, groups, dropped)
     tensors: dict[str, Tensor] = {}
-    for name, original in _tensors(unwrap(dense)).items():
+    for name, original in _tensors(dense).items():
         owner, _, key = name.rpartition(".")
         small = getattr(model.get_submodule(owner), key, None)
         if not isinstance(small, Tensor) or small.shape == original.shape:
             continue
         where = regions[owner] if key == "weight" and owner in regions else kept.get(owner)
-        room = None if where is None else (int(where.sum()) if where.dtype == torch.bool else len(where))
-        if where is None or small.numel() != room:
-            raise MaskError(
-                owner, f"its {key} is {tuple(small.shape)}, which is not what these masks leave of the dense"
-            )
+        expected = None if where is None else (int(where.sum()) if where.dtype == torch.bool else len(where))
+        if where is None or small.numel() != expected:
+            problem = f"its {key} is {tuple(small.shape)}, not what these masks leave of the dense one"
+            raise MaskError(owner, f"{problem}; pass the masks that shrink was given")
         full = torch.zeros_like(original) if where.dtype == torch.bool else original.detach().clone()
         full[where.to(full.device)] = small.detach().to(full).flatten()
         tensors[name] = full.to(small)
     with undisturbed([], 0), Snapshot(model):
-        before = outputs(make_twin(model), inputs)
-        _adopt(model, tensors, unwrap(dense))
-        error = difference(before, outputs(make_twin(model), inputs))
+        before = compute_outputs(trial_copy(model), inputs)
+        _install(model, tensors, dense)
+        error = relative_difference(before, compute_outputs(trial_copy(model), inputs))
         if not error <= AGREEMENT:
             raise ResuscitateError(
-                f"with its channels back, and masked, the output differs by {error:.3g} of its largest value: these "
-                "are not the masks that the channels went by"
+                f"with the removed channels restored and masked, the output differs by {error:.3g} of its largest "
+                "value; pass the masks that shrink was given"
             )
     return True
 
 
 def dropped_units(model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Group -> boolean (units,): those that are neither made nor read by these masks."""
-    return _droppable(model, groups, masks)[0]
+    """Group -> boolean (units,): units that the masks prune in all their producers and consumers."""
+    return _removable_units(model, groups, masks)[0]
 
 
-def _droppable(
+def _removable_units(
     model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Group -> boolean (units,): those masked in all layers that make them and all that read them; notes on others."""
-    dropped: dict[str, Tensor] = {}
-    notes: list[str] = []
+    """Group -> boolean (units,): units masked in all producers and consumers; and notes on units masked in part."""
+    dropped, notes = dict[str, Tensor](), list[str]()
     for group in groups:
-        unmade, unread = (
-            torch.stack([_masked(model, masks, name, role)[table].all(1) for name, table in tables.items()]).all(0)
-            for role, tables in (("makers", group.makers), ("readers", group.readers))
+        sides = ("producers", group.producers), ("consumers", group.consumers)
+        unproduced, unconsumed = (
+            torch.stack([_masked_channels(model, masks, n, role)[table].all(1) for n, table in tables.items()]).all(0)
+            for role, tables in sides
         )
-        gone = unmade & unread
-        if read := int((unmade & ~unread).sum()):
-            notes.append(f"{read} units of {group.name!r} are masked but still read; they may emit a constant and stay")
-        if gone.all():
-            gone[0] = False
-            notes.append(f"all units of {group.name!r} are masked; one stays")
-        if gone.any():
-            dropped[group.name] = gone
+        removable = unproduced & unconsumed
+        if count := int((unproduced & ~unconsumed).sum()):
+            notes.append(
+                f"{count} units of {group.name!r} are masked in their producers only; they are kept, because their "
+                "output may be a constant"
+            )
+        if removable.all():
+            removable[0] = False
+            notes.append(f"all units of {group.name!r} are masked; one is kept")
+        if removable.any():
+            dropped[group.name] = removable
     return dropped, notes
 
 
-def _masked(model: nn.Module, masks: Mapping[str, Tensor], name: str, role: str) -> Tensor:
-    """Boolean (channels,): those that the layer's mask leaves no weight to make, or to read."""
+def _masked_channels(model: nn.Module, masks: Mapping[str, Tensor], name: str, role: str) -> Tensor:
+    """Boolean (channels,): channels whose rows (role "producers") or columns ("consumers") are all masked."""
     module = model.get_submodule(name)
     if name not in masks:
         return torch.zeros(width_of(module, role), dtype=torch.bool)
-    view = rows_of if role == "makers" else columns_of
+    view = rows_of if role == "producers" else columns_of
     return ~view(module, masks[name].cpu()).any(1)
 
 
-def _survivors(
+def _remaining_channels(
     model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The output channels, and the input channels, that remain of the model's modules where some went."""
-    kept: dict[str, Tensor] = {}
-    kept_inputs: dict[str, Tensor] = {}
+    """Output channels and input channels kept, of the modules from which some are removed."""
+    kept, kept_inputs = dict[str, Tensor](), dict[str, Tensor]()
     for group in groups:
         if group.name in dropped:
-            sides = (
-                ("makers", group.makers, kept),
-                ("norms", group.norms, kept),
-                ("readers", group.readers, kept_inputs),
-            )
-            for role, tables, remaining in sides:
-                for name, table in tables.items():
+            for role, remaining in (("producers", kept), ("norms", kept), ("consumers", kept_inputs)):
+                for name, table in getattr(group, role).items():
                     before = remaining.get(name, torch.arange(width_of(model.get_submodule(name), role)))
                     remaining[name] = before[~torch.isin(before, table[dropped[group.name]])]
     return kept, kept_inputs
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, shared ones under each of theirs."""
+    """Parameters and buffers by name; a shared one under each of its names."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _adopt(model: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> None:
-    """Give each module those of the tensors that differ in shape, and the sizes of its twin in `like`, all at once."""
+def _install(model: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> None:
+    """Set the tensors that differ in shape, and each module's size attributes from `like`; all changes at the end."""
     changes: list[tuple[dict[str, Any], str, Any]] = []
     for name, module in model.named_modules():
-        twin = like.get_submodule(name)
+        source = like.get_submodule(name)
         for slots in (module._parameters, module._buffers):
             for key, old in slots.items():
                 new = tensors.get(f"{name}.{key}" if name else key)
                 if old is not None and new is not None and old.shape != new.shape:
-                    # in the memory format of the old one
+                    # in the memory format of the old tensor
                     order = [axis for _, axis in sorted((-step, axis) for axis, step in enumerate(old.stride()))]
                     new = torch.empty_permuted(new.shape, order, dtype=old.dtype, device=old.device).copy_(new)
-                    changes.append(
-                        (slots, key, nn.Parameter(new, old.requires_grad) if slots is module._parameters else new)
-                    )
-        changes += [(vars(module), key, vars(twin)[key]) for key in SIZES if key in vars(module)]
+                    value = nn.Parameter(new, old.requires_grad) if slots is module._parameters else new
+                    changes.append((slots, key, value))
+        changes += [(vars(module), key, vars(source)[key]) for key in SIZES if key in vars(module)]
     for slots, key, value in changes:
         slots[key] = value

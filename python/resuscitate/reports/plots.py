@@ -15,8 +15,7 @@ from ..errors import ResuscitateError
 from ..utils.files import atomic
 
 if TYPE_CHECKING:
-    from ..demo import Demo
-    from ..workflows.damage import LayerDamage
+    from .damage import LayerDamage
     from .recoverability import RecoverabilityMap
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for the dense network
@@ -36,61 +35,13 @@ def have_matplotlib() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_demo(result: Demo, path: str | Path) -> None:
-    """Accuracy by method and sparsity, and one layer's per-channel variance (log scale): dense, pruned, repaired.
-
-    A channel that has no variance left has no mark. Raises ResuscitateError where matplotlib is missing, ValueError
-    for a format (the path's suffix) that it does not know, OSError where nothing can be written.
-    """
-    with open_figure(path, 12, 5) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(4, 3))
-        _accuracy_bars(left, result)
-        _variance_dots(right, result)
-
-
-def _accuracy_bars(axes: Any, result: Demo) -> None:
-    columns = list(next(iter(result.accuracy.values())))
-    width = 0.88 / len(columns)
-    axes.axhline(result.dense, color="black", linestyle="--", linewidth=1, label=f"dense, {result.dense:.1f}")
-    for place, (column, colour) in enumerate(zip(columns, COLOURS.values(), strict=True)):
-        heights = [row[column] for row in result.accuracy.values()]
-        offsets = [group + (place - (len(columns) - 1) / 2) * width for group in range(len(heights))]
-        bars = axes.bar(offsets, heights, width * 0.94, color=colour, label=column)
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}  # the dense line must not strike a number out
-        axes.bar_label(bars, fmt="%.0f", fontsize=8.5, padding=2, bbox=paper)
-    axes.set_xticks(range(len(result.accuracy)), [f"{sparsity:.0%} sparsity" for sparsity in result.accuracy])
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, 109)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel(f"right, of {result.tested} held-out digits (%)")
-    axes.set_title("Accuracy after pruning, by repair", loc="left", fontweight="bold")
-    _finish(axes, legend_columns=4)
-
-
-def _variance_dots(axes: Any, result: Demo) -> None:
-    from ..demo import SHOWN_LAYER, SHOWN_METHOD, SHOWN_SPARSITY
-
-    order = sorted(range(len(result.variances["dense"])), key=lambda channel: -result.variances["dense"][channel])
-    dense, pruned, repaired = (
-        [result.variances[name][channel] for channel in order] for name in ("dense", "pruned", "repaired")
-    )
-    axes.set_yscale("log", nonpositive="mask")
-    axes.vlines(range(len(order)), pruned, repaired, color="#D9D9D9", linewidth=0.8)
-    axes.plot(dense, color="black", linewidth=1.8, label="dense")
-    axes.plot(repaired, "D", color=COLOURS["blue"], markersize=3.4, label=f"repaired ({SHOWN_METHOD})")
-    axes.plot(pruned, "o", color=COLOURS["vermilion"], markersize=3.4, label="pruned")
-    axes.set_xlabel("channel, in the order of its dense variance")
-    axes.set_ylabel("variance of the channel's output")
-    axes.set_title(f"Signal in {SHOWN_LAYER}, {SHOWN_SPARSITY:.0%} sparsity", loc="left", fontweight="bold")
-    axes.margins(x=0.02)
-    _finish(axes, legend_columns=3)
-
-
-def _finish(axes: Any, legend_columns: int) -> None:
+def finish(axes: Any, legend_columns: int = 0) -> None:
+    """Horizontal grid lines, no frame above and on the right; a legend below the axes if it has columns."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=legend_columns, frameon=False, fontsize=9)
+    if legend_columns:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=legend_columns, frameon=False, fontsize=9)
 
 
 def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] | None = None) -> None:
@@ -98,7 +49,7 @@ def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] 
 
     Thin lines are the baseline's, exact BatchNorm statistics alone. Shaded is the transition regime, where the
     baseline has lost more than half of its lead over chance and the method has not, of the allocation in which the
-    method holds longest. Raises as `draw_demo` does, ValueError for a method that is not in the map.
+    method holds longest. Raises as `open_figure` does, ValueError for a method that is not in the map.
     """
     baseline = "bn" if "bn" in found.methods else None
     shown = list(methods or [method for method in found.methods if method not in ("none", baseline)] or found.methods)
@@ -117,7 +68,7 @@ def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str 
     """Two heat maps, a row for each layer: its channels in the order of their dense variance, stretched to the width.
 
     On the left the variance against the dense one, in powers of two; on the right the correlation with it. Constant
-    channels are left blank. Raises as `draw_demo` does.
+    channels are left blank. Raises as `open_figure` does.
     """
     width = max(len(layer.variance) for layer in layers.values())
     rows: list[list[Any]] = [[], []]
@@ -128,12 +79,11 @@ def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str 
         rows[1].append(layer.correlation[places])
     with open_figure(path, 11, 1.6 + 0.2 * len(layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, values, (name, colours, low, high) in zip(
-            panels,
-            rows,
-            (("variance, pruned / dense (powers of 2)", "RdBu_r", -4, 4), ("correlation with dense", "viridis", 0, 1)),
-            strict=True,
-        ):
+        looks = [
+            ("variance, pruned / dense (powers of 2)", "RdBu_r", -4, 4),
+            ("correlation with dense", "viridis", 0, 1),
+        ]
+        for axes, values, (name, colours, low, high) in zip(panels, rows, looks, strict=True):
             picture = axes.imshow(torch.stack(values).numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto")
             axes.set_title(name, loc="left", fontsize=10)
             axes.set_xticks([0, width - 1], ["largest", "smallest"])
@@ -148,30 +98,32 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
     axes.axhline(found.dense, color="black", linestyle="--", linewidth=1)
     axes.axhline(half, color="black", linestyle=":", linewidth=1)
     colours = [COLOURS[name] for name in ("blue", "orange", "green", "vermilion", "sky", "grey")]
+    regimes = {}
     for allocation, colour in zip(found.allocations, cycle(colours)):
         curve = found.curve(allocation, method)
         axes.plot(list(curve), list(curve.values()), "o-", color=colour, markersize=3.5, label=allocation)
         if baseline is not None and baseline != method:
             thin = found.curve(allocation, baseline)
             axes.plot(list(thin), list(thin.values()), color=colour, linewidth=0.7, alpha=0.7)
-    if baseline is not None and baseline != method:
-        regimes = {name: found.transition(name, method, baseline) for name in found.allocations}
-        held = {name: regime for name, regime in regimes.items() if regime is not None}
-        if held:
-            name, regime = max(held.items(), key=lambda item: item[1].end)
-            axes.axvspan(regime.start, regime.end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
-            middle = (regime.start + regime.end) / 2
-            axes.text(middle, 0.01, name, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
+            if (regime := found.transition(allocation, method, baseline)) is not None:
+                regimes[allocation] = regime
+    if regimes:
+        name, widest = max(regimes.items(), key=lambda item: item[1].end)
+        axes.axvspan(widest.start, widest.end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
+        middle = (widest.start + widest.end) / 2
+        axes.text(middle, 0.01, name, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
     axes.set_title(method, loc="left", fontweight="bold")
     axes.set_xlabel("sparsity")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.7)
-    axes.set_axisbelow(True)
+    finish(axes)
 
 
 @contextmanager
 def open_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
-    """A new figure, saved when the block ends; errors as `draw_demo` has them."""
+    """A new figure, saved when the block ends.
+
+    Raises ResuscitateError where matplotlib is missing, ValueError for a format (the path's suffix) that it does not
+    know, OSError where nothing can be written.
+    """
     if not have_matplotlib():
         raise ResuscitateError("a picture needs matplotlib: pip install 'resuscitate[plots]'")
     from matplotlib import rc_context

@@ -1,15 +1,16 @@
-"""What comes back, by sparsity, allocation and method: a tidy table, and the regime that only a repair survives."""
+"""The recoverability map: scores by sparsity, allocation and method, and the regime in which only a method holds."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import CheckpointError, did_you_mean
-from ..utils.files import write_rows
+from .base import Report, terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Cell:
     """One model, pruned, repaired and scored.
 
-    `sparsity` was asked for and `pruned` is what came out; `score` is what `evaluate` said; `seconds` took the repair.
+    `sparsity` was requested and `pruned` was reached; `score` is that of `evaluate`; the repair took `seconds`.
     """
 
     sparsity: float
@@ -42,12 +43,14 @@ class Transition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecoverabilityMap:
-    """The cells of a map in the order of sparsity, and what they are seen against.
+class RecoverabilityMap(Report):
+    """The cells of a map in the order of sparsity.
 
-    `dense` is the score of the model before pruning, `chance` that of guessing; `pattern` and `images`, how many, are
-    those of all cells.
+    `dense` is the score of the dense network, `chance` that of guessing; `pattern` and the number of `images` are those
+    of all cells.
     """
+
+    columns: ClassVar = (*(column.name for column in fields(Cell)), "dense", "chance", "pattern", "images")
 
     cells: list[Cell]
     dense: float
@@ -104,11 +107,9 @@ class RecoverabilityMap:
         """The allocation of the highest score; the first named among equals."""
         return max(self.allocations, key=lambda allocation: self.curve(allocation, method)[sparsity])
 
-    def save(self, path: str | Path) -> None:
-        """Write .json (everything) or .csv (a row for each cell), whole or not at all. Raises OSError, ValueError."""
-        shared = {"dense": self.dense, "chance": self.chance, "pattern": self.pattern, "images": self.images}
-        columns = [*(column.name for column in fields(Cell)), *shared]
-        write_rows(path, asdict(self), columns, [{**asdict(cell), **shared} for cell in self.cells])
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each cell."""
+        return [vars(self) | vars(cell) for cell in self.cells]
 
     @classmethod
     def load(cls, path: str | Path) -> RecoverabilityMap:
@@ -121,24 +122,19 @@ class RecoverabilityMap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape
-        from rich.table import Table
 
         yield f"dense {self.dense:.2f}, chance {self.chance:g}, {self.pattern}, {self.images} images"
         for method in self.methods:
-            table = Table(escape(method), box=None, header_style="bold")
-            for allocation in self.allocations:
-                table.add_column(allocation, justify="right")
+            curves, rows = [self.curve(allocation, method) for allocation in self.allocations], []
             for sparsity in self.sparsities:
-                scores = [self.curve(allocation, method).get(sparsity) for allocation in self.allocations]
-                table.add_row(f"{sparsity:.1%}", *("" if score is None else f"{score:.2f}" for score in scores))
-            yield table
+                scores = [curve.get(sparsity) for curve in curves]
+                rows.append([f"{sparsity:.1%}", *("" if score is None else f"{score:.2f}" for score in scores)])
+            yield terminal_table([escape(method)], self.allocations, rows)
         if "bn" in self.methods:
             yield from map(escape, self.findings())
 
     def findings(self, baseline: str = "bn") -> Iterable[str]:
         """A line for each method and allocation that has a transition regime."""
-        for method in self.methods:
-            for allocation in self.allocations:
-                found = self.transition(allocation, method, baseline)
-                if method != baseline and found is not None:
-                    yield f"{allocation}: {method} still holds where {baseline} fails, sparsity {found}"
+        for method, allocation in product(self.methods, self.allocations):
+            if method != baseline and (found := self.transition(allocation, method, baseline)) is not None:
+                yield f"{allocation}: {method} still holds where {baseline} fails, sparsity {found}"

@@ -1,1 +1,1 @@
-"""What a run is carried by: its options, ranks, memory, threads and journal."""
+"""The run-time environment of a repair: ranks, memory budget, spilled values, threads and the journal."""

@@ -1,8 +1,8 @@
-"""Values kept between uses: in memory up to a budget, beyond it in a scratch file (CPU) or in host memory (GPU).
+"""Values kept between uses: in memory up to a budget, beyond it spilled to a scratch file (CPU) or host memory (GPU).
 
-Kept are storages, not tensors, so that views of one memory stay views of one memory when they come back. A scratch file
-has no name: whatever ends the process, nothing is left behind. It is read and written, never mapped into memory, for a
-mapped file counts as memory in use.
+Storages are spilled, not tensors, so that views of one storage stay views of one storage. A scratch file has no name:
+whatever ends the process, nothing remains. It is read and written, never mapped into memory: a mapped file counts as
+memory in use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,29 +22,29 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .heap import give_back_freed, resident_memory
-from .spill import HostMemory, Place, Region, ScratchFile, free_disk
+from .spill import HostMemory, Region, ScratchFile, free_disk
 
 log = logging.getLogger("resuscitate")
 
 UNITS = {unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")}
 UNITS |= {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
-HOLES = 8  # one part in so many of a budget is left to the holes between values
-CHECKS = 64  # resident memory is looked at each time one part in so many of a budget has come and gone
+HOLES = 8  # 1 / HOLES of a budget is left for the holes between values
+CHECKS = 64  # resident memory is read each time 1 / CHECKS of a budget has been moved
 
 
-class Store:
-    """A budget of bytes, and a place for what exceeds it. A context: leaving it frees that place.
+class Store(AbstractContextManager["Store"]):
+    """A budget of bytes, and a place for spilled bytes. A context: leaving it frees that place.
 
-    `away` is how many bytes were ever moved out. Several threads may use it, each with `Frame`s of its own.
+    `away` is the number of bytes spilled so far. Several threads may use it, each with its own `Frame`s.
     """
 
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
-        self.budget, self.reserve = budget, budget // 2  # until it is known what the computing takes
+        self.budget, self.reserve = budget, budget // 2  # until `set_aside`
         self.resident, self.away, self._passed = 0, 0, 0
         self.before = resident_memory()
         self.lock = threading.RLock()
-        self._place: Place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
+        self._place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
 
     @classmethod
     def on_host(cls, scratch: str | Path | None) -> Store:
@@ -51,32 +52,24 @@ class Store:
         host = torch.device("cpu")
         return cls(parse_memory(None, host), host, scratch)
 
-    def __enter__(self) -> Store:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._place.close()
 
     def room(self) -> int:
-        """How many more bytes it may keep: those left of its budget, and half of what is free where the rest goes."""
+        """How many more bytes it may keep: those left of its budget, and half of those free in the spill place."""
         place = self._place
         beyond = free_disk(place.folder) if isinstance(place, ScratchFile) else free_memory(torch.device("cpu"))
         return max(self.budget - self.reserve - self.resident, 0) + beyond // 2
 
     def set_aside(self, size: int) -> None:
-        """Leave so many bytes of the budget to whoever computes, and a share of it to the holes between values."""
+        """Reserve so many bytes of the budget for forward passes, and a share for the holes between values."""
         self.reserve = size + self.budget // HOLES
         if size > self.budget:
-            log.warning(
-                "memory: one batch alone needs about %d MiB, the budget is %d MiB; use smaller batches",
-                size >> 20,
-                self.budget >> 20,
-            )
+            needs = f"one batch alone needs about {size >> 20} MiB, the budget is {self.budget >> 20} MiB"
+            log.warning("memory: %s; use smaller batches", needs)
 
     def tidy(self) -> None:
-        """Have the C library give freed pages back, where the process has grown by all of a budget in host memory but
-        the part for the holes.
-        """
+        """Give freed pages back if the process has grown by a host budget, less the part for the holes."""
         in_host_memory = isinstance(self._place, ScratchFile)
         if in_host_memory and resident_memory() - self.before > self.budget - self.budget // HOLES:
             give_back_freed()
@@ -91,19 +84,19 @@ class Store:
             return fits
 
     def release(self, size: int) -> None:
-        """Bytes that were admitted are in use no more."""
+        """Return admitted bytes to the budget."""
         with self.lock:
             self.resident -= size
 
     def write(self, data: Tensor, at: Region | None = None) -> Region:
-        """Move bytes, uint8 (n,), out of memory, over those of a region of the same size or into a new one."""
+        """Spill bytes, uint8 (n,), over a region of the same size or into a new one."""
         with self.lock:
             self.away += data.numel()
             self._count(data.numel())
             return self._place.write(data, at)
 
     def read(self, region: Region, data: Tensor | None = None) -> Tensor:
-        """The bytes back, in `data`, uint8 (n,), or in new memory."""
+        """Read a region into `data`, uint8 (n,), or into new memory."""
         if data is None:
             data = torch.empty(region.size, dtype=torch.uint8, device=region.device)
         with self.lock:
@@ -124,9 +117,9 @@ class Store:
 
 
 class Frame:
-    """Values by key, such as the activations of one batch: opened for a while, changed or not, and closed again.
+    """Values by key, such as the activations of one batch. Between `close` and `open` a `Store` may spill the tensors.
 
-    A value is any nest of tuples, lists and dicts; its tensors are what a `Store` may move out of memory.
+    A value is any nest of tuples, lists and dicts. Between `open` and `close` it may be changed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -141,7 +134,7 @@ class Frame:
     def open(self, keys: Iterable[Hashable], keep: Collection[Hashable] | None = None) -> dict[Hashable, Any]:
         """The values of these keys, as tensors again; `close` must follow.
 
-        What is not in `keep` is given away, so that its memory is free as soon as the caller drops it. None: all stays.
+        Of these the frame forgets those that are not in `keep`, so that the caller can free them. None: it keeps all.
         """
         found = {key: map_leaves(self._fetch, self._values[key]) for key in keys}
         if keep is not None:
@@ -150,7 +143,7 @@ class Frame:
         return found
 
     def close(self, values: Mapping[Hashable, Any], keep: Collection[Hashable] = ()) -> None:
-        """Keep `values`, and of the older ones those in `keep`; what was changed in place stays changed."""
+        """Keep `values`, and of the older ones those in `keep`, with all changes in place."""
         known = {data.untyped_storage().data_ptr(): region for region, (data, _) in self._opened.items()}
         before = _regions(self._values) | self._opened.keys()
         kept = {key: value for key, value in self._values.items() if key in keep and key not in values}
@@ -164,7 +157,7 @@ class Frame:
         self._forget_dropped()
 
     def _forget_dropped(self) -> None:
-        """Count what is no longer kept out of the budget."""
+        """Return the bytes of values that are no longer kept to the budget."""
         alive = {x.untyped_storage().data_ptr() for x in leaves(self._values.values()) if isinstance(x, Tensor)}
         for address in self._resident.keys() - alive:
             self.store.release(self._resident.pop(address))
@@ -197,7 +190,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Away:
-    """A tensor over bytes that are out of memory."""
+    """A tensor whose bytes are spilled."""
 
     region: Region
     dtype: torch.dtype
@@ -213,19 +206,16 @@ def parse_memory(memory: int | str | None, device: torch.device) -> int:
     """
     if memory is None:
         return free_memory(device) // 2
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?b?)\s*", str(memory).lower())
-    try:
-        assert match is not None
-        size = int(float(match[1]) * UNITS[match[2]])
-    except (AssertionError, KeyError, ValueError):
-        raise ValueError(f"memory={memory!r} is no amount such as '4GiB', '500MB' or a number of bytes") from None
-    if size < 1:
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(\w*)\s*", str(memory).lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError(f"memory={memory!r} is no amount such as '4GiB', '500MB' or a number of bytes")
+    if (size := int(float(match[1]) * UNITS[match[2]])) < 1:
         raise ValueError(f"memory={memory!r} leaves nothing to work with")
     return size
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; of the host, what the system could give without swapping, within its cgroup's limit."""
+    """Bytes free on the device; on the host, those available without swapping, within the limit of the cgroup."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -233,30 +223,25 @@ def free_memory(device: torch.device) -> int:
         free = int(available[1]) * 1024 if available else 0
     except OSError:
         free = 0
-    if not free:
-        try:  # not Linux: half of the whole is the best that the standard library tells
+    if not free:  # not Linux: half of all memory
+        try:
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         except (AttributeError, ValueError, OSError):
             free = 4 << 30
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        free = free if limit == "max" else min(free, max(int(limit) - int(used), 0))
-    except (OSError, ValueError):
-        pass
+    with suppress(OSError, ValueError):  # no such files, or no limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(limit - used, 0))
     return free
 
 
 def leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """All leaves of some values; most are lone tensors, which need no search."""
+    """All leaves of some values; most values are single tensors, which need no search."""
     for value in values:
-        if isinstance(value, Tensor | _Away):
-            yield value
-        else:
-            yield from tree_leaves(value)
+        yield from [value] if isinstance(value, Tensor | _Away) else tree_leaves(value)
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The value with each leaf put through a function."""
+    """The value with a function applied to each leaf."""
     return function(value) if isinstance(value, Tensor | _Away) else tree_map(function, value)
 
 

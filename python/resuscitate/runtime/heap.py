@@ -1,4 +1,4 @@
-"""The C library's heap during a walk: when freed memory is kept for the next allocation, and when it is given back."""
+"""The C library's heap during a walk: freed memory is kept for the next allocation, or returned to the system."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
-LARGEST_MMAP, LARGEST_TRIM = 32 << 20, 64 << 20  # bytes; malloc moves its thresholds up to these as blocks are freed
-LARGEST_END = 1 << 20  # bytes of the unused end of a heap, of a walk that has to save memory
+LARGEST_MMAP, LARGEST_TRIM = 32 << 20, 64 << 20  # bytes; malloc raises its thresholds up to these as blocks are freed
+LARGEST_END = 1 << 20  # bytes; trim threshold of a walk that must save memory
 
 _entered = threading.Lock()
 
 
 def _glibc() -> Any:
-    """The C library, if it is glibc and its user has not chosen how malloc works; else None."""
+    """The C library, if it is glibc and no environment variable configures malloc; else None."""
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018
@@ -29,9 +29,9 @@ def _glibc() -> Any:
 
 
 def give_back_freed() -> None:
-    """Have the C library return the pages of freed memory to the system, those between used ones too (glibc only).
+    """Return the pages of freed memory to the system, also those between used pages (glibc only).
 
-    A heap in which large values of several sizes come and go is full of holes, which count as memory in use.
+    Allocating and freeing large values of several sizes fragments the heap; freed pages count as memory in use.
     """
     library = _glibc()
     if library is not None:
@@ -39,7 +39,7 @@ def give_back_freed() -> None:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory (Linux; elsewhere 0)."""
+    """The resident memory of this process in bytes (Linux; elsewhere 0)."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
@@ -48,14 +48,14 @@ def resident_memory() -> int:
 
 @contextmanager
 def heap(needed: float, budget: int) -> Iterator[None]:
-    """The heap of a walk that has `needed` bytes of activations at once and may take `budget` bytes.
+    """Configure malloc for a walk that has `needed` bytes of activations at once within a `budget` in bytes.
 
-    Where the budget holds the activations twice, for a heap has holes, malloc keeps what is freed: otherwise it takes
-    new pages from the system for each activation, which costs as much time as computing them. Where it does not, the
-    unused ends of all threads' heaps are given back, which `give_back_freed` does not do.
+    If the budget is at least twice `needed` (a heap fragments), malloc keeps freed memory. Otherwise malloc takes new
+    pages from the system for each activation, which takes as much time as computing it. If the budget is smaller, the
+    unused ends of the heaps of all threads are returned to the system, which `give_back_freed` does not do.
 
-    Afterwards freed memory is given back, and the thresholds are those that malloc comes to by itself in a process that
-    frees large blocks. Within another such context this one does nothing.
+    On exit freed memory is returned and the thresholds are set to the values that malloc reaches by itself in a process
+    that frees large blocks. A nested context does nothing.
     """
     library = _glibc()
     if library is None or not _entered.acquire(blocking=False):

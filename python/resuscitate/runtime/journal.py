@@ -24,16 +24,14 @@ from ..utils.digest import fingerprint
 from ..utils.files import open_locked
 from .distributed import Ranks
 
-# options of a run that change nothing in its journal but rounding
-HARMLESS = ("batch_size", "device", "memory", "scratch", "group", "resume", "progress")
 MAGIC = b"resuscitate journal 1\n"
 HEAD = struct.Struct("<QI")  # length, crc32
 Entry = tuple[dict[str, Tensor], dict[str, object]]  # the tensors and the row of the report
 
 
-def told(given: Mapping[str, Any], *otherwise: str) -> dict[str, object]:
-    """For an identity, the arguments of a call by name, but for those that it knows otherwise or that are harmless."""
-    return {name: fingerprint(value) for name, value in given.items() if name not in (*HARMLESS, *otherwise)}
+def fingerprints(values: Mapping[str, Any]) -> dict[str, object]:
+    """Values by name, as an identity holds them."""
+    return {name: fingerprint(value) for name, value in values.items()}
 
 
 class Journal:

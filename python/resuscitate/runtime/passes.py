@@ -1,7 +1,7 @@
-"""Forward passes that can be suspended: each runs in a thread of its own, a given number of them at a time.
+"""Forward passes that can be suspended: each runs in its own thread, a given number of them at a time.
 
-A suspended pass keeps its activations in its own Python frames. So it needs no graph of the network, and it works for
-any control flow. Threads, not coroutines: gradient mode, autocast and function modes are states of a thread.
+The Python frames of a suspended pass hold its activations. So it needs no graph of the network, and it works for any
+control flow. Threads, not coroutines: gradient mode, autocast and function modes are states of a thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..errors import ResuscitateError
 # Python 3.11 runs no other thread that is traced (by a debugger, by coverage). So no wait is longer than this.
 WAIT = 0.5
 
+Run = Callable[[], object]
 Chain = Iterator["Pass"]
 _thread = threading.local()
 
@@ -31,88 +33,35 @@ class _CancelledError(BaseException):
 
 
 class RestartError(BaseException):
-    """Unwinds a forward pass that has to begin anew: `Pass.again` is then True."""
+    """Unwinds a forward pass that has to start again: `Pass.again` is then True."""
 
 
 def current() -> Any:
-    """What the pass of this thread was given as `state`; None in a thread that is no pass."""
+    """The `state` of this thread's pass; None in a thread without a pass."""
     return getattr(_thread, "state", None)
 
 
-class Pass:
-    """One forward pass. It runs from `resume` until it calls `suspend`, or ends.
-
-    run: the forward pass. state: what `current` returns in its thread. The thread begins with the first `resume`, with
-    gradients off and `threads` intra-op threads; None leaves their number. At its end, however it comes, it calls
-    `finish`. A pass that is dropped is cancelled.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[], object],
-        state: object = None,
-        threads: int | None = None,
-        finish: Callable[[], object] | None = None,
-    ) -> None:
-        self._control = _Control(run, state, threads, finish or _nothing)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the forward pass has returned or has raised an error."""
-        return self._control.ended
-
-    @property
-    def error(self) -> BaseException | None:
-        """What the forward pass raised."""
-        return self._control.error
-
-    @property
-    def again(self) -> bool:
-        """Whether the forward pass has ended by RestartError."""
-        return self._control.again
-
-    def resume(self, then: Callable[[], None]) -> None:
-        """Have the pass go on, and return at once. It calls `then` in its thread when it is suspended or has ended."""
-        self._control.resume(then)
-
-    def cancel(self) -> None:
-        """Have the pass unwind from where it is suspended; one that runs, from where it is suspended next."""
-        self._control.cancel()
-
-    def join(self) -> None:
-        """Wait until its thread has ended."""
-        self._control.join()
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # an interrupt came before it had one
-            try:
-                self._control.cancel()
-            finally:  # once more, lest an interrupt came within it
-                self._control.cancel()
-
-
-def suspend() -> None:
-    """Suspend the pass of this thread until it is resumed. Raises what unwinds it, if it is cancelled."""
-    _thread.control.suspend()
+def _nothing() -> None:
+    pass
 
 
 class _Control:
-    """What a pass and its thread share. The thread does not refer to the `Pass`, which can so be dropped."""
+    """The state that a pass and its thread share. The thread does not refer to the `Pass`, so that this can be dropped.
 
-    def __init__(
-        self, run: Callable[[], object], state: object, threads: int | None, finish: Callable[[], object]
-    ) -> None:
-        self.run = run
-        self.state, self.threads, self.finish = state, threads, finish
-        self.ended = self.again = self.cancelled = False
+    ended: the forward pass has returned or raised; error: what it raised; again: it ended by RestartError.
+    """
+
+    def __init__(self, run: Run, state: object, threads: int | None, finish: Run) -> None:
+        self.run, self.state, self.threads, self.finish = run, state, threads, finish
+        self.ended = self.again = self.cancelled = self.begun = False
         self.error: BaseException | None = None
         self.then: Callable[[], None] = _nothing
-        self.go = threading.Lock()  # free while the pass may go on
+        self.go = threading.Lock()  # free while the pass may run
         self.go.acquire()
-        self.begun = False
         self.over = threading.Event()
 
     def resume(self, then: Callable[[], None]) -> None:
+        """Let the pass run, and return at once. It calls `then` in its thread when it is suspended or has ended."""
         self.then = then
         if not self.begun and self.cancelled:
             self.ended = True
@@ -127,18 +76,20 @@ class _Control:
                 if thread.ident is None:
                     self.over.set()
                 if isinstance(error, RuntimeError):
-                    cause = f"{error}: each batch waits in a thread of its own; use larger batches"
+                    cause = f"{error}: each batch needs its own thread; use larger batches"
                     raise ResuscitateError(cause) from error
                 raise
         else:
             self.go.release()
 
     def cancel(self) -> None:
+        """Unwind the pass from where it is suspended; one that runs, from where it is suspended next."""
         self.cancelled = True
         with suppress(RuntimeError):  # it is free already
             self.go.release()
 
     def join(self) -> None:
+        """Wait until its thread has ended."""
         while self.begun and not self.over.wait(WAIT):
             pass
 
@@ -179,6 +130,46 @@ class _Control:
         then()
 
 
+class Pass:
+    """One forward pass. It runs from `resume` until it calls `suspend`, or ends.
+
+    run: the forward pass. state: what `current` returns in its thread. The thread begins with the first `resume`, with
+    gradients off and `threads` intra-op threads; None leaves their number. At its end, however it comes, it calls
+    `finish`. A pass that is dropped is cancelled. `resume`, `cancel` and `join` are those of `_Control`.
+    """
+
+    def __init__(self, run: Run, state: object = None, threads: int | None = None, finish: Run | None = None) -> None:
+        self._control = control = _Control(run, state, threads, finish or _nothing)
+        self.resume, self.cancel, self.join = control.resume, control.cancel, control.join
+
+    @property
+    def ended(self) -> bool:
+        """Whether the forward pass has returned or has raised an error."""
+        return self._control.ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the forward pass raised."""
+        return self._control.error
+
+    @property
+    def again(self) -> bool:
+        """Whether the forward pass has ended by RestartError."""
+        return self._control.again
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # an interrupt came before it had one
+            try:
+                self._control.cancel()
+            finally:  # once more, lest an interrupt came within it
+                self._control.cancel()
+
+
+def suspend() -> None:
+    """Suspend the pass of this thread until it is resumed. Raises the error that unwinds it, if it is cancelled."""
+    _thread.control.suspend()
+
+
 def end(passes: Iterable[Pass]) -> None:
     """Cancel passes, and wait until their threads have ended."""
     passes = list(passes)
@@ -188,56 +179,43 @@ def end(passes: Iterable[Pass]) -> None:
         each.join()
 
 
-def _nothing() -> None:
-    pass
-
-
-class Crew:
+class PassRunner:
     """Runs chains of passes, `size` chains at a time. It waits without using a core.
 
     A chain is an iterator of passes: each is resumed, and when it is suspended or has ended, the chain is asked for the
-    next, in the thread of that pass. So what the chain does between two passes runs beside the other chains.
+    next, in the thread of that pass. So the code of a chain between two passes runs beside the other chains.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.lock = threading.Lock()
 
     def run(self, chains: Iterable[Chain]) -> None:
         """Run all chains to their ends. Raises the first error of a pass or of a chain; no pass is resumed after it.
 
         After an interrupt some passes may still run: the caller cancels and joins them.
         """
-        waiting, failed = iter(list(chains)), list[BaseException]()
+        waiting, failed = iter(list(chains)), list[BaseException]()  # `next` of a list's iterator is atomic
         idle = queue.SimpleQueue[None]()
 
-        def go_on(chain: Chain | None) -> None:
-            """Resume the next pass of this chain, or of another one that has yet to begin."""
-            while not failed:
-                if chain is None:
-                    with self.lock:
-                        chain = next(waiting, None)
-                    if chain is None:
-                        break
-                try:
-                    each = next(chain, None)
-                    if each is not None:
-                        each.resume(partial(came, chain, each))
-                        return
-                except BaseException as error:
-                    failed.append(error)
-                    break
-                chain = None
+        def go_on(lane: Chain) -> None:
+            """Resume the next pass of a lane, which takes a waiting chain when its last one has ended."""
+            try:
+                each = None if failed else next(lane, None)
+                if each is not None:
+                    each.resume(partial(came, lane, each))
+                    return
+            except BaseException as error:
+                failed.append(error)
             idle.put(None)
 
-        def came(chain: Chain, each: Pass) -> None:
+        def came(lane: Chain, each: Pass) -> None:
             if each.error is not None:
                 failed.append(each.error)
-            go_on(chain)
+            go_on(lane)
 
         try:
             for _ in range(self.size):
-                go_on(None)
+                go_on(chain.from_iterable(waiting))
             for _ in range(self.size):
                 _get(idle)
         except BaseException as error:  # an interrupt
@@ -248,17 +226,17 @@ class Crew:
 
 
 def _get(idle: queue.SimpleQueue[None]) -> None:
-    """Wait until there is something in the queue, and take it."""
+    """Take the next item of the queue, in waits of at most `WAIT`."""
     while True:
         with suppress(queue.Empty):
             return idle.get(timeout=WAIT)
 
 
 def at_a_time(device: torch.device, passes: int, memory: int = 1, each: int = 0) -> tuple[int, int | None]:
-    """How many passes run at a time, and with how many intra-op threads each, None where that is left as it is.
+    """How many passes run at a time, and with how many intra-op threads each; None leaves their number.
 
-    On a CPU as many as this thread has intra-op threads, or as there are passes, or as `memory` holds of `each` bytes;
-    they share the threads. Else one, for the queue of the device is filled by one as fast as by several.
+    On a CPU as many as this thread has intra-op threads, or as there are passes, or as fit into `memory` at `each`
+    bytes; they share the threads. Else one: one pass fills the queue of the device as fast as several.
     """
     if device.type != "cpu":
         return 1, None
@@ -269,7 +247,7 @@ def at_a_time(device: torch.device, passes: int, memory: int = 1, each: int = 0)
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Afterwards the number of intra-op threads, which passes set for themselves, is what it was for all others."""
+    """A context that restores the number of intra-op threads, which passes change, for all other threads."""
     threads = torch.get_num_threads()
     try:
         yield

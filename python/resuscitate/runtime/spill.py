@@ -1,49 +1,36 @@
-"""Where values go that exceed a memory budget: regions of a scratch file, or pinned host memory behind a GPU."""
+"""Where values are spilled that exceed a memory budget: a scratch file, or pinned host memory for a GPU.
+
+A place writes bytes, uint8 (n,), into a new region or over one of the same size, and reads them back onto their device.
+"""
 
 from __future__ import annotations
 
 import bisect
-import ctypes
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from ..errors import ResuscitateError
+from ..utils.raw_bytes import view_bytes
 
 
 @dataclass(frozen=True)
 class Region:
-    """Bytes out of memory: where, how many, and of which device."""
+    """Spilled bytes: where, how many, and of which device."""
 
     offset: int
     size: int
     device: torch.device
 
 
-class Place(Protocol):
-    """Takes bytes, uint8 (n,), and gives them back."""
-
-    def write(self, data: Tensor, at: Region | None) -> Region:
-        """Into a new region, or over one of the same size."""
-
-    def read(self, region: Region, data: Tensor) -> None:
-        """The bytes of a region, into uint8 (n,) on the device they came from."""
-
-    def free(self, region: Region) -> None:
-        """Give up a region."""
-
-    def close(self) -> None:
-        """Give up all."""
-
-
 class ScratchFile:
-    """Regions of one nameless file, made when first needed; a freed region is used again."""
+    """Regions of one nameless file, created when first needed; a freed region is used again."""
 
     def __init__(self, folder: str | Path | None) -> None:
         # /tmp often is memory; /var/tmp is where systems keep large temporary files on disk
@@ -98,7 +85,7 @@ class ScratchFile:
 
 
 class HostMemory:
-    """Pinned host memory, for what exceeds a GPU."""
+    """Regions of pinned host memory, for a GPU."""
 
     def __init__(self) -> None:
         self.held: dict[int, Tensor] = {}
@@ -123,15 +110,8 @@ class HostMemory:
 
 
 def free_disk(folder: str) -> int:
-    """Bytes that may yet be written to a folder; 0 where that cannot be told."""
+    """Bytes that are free in a folder; 0 where that is unknown."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
-
-
-def view_bytes(data: Tensor) -> memoryview:
-    """The memory of a tensor uint8 (n,) in host memory. Not by `Tensor.numpy`, which makes a storage unresizable."""
-    array: Any = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
-    array.tensor = data  # lives as long as the view
-    return memoryview(array).cast("B")

@@ -1,1 +1,1 @@
-"""What is computed from measured values alone: moments and least squares on them."""
+"""Computations on measured moments alone, without a network."""

@@ -1,13 +1,11 @@
-"""Training that prepares for pruning: filters on the unit sphere, and a penalty that keeps weights off the threshold.
+"""Training before pruning: filters on the unit sphere, and a penalty on weights near the pruning threshold.
 
-After "Pruning on the fly" (arXiv 2212.12651), of which only the abstract was at hand: hyperspherical learning, and a
-penalty that drives some weights far from zero and the rest to it, so that the small ones can go at once. The formulas
-here are this project's reading of that.
+After "Pruning on the fly" (arXiv 2212.12651): hyperspherical learning, and a penalty that moves each weight either far
+from zero or to zero, so that the small weights can be pruned at once. Only the abstract of that paper was available;
+the formulas are this project's reading of the abstract.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +13,34 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError
-from ..network.layers import Selector, find_layers, refuse_means, select_layers, stored_weight, unwrap
-from ..pruning.allocation import check_sparsity
+from ..network.layers import find_layers, refuse_means, select_layers, stored_weight, unwrap
+from ..pruning.allocation import Selection, check_sparsity
 
-SMALLEST = 1e-12  # norm of a filter that is taken for zero
+SMALLEST = 1e-12  # lower bound of divisors
 
 
 class Hypersphere(nn.Module):
-    """Parametrization of a weight by directions: each filter is centred and normalised, then scaled and shifted.
+    """Parametrization of a weight by its filters' directions: centred and normalised, then scaled and shifted.
 
         weight = gain * u / |u| + offset,   u = v - mean(v), over all but the first axis
 
-    v is what is trained. gain and offset (O, 1, ...) are those of the weight that was there, and are trained too, so
-    that nothing changes when a layer is converted; or 1 and 0, for good, where `keep` is False: then the filters lie on
-    the unit sphere itself, and what normalises the outputs (a BatchNorm) gives them their scale.
+    v is trained. With `keep`, gain and offset (O, 1, ...) start as those of the converted weight, so that the
+    conversion does not change the layer, and are trained too. Without `keep` they stay 1 and 0: the filters lie on the
+    unit sphere, and a BatchNorm scales the outputs.
     """
 
     def __init__(self, weight: Tensor, keep: bool = True) -> None:
         super().__init__()
-        self.keep = keep
-        shape = (len(weight), *[1] * (weight.dim() - 1))
-        gain, offset = weight.new_ones(shape), weight.new_zeros(shape)
-        self.gain, self.offset = (nn.Parameter(vector, requires_grad=keep) for vector in (gain, offset))
+        self.keep, shape = keep, (len(weight), *[1] * (weight.dim() - 1))
+        self.gain = nn.Parameter(weight.new_ones(shape), requires_grad=keep)
+        self.offset = nn.Parameter(weight.new_zeros(shape), requires_grad=keep)
 
     def forward(self, v: Tensor) -> Tensor:
         return self.gain * _normalised(v) + self.offset
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The direction of a weight; its norms and means become gain and offset where they are kept."""
+        """The directions of a weight's filters; with `keep`, their norms and means are stored in gain and offset."""
         if self.keep:
             axes = tuple(range(1, weight.dim()))
             self.offset.copy_(weight.mean(axes, keepdim=True))
@@ -58,24 +55,17 @@ def _normalised(v: Tensor) -> Tensor:
 
 
 def to_hyperspherical(
-    model: nn.Module,
-    *,
-    keep: bool = True,
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
+    model: nn.Module, *, keep: bool = True, include: Selection = None, exclude: Selection = None
 ) -> list[str]:
-    """Have convolutions and linear layers compute with filters on a sphere (see `Hypersphere`), in place; their names.
+    """Parametrize convolutions and linear layers by a `Hypersphere`, in place; returns their names.
 
-    keep: the model computes what it did, to rounding. False: filters are normalised for good, to begin a training with.
+    keep: the outputs are unchanged up to rounding. False: the filters stay normalised, for training from the start.
     Uses `torch.nn.utils.parametrize`: `layer.weight` is recomputed from `layer.parametrizations.weight`, whose
-    parameters are new, so make the optimizer afterwards. Transposed convolutions stay as they are; a parametrized layer
-    is not pruned or repaired before `to_plain`. Raises LayerError for a layer whose weight is recomputed already.
+    parameters are new, so make the optimizer afterwards. Transposed convolutions are unchanged. Call `to_plain` before
+    pruning or repair. Raises LayerError for a layer whose weight is already recomputed in each forward pass.
     """
-    layers = {
-        name: layer
-        for name, layer in select_layers(unwrap(model), include, exclude).items()
-        if not isinstance(layer, _ConvTransposeNd)
-    }
+    selected = select_layers(unwrap(model), include, exclude)
+    layers = {name: layer for name, layer in selected.items() if not isinstance(layer, _ConvTransposeNd)}
     refuse_means(layers)
     for name, layer in layers.items():
         stored_weight(name, layer)
@@ -88,12 +78,12 @@ def to_hyperspherical(
 
 
 def to_plain(model: nn.Module) -> list[str]:
-    """Undo `to_hyperspherical`, in place: plain layers with the weights as they are now, bit for bit; their names."""
+    """Undo `to_hyperspherical`, in place, with the current weights bit for bit; returns the names of the layers."""
     changed = []
     for name, layer in find_layers(unwrap(model)).items():
         if is_hyperspherical(layer):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            for key in [key for key in layer._parameters if key != "weight"]:  # back into their order
+            for key in [key for key in layer._parameters if key != "weight"]:  # as before: weight first
                 layer._parameters[key] = layer._parameters.pop(key)
             changed.append(name)
     return changed
@@ -108,18 +98,18 @@ def is_hyperspherical(layer: nn.Module) -> bool:
 
 
 class PruningPenalty:
-    """A loss term that is greatest for weights at the pruning threshold, and drives them off it, either way.
+    """A loss term that moves weights away from the pruning threshold, to zero or to larger magnitudes.
 
         penalty = strength * ramp * mean over weights of min(|w|, max(2 t - |w|, 0))^2 / r^2
 
-    r is the root mean square of a layer's weights and t the threshold, the magnitude below which the fraction
-    `sparsity` of them lies now (one r and t for each layer, as "uniform" prunes; `across=True`: for all of them
-    together, as "global" does); no gradient flows through either. A weight below t is drawn to zero; one above it is
-    pushed away, to 2 t at most, where the penalty is zero again. ramp grows from 0 to 1 over the first `warmup` of the
-    training, so that the weights first find their order. The formula is this project's reading of the abstract of
-    arXiv 2212.12651.
+    r is the root mean square of a layer's weights. t is the threshold: the fraction `sparsity` of the weights has a
+    magnitude below t. Each layer has its own r and t, as in "uniform" pruning; with `across=True` all layers share
+    them, as in "global" pruning. No gradient flows through r and t. The gradient moves a weight below t towards zero,
+    and a weight above t up to 2 t, where the penalty is zero. ramp grows from 0 to 1 over the fraction `warmup` of the
+    training, so that the loss alone orders the weights first. The formula is this project's reading of the abstract
+    of arXiv 2212.12651.
 
-    Works for plain layers and for hyperspherical ones, for which |w| is that on the sphere (gain and offset apart).
+    For a hyperspherical layer, |w| is the weight on the sphere, without gain and offset.
     """
 
     def __init__(
@@ -130,43 +120,40 @@ class PruningPenalty:
         strength: float = 1.0,
         warmup: float = 0.5,
         across: bool = False,
-        include: Iterable[Selector] | Selector | None = None,
-        exclude: Iterable[Selector] | Selector | None = None,
+        include: Selection = None,
+        exclude: Selection = None,
     ) -> None:
         self.layers = select_layers(unwrap(model), include, exclude)
         self.sparsity, self.strength, self.across = check_sparsity(sparsity), strength, across
         if not self.layers:
-            raise ValueError("nothing to penalise: include and exclude leave no layer of the model")
+            raise ValueError("nothing to penalise: include and exclude select no layer of the model")
         if not strength >= 0 or not 0 <= warmup <= 1:
-            raise ValueError(
-                f"strength={strength} must be at least 0, and warmup={warmup} a part of the training, 0 to 1"
-            )
+            raise ValueError(f"strength={strength} must be at least 0, and warmup={warmup} must be between 0 and 1")
         self.warmup = warmup
 
     def __call__(self, progress: float = 1.0) -> Tensor:
-        """The penalty now, to be added to the loss; `progress` is how much of the training is done, 0 to 1."""
+        """The penalty, to be added to the loss; `progress` is the fraction of the training that is done, 0 to 1."""
         ramp = min(progress / self.warmup, 1.0) if self.warmup else 1.0
-        magnitudes = [_on_sphere(layer).abs().flatten() for layer in self.layers.values()]
+        magnitudes = [_penalised_weight(layer).abs().flatten() for layer in self.layers.values()]
         if self.across:
             magnitudes = [torch.cat(magnitudes)]
         count = sum(each.numel() for each in magnitudes)
-        return sum((_well(each, self.sparsity) for each in magnitudes), magnitudes[0].new_zeros(())) * (
-            self.strength * ramp / count
-        )
+        total = sum((_penalty_sum(each, self.sparsity) for each in magnitudes), magnitudes[0].new_zeros(()))
+        return total * (self.strength * ramp / count)
 
 
-def _on_sphere(layer: nn.Module) -> Tensor:
+def _penalised_weight(layer: nn.Module) -> Tensor:
     if is_hyperspherical(layer):
         return _normalised(layer.get_parameter("parametrizations.weight.original"))
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight
 
 
-def _well(magnitude: Tensor, sparsity: float) -> Tensor:
-    """The sum of the penalties of these magnitudes."""
-    place = round(sparsity * magnitude.numel())
-    if not place:
+def _penalty_sum(magnitude: Tensor, sparsity: float) -> Tensor:
+    """The sum over weights in the formula of `PruningPenalty`, for weights of these magnitudes."""
+    rank = round(sparsity * magnitude.numel())
+    if not rank:
         return magnitude.new_zeros(())
-    fixed = magnitude.detach()
-    threshold, scale = fixed.kthvalue(place).values, fixed.square().mean().clamp(min=SMALLEST)
+    constant = magnitude.detach()
+    threshold, scale = constant.kthvalue(rank).values, constant.square().mean().clamp(min=SMALLEST)
     return torch.minimum(magnitude, (2 * threshold - magnitude).clamp(min=0)).square().sum() / scale

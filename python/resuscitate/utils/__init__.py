@@ -1,1 +1,1 @@
-"""Helpers without any knowledge of networks: files, progress, digests, interrupts, the checks of arguments."""
+"""Helpers that know nothing of networks: files, progress, digests, nested tensors, interrupts, checks of arguments."""

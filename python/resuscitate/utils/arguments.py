@@ -1,4 +1,4 @@
-"""What stands where in a call: an argument that belongs in another place is refused with the call to write."""
+"""Type checks of arguments that are easily swapped; the error shows the correct call."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMAGES: Kind = (lambda value: not isinstance(value, nn.Module | Real), "images, 
 
 
 def check_places(call: str, **given: tuple[Any, Kind]) -> None:
-    """Raise TypeError, naming the argument and saying what to write, for one that is not of its kind.
+    """Raise TypeError, with the name of the argument and the correct call, if an argument is not of its kind.
 
-    call: what to write. given: each argument and its kind. Raises CalibrationError where the images are missing, None.
+    call: the correct call. given: for each argument its value and its kind. Raises CalibrationError if images are None.
     """
     for name, (value, kind) in given.items():
         fits, what = kind

@@ -1,4 +1,4 @@
-"""Short names for contents: is this the model, and are these the images, that a file or another rank speaks of?"""
+"""Digests of models, images and options: are they those that a journal, a file or another rank refers to?"""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.calibration import first_tensor
-from ..runtime.spill import view_bytes
+from .nested import first_tensor
+from .raw_bytes import view_bytes
 
 MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
-# what its own words say in full
+# types whose `repr` is complete
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, PurePath, np.generic, torch.dtype, torch.device)
 LEAVES = (*PLAIN, Tensor, np.ndarray)
-NAMED = (type, ModuleType, BuiltinFunctionType)  # what only its name is told of
+NAMED = (type, ModuleType, BuiltinFunctionType)  # known by their names only
 
 
 def digest_model(model: nn.Module) -> str:
@@ -58,13 +58,16 @@ def digest_in_order(batches: Iterable[Any]) -> str:
 
 def _each_image(batches: Iterable[Any]) -> Iterator[bytes]:
     for batch in batches:
-        for image in batch if isinstance(batch, Tensor) else [batch]:
+        if isinstance(batch, Tensor):
+            yield from map(_short, batch)
+        else:
             found = hashlib.blake2b(digest_size=8)
-            if isinstance(batch, Tensor):
-                found.update(_bytes(image))
-            else:
-                _feed(found.update, image)
+            _feed(found.update, batch)
             yield found.digest()
+
+
+def _short(image: Tensor) -> bytes:
+    return hashlib.blake2b(_bytes(image), digest_size=8).digest()
 
 
 def fingerprint(value: Any) -> object:
@@ -86,9 +89,9 @@ def fingerprint(value: Any) -> object:
 
 
 def _feed(update: Callable[[Any], object], value: Any, seen: dict[int, Any] | None = None) -> None:
-    """Give `update` all that can be told of a value, the same in every process.
+    """Give `update` the contents of a value, the same in every process.
 
-    seen: what the value lies within, and the functions that were told already.
+    seen: the values that contain this one, and the functions that are done already.
     """
     seen = {} if seen is None else seen
     if id(value) in seen:
@@ -105,7 +108,7 @@ def _feed(update: Callable[[Any], object], value: Any, seen: dict[int, Any] | No
 
 
 def _apart(value: Any) -> tuple[bytes | memoryview, list[Any]]:
-    """The bytes that a value has of its own, and the values that it is made of."""
+    """A value's own bytes, and the values that it consists of."""
     if isinstance(value, PLAIN):
         return repr(value).encode(), []
     if isinstance(value, Tensor):
@@ -124,13 +127,8 @@ def _apart(value: Any) -> tuple[bytes | memoryview, list[Any]]:
         return b"", [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
         cells = [_held(cell) for cell in value.__closure__ or ()]
-        return _name(value).encode(), [
-            value.__code__,
-            value.__defaults__,
-            value.__kwdefaults__,
-            cells,
-            dict(_globals(value)),
-        ]
+        parts = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, dict(_globals(value))]
+        return _name(value).encode(), parts
     if isinstance(value, CodeType):
         return value.co_code, [value.co_names, value.co_consts, value.co_freevars, value.co_argcount, value.co_flags]
     if isinstance(value, NAMED):
@@ -153,12 +151,12 @@ def _name(value: Any) -> str:
 def _held(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # it is given its value later
+    except ValueError:  # empty as yet
         return None
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global names that a function reads, and what they stand for; of another module's function its name."""
+    """The global names that a function reads, and their values; for a function of another module, its name."""
     for name in sorted(set(_names(function.__code__)) & function.__globals__.keys()):
         value = function.__globals__[name]
         elsewhere = isinstance(value, FunctionType) and value.__module__ != function.__module__
@@ -173,10 +171,10 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def image_keys(batch: Any) -> list[int]:
-    """Of each image of a batch, by its contents: a whole number of 63 bits. Along the first tensor found in it."""
+    """A whole number of 63 bits for each image of the first tensor found in a batch, from its contents."""
     images = first_tensor(batch)
     rows: Any = [] if images is None else images if isinstance(images, Tensor) else torch.from_numpy(images)
-    return [int.from_bytes(hashlib.blake2b(_bytes(row), digest_size=8).digest(), "big") >> 1 for row in rows] or [0]
+    return [int.from_bytes(_short(row), "big") >> 1 for row in rows] or [0]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and a lock for those that grow."""
+"""Files that are written completely or not at all, and a lock for files that grow."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import glob
 import json
 import os
 import platform
@@ -21,15 +22,20 @@ from torch import Tensor
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there takes the place of `path` once the block ends without an error.
+    """A context with a temporary path beside `path`; that file replaces `path` if the block ends without an error.
 
-    Otherwise it is removed, and `path` stays as it was. What a process of this machine that is no more left behind,
-    killed while it wrote, is removed too. Raises OSError as `check_writable` does.
+    Otherwise it is removed, and `path` stays as it was. Temporary files that killed processes of this machine left are
+    removed too. Raises OSError as `check_writable` does.
     """
     check_writable(path)
-    target = Path(path).resolve()
-    _sweep(target)
-    temporary = _name(target, os.getpid())
+    target, machine = Path(path).resolve(), re.sub(r"\W", "", platform.node())
+    before = f".{target.name}.{machine}."
+    for left in target.parent.glob(f"{glob.escape(before)}*.tmp"):
+        process = left.name.removeprefix(before).removesuffix(".tmp")
+        if process.isdecimal() and not _runs(int(process)):
+            with suppress(OSError):
+                left.unlink()
+    temporary = target.with_name(f"{before}{os.getpid()}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
@@ -63,10 +69,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Ma
 def write_rows(
     path: str | Path, document: Mapping[str, Any], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Write .json, the whole document, or .csv, the columns of its rows, whole or not at all.
-
-    Raises OSError; ValueError for another ending.
-    """
+    """Write .json (document) or .csv (rows), whole or not at all. Raises OSError; ValueError for another ending."""
     ending = check_ending(path, ".json", ".csv")
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
         if ending == ".json":
@@ -86,7 +89,7 @@ def check_ending(path: str | Path, *endings: str) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError where no file could be put: before the long work, not after it."""
+    """Raise OSError if no file can be written there: call it before the long work."""
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(target.parent))
@@ -100,9 +103,9 @@ def check_writable(path: str | Path) -> None:
 
 
 def open_locked(path: Path) -> IO[bytes]:
-    """The file, made where there is none, to read and write, and no other process's until it is closed.
+    """Open a file to read and write, created if missing, and lock it until it is closed.
 
-    Raises BlockingIOError where it is another's now. Where there are no such locks (Windows), none is taken.
+    Raises BlockingIOError if another process holds the lock. Where there are no such locks (Windows), none is taken.
     """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     try:
@@ -119,21 +122,6 @@ def open_locked(path: Path) -> IO[bytes]:
     return file
 
 
-def _name(target: Path, process: int | str) -> Path:
-    machine = re.sub(r"\W", "", platform.node())
-    return target.with_name(f".{target.name}.{machine}.{process}.tmp")
-
-
-def _sweep(target: Path) -> None:
-    """Remove what dead processes of this machine left."""
-    before, _, after = _name(target, "\0").name.partition("\0")
-    for path in target.parent.iterdir():
-        process = path.name.removeprefix(before).removesuffix(after)
-        if path.name == f"{before}{process}{after}" and process.isdecimal() and not _runs(int(process)):
-            with suppress(OSError):
-                path.unlink()
-
-
 def _runs(process: int) -> bool:
     if os.name == "nt":
         return True  # there, to ask is to send a Ctrl-C
@@ -141,6 +129,6 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
-        return True
+    except OSError:  # another user's process
+        pass
     return True

@@ -1,4 +1,4 @@
-"""SIGINT while things are put back: it waits until they are."""
+"""Delays an interrupt (SIGINT) until a model is restored."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Interrupts:
-    """From `begin` an interrupt raises KeyboardInterrupt as ever, from `hold` it waits, until `release`.
+    """After `begin` an interrupt raises KeyboardInterrupt as usual; between `hold` and `release` it is delayed.
 
-    Python interrupts the main thread only; in another there is nothing to do.
+    Python interrupts the main thread only; in another thread there is nothing to do.
     """
 
     def __init__(self) -> None:
@@ -19,16 +19,16 @@ class Interrupts:
         self._before: Any = None
 
     def hold(self) -> None:
-        """Let no interrupt through from here on."""
+        """Delay interrupts from here on."""
         self._held = True
 
     def begin(self) -> None:
-        """Take charge of them."""
+        """Install the signal handler."""
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self._before = signal.signal(signal.SIGINT, self._take)
 
     def release(self, undo: Callable[[], object]) -> None:
-        """Let them through again; if one came, `undo` and raise it."""
+        """Restore the handler from before `begin`; if an interrupt came, call `undo` and raise KeyboardInterrupt."""
         try:
             if self._before is not None:
                 signal.signal(signal.SIGINT, self._before)

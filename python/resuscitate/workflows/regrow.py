@@ -1,4 +1,4 @@
-"""Bidirectional pruning: a network that was pruned past its target is given back what it misses most, and repaired.
+"""Regrowth: restore the most important weights or channels of a network pruned past its target, and repair it.
 
 After the bidirectional pruning and regrowth of arXiv 2511.11675, without its training.
 """
@@ -8,38 +8,37 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import first_images, read_share
-from ..data.calibration import hold
-from ..engine.room import in_memory
+from ..engine.session import Session
 from ..errors import MaskError, ModelMismatchError
-from ..methods.choices import check_options
+from ..methods.base import Method, check_number
 from ..network.layers import find_layers, unwrap
 from ..network.masks import Masks
 from ..network.matching import same_layers
-from ..network.runner import as_dtype
-from ..network.snapshot import Snapshot, flags_kept
-from ..pruning.importance import Loss, Surveyor
-from ..pruning.regrowth import Budget, Channels, Chooser, Saliency, Weights, stops
+from ..network.runner import first_images
+from ..network.snapshot import flags_kept
+from ..pruning.allocation import check_sparsity
+from ..pruning.importance import ImportanceEstimator, Loss
+from ..pruning.regrowth import Budget, RegrowableChannels, RegrowableWeights, RegrowthSelector, Saliency, sparsity_steps
 from ..pruning.structured import restore_units, shrink
-from ..reports.repair import COLUMNS, ENDINGS, RepairReport
+from ..reports.repair import COLUMNS, RepairReport
 from ..runtime.distributed import Ranks
-from ..runtime.journal import Journal, told
+from ..runtime.options import RunOptions, check_choice
 from ..utils.arguments import IMAGES, MASKS, NETWORK, NUMBER, check_places
-from ..utils.digest import MODULUS, digest_images, digest_model
-from ..utils.files import check_ending, write_rows
+from ..utils.digest import digest_model
 from ..utils.progress import track
-from .repair import DEFAULTS, repair
+from .plan import Plan
+from .steps import Steps, StepsReport, plan_of_steps
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from typing_extensions import Unpack
 
 log = logging.getLogger("resuscitate")
 Initial = Literal["dense", "refit", "zero"]
@@ -48,79 +47,50 @@ Pattern = Literal["unstructured", "channels"]
 
 @dataclass(frozen=True)
 class GrowthRound:
-    """One round: the sparsity it ended at, the weights (or units of channels) each layer (or group) was given back.
+    """One round of `regrow`."""
 
-    `damage` is what of each layer's output was lost before it, where the budget asked for that; `score` is what
-    `evaluate` said after it, and `report` that of its repair.
+    sparsity: float  # after the round
+    regrown: dict[str, int]  # layer (or group of channels) -> number of weights (or units of channels) regrown
+    damage: dict[str, float]  # layer -> fraction of the output lost before the round; empty if not measured
+    score: float | None = None  # of `evaluate`, after the round
+    report: RepairReport | None = None  # of the repair in the round
+
+
+@dataclass(kw_only=True, eq=False)
+class RegrowthReport(StepsReport, Mapping[str, Tensor]):
+    """The result of `regrow`: the new `masks`, the report of each of the `rounds`, and `seconds` in all.
+
+    As a mapping it is the masks, so that it can stand where masks are expected.
     """
 
-    sparsity: float
-    regrown: dict[str, int]
-    damage: dict[str, float]
-    score: float | None = None
-    report: RepairReport | None = None
+    rounds: list[GrowthRound]
 
+    work, step, titles = "regrowth", "round", ("regrown", "score")
+    columns = ("round", "sparsity", "score", "regrown", "damage", *COLUMNS)
 
-class Regrowth(Masks):
-    """The masks after `regrow`, and how they came about: `rounds`, and `seconds` in all."""
+    def __getitem__(self, name: str) -> Tensor:
+        return self.masks[name]
 
-    def __init__(self, masks: Masks, rounds: list[GrowthRound], seconds: float, undo: Callable[[], None]) -> None:
-        super().__init__(masks, masks.notes)
-        self.rounds, self.seconds = rounds, seconds
-        self._undo: Callable[[], None] | None = undo
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
     @property
     def regrown(self) -> dict[str, int]:
-        """How many weights (or units of channels) each layer (or group) was given back in all."""
-        totals: dict[str, int] = {}
+        """Layer (or group) -> number of weights (or units of channels) regrown, over all rounds."""
+        names = dict.fromkeys(name for each in self.rounds for name in each.regrown)
+        return {name: sum(each.regrown.get(name, 0) for each in self.rounds) for name in names}
+
+    def each_step(self) -> Iterator[tuple[dict[str, Any], Iterable[dict[str, Any]], tuple[str, ...]]]:
         for each in self.rounds:
-            for name, count in each.regrown.items():
-                totals[name] = totals.get(name, 0) + count
-        return totals
-
-    def undo(self) -> None:
-        """Put the model back as it was given, bit for bit. Raises RuntimeError the second time."""
-        if self._undo is None:
-            raise RuntimeError("this regrowth has been undone already")
-        self._undo()
-        self._undo = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, ready for JSON."""
-        rounds = [
-            {**vars(each), "report": None if each.report is None else each.report.to_dict()} for each in self.rounds
-        ]
-        return {"rounds": rounds, "masks": [row._asdict() for row in self.table()], "seconds": self.seconds}
-
-    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write .safetensors (the masks, as `Masks.save`), .json (everything) or .csv (a row for each layer and round).
-
-        Whole or not at all; .csv has no place for `provenance`. Raises OSError; ValueError for another ending.
-        """
-        if check_ending(path, *ENDINGS) == ".safetensors":
-            return super().save(path, provenance)
-        rows = []
-        for index, each in enumerate(self.rounds):
             repaired = {row["name"]: row for row in each.report.rows()} if each.report else {}
-            shared = {"round": index + 1, "sparsity": each.sparsity, "score": each.score}
-            for name in dict.fromkeys([*each.regrown, *repaired]):
-                given = {"name": name, "regrown": each.regrown.get(name), "damage": each.damage.get(name)}
-                rows.append({**shared, **given, **repaired.get(name, {})})
-        document = self.to_dict() | ({"provenance": dict(provenance)} if provenance else {})
-        write_rows(path, document, ["round", "sparsity", "score", "regrown", "damage", *COLUMNS], rows)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-
-        table = Table("round", box=None, header_style="bold")
-        for title in ("sparsity", "given back", "score"):
-            table.add_column(title, justify="right")
-        for index, each in enumerate(self.rounds):
-            score = "" if each.score is None else f"{each.score:.2f}"
-            table.add_row(str(index + 1), f"{each.sparsity:.2%}", f"{sum(each.regrown.values()):,}", score)
-        yield table
-        yield from super().__rich_console__(console, options)
-        yield f"{self.seconds:.2f} s"
+            names = dict.fromkeys([*each.regrown, *repaired])
+            given = {n: {"name": n, "regrown": each.regrown.get(n), "damage": each.damage.get(n)} for n in names}
+            rows = [{"score": each.score, **given[name], **repaired.get(name, {})} for name in names]
+            cells = f"{sum(each.regrown.values()):,}", "" if each.score is None else f"{each.score:.2f}"
+            yield {**vars(each), "report": each.report and each.report.to_dict()}, rows, cells
 
 
 def regrow(
@@ -136,154 +106,174 @@ def regrow(
     saliency: Saliency | Mapping[str, Any] = "magnitude",
     initial: Initial = "dense",
     rounds: int = 1,
-    method: str | None = "auto",
+    method: Method | str | None = "auto",
     evaluate: Callable[[nn.Module], float] | None = None,
     accuracy: float | None = None,
     finetune: Callable[[nn.Module, Masks], Any] | None = None,
     labelled: Iterable[tuple[Any, Tensor]] | None = None,
     loss: Loss | None = None,
-    max_samples: int | None = None,
-    batch_size: int = 128,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    memory: int | str | None = None,
-    scratch: str | Path | None = None,
-    group: Any = None,
     resume: str | Path | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Regrowth:
-    """Give a pruned model back the weights it misses most, down to a sparsity, and repair it, in place.
+    **options: Unpack[RunOptions],
+) -> RegrowthReport:
+    """Regrow the most important pruned weights of a model until it has a lower sparsity, and repair it, in place.
 
-    Returns the new masks, with what each layer was given. Exact: round(sparsity * total) weights of the masked layers
-    stay pruned. All or nothing: on an error every tensor is as it was.
+    Returns the new masks, with the number of weights regrown in each layer. Exactly round(sparsity * total) weights of
+    the masked layers stay pruned. All or nothing: on an error every tensor is unchanged.
 
     Args:
         dense: the network before pruning, with the layers of the masks.
-        masks: what is pruned now, as from `sparsify`, `compress` or `Masks.from_zeros(model)`. Only layers with a mask
-            are given weights, and the sparsity is of their original weights.
-        sparsity: a float, at most what the masks have.
-        pattern: "channels" gives back whole channels: the masks are those of `sparsify(pattern="channels")` and the
-            sparsity is a fraction of the channels that can go, as there. A model from which they were taken out
-            (`remove=True`, `shrink`) grows, in its layers, BatchNorms and their readers, and stays without the rest.
-        budget: which layers are given how much. "greedy": one ranking over all of them by saliency. "damage": in
-            proportion to what is pruned times what is lost of the output (1 - corr^2 per channel, by dense variance).
-            "ssim": the same with 1 - SSIM of the feature maps, as published. "proportional": to what is pruned.
-        densities: {glob over layer names: final density} for layers to be brought to just that.
-        saliency: which weights of a layer. "magnitude": the largest dense ones. "residual": those that, each alone,
-            would take most off the squared error of the layer's output on the inputs that it has now; they overlap, so
-            use several rounds. "gradient": (dL/dw)^2 w^2 of the dense network, summed over the batches of `labelled`,
-            pairs of images and labels (arXiv 2511.11675); `loss(output, labels)`, None: cross-entropy. Or denser masks:
-            first what they keep, then the rest, by magnitude. With "channels", the mean over all that makes and reads a
-            channel; "residual" is for weights.
-        initial: the value of what comes back: "dense", "zero", or "refit": found by least squares alone, with no pull
-            towards the dense value. (Under a refit "dense" is what its ridge pulls towards.)
-        rounds: in how many equal parts.
-        method: of the `repair` after each round; None: none, for `finetune` to do.
-        evaluate, accuracy: stop after the first round in which `evaluate(model)` is at least `accuracy`. Under ranks
-            that of rank 0 counts.
+        masks: the present masks, as from `sparsify`, `compress` or `Masks.from_zeros(model)`. Weights are regrown only
+            in layers with a mask, and the sparsity is of the original weights of these layers.
+        sparsity: a float, at most the sparsity of the masks.
+        pattern: "channels" regrows whole channels: the masks are those of `sparsify(pattern="channels")`, and the
+            sparsity is a fraction of the channels that can be removed, as there. If the channels were removed from the
+            model (`remove=True`, `shrink`), the regrown ones are added again to its layers, BatchNorms and consumers.
+        budget: how many weights are regrown in each layer. "greedy": one ranking over all layers by saliency.
+            "damage": in proportion to (number of pruned weights) times (fraction of the output lost: 1 - corr^2 per
+            channel, averaged with the dense variance as weight). "ssim": the same with 1 - SSIM of the feature maps, as
+            published. "proportional": in proportion to the number of pruned weights.
+        densities: {glob over layer names: final density} of layers with a fixed density.
+        saliency: which weights of a layer are regrown. "magnitude": the largest dense ones. "residual": those that,
+            each alone, reduce the squared error of the layer's output most, on its present inputs; the reductions
+            overlap, so use several rounds. "gradient": largest (dL/dw)^2 w^2 of the dense network, summed over the
+            batches of `labelled`, pairs of images and labels (arXiv 2511.11675); `loss(output, labels)`, None:
+            cross-entropy. Or denser masks: first the weights that these keep, then the others, by magnitude. With
+            "channels": the mean over the weights of a channel's producers and consumers; "residual" is for weights.
+        initial: the first value of regrown weights: "dense", "zero", or "refit": the least-squares solution without a
+            ridge towards the dense value. (In a refit, the ridge is towards "dense".)
+        rounds: number of equal steps.
+        method: of the `repair` after each round; None: no repair, only `finetune`.
+        evaluate, accuracy: stop after the first round in which `evaluate(model)` is at least `accuracy`. With ranks,
+            the value of rank 0 counts.
         finetune: called as `finetune(model, masks)` after each round's repair; pruned weights are set to zero after it.
-            The next round's repair starts from it but pulls towards the dense network: with labels enough to train,
-            method=None may be better.
-        resume: a folder for journals, as in `compress`. A fine-tuning is not in them.
-        calibration and the others: as in `repair`. The images are read once, and held, as in `compress`.
+            The next round's repair starts from its result, but its targets are those of the dense network: with enough
+            labels to train, method=None may be better.
+        resume: a folder for journals, as in `compress`. They do not contain a fine-tuning.
+        calibration: as in `repair`. The images are read once and held in memory, as in `compress`.
+        options: see `RunOptions`; the options of the method may be among them, with its name.
 
-    Raises ValueError for a choice that there is not, a sparsity above that of the masks; MaskError for masks of another
-    model, and where `finetune` changes them; what `repair` raises.
+    Raises ValueError for an unknown choice and for a sparsity above that of the masks; MaskError for masks of another
+    model and if `finetune` changes the masks; the errors of `repair`.
     """
-    chosen, started, ranks = dict(locals()), time.perf_counter(), Ranks(group)
+    started = time.perf_counter()
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK), "masks": (masks, MASKS)}
     places |= {"sparsity": (sparsity, NUMBER), "calibration": (calibration, IMAGES)}
     check_places("regrow(model, dense, masks, sparsity, images)", **places)
-    with ranks.together():
-        check_choices(chosen, dense, ranks)
+    growth = Growth(
+        pattern, budget, densities, saliency, initial, rounds, method, evaluate, accuracy, finetune, labelled, loss
+    )
+    plan = growth.plan(dense, options)
+    check_sparsity(sparsity)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
-    folder = None if resume is None else Path(resume)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    reading: dict[str, Any] = {"max_samples": max_samples, "max_batches": None, "batch_size": batch_size}
-    running: dict[str, Any] = {"forward_fn": forward_fn, "dtype": dtype, "device": device, "memory": memory}
-    running |= {"scratch": scratch, "seed": seed}
     found, given = list[GrowthRound](), masks
-    with Snapshot(model) as snapshot, snapshot.settling() as stack, ranks.together():
-        reading |= {"raw": forward_fn is not None, "room": in_memory(memory, device, model)}
-        batches = hold(calibration, read_share(calibration, ranks, **reading))
-        if folder is not None:
-            (images,) = ranks.total(digest_images(batches))
-            # evaluate and accuracy say when to stop, which is not in the journals
-            options = told(chosen, "model", "dense", "calibration", "max_samples", "evaluate", "accuracy")
-            options |= {"dtype": str(as_dtype(dtype))}
-            identity = {"model": digest_model(model), "dense": digest_model(dense), "images": images % MODULUS}
-            stack.enter_context(Journal(folder / "run.journal", {**identity, "options": options}, ranks))
+    with Session([model], plan.run, writes=True, measures=False) as session:
+        choices = {**growth.identity(), "dense": dense, "masks": masks, "sparsity": sparsity}
+        steps, ranks = Steps(session, plan, calibration, resume, choices), session.ranks
         example = None
         if pattern == "channels":
-            example = ranks.lend(first_images(batches[0]) if batches else None)
-            example = ranks.lend(None if ranks.rank else example)  # rank 0's, for all to see the same groups
+            example = ranks.lend(first_images(steps.batches[0]) if steps.batches else None)
+            example = ranks.lend(None if ranks.rank else example)  # rank 0's, so that all see the same groups
         shrunk = example is not None and restore_units(model, dense, masks, example)
-        space = Weights(dense, masks) if example is None else Channels(dense, masks, example)
+        space = RegrowableWeights(dense, masks) if example is None else RegrowableChannels(dense, masks, example)
         _check_masks(model, dense, masks)
-        chooser = Chooser(space, Surveyor(dense, batches, ranks, **running), budget, saliency, densities)
+        estimator = ImportanceEstimator(dense, steps.batches, steps.run, ranks)
+        selector = RegrowthSelector(space, estimator, budget, saliency, densities)
         if saliency == "gradient":
-            chooser.worth = chooser.surveyor.sensitivity(space.names, labelled or (), loss)
-        show = progress if ranks.rank == 0 else False
-        goals = stops(*space.counts(masks), sparsity, rounds)
-        for index, goal in enumerate(track(goals, "regrow", len(goals), show)):
-            names = f"round-{index + 1}-needs.journal", f"round-{index + 1}.journal"
-            journals = [None if folder is None else folder / name for name in names]
-            grown, regrown, damage = chooser.choose(model, masks, goal, journals[0])
-            space.plant(model, dense, masks, grown, initial == "dense")
+            selector.importance = estimator.sensitivity(space.names, labelled or (), loss)
+        goals = sparsity_steps(*space.counts(masks), sparsity, rounds)
+        for index, goal in enumerate(track(goals, "regrow", len(goals), session.show), 1):
+            journal = steps.journal(f"round-{index}-importance")
+            grown, regrown, damage = selector.select(model, masks, goal, journal)
+            space.initialise_weights(model, dense, masks, grown, initial == "dense")
             masks, report = grown, None
             if method is not None:
-                repairing: dict[str, Any] = {"method": method, **running, "group": group, "resume": journals[1]}
-                repairing |= {} if method == "bn" else {"masks": masks}
-                report = repair(model, dense, batches, **repairing, progress=False)
-                report.belongs_to("what regrow returned")
-            if finetune is not None:
-                _finetune(model, masks, finetune, ranks)
-            total, gone = space.counts(masks)
-            score = None if evaluate is None else _score(model, evaluate, ranks)
-            found.append(GrowthRound(gone / total, regrown, damage, score, report))
-            log.info("round %d: sparsity %.4f, score %s", index + 1, found[-1].sparsity, score)
+                more = {"masks": masks} if plan.method.changes_layers else {}
+                report = steps.repair("regrow", f"round-{index}", model, dense, **more)
+            growth.train(model, masks, ranks)
+            total, pruned = space.counts(masks)
+            score = growth.score(model, ranks)
+            found.append(GrowthRound(pruned / total, regrown, damage, score, report))
+            log.info("round %d: sparsity %.4f, score %s", index, found[-1].sparsity, score)
             if score is not None and accuracy is not None and score >= accuracy:
                 break
-        masks = Masks(masks, {name: f"{count:,} given back" for name, count in _added(given, masks).items() if count})
+        masks = Masks(masks, _notes(given, masks))
         masks.check(model)
         if shrunk and example is not None:
             shrink(model, masks, example)
-        snapshot.forget_unchanged()
-        return Regrowth(masks, found, time.perf_counter() - started, snapshot.restore)
+        session.snapshot.forget_unchanged()
+        seconds, undo = time.perf_counter() - started, session.snapshot.restore
+        return RegrowthReport(masks=masks, seconds=seconds, _undo=undo, rounds=found)
 
 
-def check_choices(options: Mapping[str, Any], dense: nn.Module, ranks: Ranks) -> None:
-    """Raise ValueError for options of `regrow`, by name, that there are not, or that do not go together."""
-    names = "pattern", "saliency", "initial", "rounds", "method", "labelled"
-    pattern, saliency, initial, rounds, method, labelled = (options[name] for name in names)
-    for option, choices in (
-        ("pattern", get_args(Pattern)),
-        ("budget", get_args(Budget)),
-        ("saliency", get_args(Saliency)),
-        ("initial", get_args(Initial)),
-    ):
-        value = options[option]
-        if value not in choices and not (option == "saliency" and isinstance(value, Mapping)):
-            raise ValueError(f"{option}={value!r} is unknown; there are {', '.join(map(repr, choices))}")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r} must be a whole number of at least 1")
-    if pattern == "channels" and saliency == "residual":
-        raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
-    if pattern == "channels" and options["forward_fn"] is not None:
-        raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
-    if initial == "refit" and method not in ("auto", "refit"):
-        raise ValueError(f"initial='refit' needs a refit to find the values, not method={method!r}")
-    if (saliency == "gradient") != (labelled is not None):
-        raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
-    if options["loss"] is not None and saliency != "gradient":
-        raise ValueError("loss is for saliency 'gradient'")
-    if options["accuracy"] is not None and options["evaluate"] is None:
-        raise ValueError("accuracy is a goal for evaluate(model): pass that too")
-    if method is not None:
-        check_options({**DEFAULTS, "method": method}, DEFAULTS, dense, ranks)
+@dataclass(frozen=True)
+class Growth:
+    """The choices of `regrow`, checked: ValueError for one that there is not, or that contradicts another."""
+
+    pattern: Pattern = "unstructured"
+    budget: Budget = "greedy"
+    densities: Mapping[str, float] | None = None
+    saliency: Saliency | Mapping[str, Any] = "magnitude"
+    initial: Initial = "dense"
+    rounds: int = 1
+    method: Method | str | None = "auto"
+    evaluate: Callable[[nn.Module], float] | None = None
+    accuracy: float | None = None
+    finetune: Callable[[nn.Module, Masks], Any] | None = None
+    labelled: Iterable[tuple[Any, Tensor]] | None = None
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        check_number("rounds", self.rounds, 1, whole=True)
+        check_choice("pattern", self.pattern, get_args(Pattern))
+        check_choice("budget", self.budget, get_args(Budget))
+        check_choice("initial", self.initial, get_args(Initial))
+        if not isinstance(self.saliency, Mapping):
+            check_choice("saliency", self.saliency, get_args(Saliency))
+        if self.pattern == "channels" and self.saliency == "residual":
+            raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
+        if (self.saliency == "gradient") != (self.labelled is not None):
+            raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
+        if self.loss is not None and self.saliency != "gradient":
+            raise ValueError("loss is for saliency 'gradient'")
+        if self.accuracy is not None and self.evaluate is None:
+            raise ValueError("accuracy is a goal for evaluate(model): pass that too")
+
+    def plan(self, dense: nn.Module, options: Mapping[str, Any]) -> Plan:
+        """The plan of the repairs. Raises ValueError for choices that contradict the method or run-time options."""
+        plan = plan_of_steps("regrow()", dense, "bn" if self.method is None else self.method, options)
+        if self.pattern == "channels" and plan.run["forward_fn"] is not None:
+            raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
+        if self.initial == "refit" and (self.method is None or not plan.method.finds_weights):
+            raise ValueError("initial='refit' needs a refit to find the values: choose method='refit'")
+        return plan
+
+    def identity(self) -> dict[str, Any]:
+        """The choices that change the result; `evaluate` and `accuracy` only say when to stop."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**found, "evaluate": None, "accuracy": None, "method": self.method is not None}
+
+    def train(self, model: nn.Module, masks: Masks, ranks: Ranks) -> None:
+        """Call `finetune`, if given, then set pruned weights to zero. Raises MaskError if it changed the masks."""
+        if self.finetune is None:
+            return
+        given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
+        with flags_kept(model):
+            self.finetune(model, given)
+        for name, mask in masks.items():
+            if name not in given or not torch.equal(given[name], mask):
+                raise MaskError(name, "finetune changed its mask; it may change kept weights only")
+        masks.apply_(model)
+        ranks.check_same("a fine-tuned model", digest_model(model))
+
+    def score(self, model: nn.Module, ranks: Ranks) -> float | None:
+        """The value of `evaluate`, if given, for the model in eval mode; with ranks, that of rank 0."""
+        if self.evaluate is None:
+            return None
+        with flags_kept(model):
+            score = float(self.evaluate(model.eval()))
+        if not math.isfinite(score):
+            raise ValueError(f"evaluate returned {score}; it must return a finite score")
+        return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
 
 
 def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
@@ -296,27 +286,7 @@ def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
     same_layers({name: find_layers(model)[name] for name in masks}, dense)
 
 
-def _added(before: Masks, after: Masks) -> dict[str, int]:
-    """By layer, how many weights the masks keep more than they did."""
-    return {name: int(mask.sum()) - int(before[name].sum()) for name, mask in after.items()}
-
-
-def _finetune(model: nn.Module, masks: Masks, finetune: Callable[[nn.Module, Masks], Any], ranks: Ranks) -> None:
-    """Let the user train, and have the pruned weights stay zero. Raises MaskError where the masks were changed."""
-    given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
-    with flags_kept(model):
-        finetune(model, given)
-    for name, mask in masks.items():
-        if name not in given or not torch.equal(given[name], mask):
-            raise MaskError(name, "finetune changed its mask; it may change kept weights only")
-    masks.apply_(model)
-    ranks.check_same("a fine-tuned model", digest_model(model))
-
-
-def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], ranks: Ranks) -> float:
-    """What the user's function says of the model in eval mode; under ranks, on rank 0."""
-    with flags_kept(model):
-        score = float(evaluate(model.eval()))
-    if not math.isfinite(score):
-        raise ValueError(f"evaluate returned {score}, not a score")
-    return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
+def _notes(before: Masks, after: Masks) -> dict[str, str]:
+    """Layer -> the number of weights kept in `after` and not in `before`, where there are some."""
+    counts = {name: int(mask.sum()) - int(before[name].sum()) for name, mask in after.items()}
+    return {name: f"{count:,} regrown" for name, count in counts.items() if count}

@@ -1,7 +1,8 @@
 """All commands: how they fail, what they are called, how they agree with the library."""
 
 import inspect
-import sys
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -12,26 +13,32 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate import cli
+from resuscitate.methods.base import option_names, registered
+from resuscitate.methods.batchnorm import RECALIBRATIONS
 from resuscitate.pruning.allocation import METHODS as ALLOCATIONS
-from resuscitate.workflows.recoverability import METHODS
+from resuscitate.pruning.patterns import Indivisible
+from resuscitate.runtime.options import DEFAULTS
+from resuscitate.workflows.recoverability import presets
 from tests.networks import chain
 from tests.user import MODEL, command, invoke, repair, unframed
-
-# the names that resuscitate and its parts have for users are functions, not these modules
-choices, patterns = sys.modules["resuscitate.methods.choices"], sys.modules["resuscitate.pruning.patterns"]
 
 OF_FILES = ("mean", "std", "size", "output", "report", "timeout", "workers")
 
 USAGE = [
-    (["--method", "magic"], "'magic' is not one of 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
+    (["--method", "magic"], "method='magic' is unknown; there are 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
     (["-m", "resnet21"], "did you mean 'resnet"),
     (["-o", "repaired.pt"], "name it repaired.safetensors"),
     (["--mean", "red"], "'red' is neither a number"),
     (["--size", "large"], "'large' is not a size"),
     (["--include", "33"], "include='33' selects no layer; did you mean"),
     (["--method", "asr", "--prior", "mode"], "prior='mode' must be 'median', 'mean' or a positive variance"),
-    (["--prior", "mean"], "prior='mean' is for method 'asr', not 'refit', which 'auto' stands for here"),
-    (["--method", "asr", "--no-relu-aware"], "relu_aware=False is for methods 'refit' and 'two-stage', not 'asr'"),
+    (
+        ["--prior", "mean"],
+        "method 'refit', which 'auto' stands for here, has no option 'prior'; it is for method 'asr'",
+    ),
+    (["--method", "asr", "--no-relu-aware"], "method 'asr' has no option 'relu_aware'; it is for method 'refit'"),
+    (["--recalibrate", "exact", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
+    (["--report", "report.txt"], "a report is written as .json or .csv"),
     (["--method", "bn", "--recalibrate", "none"], "does nothing; choose 'exact' or 'ema'"),
 ]
 FAILURES = [
@@ -102,10 +109,10 @@ class TestFailing:
 
 
 def test_the_command_line_has_the_choices_of_the_library():
-    assert set(get_args(cli.repair.Recalibrate)) == {*get_args(choices.Recalibrate), "none"}
+    assert set(get_args(cli.repair.Recalibrate)) == {"auto", *RECALIBRATIONS, "none"}
     assert set(get_args(cli.prune.Allocation)) == set(ALLOCATIONS)
-    assert set(get_args(cli.prune.Indivisible)) == set(get_args(patterns.Indivisible))
-    assert ", ".join(METHODS) in unframed(invoke("map", "--help").stdout)
+    assert set(get_args(cli.prune.Indivisible)) == set(get_args(Indivisible))
+    assert ", ".join(presets()) in unframed(invoke("map", "--help").stdout)
 
 
 @pytest.mark.parametrize(
@@ -115,29 +122,42 @@ def test_the_command_line_has_the_choices_of_the_library():
             resuscitate.repair,
             {"pruned", "dense_stats", "json_", "fill", "test", "detail", *OF_FILES},
             # what only a program can give, what a batch of files does not have, and what a terminal decides
-            {"forward_fn", "max_batches", "frozen", "group", "progress"},
+            {"forward_fn", "max_batches", "group", "progress"},
         ),
         (
             resuscitate.sparsify,
             {"dense", "output", "masks", "max_samples", "mean", "std", "size", "seed"},
             # a smaller network has no name to build it by again; the images are the example
-            {"remove", "example", "forward_fn", "progress"},
+            {
+                "remove",
+                "example",
+                "forward_fn",
+                "progress",
+                "max_batches",
+                "group",
+                "memory",
+                "scratch",
+                "on_nonfinite",
+            },
         ),
         (
             resuscitate.recoverability,
             {"model", "dense", "output", "test", "test_samples", "mean", "std", "size", "plot", "damage"},
-            {"evaluate", "forward_fn", "resume", "progress", "chance"},
+            {
+                *("evaluate", "forward_fn", "resume", "progress", "chance"),
+                *("max_batches", "group", "memory", "scratch", "on_nonfinite"),
+            },
         ),
         (
             resuscitate.compress,
             {"dense", "masks", *OF_FILES},
-            {"forward_fn", "progress", "group"},
+            {"forward_fn", "progress", "group", "max_batches"},
         ),
         (
             resuscitate.regrow,
             {"pruned", "masks", "write_masks", "denser", "test", *OF_FILES},
             # files stand for the labelled batches and for what evaluates; training takes a program
-            {"forward_fn", "progress", "group", "evaluate", "finetune", "loss"},
+            {"forward_fn", "progress", "group", "max_batches", "evaluate", "finetune", "loss"},
         ),
     ],
     ids=["repair", "prune", "map", "compress", "regrow"],
@@ -150,13 +170,14 @@ def test_options_are_named_and_preset_like_the_keywords(function, own, programma
         resuscitate.compress: cli.compress.compress,
         resuscitate.regrow: cli.regrow.regrow,
     }
-    options = inspect.signature(commands[function]).parameters
-    keywords = inspect.signature(function).parameters
-    assert options.keys() - own == keywords.keys() - own - programmatic
+    options = {name: each.default for name, each in inspect.signature(commands[function]).parameters.items()}
+    of_methods = option_names() | {name for name in options if name.startswith(("exact_", "ema_"))}
+    keywords = {name: each.default for name, each in inspect.signature(function).parameters.items()} | DEFAULTS
+    assert options.keys() - own - of_methods == keywords.keys() - own - programmatic - {"options"}
     for name in options.keys() & keywords.keys() - {"calibration", "dense"} - own:
-        preset = keywords[name].default
+        preset = keywords[name]
         written = ",".join(map(str, preset)) if isinstance(preset, tuple) else preset
-        assert options[name].default == written, name
+        assert options[name] == written, name
 
 
 def test_verbose_logs_what_a_file_needed_to_fit(user):
@@ -171,3 +192,54 @@ def test_help_and_version():
         assert "Usage" in invoke(*words).stdout
     for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map", "report", "export", "doctor"):
         assert name in invoke("--help").stdout
+
+
+USERS_METHOD = """
+from dataclasses import dataclass
+from resuscitate import DenseAccess, Gain, Layer, Method, OutputMoments, Probe, register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MedianGain(Method):
+    floor: float = 1e-8
+    name = "median-gain"
+    dense = DenseAccess.STATISTICS
+
+    def probe(self, layer: Layer) -> Probe:
+        return Probe(OutputMoments)
+
+    def solve(self, layer: Layer, found: OutputMoments) -> Gain:
+        gain = (found.dense.var / (found.pruned.var + self.floor)).sqrt().median().expand(layer.channels)
+        return Gain(gain, shift=found.dense.mean - gain * found.pruned.mean)
+"""
+
+
+def test_a_users_method_in_a_file_of_its_own_runs_by_every_command(user):
+    (user / "users_methods.py").write_text(USERS_METHOD)
+    chosen = ["--method", "users_methods:MedianGain", "--floor", "1e-5", "--report", "run.json"]
+    weights = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
+    command("repair", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, *chosen, "--resume", "run.journal")
+    found = json.loads(Path("run.json").read_text())
+    assert (found["method"], found["options"]) == ("median-gain", {"floor": 1e-5})
+    command("report", "run.json", "-o", "run.html")
+    assert "median-gain" in Path("run.html").read_text()
+    command("compress", "-m", MODEL, *weights, "--sparsity", 0.6, "--steps", 2, *chosen)
+    command("regrow", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, "--sparsity", 0.5, *chosen)
+    assert json.loads(Path("run.json").read_text())["rounds"][0]["report"]["options"] == {"floor": 1e-5}
+    refused = command("repair", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, *chosen, "--ridge", 1, code=2)
+    assert "method 'median-gain' has no option 'ridge'" in refused.stderr
+    missing = command("repair", "-m", MODEL, *weights, "--method", "nowhere:Method", code=1)
+    assert "--method nowhere:Method cannot be loaded" in missing.stderr
+
+
+@pytest.mark.parametrize("method", registered())
+def test_every_field_of_a_method_is_an_option(user, method):
+    given = {"prior": "mean", "bias": False, "eps": 1e-3, "ridge": 0.5, "relu_aware": False, "means": "kernel"}
+    own = {field.name: given[field.name] for field in fields(registered()[method])}
+    words = []
+    for name, value in own.items():
+        flag = name.replace("_", "-")
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", value]
+    repair("--method", method, *words, "--report", "run.json")
+    assert json.loads(Path("run.json").read_text())["options"] == own

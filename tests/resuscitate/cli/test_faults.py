@@ -99,9 +99,8 @@ class TestFaults:
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
     @pytest.mark.parametrize("option", ["-o", "--report"])
     def test_where_nothing_can_be_written_is_said_before_any_work(self, user, option, capfd):
-        names = {"-o": "out.safetensors", "--report": "run.json"} | {
-            option: f"/proc/self/{option.strip('-')}.safetensors"
-        }
+        names = {"-o": "out.safetensors", "--report": "run.json"}
+        names[option] = f"/proc/self/{names[option]}"
         words = [word for pair in names.items() for word in pair]
         assert in_child([*REPAIR, *words], lambda: setattr(resuscitate.data.images, "ImageStream", None)) == 1
         assert "cannot write into this folder" in capfd.readouterr().err

@@ -1,7 +1,5 @@
 """`resuscitate map`: the folder that it writes, and how it goes on."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -49,7 +47,7 @@ def test_it_writes_what_recoverability_finds_and_goes_on_from_there(user, test_i
     assert [c.score for c in found.cells] == pytest.approx([c.score for c in expected.cells])
     for cell in found.cells:
         assert f"{cell.score:.2f}" in done.stdout
-    monkeypatch.setattr(sys.modules["resuscitate.recoverability"]._Cells, "fill", None)  # no cell is filled again
+    monkeypatch.setattr("resuscitate.workflows.cells.Cells.fill", None)  # no cell is filled again
     assert "80.0%" in invoke(*words(*GRID, "--no-plot")).stdout
 
 

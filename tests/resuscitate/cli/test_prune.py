@@ -70,7 +70,21 @@ class TestPrune:
         words += ["-c", "images.npz", "--dtype", "bf16", "--device", "cpu", "-b", 7]
         invoke(*words, "--allocation", "rr", "--seed", 3)
         assert {"dtype": "bf16", "device": "cpu", "batch_size": 7, "seed": 3}.items() <= seen.items()
-        assert "is of what allocation 'rr' measures" in unframed(invoke(*words, code=2).stderr)
+        assert "'global' measures nothing: leave calibration out" in unframed(invoke(*words, code=2).stderr)
+
+    @pytest.mark.parametrize("words", [["--pattern", "2:4"], ["--sparsity", 0.6, "--pattern", "filter"]])
+    def test_images_that_nothing_reads_are_2(self, user, words):
+        given = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", "-c", "images.npz"]
+        assert "measures nothing: leave calibration out" in unframed(invoke(*given, *words, code=2).stderr)
+        assert not Path("out.safetensors").exists()
+
+    def test_whole_channels_are_traced_with_the_images(self, user):
+        pytest.importorskip("torch_pruning")
+        given = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", "-c", "images.npz"]
+        invoke(*given, "--sparsity", 0.3, "--pattern", "channels")
+        expected = loaded("dense.safetensors")
+        resuscitate.sparsify(expected, 0.3, pattern="channels", example=load_images("images.npz"))
+        assert same(load_file("out.safetensors"), expected.state_dict())
 
     def test_masks_are_written_and_notes_shown(self, user):
         words = ["--pattern", "2:4", "--masks", "masks.safetensors", "-o", "out.safetensors"]
@@ -128,10 +142,10 @@ class TestRegrow:
         now = resuscitate.Masks.from_zeros(model)
         grown = resuscitate.regrow(model, dense, now, 0.5, load_images("images.npz"), **options)
         assert same(load_file("out.safetensors"), model.state_dict())
-        assert resuscitate.Masks.load("new.safetensors") == grown
+        assert resuscitate.Masks.load("new.safetensors") == grown.masks
         written = json.loads(Path("run.json").read_text())
         assert [each["regrown"] for each in written["rounds"]] == [each.regrown for each in grown.rounds]
-        assert "given back" in done.stdout
+        assert "regrown" in done.stdout
 
     def test_scores_and_labelled_batches_come_from_files(self, user):
         self.labelled()

@@ -43,7 +43,7 @@ class TestRepair:
             (["--include", "3", "--include", "6", "--exclude", "3"], {"include": ["3", "6"], "exclude": "3"}),
             (
                 ["--recalibrate", "ema", "--ema-batches", "3", "--ema-batch-size", "10", "--ema-momentum", "0.5"],
-                {"recalibrate": "ema", "ema_batches": 3, "ema_batch_size": 10, "ema_momentum": 0.5},
+                {"recalibrate": resuscitate.EMA(batches=3, batch_size=10, momentum=0.5)},
             ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -70,7 +70,7 @@ class TestRepair:
             lambda *args, **options: asked.append(options["max_samples"]) or original(*args, **options),
         )
         repair("--gain-samples", 8)
-        repair("--gain-samples", 8, "--recalibrate", "exact", "--recalibrate-samples", 16)
+        repair("--gain-samples", 8, "--recalibrate", "exact", "--exact-samples", 16)
         repair("--gain-samples", 8, "--recalibrate", "exact", "--max-samples", 20)
         assert asked == [8, 16, 20]
 

@@ -17,7 +17,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
 
     def test_it_writes_the_page(self, tmp_path):
-        row = {"name": "conv", "kind": "Conv2d", "action": "repaired", "channels": 3, "dead": 0}
+        row = {"name": "conv", "kind": "Conv2d", "status": "repaired", "channels": 3, "dead": 0}
         document = {"method": "asr", "layers": [row], "seconds": 1.5}
         (tmp_path / "run.json").write_text(json.dumps(document))
         assert "written to page.html" in invoke("report", "run.json", "-o", "page.html").stdout
@@ -56,7 +56,7 @@ def test_repair_reports_accuracy_and_channels_where_they_are_asked_for(user):
 
 
 def test_channels_are_compared_with_the_precision_that_the_repair_runs_in(user, monkeypatch):
-    module, seen = sys.modules["resuscitate.damage"], []
+    module, seen = sys.modules["resuscitate.workflows.damage"], []
     damage = module.damage
     monkeypatch.setattr(module, "damage", lambda *a, **given: seen.append(given) or damage(*a, **given))
     repair("--detail", "--dtype", "bf16", "--device", "cpu", "-b", 7, "--report", "run.json")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resuscitate.data.batches import Batches, count_images, cut, rebatch
+from resuscitate.data.batches import Batches, cut, rebatch
 from resuscitate.errors import CalibrationError
 from resuscitate.runtime.activations import Store
 
@@ -50,9 +50,6 @@ class TestBatches:
         with Store(1 << 20, torch.device("cpu")) as store:
             Batches(iter([IMAGES[:2]]), store)
             assert store.resident == IMAGES[:2].numel() * 4
-
-    def test_an_opaque_batch_counts_by_its_first_tensor(self):
-        assert [count_images(batch) for batch in (IMAGES, {"text": "a", "x": [IMAGES[:3]]}, "opaque")] == [10, 3, 1]
 
 
 class TestRebatch:

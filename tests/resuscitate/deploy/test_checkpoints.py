@@ -1,4 +1,4 @@
-"""Files of weights: what can be read, what fits a model, and that writing is all or nothing."""
+"""Files of weights: which can be read, which fit a model, and that they are written whole or not at all."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ class TestReading:
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-    def test_what_is_not_a_checkpoint_is_named(self, tmp_path, name):
+    def test_a_file_that_is_no_checkpoint_is_named(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"no weights here" * 20)
         with pytest.raises(CheckpointError, match=name):
             read_state_dict(tmp_path / name)
@@ -74,7 +74,7 @@ class TestLoading:
         assert same(model.state_dict(), source.state_dict())
         assert len(caplog.records) == 1
 
-    def test_only_what_the_model_does_not_know_is_stripped(self, tmp_path):
+    def test_only_prefixes_that_the_model_does_not_have_are_stripped(self, tmp_path):
         def build():
             return nn.ModuleDict({"module": nn.Linear(3, 2, bias=False), "body": nn.Linear(2, 2)})
 
@@ -126,7 +126,7 @@ class TestLoading:
         load_weights(model, tmp_path / "once.safetensors")
         assert same(model.state_dict(), source.state_dict())
 
-    def test_what_does_not_fit_is_named_and_the_model_stays(self, tmp_path):
+    def test_keys_that_do_not_fit_are_named_and_the_model_is_unchanged(self, tmp_path):
         model = seeded(chain)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         state = seeded(chain, seed=1).state_dict()
@@ -195,7 +195,7 @@ class TestWriting:
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "real" / "a.txt").read_text() == "new"
 
-    def test_where_nothing_can_be_put_is_said(self, tmp_path):
+    def test_a_path_that_cannot_be_written_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such folder"), atomic(tmp_path / "none" / "a"):
             pass
         with pytest.raises(FileExistsError, match="not a regular file"), atomic(tmp_path):

@@ -1,4 +1,4 @@
-"""What is exported comes back and computes the same, or no file is left."""
+"""An exported file gives the outputs of the model, or is not written."""
 
 import copy
 import sys
@@ -37,21 +37,25 @@ def with_means():
 def under_prune():
     model = seeded(chain)
     prune.l1_unstructured(model[3], "weight", amount=0.5)
-    model(images(2)).sum().backward()  # leaves a weight that was computed with gradients
+    model(images(2)).sum().backward()  # `weight` is now a tensor computed with gradients
     return model
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("build", [residual, with_means, under_prune])
-def test_it_comes_back_and_computes_the_same(tmp_path, ending, fold, build):
+def test_the_exported_file_gives_the_same_outputs(tmp_path, ending, fold, build):
     need(ending)
     model = build()
     before = copy.deepcopy(model.state_dict())
     kinds = [type(module) for module in model.modules()]
     done = export(model.train(), tmp_path / f"net{ending}", images(4), fold=fold)
     assert done.error < 1e-5
-    foldable = {residual: 2, with_means: 0, under_prune: 3}  # one reads a sum; a layer with means takes none in
+    foldable = {
+        residual: 2,
+        with_means: 0,
+        under_prune: 3,
+    }  # one BatchNorm reads a sum; none folds into mean layers
     assert done.folded == (foldable[build] if fold else 0)
     assert done.path.stat().st_size > 1000
     assert [path.name for path in tmp_path.iterdir()] == [f"net{ending}"]
@@ -68,7 +72,7 @@ def test_a_program_needs_no_code_and_takes_any_batch_size(tmp_path):
         torch.testing.assert_close(run(images(7)), model(images(7)), rtol=1e-5, atol=1e-6)
 
 
-def test_weights_carry_their_provenance(tmp_path):
+def test_provenance_is_written_with_the_weights(tmp_path):
     made_by = {"method": "refit", "options": {"seed": 3}}
     export(seeded(chain), tmp_path / "net.safetensors", images(2), provenance=made_by)
     with safe_open(tmp_path / "net.safetensors", "pt") as file:
@@ -76,30 +80,30 @@ def test_weights_carry_their_provenance(tmp_path):
         assert file.metadata()["options"] == '{"seed": 3}'
 
 
-def test_what_comes_back_wrong_leaves_no_file(tmp_path, monkeypatch):
-    writers = sys.modules["resuscitate.export"].WRITERS
+def test_a_file_with_other_outputs_is_not_written(tmp_path, monkeypatch):
+    writers = sys.modules["resuscitate.deploy.export"].WRITERS
     right = writers[".pt2"]
 
     def wrong(*args):
-        again = right(*args)
-        return lambda x: [y * 1.01 for y in again(x)]
+        read_back = right(*args)
+        return lambda x: [y * 1.01 for y in read_back(x)]
 
     monkeypatch.setitem(writers, ".pt2", wrong)
-    (tmp_path / "net.pt2").write_text("what was there")
-    with pytest.raises(ResuscitateError, match=r"computes something else, by 0\.01"):
+    (tmp_path / "net.pt2").write_text("old file")
+    with pytest.raises(ResuscitateError, match=r"its outputs differ from the model's by 0\.01"):
         export(seeded(chain), tmp_path / "net.pt2", images(2))
-    assert (tmp_path / "net.pt2").read_text() == "what was there"
+    assert (tmp_path / "net.pt2").read_text() == "old file"
     assert len(list(tmp_path.iterdir())) == 1
 
 
-class Stubborn(nn.Module):
+class DataDependent(nn.Module):
     def forward(self, x):
         return x * int(x.sum() > 0)
 
 
-def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(tmp_path):
+def test_a_failed_export_raises_and_writes_no_file(tmp_path):
     with pytest.raises(ResuscitateError, match="cannot be exported"):
-        export(Stubborn(), tmp_path / "net.pt2", images(2))
+        export(DataDependent(), tmp_path / "net.pt2", images(2))
     with pytest.raises(ValueError, match=r"write one of \.safetensors, \.pt2, \.onnx, not \.pb"):
         export(chain(), tmp_path / "net.pb", images(2))
     with pytest.raises(ValueError, match="two images"):

@@ -1,4 +1,4 @@
-"""2:4 weights put to use where torch can, left with the reason where it cannot."""
+"""2:4 sparse layers are converted where torch can, and unchanged, with a reason, where it cannot."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def wide():
     return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def test_what_sparsify_makes_is_two_of_four():
+def test_sparsify_makes_weights_two_of_four():
     model = wide()
     assert not is_two_of_four(model[0].weight)
     resuscitate.sparsify(model, pattern="2:4")
@@ -25,33 +25,33 @@ def test_what_sparsify_makes_is_two_of_four():
     assert not is_two_of_four(torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]]))
 
 
-def test_what_cannot_be_converted_is_left_with_the_reason():
+def test_unsupported_layers_are_unchanged_with_a_reason():
     model = seeded(chain)
     resuscitate.sparsify(model, pattern="2:4")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = to_semi_structured(model, images(4))
     assert (found.converted, found.error) == ([], 0.0)
-    assert "a Conv2d; torch has semi-structured tensors for linear layers only" in found.left["3"]
-    assert "compute capability 8.0" in found.left["11"]
+    assert "a Conv2d; torch has semi-structured tensors for linear layers only" in found.unchanged["3"]
+    assert "compute capability 8.0" in found.unchanged["11"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert to_semi_structured(wide(), torch.rand(4, 128)).left["0"] == "not 2:4 sparse"
+    assert to_semi_structured(wide(), torch.rand(4, 128)).unchanged["0"] == "not 2:4 sparse"
 
 
-def pretended(monkeypatch, wrong=0.0):
-    """As if this were such a GPU: the weight stays dense, and is off by so much."""
+def fake_conversion(monkeypatch, error=0.0):
+    """Convert without a GPU: the weight stays dense, with `error` added."""
     monkeypatch.setattr(semistructured, "_obstacle", lambda module, weight: None if len(weight) > 10 else "too small")
-    monkeypatch.setattr(semistructured, "to_sparse_semi_structured", lambda weight: weight + wrong)
+    monkeypatch.setattr(semistructured, "to_sparse_semi_structured", lambda weight: weight + error)
 
 
-def test_outputs_are_compared_and_the_model_is_put_back(monkeypatch):
+def test_a_wrong_output_is_refused_and_the_model_unchanged(monkeypatch):
     model, x = wide(), torch.rand(4, 128)
     resuscitate.sparsify(model, pattern="2:4")
-    pretended(monkeypatch)
+    fake_conversion(monkeypatch)
     found = to_semi_structured(model, x)
-    assert (found.converted, found.left, found.error) == (["0", "2"], {"4": "too small"}, 0.0)
+    assert (found.converted, found.unchanged, found.error) == (["0", "2"], {"4": "too small"}, 0.0)
     before = list(model.parameters())
-    pretended(monkeypatch, wrong=0.5)
-    with pytest.raises(ResuscitateError, match="the model is as it was"):
+    fake_conversion(monkeypatch, error=0.5)
+    with pytest.raises(ResuscitateError, match="the model is unchanged"):
         to_semi_structured(model, x)
     assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
 
@@ -59,7 +59,7 @@ def test_outputs_are_compared_and_the_model_is_put_back(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_on_a_gpu_it_computes_the_same(dtype):
+def test_on_a_gpu_the_outputs_are_the_same(dtype):
     model = wide().to("cuda", dtype).eval()
     resuscitate.sparsify(model, pattern="2:4")
     x = torch.rand(64, 128, device="cuda", dtype=dtype)

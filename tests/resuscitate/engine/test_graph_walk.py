@@ -1,4 +1,4 @@
-"""Two walks, one answer."""
+"""The graph walk, and its agreement with the suspended walk."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ import torch
 import resuscitate
 from resuscitate.data.batches import Batches
 from resuscitate.engine.measure import measure
-from resuscitate.engine.probes import Stop
+from resuscitate.engine.probes import Probe, Request
 from resuscitate.engine.walk import Walker
 from resuscitate.network.runner import Network
 from resuscitate.network.wiring import observe
@@ -31,29 +31,29 @@ from tests.networks import (
     seeded,
 )
 
-NODE = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional, Elaborate]
-PASSES = [Shared, Untraceable]
+GRAPH = [chain, Residual, Zoo, Shuffled, Dense, Excited, Functional, Elaborate]
+SUSPENDED = [Shared, Untraceable]
 
 
-@pytest.mark.parametrize("build", NODE, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", GRAPH, ids=lambda b: b.__name__)
 @pytest.mark.parametrize("recalibrate", [None, "exact"])
-@pytest.mark.parametrize("correlations", [False, True], ids=["", "paired"])
-def test_both_walks_agree(build, recalibrate, correlations):
+@pytest.mark.parametrize("diagnostics", [False, True], ids=["", "diagnostics"])
+def test_both_walks_agree(build, recalibrate, diagnostics):
     dense = seeded(build)
-    by_node, by_passes = pruned_copy(dense), pruned_copy(dense)
-    options = {"method": "channelwise", "recalibrate": recalibrate, "correlations": correlations}
-    report = resuscitate.repair(by_node, dense, images(), batch_size=10, **options)
+    by_graph, suspended = pruned_copy(dense), pruned_copy(dense)
+    options = {"method": "channelwise", "recalibrate": recalibrate, "diagnostics": diagnostics}
+    report = resuscitate.repair(by_graph, dense, images(), batch_size=10, **options)
     # a forward_fn hides the input from the trace
     batches = list(images().split(10))
-    fallback = resuscitate.repair(by_passes, dense, batches, forward_fn=lambda m, x: m(x), **options)
-    assert (report.walk, fallback.walk) == ("node", "suspended")
-    torch.testing.assert_close(by_node.state_dict(), by_passes.state_dict(), rtol=1e-4, atol=1e-6)
+    fallback = resuscitate.repair(suspended, dense, batches, forward_fn=lambda m, x: m(x), **options)
+    assert (report.walk, fallback.walk) == ("graph", "suspended")
+    torch.testing.assert_close(by_graph.state_dict(), suspended.state_dict(), rtol=1e-4, atol=1e-6)
     explained = [[row.explained or 0.0 for row in each.layers] for each in (report, fallback)]
     assert explained[0] == pytest.approx(explained[1], rel=1e-4)
-    assert any(explained[0]) == (correlations and any(row.gain for row in report.layers))
+    assert any(explained[0]) == (diagnostics and any(row.gain for row in report.layers))
 
 
-@pytest.mark.parametrize("build", [*NODE, *PASSES], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [*GRAPH, *SUSPENDED], ids=lambda b: b.__name__)
 @pytest.mark.parametrize("recalibrate", [None, "exact"])
 def test_the_result_is_the_same_for_batches_of_1_7_64_and_all(build, recalibrate):
     dense, results = seeded(build), []
@@ -63,7 +63,7 @@ def test_the_result_is_the_same_for_batches_of_1_7_64_and_all(build, recalibrate
         results.append(pruned_copy(dense))
         options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": batch_size, "gain_samples": 66}
         report = resuscitate.repair(results[-1], dense, images(70), **options)
-        assert report.walk == ("suspended" if build in PASSES else "node")
+        assert report.walk == ("suspended" if build in SUSPENDED else "graph")
     for other in results[1:]:
         torch.testing.assert_close(other.state_dict(), results[0].state_dict(), rtol=2e-5, atol=3e-6)
 
@@ -96,18 +96,26 @@ def test_every_node_runs_once_per_batch_and_model_however_many_layers(monkeypatc
     assert all(count in (2, 6) for count in ran)
 
 
+def output_of(name, batches):
+    return Request(name, Probe(dense=None), batches)
+
+
+def input_of(name, batches):
+    return Request(name, Probe(pruned="input", dense=None), batches)
+
+
 def test_values_are_dropped_after_their_last_reader():
     model = seeded(Residual)
     walk = walker(model)
-    stops = [Stop(name, 2) for name in ("stem", "conv1", "conv2", "bn2")]
+    requests = [output_of(name, 2) for name in ("stem", "conv1", "conv2")] + [input_of("bn2", 2)]
     with torch.no_grad():
-        for visit in walk.walk(Batches(images().split(12)), stops):
+        for measurement in walk.walk(Batches(images().split(12)), requests):
             held = 24 * 8 * 9 * 9 * 4  # one activation of every image
-            # a layer's output and, within the block, the shortcut; nothing is read after the last stop
-            assert walk.store.resident == {"stem": 1, "conv1": 2, "conv2": 2, "bn2": 0}[visit.name] * held
+            # a layer's output and, within the block, the shortcut; nothing is read after the last request
+            assert walk.store.resident == {"stem": 1, "conv1": 2, "conv2": 2, "bn2": 0}[measurement.name] * held
 
 
-def test_progress_names_the_stop_the_images_and_the_rate(capsys, monkeypatch):
+def test_progress_names_the_layer_the_images_and_the_rate(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     dense = seeded(chain)
     resuscitate.repair(pruned_copy(dense), dense, images(), progress=True)
@@ -144,7 +152,7 @@ def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
     with caplog.at_level(logging.INFO, logger="resuscitate"):
         report = resuscitate.repair(pruned_copy(dense), dense, images(), method="layerwise")
     assert report.walk == "suspended"
-    said = [record.message for record in caplog.records if record.message.startswith("walking")]
+    said = [record.message for record in caplog.records if record.message.startswith("taking the suspended walk")]
     assert [cause in message for message in said] == [True]
 
 
@@ -154,46 +162,46 @@ def walker(model, dense=None, example=None, budget=1 << 30):
     return Walker(net, dense and Network(dense), wiring, Store(budget, net.device), x[:2])
 
 
-def test_a_hook_on_a_container_forces_the_walk_by_passes():
+def test_a_hook_on_a_container_needs_the_suspended_walk():
     model = seeded(Residual)
-    for expected in ("node", "suspended"):
+    for expected in ("graph", "suspended"):
         walk = walker(model)
         with torch.no_grad():
-            assert len(list(walk.walk(Batches([images()]), [Stop("conv1", 1)]))) == 1
+            assert len(list(walk.walk(Batches([images()]), [output_of("conv1", 1)]))) == 1
         assert walk.taken == expected
         model.register_forward_hook(lambda module, args, output: output * 2)
 
 
 def test_both_walks_stop_in_order_and_early():
     model = seeded(Residual)
-    stops = [Stop("bn2", 2), Stop("conv1", 1), Stop("bn0", 2)]
+    requests = [input_of("bn2", 2), output_of("conv1", 1), input_of("bn0", 2)]
     ran = []
     model.head.register_forward_hook(lambda *_: ran.append(1))
     batches = Batches(images().split(12))
     with torch.no_grad():
-        node = list(walker(model).walk(batches, stops))
+        graph = list(walker(model).walk(batches, requests))
         model.register_forward_hook(lambda module, args, output: None)
-        passes = list(walker(model).walk(batches, stops))
-    assert [v.name for v in passes] == [v.name for v in node] == ["bn0", "conv1", "bn2"]
-    for a, b in zip(passes, node, strict=True):
-        assert a.calls[0].count == b.calls[0].count
-        torch.testing.assert_close(a.calls[0].var, b.calls[0].var)
+        suspended = list(walker(model).walk(batches, requests))
+    assert [each.name for each in suspended] == [each.name for each in graph] == ["bn0", "conv1", "bn2"]
+    for a, b in zip(suspended, graph, strict=True):
+        assert a.found.pruned.count == b.found.pruned.count
+        torch.testing.assert_close(a.found.pruned.var, b.found.pruned.var)
     # two observations, one trace and one forward to compare it with; no walk goes on to the head
     assert len(ran) == 4
 
 
-def test_a_shared_module_is_measured_over_all_uses_and_corrected_once():
+def test_a_shared_module_is_measured_over_all_calls_and_corrected_once():
     dense = seeded(Shared)
     model = pruned_copy(dense)
     before = model.conv.weight.detach().clone()
     row = {r.name: r for r in resuscitate.repair(model, dense, images(), method="channelwise").layers}["conv"]
-    assert row.action == "repaired"
+    assert row.status == "repaired"
     gain = model.conv.weight.detach().flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
     assert float(gain.min()) == pytest.approx(row.gain[0], rel=1e-4)
     assert float(gain.max()) == pytest.approx(row.gain[1], rel=1e-4)
 
 
-def test_a_shared_module_whose_uses_disagree_is_left_alone_and_reported():
+def test_a_shared_module_whose_calls_disagree_is_unchanged_and_reported():
     dense = seeded(Shared)
     model = pruned_copy(dense, 0.0)
     with torch.no_grad():
@@ -201,7 +209,8 @@ def test_a_shared_module_whose_uses_disagree_is_left_alone_and_reported():
     model.scale = 40.0  # ... the second too strong
     before = model.conv.weight.detach().clone()
     report = resuscitate.repair(model, dense, images(), method="channelwise", include="conv")
-    assert report.layers[-1].action == "left alone: its 2 uses disagree"
+    row = report.layers[-1]
+    assert (row.status, row.reason) == ("unchanged", "called 2 times with incompatible statistics")
     assert torch.equal(model.conv.weight, before)
 
 
@@ -216,7 +225,7 @@ def test_a_layer_inside_one_of_torchs_own_modules_is_reached_all_the_same():
 
     dense = seeded(build)
     report = resuscitate.repair(pruned_copy(dense), dense, images(), method="channelwise")
-    rows = {row.name: row.action for row in report.layers}
+    rows = {row.name: row.status for row in report.layers}
     assert report.walk == "suspended"
     assert rows["2.linear1"] == rows["2.linear2"] == "repaired"
 

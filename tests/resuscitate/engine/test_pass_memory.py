@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resuscitate
-from resuscitate.engine.pass_memory import SMALL, Live, Rehearsal, Shelf, Spent, storage_of
+from resuscitate.engine.pass_memory import SMALL, PassStorages, Rehearsal, SharedStore, Unread
 from resuscitate.runtime.activations import Store
 from resuscitate.runtime.passes import RestartError
 from tests.networks import Shuffled, chain, images, pruned_copy, seeded
@@ -41,7 +41,7 @@ def stores(monkeypatch):
 @pytest.fixture
 def freed(monkeypatch):
     """The storages that were freed while something referred to them: how many bytes each had."""
-    sizes, put = [], Live.put
+    sizes, put = [], PassStorages.put
 
     def noted(self, stop, used):
         before = {storage._cdata: storage.nbytes() for storage, _ in self.alive()}
@@ -51,7 +51,7 @@ def freed(monkeypatch):
                 assert storage.nbytes() == 0
                 sizes.append(before[storage._cdata])
 
-    monkeypatch.setattr(Live, "put", noted)
+    monkeypatch.setattr(PassStorages, "put", noted)
     return sizes
 
 
@@ -64,45 +64,45 @@ def in_and_out(build, options, x=None, **more):
         report = resuscitate.repair(
             models[-1], dense, x, memory=memory, progress=False, **{"forward_fn": run_batch, **options, **more}
         )
-        assert (report.walk, report.scratch > 0) == ("suspended", memory == "20KB")
+        assert (report.walk, report.bytes_spilled > 0) == ("suspended", memory == "20KB")
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=0, atol=0)
     return dense, models[1]
 
 
 class TestLive:
     def test_what_is_spent_is_freed_and_a_read_of_it_is_a_restart(self):
-        with Store(1 << 20, CPU) as store, Live(set(), Shelf(store), {}) as live:
-            spent, kept = torch.zeros(SIZE) + 1, torch.zeros(SIZE) + 2
-            view = spent[1:]
-            numbers = {number for storage, number in live.alive() if storage._cdata == _key(spent)}
-            live.spent = {"stop": Spent(live.trail, numbers)}
+        with Store(1 << 20, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
+            unread, kept = torch.zeros(SIZE) + 1, torch.zeros(SIZE) + 2
+            view = unread[1:]
+            numbers = {number for storage, number in live.alive() if storage._cdata == _key(unread)}
+            live.unread = {"stop": Unread(live.operator_hash, numbers)}
             live.put("stop", [])
-            assert (storage_of(spent).nbytes(), storage_of(kept).nbytes()) == (0, 4 * SIZE)
+            assert (unread.untyped_storage().nbytes(), kept.untyped_storage().nbytes()) == (0, 4 * SIZE)
             live.get()
             assert float(kept.sum()) == 2 * SIZE
-            for x in (spent, view):
+            for x in (unread, view):
                 with pytest.raises(RestartError):
                     x + 1
 
     def test_what_is_used_at_a_stop_is_not_freed_whatever_the_rehearsal_says(self):
-        with Store(1 << 20, CPU) as store, Live(set(), Shelf(store), {}) as live:
+        with Store(1 << 20, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
             x, y = torch.ones(SIZE) * 3, torch.ones(SIZE) * 4
-            live.spent = {"stop": Spent(live.trail, set(range(live.count)))}
+            live.unread = {"stop": Unread(live.operator_hash, set(range(live.count)))}
             live.put("stop", [x])
-            assert (storage_of(x).nbytes(), storage_of(y).nbytes()) == (4 * SIZE, 0)
+            assert (x.untyped_storage().nbytes(), y.untyped_storage().nbytes()) == (4 * SIZE, 0)
 
     def test_a_pass_that_came_by_other_operators_frees_nothing(self):
         """The numbers of its storages are not those of the rehearsal."""
-        with Store(1 << 20, CPU) as store, Live(set(), Shelf(store), {}) as live:
+        with Store(1 << 20, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
             x = torch.ones(SIZE) * 3
-            live.spent = {"stop": Spent(live.trail, set(range(live.count)))}
+            live.unread = {"stop": Unread(live.operator_hash, set(range(live.count)))}
             y = x + 1
             live.put("stop", [])
-            assert storage_of(x).nbytes() == storage_of(y).nbytes() == 4 * SIZE
+            assert x.untyped_storage().nbytes() == y.untyped_storage().nbytes() == 4 * SIZE
 
     @pytest.mark.parametrize("keep", [False, True])
     def test_views_and_overwritten_values_come_back(self, keep):
-        with Store(1, CPU) as store, Live(set(), Shelf(store), {}) as live:
+        with Store(1, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
             whole = torch.arange(3.0 * SIZE).view(3, SIZE) * 1
             row = whole[1]
             row.add_(1)
@@ -110,7 +110,7 @@ class TestLive:
             expected = whole.clone(), row.clone(), column.clone()
             for turn in range(3):
                 live.put(f"{turn}", [])
-                assert storage_of(whole).nbytes() == 0
+                assert whole.untyped_storage().nbytes() == 0
                 if keep:
                     live.get(keep=True)
                     live.put(f"{turn}", [])
@@ -126,32 +126,35 @@ class TestLive:
 
     def test_what_another_pass_reads_comes_back_and_stays(self):
         with Store(1, CPU) as store:
-            shelf = Shelf(store)
-            owner, reader = Live(set(), shelf, {}), Live(set(), shelf, {})
+            kept = SharedStore(store)
+            owner, reader = PassStorages(set(), kept, {}), PassStorages(set(), kept, {})
             with owner:
                 shared, own = torch.ones(SIZE) * 3, torch.ones(SIZE) * 4
             owner.put("stop", [])
-            assert storage_of(shared).nbytes() == storage_of(own).nbytes() == 0
+            assert shared.untyped_storage().nbytes() == own.untyped_storage().nbytes() == 0
             with reader:
                 assert float((shared + 1).sum()) == 4 * SIZE
-            assert storage_of(own).nbytes() == 0
+            assert own.untyped_storage().nbytes() == 0
             owner.put("stop", [])
-            assert storage_of(shared).nbytes() == 4 * SIZE
+            assert shared.untyped_storage().nbytes() == 4 * SIZE
             owner.get()
             owner.put("next", [])
-            assert storage_of(shared).nbytes() == 4 * SIZE
+            assert shared.untyped_storage().nbytes() == 4 * SIZE
             owner.finish()
             reader.finish()
             assert float(own.sum()) == 4 * SIZE
-            assert not shelf.owners
+            assert not kept.owners
             assert _freed(store)
 
     def test_the_budget_is_counted_and_given_back(self):
-        with Store(4 * 4 * SIZE, CPU) as store, Live(set(), Shelf(store), {}) as live:  # half is set aside
+        with (
+            Store(4 * 4 * SIZE, CPU) as store,
+            PassStorages(set(), SharedStore(store), {}) as live,
+        ):  # half is set aside
             values = [torch.ones(SIZE) * n for n in range(5)]
             live.put("stop", [])
             assert store.resident == 2 * 4 * SIZE
-            assert sum(storage_of(x).nbytes() > 0 for x in values) == 2
+            assert sum(x.untyped_storage().nbytes() > 0 for x in values) == 2
             live.get()
             assert store.resident == 0
             assert [float(x[0]) for x in values] == [0, 1, 2, 3, 4]
@@ -170,16 +173,16 @@ def test_a_rehearsal_tells_what_is_read_no_more():
     with Rehearsal(set()) as rehearsal:
         a = torch.ones(4)
         b = a + 1
-        rehearsal.stop("first", [])
+        rehearsal.suspend_at("first", [])
         c = a * b
-        rehearsal.stop("second", [])
+        rehearsal.suspend_at("second", [])
         c + 1
-        rehearsal.stop("twice", [])
-        rehearsal.stop("twice", [])
+        rehearsal.suspend_at("twice", [])
+        rehearsal.suspend_at("twice", [])
         kept = b + 1
-        rehearsal.stop("third", [])
+        rehearsal.suspend_at("third", [])
     del a, b, c
-    assert {name: each.numbers for name, each in rehearsal.spent().items()} == {
+    assert {name: each.numbers for name, each in rehearsal.unread().items()} == {
         "first": set(),
         "second": {0},
         "third": {0, 1, 2, 3},  # `kept`, number 4, outlives the pass
@@ -263,7 +266,7 @@ class TestWhatIsSpent:
     @methods
     def test_and_read_all_the_same_is_computed_anew(self, options, monkeypatch):
         """Batches that take another branch than the example: their passes begin anew, and the result is right."""
-        restarts, read = [], Live.read
+        restarts, read = [], PassStorages.read
 
         def noted(self, values):
             try:
@@ -272,7 +275,7 @@ class TestWhatIsSpent:
                 restarts.append(1)
                 raise
 
-        monkeypatch.setattr(Live, "read", noted)
+        monkeypatch.setattr(PassStorages, "read", noted)
         x = list(images(32, size=16).split(8))
         x[1], x[3] = x[1] - 10, x[3] - 10
         options = {**_plain(options), "forward_fn": run_batch, "relu_aware": False, "ridge": 0.01}
@@ -366,7 +369,7 @@ class TestNetworks:
         x = list(images(40, size=16).split(8))
         dense, model = in_and_out(Shuffled, options, x=x)
         expected = pruned_copy(dense)
-        assert resuscitate.repair(expected, dense, x, progress=False, **options).walk == "node"
+        assert resuscitate.repair(expected, dense, x, progress=False, **options).walk == "graph"
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
 
     @methods

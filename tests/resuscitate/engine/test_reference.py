@@ -78,7 +78,7 @@ class TestStatisticsFile:
         before = copy.deepcopy(model)
         for target in (DenseStatistics.measure(dense, images()), "running"):
             with pytest.raises(ValueError, match="image by image: pass dense as a model"):
-                resuscitate.repair(model, target, images(), correlations=True)
+                resuscitate.repair(model, target, images(), diagnostics=True)
         assert same(model, before)
 
     def test_the_file_of_another_network_is_refused_by_layer(self):
@@ -118,15 +118,19 @@ class TestRunningStatistics:
         resuscitate.recalibrate_batchnorm(by_batchnorm, images(), **options)
         if build is Residual:  # bn2 reads a sum: no layer's gain can stand for it
             by_batchnorm.bn2.load_state_dict(dense.bn2.state_dict())
-        assert len(behind_layers) == sum(row.action == "repaired" for row in report.layers)
+        assert len(behind_layers) == sum(row.status == "repaired" for row in report.layers)
         torch.testing.assert_close(by_gains(images(9, seed=3)), by_batchnorm(images(9, seed=3)), rtol=1e-4, atol=1e-5)
         assert report.target == "running statistics"
 
     def test_layers_that_no_batchnorm_alone_reads_are_left_alone_and_reported(self):
         report = resuscitate.repair(pruned_copy(seeded(Residual)), "running", images(), method="asr", skip_first=False)
-        rows = {row.name: row.action for row in report.layers}
+        rows = {row.name: row.reason or row.status for row in report.layers}
         assert rows["stem"] == rows["conv1"] == "repaired"
-        assert rows["conv2"] == rows["head"] == "left alone: no BatchNorm alone reads it, to say what its output was"
+        assert (
+            rows["conv2"]
+            == rows["head"]
+            == "no BatchNorm alone reads it, whose running statistics its output could match"
+        )
 
     def test_the_docstring_says_that_it_is_no_stronger(self):
         assert "**exact recalibration by another name**, and no stronger" in resuscitate.repair.__doc__.replace(
@@ -153,13 +157,13 @@ class TestCorrelations:
             untouched[3].weight *= 0.3  # nothing is lost that a gain cannot bring back
         lossy = pruned_copy(dense, 0.9)
         whole, part = (
-            resuscitate.repair(model, dense, images(), method="channelwise", correlations=True, include="3").layers[-1]
+            resuscitate.repair(model, dense, images(), method="channelwise", diagnostics=True, include="3").layers[-1]
             for model in (untouched, lossy)
         )
         assert whole.explained == pytest.approx(1.0, abs=1e-4)
         assert 0.0 <= part.explained < 0.9
 
-    @pytest.mark.parametrize("build", [Residual, Untraceable], ids=["node", "prefix"])
+    @pytest.mark.parametrize("build", [Residual, Untraceable], ids=["graph", "suspended"])
     def test_they_are_the_squared_correlation_of_the_two_outputs(self, build):
         dense = seeded(build)
         name = "conv1" if build is Residual else "body.3"
@@ -171,7 +175,7 @@ class TestCorrelations:
         y, x = (out.transpose(0, 1).flatten(1).double() for out in outputs)
         corr = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(y, x, strict=True)])
         expected = float((corr.square() * y.var(1)).sum() / y.var(1).sum())
-        options = {"method": "asr", "correlations": True, "include": name, "skip_first": False, "batch_size": 5}
+        options = {"method": "asr", "diagnostics": True, "include": name, "skip_first": False, "batch_size": 5}
         report = resuscitate.repair(model, dense, images(), **options)
         assert report.layers[-1].explained == pytest.approx(expected, rel=1e-4)
 
@@ -179,7 +183,7 @@ class TestCorrelations:
         dense = seeded(Residual)
         plain, paired = pruned_copy(dense), pruned_copy(dense)
         resuscitate.repair(plain, dense, images(), method="asr", batch_size=5)
-        resuscitate.repair(paired, dense, images(), method="asr", batch_size=5, correlations=True)
+        resuscitate.repair(paired, dense, images(), method="asr", batch_size=5, diagnostics=True)
         torch.testing.assert_close(plain.state_dict(), paired.state_dict(), rtol=2e-5, atol=2e-6)
 
 

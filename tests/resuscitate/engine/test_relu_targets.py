@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import resuscitate
 from asr_kernels import Window, cross_products, patch_moments
-from resuscitate.engine.relu_targets import Goal
-from resuscitate.methods.refit import fit
-from resuscitate.network.wiring import Gate, observe
+from resuscitate.engine.relu_targets import ReluEquivalentTargets
+from resuscitate.network.wiring import ReluConsumer, observe
+from resuscitate.statistics.fitting import fit
 from tests.networks import Residual, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -57,33 +57,36 @@ class Sometimes(nn.Module):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (chain(), {"0": Gate("1", False), "3": Gate("4", False), "6": Gate("7", False)}),
-        (chain(batchnorm=False, bias=True), {"0": Gate(None, False), "2": Gate(None, False), "4": Gate(None, False)}),
-        (Block(), {"conv1": Gate("bn1", False), "conv2": Gate("bn2", True)}),
-        (Block("relu6"), {"conv1": Gate("bn1", False)}),
+        (chain(), {"0": ReluConsumer("1", False), "3": ReluConsumer("4", False), "6": ReluConsumer("7", False)}),
+        (
+            chain(batchnorm=False, bias=True),
+            {"0": ReluConsumer(None, False), "2": ReluConsumer(None, False), "4": ReluConsumer(None, False)},
+        ),
+        (Block(), {"conv1": ReluConsumer("bn1", False), "conv2": ReluConsumer("bn2", True)}),
+        (Block("relu6"), {"conv1": ReluConsumer("bn1", False)}),
         # when conv2 runs the projection has yet to be refitted; when that runs, conv2 is done
-        (Block("projected"), {"conv1": Gate("bn1", False), "project": Gate("bn3", True)}),
-        (Block("twice"), {"conv1": Gate("bn1", False)}),
-        (Block("bounded"), {"conv1": Gate("bn1", False)}),
-        (nn.Sequential(nn.Flatten(), nn.Linear(243, 9), nn.ReLU(), nn.Linear(9, 9)), {"1": Gate(None, False)}),
+        (Block("projected"), {"conv1": ReluConsumer("bn1", False), "project": ReluConsumer("bn3", True)}),
+        (Block("twice"), {"conv1": ReluConsumer("bn1", False)}),
+        (Block("bounded"), {"conv1": ReluConsumer("bn1", False)}),
+        (nn.Sequential(nn.Flatten(), nn.Linear(243, 9), nn.ReLU(), nn.Linear(9, 9)), {"1": ReluConsumer(None, False)}),
         (nn.Sequential(nn.Flatten(), nn.Linear(243, 9), nn.GELU()), {}),
     ],
     ids=str,
 )
 def test_the_relu_behind_a_layer_is_found(model, expected):
-    assert observe(model.eval(), lambda: model(images())).gates == expected
+    assert observe(model.eval(), lambda: model(images())).relu_consumers == expected
 
 
 numbers = st.floats(-3, 3).filter(lambda x: x == 0 or abs(x) > 1e-3)
 
 
-class TestGoal:
+class TestReluEquivalentTargets:
     @given(st.lists(st.tuples(numbers, numbers, numbers, numbers, numbers), min_size=1), numbers, numbers)
     def test_no_other_output_that_does_as_well_is_nearer(self, values, scale, offset):
         now, wanted, own, theirs, other = torch.tensor(values, dtype=torch.float64).T.clone()
         s, o = (torch.tensor(x, dtype=torch.float64) for x in (scale, offset))
         far = torch.tensor(1e9, dtype=torch.float64)
-        found = Goal(s, o, s, o, -far, far).nearest(now.clone(), wanted, own, theirs)
+        found = ReluEquivalentTargets(s, o, s, o, -far, far).nearest(now.clone(), wanted, own, theirs)
         hidden = s * wanted + o + theirs <= 0
 
         def good(y):
@@ -94,9 +97,9 @@ class TestGoal:
 
     def test_nothing_goes_further_than_it_is_let(self):
         one, zero = torch.tensor(1.0), torch.tensor(0.0)
-        goal = Goal(one, zero, one, zero, torch.tensor(-2.0), torch.tensor(2.0))
+        targets = ReluEquivalentTargets(one, zero, one, zero, torch.tensor(-2.0), torch.tensor(2.0))
         now, wanted = torch.tensor([-9.0, 9.0, 9.0]), torch.tensor([-1.0, -1.0, 7.0])
-        assert goal.nearest(now, wanted, None, None).tolist() == [-2, 0, 7]
+        assert targets.nearest(now, wanted, None, None).tolist() == [-2, 0, 7]
 
 
 def test_cross_products_are_those_of_the_patch_moments():
@@ -140,11 +143,11 @@ class TestFit:
         y = x @ weight.mT
         wanted = torch.where(y > 0, y, -5 * torch.rand(y.shape, dtype=torch.float64, generator=generator))
         one, zero, far = torch.ones(4), torch.zeros(4), torch.full((4,), 1e9)
-        goal = Goal(*(v.double() for v in (one, zero, one, zero, -far, far)))
+        targets = ReluEquivalentTargets(*(v.double() for v in (one, zero, one, zero, -far, far)))
         moments, window = patch_moments(x, wanted, Window()), Window()
 
-        def aim(w, b):
-            nearest = goal.nearest(x @ w.mT + b, wanted, None, None)
+        def replay(w, b):
+            nearest = targets.nearest(x @ w.mT + b, wanted, None, None)
             return cross_products(x, nearest, window, moments.mean, moments.target)
 
         def error(found):
@@ -152,9 +155,9 @@ class TestFit:
 
         present, support = torch.randn(4, 6, dtype=torch.float64, generator=generator), torch.ones(4, 6) > 0
         plain = fit(moments, present, support, ridge=1e-6, most=1.0)
-        aimed = fit(moments, present, support, ridge=1e-6, most=1.0, aim=aim)
-        assert error(aimed) < 0.7 * error(plain)
-        assert aimed.explained > plain.explained
+        refined = fit(moments, present, support, ridge=1e-6, most=1.0, replay=replay)
+        assert error(refined) < 0.7 * error(plain)
+        assert refined.explained > plain.explained
 
 
 class TestRepair:
@@ -215,5 +218,5 @@ class TestRepair:
             report = resuscitate.repair(
                 results[-1], dense, x, method="refit", batch_size=8, memory=memory, scratch=tmp_path
             )
-        assert report.scratch > 0
+        assert report.bytes_spilled > 0
         torch.testing.assert_close(results[0].state_dict(), results[1].state_dict(), rtol=0, atol=0)

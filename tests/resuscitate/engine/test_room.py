@@ -10,11 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import resuscitate
 from resuscitate.data.calibration import read_batches
-from resuscitate.engine.room import Room, bytes_of, in_memory, in_stores
+from resuscitate.data.room import Room
+from resuscitate.engine.room import in_memory, in_stores
 from resuscitate.network.runner import Network
 from resuscitate.runtime import activations as storage
 from resuscitate.runtime.activations import Store
 from resuscitate.runtime.spill import ScratchFile
+from resuscitate.utils.nested import bytes_of
 from tests.networks import Residual, Untraceable, chain, images, pruned_copy, seeded
 
 CPU = torch.device("cpu")
@@ -181,19 +183,6 @@ class TestReading:
         room = Room([(100, lambda batch: 10), (30, lambda batch: 12)], "a test", "")
         assert [room.take(None) for _ in range(4)] == [True, True, False, False]
         assert room.left == [80, 6]
-
-    @pytest.mark.parametrize(
-        ("batch", "size"),
-        [
-            (torch.zeros(3, 5), 60),
-            (torch.zeros(3, 5).numpy(), 60),
-            ({"x": torch.zeros(2, 2, dtype=torch.uint8), "name": ["a"]}, 4),
-            ((torch.zeros(1), [torch.zeros(2), {"y": torch.zeros(3)}]), 24),
-            ("opaque", 0),
-        ],
-    )
-    def test_all_tensors_of_a_batch_count(self, batch, size):
-        assert bytes_of(batch) == size
 
     def test_what_a_limit_leaves_of_the_last_batch_counts(self, caplog):
         found = list(read_batches(endless(), max_samples=20, room=self.room(20 * EACH)))

@@ -25,7 +25,7 @@ OPTIONS = {
     "refit": {"method": "refit"},
     "refit, exact": {"method": "refit", "recalibrate": "exact"},
     "asr": {"method": "asr"},
-    "channelwise, exact": {"method": "channelwise", "recalibrate": "exact", "correlations": True},
+    "channelwise, exact": {"method": "channelwise", "recalibrate": "exact", "diagnostics": True},
     "bn": {"method": "bn"},
 }
 methods = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -57,9 +57,9 @@ def both_walks(build, options, build_other=None):
     other.load_state_dict(dense.state_dict())
     model, report = repaired(dense, forward_fn=run_batch, **options)
     expected, by_node = repaired(other, **options)
-    assert (report.walk, by_node.walk) == ("suspended", "node")
+    assert (report.walk, by_node.walk) == ("suspended", "graph")
     close(model, expected, options["method"] == "refit")
-    assert any(row.action.startswith(("repaired", "refitted", "re-est")) for row in report.layers)
+    assert any(row.status in ("repaired", "refitted", "re-estimated") for row in report.layers)
     return model
 
 
@@ -158,7 +158,7 @@ def test_a_hook_on_a_layer_changes_its_output(options):
     dense[3].register_forward_hook(lambda module, args, output: output * 2 + 1)
     model, report = repaired(dense, forward_fn=run_batch, **options)
     expected, by_node = repaired(dense, **options)
-    assert (report.walk, by_node.walk) == ("suspended", "node")
+    assert (report.walk, by_node.walk) == ("suspended", "graph")
     close(model, expected, refit=False)
     without, _ = repaired(seeded(chain), forward_fn=run_batch, **options)
     assert not torch.allclose(model[6].weight, without[6].weight, rtol=1e-2)
@@ -228,7 +228,7 @@ class Twice(nn.Module):
         {"method": "refit", "relu_aware": False, "ridge": 0.01},
         {"method": "refit", "relu_aware": False, "ridge": 0.01, "recalibrate": "exact"},
         {"method": "asr"},
-        {"method": "channelwise", "correlations": True, "recalibrate": "exact"},
+        {"method": "channelwise", "diagnostics": True, "recalibrate": "exact"},
     ],
     ids=["refit", "refit, exact", "asr", "channelwise, exact"],
 )
@@ -237,8 +237,8 @@ def test_a_shared_layer_is_as_one_whose_calls_are_made_at_once(options):
     dense, other = seeded(Twice), seeded(lambda: Twice(shared=False))
     model, report = repaired(dense, x=x, **options)
     expected, by_node = repaired(other, x=x, **options)
-    assert (report.walk, by_node.walk) == ("suspended", "node")
-    disagree = [row.name for row in report.layers if "disagree" in row.action]
+    assert (report.walk, by_node.walk) == ("suspended", "graph")
+    disagree = [row.name for row in report.layers if "incompatible" in row.reason]
     assert not disagree
     close(model, expected, refit=False)
 
@@ -541,7 +541,7 @@ def test_what_a_forward_fn_has_compiled_runs_uncompiled(memory):
         each(images(2))
     repaired(dense, plain, forward_fn=run_batch, method="asr")
     _, report = repaired(dense, model, forward_fn=lambda net, x: compiled[id(net)](x), method="asr", memory=memory)
-    assert (report.scratch > 0) == (memory is not None)
+    assert (report.bytes_spilled > 0) == (memory is not None)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
@@ -554,7 +554,7 @@ def test_the_compiler_of_torch_is_not_loaded():
     run = lambda model, x: model(x)
     x = [torch.rand(8, 3, 16, 16) for _ in range(4)]
     report = resuscitate.repair(copy.deepcopy(dense), dense, x, forward_fn=run, memory="128KiB", progress=False)
-    assert report.scratch > 0
+    assert report.bytes_spilled > 0
     print("torch._dynamo" in sys.modules)
     """
     done = subprocess.run(

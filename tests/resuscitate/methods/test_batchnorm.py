@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import resuscitate
+from resuscitate import EMA, Exact
 from resuscitate.errors import LayerError
 from tests.networks import Elaborate, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
@@ -68,7 +69,9 @@ class TestExact:
         assert [row.name for row in report.layers] == ["0"]
         assert "'1' keeps no running statistics" in report.notes[0]
         assert "'2' is frozen" in report.notes[1]
-        assert [r.name for r in resuscitate.recalibrate_batchnorm(model, images(), frozen="recalibrate").layers] == [
+        assert [
+            r.name for r in resuscitate.recalibrate_batchnorm(model, images(), mode=Exact(frozen="recalibrate")).layers
+        ] == [
             "0",
             "2",
         ]
@@ -82,7 +85,7 @@ class TestExact:
 class TestByMomentum:
     def test_it_is_what_pytorch_does_in_training_mode(self):
         ours, theirs = pruned_copy(seeded(Residual)), pruned_copy(seeded(Residual))
-        resuscitate.recalibrate_batchnorm(ours, images(), mode="ema", ema_batches=3, ema_batch_size=8, ema_momentum=0.3)
+        resuscitate.recalibrate_batchnorm(ours, images(), mode=EMA(batches=3, batch_size=8, momentum=0.3))
         for module in theirs.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
@@ -96,14 +99,12 @@ class TestByMomentum:
     def test_a_share_of_the_initial_variance_is_left(self):
         model = nn.Sequential(nn.BatchNorm2d(1))
         x = torch.randn(200, 1, 4, 4) * 1e-3
-        resuscitate.recalibrate_batchnorm(model, x, mode="ema", ema_batches=20, ema_batch_size=10)
+        resuscitate.recalibrate_batchnorm(model, x, mode=EMA(batches=20, batch_size=10))
         assert float(model[0].running_var) == pytest.approx(0.9**20, rel=1e-3)
 
     def test_dropout_stays_off(self):
         model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3))
-        resuscitate.recalibrate_batchnorm(
-            model, images(), mode="ema", ema_batches=1, ema_batch_size=24, ema_momentum=1.0
-        )
+        resuscitate.recalibrate_batchnorm(model, images(), mode=EMA(batches=1, batch_size=24, momentum=1.0))
         torch.testing.assert_close(model[1].running_mean, images().mean((0, 2, 3)))
 
 
@@ -135,7 +136,7 @@ class TestCancellation:
     def test_momentum_does_not_cancel_a_gain(self):
         dense = seeded(chain)
         plain, gained = pruned_copy(dense, 0.8), pruned_copy(dense, 0.8)
-        ema = {"recalibrate": "ema", "ema_batches": 3, "ema_batch_size": 8}
+        ema = {"recalibrate": EMA(batches=3, batch_size=8)}
         resuscitate.repair(plain, dense, images(), method="bn", **ema)
         resuscitate.repair(gained, dense, images(), method="channelwise", exclude=nn.Linear, **ema)
         assert (gained(images()) - plain(images())).abs().max() > 1e-2
@@ -197,7 +198,7 @@ class TestFolding:
         folded = resuscitate.fold_batchnorm(seeded(Residual))
         assert isinstance(folded.bn2, nn.BatchNorm2d)
         assert "'bn2' is not folded" in caplog.text
-        assert folded.fold_report.left == {"bn2": "no layer is read by it alone"}
+        assert folded.fold_report.unchanged == {"bn2": "no layer is read by it alone"}
         assert folded.fold_report.folded == {"bn0": "stem", "bn1": "conv1"}
         assert folded.fold_report.error is None
         assert resuscitate.fold_batchnorm(seeded(Residual), images()).fold_report.error < 1e-5

@@ -1,7 +1,6 @@
 """Refitting: the least-squares solution on every support, and what a repair makes of it."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch.nn.utils import prune
 import resuscitate
 from asr_kernels import Window, patch_moments
 from resuscitate.errors import NonFiniteError
-from resuscitate.methods.aggregate import aggregate
-from resuscitate.methods.refit import blocks, by_block, contributions, fit, whole
-from resuscitate.network.runner import Network
+from resuscitate.statistics import patches
+from resuscitate.statistics.fitting import fit
+from resuscitate.statistics.patches import contributions, input_blocks, merge_input_blocks, split_input_blocks
 from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
@@ -145,12 +144,12 @@ class TestRepair:
 
     @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited, Zoo], ids=lambda build: build.__name__)
     def test_both_walks_and_any_batches_agree(self, build):
-        # what a ReLU hides turns on the sign of single outputs, and so on rounding: see test_gates
+        # what a ReLU hides turns on the sign of single outputs, and so on rounding: see test_relu_targets
         dense, results, plain = seeded(build), [], {"method": "refit", "relu_aware": False}
         for size in (48, 1, 7):
             results.append(pruned_copy(dense))
             report = resuscitate.repair(results[-1], dense, images(48), **plain, batch_size=size)
-            assert report.walk == "node"
+            assert report.walk == "graph"
         results.append(pruned_copy(dense))
         batches = list(images(48).split(10))
         report = resuscitate.repair(results[-1], dense, batches, **plain, forward_fn=lambda m, x: m(x))
@@ -164,7 +163,7 @@ class TestRepair:
         model = pruned_copy(dense)
         report = resuscitate.repair(model, dense, images(40), method="refit")
         assert report.walk == "suspended"
-        assert {row.action for row in report.layers} == {"refitted"}
+        assert {row.status for row in report.layers} == {"refitted"}
 
     def test_a_layer_is_fitted_on_what_the_repaired_network_gives_it(self):
         dense, x = seeded(chain), images(40)
@@ -182,10 +181,10 @@ class TestRepair:
         dense = seeded(Zoo)
         report = resuscitate.repair(pruned_copy(dense), dense, images(40), method="refit")
         rows = {row.name: row for row in report.layers}
-        assert rows["up"].action == "repaired"
+        assert rows["up"].status == "repaired"
         assert rows["up"].gain
-        assert rows["depthwise"].action == rows["grouped"].action == rows["line"].action == "refitted"
-        assert rows["unused"].action == "left alone: no forward pass reaches it"
+        assert rows["depthwise"].status == rows["grouped"].status == rows["line"].status == "refitted"
+        assert (rows["unused"].status, rows["unused"].reason) == ("unchanged", "no forward pass reaches it")
 
     def test_a_torch_prune_mask_stays_that_mask(self):
         dense = seeded(chain)
@@ -204,7 +203,7 @@ class TestRepair:
         dense = seeded(chain)
         report = resuscitate.repair(pruned_copy(dense), dense, images(60), method="refit")
         for row in report.layers:
-            assert row.action == "refitted"
+            assert row.status == "refitted"
             assert 0 < row.explained <= 1 + 1e-6
             assert row.variance_after == pytest.approx(1, abs=0.2)
 
@@ -227,10 +226,12 @@ class TestRepair:
     def test_it_needs_the_dense_model_itself_in_sequence(self):
         dense = seeded(chain)
         statistics = resuscitate.DenseStatistics.measure(dense, images())
-        for target, options in ((statistics, {}), ("running", {}), (None, {}), (dense, {"schedule": "parallel"})):
-            with pytest.raises(ValueError, match="pass dense as a model, schedule='sequential'"):
-                resuscitate.repair(pruned_copy(dense), target, images(), method="refit", **options)
-        with pytest.raises(ValueError, match="bias=False is for methods"):
+        for target in (statistics, "running", None):
+            with pytest.raises(ValueError, match="pass dense as a model"):
+                resuscitate.repair(pruned_copy(dense), target, images(), method="refit")
+        with pytest.raises(ValueError, match="method 'refit' runs with schedule='sequential' only"):
+            resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", schedule="parallel")
+        with pytest.raises(TypeError, match="has no option 'bias'; it is for methods 'layerwise'"):
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", bias=False)
         with pytest.raises(ValueError, match="ridge=-1 must be at least 0"):
             resuscitate.repair(pruned_copy(dense), dense, images(), method="refit", ridge=-1)
@@ -241,7 +242,7 @@ class TestWideLayers:
 
     @pytest.mark.parametrize("build", [chain, Residual, Untraceable], ids=lambda build: build.__name__)
     def test_blocks_come_nearer_than_any_gain_and_keep_the_zeros(self, build, monkeypatch):
-        monkeypatch.setattr(sys.modules["resuscitate.methods.refit"], "WIDEST", 36)
+        monkeypatch.setattr(patches, "WIDEST", 36)
         dense, x, errors = seeded(build), images(60), {}
         for method in ("channelwise", "refit"):
             model = pruned_copy(dense)
@@ -251,7 +252,7 @@ class TestWideLayers:
             with torch.no_grad():
                 a, b = (torch.utils._pytree.tree_leaves(net(x))[0] for net in (model, dense))
             errors[method] = float((a - b).square().mean())
-        assert any(row.action.endswith("blocks of inputs") for row in report.layers)
+        assert any(row.reason.endswith("blocks of inputs") for row in report.layers)
         assert errors["refit"] < errors["channelwise"]
 
     @pytest.mark.parametrize("layer", [nn.Linear(12, 5), nn.Conv2d(6, 5, 3, padding=1), nn.Conv1d(6, 4, 3, bias=False)])
@@ -261,92 +262,21 @@ class TestWideLayers:
         parts = contributions("layer", layer, x, 3).unflatten(1, (3, -1)).sum(1)
         torch.testing.assert_close(parts.view(layer(x).shape), layer(x))
         weight = layer.weight.detach()
-        assert torch.equal(whole(by_block(weight, 3).flatten(1), weight.shape, 3), weight)
+        assert torch.equal(merge_input_blocks(split_input_blocks(weight, 3).flatten(1), weight.shape, 3), weight)
 
     def test_a_layer_is_cut_only_where_it_must_be(self, monkeypatch):
-        assert blocks(nn.Conv2d(512, 512, 3)) == 1
-        assert blocks(nn.Linear(25088, 16)) == 4
-        assert blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
-        monkeypatch.setattr(sys.modules["resuscitate.methods.refit"], "WIDEST", 4)
-        assert blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
+        assert input_blocks(nn.Conv2d(512, 512, 3)) == 1
+        assert input_blocks(nn.Linear(25088, 16)) == 4
+        assert input_blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
+        monkeypatch.setattr(patches, "WIDEST", 4)
+        assert input_blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
 
 
-class TestTwoStage:
-    """Channels that go hand what they carried to those that stay; then all is refitted."""
-
-    def redundant(self):
-        """A network whose second half of hidden channels repeats the first, at other strengths."""
-        dense = seeded(chain)
-        with torch.no_grad():
-            for conv, norm in ((dense[0], dense[1]), (dense[3], dense[4])):
-                half = len(conv.weight) // 2
-                conv.weight[half:] = conv.weight[:half]
-                for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                    tensor[half:] = tensor[:half]
-        return dense
-
-    def test_exactly_redundant_channels_are_lost_without_a_loss(self):
-        dense, x = self.redundant(), images(40)
-        masks = {name: torch.ones_like(dense[int(name)].weight, dtype=torch.bool) for name in ("0", "3", "6")}
-        for maker, reader in (("0", "3"), ("3", "6")):
-            masks[maker][4:] = False
-            masks[reader][:, 4:] = False
-        for method in ("two-stage", "bn"):
-            model = copy.deepcopy(dense)
-            resuscitate.Masks(masks).apply_(model)
-            resuscitate.repair(model, dense, x, method=method)
-            with torch.no_grad():
-                error = (model(x) - dense(x)).abs().max() / dense(x).abs().max()
-            assert (error < 2e-3) == (method == "two-stage")
-            if method == "two-stage":
-                assert resuscitate.Masks(masks) == resuscitate.Masks.from_zeros(model, include=["0", "3", "6"])
-
-    def test_the_first_stage_alone_is_the_ridge_map_of_the_kept_on_the_removed(self):
-        dense, x = seeded(chain), images(40)
-        model = copy.deepcopy(dense)
-        with torch.no_grad():
-            model[3].weight[:, [1, 5]] = 0
-            model[3].weight[2, 0] = 0
-            reads = dense[:3](x).double().transpose(0, 1).flatten(1)
-        assert aggregate(model, Network(dense), x.split(9), ridge=0.0) == ["3"]
-        kept = [0, 2, 3, 4, 6, 7]
-        b = torch.linalg.lstsq(reads[kept].mT, reads.mT).solution
-        wanted = torch.einsum("ohij,ph->opij", dense[3].weight.detach().double(), b)
-        wanted[2, 0] = 0
-        torch.testing.assert_close(model[3].weight[:, kept].double(), wanted, rtol=1e-3, atol=1e-4)
-        assert (model[3].weight[:, [1, 5]] == 0).all()
-
-    @pytest.mark.parametrize(
-        ("options", "left"),
-        [
-            ({"exclude": "6"}, "6"),
-            ({"include": ["0", "3"]}, "6"),
-            ({"skip_last": True}, "11"),
-            ({"skip_first": True}, "0"),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-    )
-    def test_layers_that_are_left_out_stay_as_they_are(self, options, left):
-        dense, x = seeded(chain), images(40)
-        model = copy.deepcopy(dense)
-        with torch.no_grad():
-            model[0].weight[:, 2] = 0
-            model[3].weight[:, 4:] = 0
-            model[6].weight[:, 4:] = 0
-            model[11].weight[:, 8:] = 0
-        before = copy.deepcopy(model)
-        report = resuscitate.repair(model, dense, x, method="two-stage", **options)
-        assert torch.equal(model[int(left)].weight, before[int(left)].weight)
-        assert not torch.equal(model[3].weight, before[3].weight)
-        (note,) = (note for note in report.notes if "took over" in note)
-        assert set(note.partition(": ")[2].split(", ")) == {"0", "3", "6", "11"} & {
-            row.name for row in report.layers if row.action == "refitted"
-        }
-
+class TestShrinking:
     def test_a_projection_network_is_repaired_and_shrunk(self):
         pytest.importorskip("torch_pruning")
         dense, x, errors = seeded(Residual), images(60), {}
-        for method in ("bn", "refit", "two-stage"):
+        for method in ("bn", "refit"):
             model = copy.deepcopy(dense)
             masks = resuscitate.sparsify(model, 0.4, pattern="channels", example=x[:2])
             resuscitate.repair(model, dense, x, method=method)
@@ -356,4 +286,3 @@ class TestTwoStage:
             resuscitate.shrink(model, masks, x[:2])
             torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-5)
         assert errors["refit"] < errors["bn"]
-        assert errors["two-stage"] < errors["bn"]

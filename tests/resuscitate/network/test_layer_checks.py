@@ -1,4 +1,4 @@
-"""Layers that do not compute with their weight as it is are found by trying, and left alone, by name."""
+"""Layers whose output does not follow a change of weight or bias are found by experiment, and stay unchanged."""
 
 import copy
 
@@ -14,7 +14,7 @@ from tests.networks import chain, images, pruned_copy, seeded
 
 
 class Standardised(nn.Conv2d):
-    """As weight standardisation has it."""
+    """Weight standardisation."""
 
     def forward(self, x):
         mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
@@ -22,7 +22,7 @@ class Standardised(nn.Conv2d):
 
 
 class ThroughConvForward(nn.Conv2d):
-    """The same by another door."""
+    """A normalised weight in `_conv_forward` instead of `forward`."""
 
     def _conv_forward(self, x, weight, bias):
         return super()._conv_forward(x, F.normalize(weight, dim=1), bias)
@@ -34,14 +34,14 @@ class Activated(nn.Conv2d):
 
 
 class Harmless(nn.Conv2d):
-    """A forward of its own that changes nothing."""
+    """A `forward` that does not change the layer's output."""
 
     def forward(self, x):
         return super().forward(x * 1.0)
 
 
 class Masked(nn.Linear):
-    """One that wants more than one input cannot be tried."""
+    """A layer with two inputs cannot be tested."""
 
     def forward(self, x, mask):
         return super().forward(x) * mask
@@ -66,20 +66,21 @@ def with_layer(layer):
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-class TestWhatWouldLoseAGainOrAShift:
-    def test_is_left_alone_and_the_others_are_repaired(self, kind, message, bias):
+class TestLayersThatWouldLoseAGainOrAShift:
+    def test_they_are_unchanged_and_the_others_are_repaired(self, kind, message, bias):
         dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
         model = pruned_copy(dense)
         before = copy.deepcopy(model.state_dict())
         report = resuscitate.repair(model, dense, images())
-        rows = {row.name: row.action for row in report.layers}
-        assert rows["3"].startswith(f"left alone: {kind.__name__} {message}")
-        assert {rows[name] for name in ("0", "6", "11")} == {"refitted"}
+        rows = {row.name: row for row in report.layers}
+        assert rows["3"].status == "unchanged"
+        assert rows["3"].reason.startswith(f"{kind.__name__} {message}")
+        assert {rows[name].status for name in ("0", "6", "11")} == {"refitted"}
         torch.testing.assert_close(model[3].state_dict(), children(before, "3."), rtol=0, atol=0)
         report.undo()
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
-    def test_is_left_dense_with_a_warning(self, kind, message, bias, caplog):
+    def test_they_stay_dense_with_a_warning(self, kind, message, bias, caplog):
         dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
         model = copy.deepcopy(dense)
         masks = resuscitate.sparsify(model, 0.5)
@@ -89,7 +90,7 @@ class TestWhatWouldLoseAGainOrAShift:
         report = resuscitate.compress(copy.deepcopy(dense), 0.5, images(), steps=1)
         assert "3" not in report.masks
 
-    def test_is_refused_by_name_where_nothing_else_is_selected(self, kind, message, bias):
+    def test_they_are_refused_by_name_where_no_other_layer_is_selected(self, kind, message, bias):
         dense = with_layer(kind(8, 8, 3, padding=1, bias=bias))
         model = pruned_copy(dense)
         before = copy.deepcopy(model.state_dict())
@@ -115,20 +116,20 @@ class TestWhatWouldLoseAGainOrAShift:
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_what_computes_with_its_weight_is_let_through(layer):
+def test_layers_that_compute_with_their_weight_have_no_objection(layer):
     state = torch.get_rng_state()
     assert objections({"layer": layer}) == {}
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_layer_with_nothing_left_and_one_in_training_are_let_through():
+def test_a_fully_pruned_layer_and_one_in_training_have_no_objection():
     empty = Harmless(8, 8, 3)
     nn.init.zeros_(empty.weight)
     assert objections({"empty": empty, "training": Harmless(8, 8, 3).train()}) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_short_dtype_or_the_callers_autocast_makes_no_layer_one_that_is_left_alone(dtype):
+def test_a_short_dtype_or_the_callers_autocast_causes_no_objection(dtype):
     layer = Harmless(8, 8, 3, padding=1)
     assert objections({"layer": copy.deepcopy(layer).to(dtype)}) == {}
     assert objections({"layer": Standardised(8, 8, 3).to(dtype)}).keys() == {"layer"}

@@ -1,4 +1,4 @@
-"""Masks: read from a model's zeros, applied again, checked, counted."""
+"""Masks are read from a model's zeros, applied, checked, counted and saved."""
 
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from tests.networks import Shared, Zoo, chain, images, pruned_copy, seeded
 
 
 def perturb(model):
-    """What an optimizer step does: every weight moves, pruned ones too."""
+    """Change every weight, also pruned ones, as an optimizer step does."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5)
@@ -32,7 +32,7 @@ def tied():
 
 
 class TestFromZeros:
-    def test_kept_is_what_is_not_zero_in_every_kind_of_layer(self):
+    def test_nonzero_weights_are_kept_in_every_type_of_layer(self):
         model = pruned_copy(seeded(Zoo))
         masks = Masks.from_zeros(model)
         assert set(masks) == {"stem", "grouped", "depthwise", "up", "line", "volume", "unused", "head"}
@@ -48,10 +48,10 @@ class TestFromZeros:
         prune.l1_unstructured(model[0], "weight", 0.5)
         assert torch.equal(Masks.from_zeros(model)["0"], model[0].weight_mask.bool())
 
-    def test_include_and_exclude_choose_the_layers(self):
+    def test_include_and_exclude_select_the_layers(self):
         assert set(Masks.from_zeros(seeded(Zoo), include=nn.Conv2d, exclude="stem")) == {"grouped", "depthwise"}
 
-    def test_names_are_those_inside_a_wrapper(self):
+    def test_names_are_those_of_the_model_inside_a_wrapper(self):
         model = seeded(chain)
         assert set(Masks.from_zeros(nn.DataParallel(model))) == set(Masks.from_zeros(model))
 
@@ -64,7 +64,7 @@ class TestFromZeros:
 
 
 class TestApply:
-    def test_pruned_weights_are_zeroed_again_and_kept_ones_keep_their_bits(self):
+    def test_pruned_weights_are_zeroed_and_kept_ones_unchanged(self):
         model = pruned_copy(seeded(Zoo))
         masks = Masks.from_zeros(model)
         perturb(model)
@@ -83,7 +83,7 @@ class TestApply:
         masks.apply_(model)
         masks.check(model)
 
-    def test_it_is_all_or_nothing(self):
+    def test_a_mask_that_does_not_fit_leaves_the_model_unchanged(self):
         model = seeded(chain)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         masks = Masks({"0": torch.zeros_like(model[0].weight, dtype=torch.bool), "3": torch.ones(1, dtype=torch.bool)})
@@ -91,7 +91,7 @@ class TestApply:
             masks.apply_(model)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
-    def test_a_prune_mask_takes_the_zeros_in_and_stays_a_parametrisation(self):
+    def test_under_torch_prune_the_zeros_go_into_its_mask(self):
         model = seeded(chain)
         prune.l1_unstructured(model[0], "weight", 0.25)
         original, first = model[0].weight_orig.detach().clone(), model[0].weight_mask.bool()
@@ -106,7 +106,7 @@ class TestApply:
         assert torch.equal(model[0].weight, original * (first & mask))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_dtype_memory_format_and_frozen_parameters_stay(self, dtype):
+    def test_dtype_memory_format_and_requires_grad_are_kept(self, dtype):
         model = seeded(chain).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         Masks({"3": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}).apply_(model)
         weight = model[3].weight
@@ -116,11 +116,11 @@ class TestApply:
 
 
 class TestCheck:
-    def test_a_model_that_kept_its_zeros_passes(self):
+    def test_a_model_with_its_zeros_passes(self):
         model = pruned_copy(seeded(Zoo))
         Masks.from_zeros(model).check(model)
 
-    def test_a_revived_weight_is_reported_with_layer_count_and_remedy(self):
+    def test_nonzero_pruned_weights_are_reported_with_layer_count_and_remedy(self):
         model = pruned_copy(seeded(chain))
         masks = Masks.from_zeros(model)
         with torch.no_grad():
@@ -135,15 +135,15 @@ class TestCheck:
         with pytest.raises(MaskError, match="layer 'elsewhere'"):
             Masks({"elsewhere": torch.ones(1, dtype=torch.bool)}).check(seeded(chain))
 
-    def test_a_mask_of_zeros_and_ones_will_do_whatever_its_dtype(self):
+    def test_a_mask_of_zeros_and_ones_may_have_any_dtype(self):
         wanted = torch.tensor([[True, False]])
         for mask in (wanted.float(), wanted.to(torch.uint8), wanted.numpy(), wanted.double().numpy()):
             assert torch.equal(Masks({"0": mask})["0"], wanted)
 
-    def test_a_mask_of_anything_else_is_refused(self):
+    def test_a_mask_with_other_values_is_refused(self):
         with pytest.raises(MaskError, match=r"layer '0'.*boolean.*torch\.float32"):
             Masks({"0": torch.full((3,), 0.5)})
-        with pytest.raises(MaskError, match=r"layer '0'.*not list"):
+        with pytest.raises(MaskError, match=r"layer '0'.*it is list"):
             Masks({"0": [1, 0]})
 
 
@@ -153,7 +153,7 @@ class TestCounting:
         masks = Masks({str(i): torch.tensor(mask) for i, mask in enumerate(layers)})
         assert masks.sparsity == sum(mask.count(False) for mask in layers) / sum(map(len, layers))
 
-    def test_the_table_has_a_row_a_layer(self):
+    def test_the_table_has_one_row_per_layer(self):
         masks = Masks({"a": torch.tensor([[True, False], [False, False]]), "b": torch.tensor([True])})
         assert [tuple(row) for row in masks.table()] == [("a", (2, 2), 1, 4, 0.75, ""), ("b", (1,), 1, 1, 0.0, "")]
 
@@ -170,7 +170,7 @@ class TestCounting:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         assert tied_layers(layers) == {"0": ["0", "2"], "3": ["3"]}
 
-    def test_masks_are_equal_when_every_layer_agrees(self):
+    def test_masks_are_equal_if_those_of_every_layer_are(self):
         model = pruned_copy(seeded(chain))
         assert Masks.from_zeros(model) == Masks.from_zeros(model)
         assert Masks.from_zeros(model) != Masks.from_zeros(seeded(chain))
@@ -178,7 +178,7 @@ class TestCounting:
 
 
 class TestConstruction:
-    def test_a_mapping_that_makes_its_tensors_anew_each_time_gives_each_layer_its_own(self):
+    def test_a_mapping_that_creates_its_tensors_on_access_is_read_correctly(self):
         class Fresh(Mapping):
             def __getitem__(self, name):
                 return torch.full((2,), float(int(name) % 2))
@@ -195,7 +195,7 @@ class TestConstruction:
 
 class TestFiles:
     @given(st.lists(st.lists(st.booleans(), max_size=40), min_size=1, max_size=5))
-    def test_what_is_saved_is_what_is_loaded_a_bit_for_each_weight(self, layers):
+    def test_saved_masks_load_equal_and_take_one_bit_per_weight(self, layers):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "masks.safetensors"
             masks = Masks({str(i): torch.tensor(layer, dtype=torch.bool) for i, layer in enumerate(layers)})
@@ -203,7 +203,7 @@ class TestFiles:
             assert Masks.load(path) == masks
             assert sum(t.numel() for t in load_file(path).values()) == sum(-(-len(layer) // 8) for layer in layers)
 
-    def test_shared_masks_notes_and_provenance_come_along(self, tmp_path):
+    def test_shared_masks_and_notes_are_loaded(self, tmp_path):
         shared = torch.rand(3, 5) > 0.5
         Masks({"a": shared, "b": shared}, {"a": "left dense"}).save(tmp_path / "m.safetensors", {"command": "x"})
         loaded = Masks.load(tmp_path / "m.safetensors")
@@ -212,12 +212,12 @@ class TestFiles:
         assert len(load_file(tmp_path / "m.safetensors")) == 1
 
     @pytest.mark.parametrize("name", ["masks.json", "masks.csv", "masks"])
-    def test_no_other_ending_is_written_under(self, tmp_path, name):
+    def test_a_path_with_another_ending_is_refused(self, tmp_path, name):
         with pytest.raises(ValueError, match=rf"{name}: it is written as \.safetensors"):
             Masks({"a": torch.ones(2)}).save(tmp_path / name)
         assert not list(tmp_path.iterdir())
 
-    def test_a_file_of_another_kind_is_refused(self, tmp_path):
+    def test_a_file_without_masks_is_refused(self, tmp_path):
         path = tmp_path / "m.safetensors"
         with pytest.raises(FileNotFoundError):
             Masks.load(path)
@@ -240,8 +240,8 @@ class TestFiles:
             Masks.load(path)
 
 
-class TestWhereTheyComeFrom:
-    def test_from_prune_takes_what_torch_prune_holds_and_nothing_else(self):
+class TestFromPruneAndHold:
+    def test_from_prune_reads_only_the_masks_of_torch_prune(self):
         model = seeded(chain)
         assert not Masks.from_prune(model)
         prune.random_unstructured(model[3], "weight", 0.3)
@@ -249,7 +249,7 @@ class TestWhereTheyComeFrom:
         assert list(masks) == ["3"]
         assert torch.equal(masks["3"], model[3].weight_mask.bool())
 
-    def test_held_masks_survive_training_until_they_are_let_go(self):
+    def test_held_masks_keep_zeros_in_training_until_the_handle_is_removed(self):
         model = seeded(chain).train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         masks = sparsify(model, 0.8)

@@ -1,4 +1,4 @@
-"""Mean replacement: the compact term is the dense one to rounding, the model stays sparse, and all can be undone."""
+"""Mean replacement: the compact and the dense mean term are equal up to rounding, and the model stays sparse."""
 
 import copy
 import io
@@ -15,8 +15,8 @@ from asr_kernels import Window, patch_moments
 from resuscitate import Masks, densify, repair, replace_by_means, sparsify
 from resuscitate.deploy.checkpoints import load_weights, write_state_dict
 from resuscitate.errors import CheckpointError, LayerError, ModelMismatchError
-from resuscitate.methods.refit import fit
-from resuscitate.network.mean_layers import MeanConv2d, fit_with_means
+from resuscitate.network.mean_layers import MeanConv2d
+from resuscitate.statistics.fitting import fit, fit_with_means
 from tests.networks import Residual, Zoo, chain, images, pruned_copy, seeded
 
 PER = ["layer", "filter", "kernel"]
@@ -40,22 +40,22 @@ def same(a, b):
     return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
-def by_hand(dense, model, per):
-    """The weight with what is zero replaced by the mean of the dense values there, in float64."""
-    weight, original = model.weight.detach().double(), dense.weight.detach().double()
+def naive_replacement(dense, model, per):
+    """The weight with its zeros replaced by the mean of the dense values there, in float64."""
+    weight, dense_weight = model.weight.detach().double(), dense.weight.detach().double()
     result = weight.clone()
-    gone = weight == 0
+    pruned = weight == 0
     if per == "layer":
-        result[gone] = original[gone].mean()
+        result[pruned] = dense_weight[pruned].mean()
     elif per == "filter" or weight.dim() == 2 or weight.shape[2:].numel() == 1:
-        for row, mask, dense_row in zip(result, gone, original, strict=True):
+        for row, mask, dense_row in zip(result, pruned, dense_weight, strict=True):
             row[mask] = dense_row[mask].mean()
     else:
         for o in range(weight.shape[0]):
             for i in range(weight.shape[1]):
-                mask = gone[o, i]
+                mask = pruned[o, i]
                 if mask.any():
-                    result[o, i][mask] = original[o, i][mask].mean()
+                    result[o, i][mask] = dense_weight[o, i][mask].mean()
     return result
 
 
@@ -68,9 +68,9 @@ class TestTerm:
         dense, x = nn.Sequential(copy.deepcopy(layer)).double(), torch.randn(shape, dtype=torch.float64)
         model = copy.deepcopy(dense)
         masks = sparsify(model, 0.6)
-        expected = by_hand(dense[0], model[0], per)
+        expected = naive_replacement(dense[0], model[0], per)
         counts = replace_by_means(model, dense, per=per)
-        masks.check(model)  # stored as sparse as before
+        masks.check(model)  # the stored weight is still sparse
         assert counts["0"] == model[0].means.numel()
         compact = model(x)
         assert densify(model) == ["0"]
@@ -80,7 +80,7 @@ class TestTerm:
         assert list(model.state_dict()) == list(dense.state_dict())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_in_lower_precision_too(self, dtype):
+    def test_the_mean_terms_are_equal_in_lower_precision(self, dtype):
         dense = seeded(chain).to(dtype)
         model = pruned_copy(dense)
         replace_by_means(model, dense)
@@ -91,7 +91,7 @@ class TestTerm:
         with torch.no_grad():
             torch.testing.assert_close(model(x), plain(x), rtol=tolerance, atol=tolerance)
 
-    def test_taking_the_means_out_leaves_what_was_there(self):
+    def test_densify_with_keep_zeros_restores_the_pruned_model(self):
         dense = seeded(chain)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
@@ -100,7 +100,7 @@ class TestTerm:
         torch.testing.assert_close(model.state_dict(), before.state_dict())
         assert Masks.from_zeros(model) == Masks.from_zeros(before)
 
-    def test_it_is_no_gain_so_batchnorm_does_not_cancel_it(self):
+    def test_batchnorm_does_not_cancel_the_mean_term(self):
         dense = seeded(chain)
         results = []
         for replaced in (False, True):
@@ -112,11 +112,11 @@ class TestTerm:
                 results.append(model(images(seed=4)))
         assert (results[0] - results[1]).abs().max() > 0.01
 
-    def test_a_shared_weight_keeps_one_set_of_means(self):
+    def test_layers_that_share_a_weight_share_its_means(self):
         dense = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
         dense[2].weight = dense[0].weight
         model, x = pruned_copy(dense), torch.randn(5, 8)
-        expected = by_hand(dense[0], model[0], "filter")
+        expected = naive_replacement(dense[0], model[0], "filter")
         replace_by_means(model, dense)
         assert model[0].means is model[2].means
         densify(model)
@@ -124,13 +124,13 @@ class TestTerm:
         torch.testing.assert_close(model[2].weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
         assert model(x).shape == (5, 8)
 
-    def test_under_torch_prune_its_mask_stays(self):
+    def test_a_torch_prune_mask_is_kept(self):
         dense = seeded(chain)
         model = copy.deepcopy(dense)
         prune.l1_unstructured(model[3], "weight", amount=0.6)
         pruned, x = copy.deepcopy(dense), images()
         pruned[3].weight.data.copy_(model[3].weight.detach())
-        expected = by_hand(dense[3], pruned[3], "filter").float()
+        expected = naive_replacement(dense[3], pruned[3], "filter").float()
         replace_by_means(model, dense, include="3")
         assert int(model[3].weight_mask.sum()) == int((pruned[3].weight != 0).sum())
         assert (model[3].weight[model[3].weight_mask == 0] == 0).all()
@@ -138,7 +138,7 @@ class TestTerm:
         with torch.no_grad():
             torch.testing.assert_close(model(x), pruned(x), rtol=1e-4, atol=1e-5)
 
-    def test_it_copies_pickles_and_trains(self):
+    def test_mean_layers_can_be_copied_pickled_and_trained(self):
         dense = seeded(chain)
         model = pruned_copy(dense)
         replace_by_means(model, dense)
@@ -150,7 +150,7 @@ class TestTerm:
         twin(images()).sum().backward()
         assert twin[0].means.grad.abs().sum() > 0
 
-    def test_a_checkpoint_brings_them_back(self, tmp_path):
+    def test_a_checkpoint_loads_mean_layers(self, tmp_path):
         dense = seeded(chain)
         model = pruned_copy(dense)
         replace_by_means(model, dense, per="kernel")
@@ -171,7 +171,7 @@ class TestTerm:
 
 class TestRepair:
     @pytest.mark.parametrize("recalibrate", [None, "exact"])
-    def test_method_mean_replaces_and_may_re_estimate_batchnorm(self, recalibrate):
+    def test_method_mean_replaces_and_optionally_re_estimates_batchnorm(self, recalibrate):
         dense = seeded(Residual)
         model = pruned_copy(dense)
         expected, before = copy.deepcopy(model), copy.deepcopy(model)
@@ -180,13 +180,13 @@ class TestRepair:
             resuscitate.recalibrate_batchnorm(expected, images(40))
         report = repair(model, dense, images(40), method="mean", recalibrate=recalibrate)
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
-        assert report.walk == ("node" if recalibrate else "none")
-        assert report.layers[0].action == "8 means for what was pruned"
+        assert report.walk == ("graph" if recalibrate else "none")
+        assert (report.layers[0].status, report.layers[0].reason) == ("replaced", "8 means of pruned weights")
         report.undo()
         assert same(model, before)
         assert type(model.stem) is nn.Conv2d
 
-    def test_an_error_leaves_plain_layers_behind(self):
+    def test_after_an_error_the_layers_are_plain(self):
         dense = seeded(chain)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
@@ -199,7 +199,7 @@ class TestRepair:
 
     @pytest.mark.parametrize("means", ["filter", "kernel"])
     @pytest.mark.parametrize("build", [chain, Residual, Zoo], ids=lambda build: build.__name__)
-    def test_a_refit_with_means_comes_nearer_than_one_without(self, means, build):
+    def test_a_refit_with_means_explains_more_variance_than_one_without(self, means, build):
         dense, errors, x = seeded(build), [], images(200, size=12)
         for chosen in (None, means):
             model = pruned_copy(dense, 0.9)
@@ -208,10 +208,10 @@ class TestRepair:
             masks.check(model)
             errors.append([row.explained for row in report.layers if row.explained is not None])
         assert errors[1][0] > errors[0][0]  # on the same inputs
-        assert any("means" in row.action for row in report.layers)
+        assert any("means" in row.reason for row in report.layers)
 
     @pytest.mark.parametrize("relu_aware", [False, True])
-    def test_walks_and_journals_make_no_difference_to_it(self, tmp_path, relu_aware):
+    def test_walks_and_journals_do_not_change_the_result(self, tmp_path, relu_aware):
         dense, results = seeded(Residual), []
         for extra in ({}, {"resume": tmp_path / "j"}, {"resume": tmp_path / "j"}, {"forward_fn": lambda m, x: m(x)}):
             model = pruned_copy(dense)
@@ -225,7 +225,7 @@ class TestRepair:
 
     @settings(deadline=None, max_examples=20)
     @given(st.integers(0, 10**6))
-    def test_the_fit_is_least_squares_with_the_sums_as_inputs(self, seed):
+    def test_the_fit_is_least_squares_with_the_window_sums_as_inputs(self, seed):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(300, 2, 3, 3, dtype=torch.float64, generator=generator)
         y = torch.randn(300, 3, 1, 1, dtype=torch.float64, generator=generator)
@@ -240,14 +240,14 @@ class TestRepair:
             inputs = torch.cat([x.flatten(1)[:, support[channel]], x.sum((2, 3))], 1)
             solved = torch.linalg.lstsq(inputs - inputs.mean(0), y[:, channel, 0] - y[:, channel, 0].mean(0)).solution
             expected = torch.cat([found.weight[channel, support[channel]], means[channel].flatten()])
-            # `fit` may give variance back, which with most=1 it may only take
+            # `fit` scales the solution by at most `most` = 1
             scale = float(expected @ expected / (expected @ solved.flatten()))
             torch.testing.assert_close(expected, solved.flatten() * scale, rtol=1e-6, atol=1e-8)
         assert fit(moments, weight, support, **options).explained <= found.explained
 
 
 class TestRefused:
-    def test_layers_that_carry_means_already(self):
+    def test_layers_that_already_have_means_are_refused(self):
         dense = seeded(chain)
         model = pruned_copy(dense)
         replace_by_means(model, dense)
@@ -258,23 +258,22 @@ class TestRefused:
             lambda: sparsify(model, 0.9),
             lambda: resuscitate.to_hyperspherical(model),
         ):
-            with pytest.raises(LayerError, match=r"carries means.*keep_zeros=True"):
+            with pytest.raises(LayerError, match=r"has means.*keep_zeros=True"):
                 act()
         assert same(model, before)
 
-    def test_what_cannot_be(self):
+    def test_impossible_options_are_refused(self):
         dense = seeded(chain)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
-        for options, message in (
-            ({"method": "mean", "means": "row"}, "means='row' is unknown"),
-            ({"method": "asr", "means": "filter"}, "for methods 'refit' and 'mean'"),
-            ({"means": "filter", "schedule": "parallel"}, "for methods 'refit' and 'mean'"),
-            ({"means": "layer"}, "'filter' or 'kernel'"),
-            ({"method": "mean", "schedule": "parallel"}, "pass it as a model"),
-            ({"method": "mean", "correlations": True}, "correlations=True is for methods .*, not 'mean'"),
+        for options, error, message in (
+            ({"method": "mean", "means": "row"}, ValueError, "means='row' is unknown"),
+            ({"method": "asr", "means": "filter"}, TypeError, "for methods 'mean' and 'refit'"),
+            ({"means": "filter", "schedule": "parallel"}, TypeError, "for methods 'mean' and 'refit'"),
+            ({"means": "layer"}, ValueError, "'filter', 'kernel'"),
+            ({"method": "mean", "schedule": "parallel"}, ValueError, "schedule='sequential' only"),
         ):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(error, match=message):
                 repair(model, dense, images(), **options)
         with pytest.raises(ValueError, match="per='row'"):
             replace_by_means(model, dense, per="row")

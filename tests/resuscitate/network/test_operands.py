@@ -1,4 +1,4 @@
-"""What a layer multiplies its weight with is found by watching its forward, whatever its attributes say."""
+"""The operands of a layer's product are those of its `forward`, whatever its attributes are."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from tests.networks import chain, images, pruned_copy, seeded
 
 
 class Same(nn.Conv2d):
-    """Pads as TensorFlow's "SAME", by the size of the input; more at the end where the padding is odd."""
+    """TensorFlow's "SAME" padding, which depends on the input size; odd padding is larger at the end."""
 
     def forward(self, x):
         pads = []
@@ -27,14 +27,14 @@ class Same(nn.Conv2d):
 
 
 class Halved(nn.Conv2d):
-    """Scales its input first, and calls the function itself."""
+    """Scales its input, and calls `F.conv2d` itself."""
 
     def forward(self, x):
         return F.conv2d(input=0.5 * x, weight=self.weight, bias=self.bias, stride=2, padding=[1], groups=self.groups)
 
 
 class Skipping(nn.Conv2d):
-    """Adds its input: its output is more than its weight times patches."""
+    """Adds its input, so that its output is not a product of its weight."""
 
     def forward(self, x):
         return super().forward(x) + x
@@ -75,7 +75,7 @@ CONVOLUTIONS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("size", [(9, 10), (12, 7)], ids=str)
 @pytest.mark.parametrize("layer", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_a_convolution_of_the_operands_is_the_output_of_the_layer(layer, size):
+def test_the_product_of_the_operands_is_the_output_of_the_layer(layer, size):
     x = torch.randn(2, 4, *size)
     read, window = operands("layer", layer, x)
     found = product(read, layer.weight, layer.bias, window)
@@ -84,7 +84,7 @@ def test_a_convolution_of_the_operands_is_the_output_of_the_layer(layer, size):
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_convolutions_of_one_and_of_three_axes_are_read_alike(dims):
+def test_convolutions_with_one_and_three_axes(dims):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     layer, x = kind(2, 3, 3, padding=1, stride=2), torch.randn(2, 2, *[7] * dims)
     read, window = operands("layer", layer, x)
@@ -93,7 +93,7 @@ def test_convolutions_of_one_and_of_three_axes_are_read_alike(dims):
     assert window.output(x.shape[2:]) == layer(x).shape[2:]
 
 
-def test_a_linear_layer_reads_its_input_without_a_window():
+def test_a_linear_layer_has_no_window():
     x = torch.randn(2, 5, 4)
     read, window = operands("layer", nn.Linear(4, 3), x)
     assert read is x
@@ -111,7 +111,7 @@ def test_a_layer_that_never_multiplies_its_own_weight_is_named():
         operands("layer", Standardised(4, 6, 3), torch.randn(1, 4, 9, 9))
 
 
-def test_the_layers_that_are_products_are_told_from_one_run():
+def test_one_forward_pass_shows_which_layers_are_products():
     layers = {name: copy.deepcopy(layer) for name, layer in CONVOLUTIONS.items()}
     layers |= {"linear": nn.Linear(9, 5), "skipping": Skipping(4, 4, 3, padding=1), "twice": Twice(4, 4, 3)}
     layers |= {"transposed": nn.ConvTranspose2d(4, 4, 3)}
@@ -121,7 +121,7 @@ def test_the_layers_that_are_products_are_told_from_one_run():
     assert wiring.products == layers.keys() - {"skipping", "twice", "transposed"}
 
 
-def test_a_layer_that_once_is_no_product_is_none():
+def test_a_layer_is_no_product_if_one_of_its_calls_is_not():
     class Sometimes(nn.Conv2d):
         def forward(self, x):
             found = super().forward(x)
@@ -140,7 +140,7 @@ def with_third_layer(layer):
 
 
 @pytest.mark.parametrize("method", ["refit", "asr"])
-def test_a_layer_that_pads_in_its_forward_is_repaired_as_one_that_pads_by_its_attributes(method):
+def test_padding_in_forward_and_by_attributes_gives_the_same_repair(method):
     plain = seeded(chain)[3]
     same, later = Same(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)
     later.padding = (1, 1)
@@ -150,22 +150,22 @@ def test_a_layer_that_pads_in_its_forward_is_repaired_as_one_that_pads_by_its_at
         dense = with_third_layer(layer)
         model = pruned_copy(dense)
         report = resuscitate.repair(model, dense, images(), method=method, skip_first=False)
-        assert report.layers[1].action == ("refitted" if method == "refit" else "repaired")
+        assert report.layers[1].status == ("refitted" if method == "refit" else "repaired")
         found.append(model.state_dict())
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
-def test_a_refit_gives_a_layer_that_is_no_product_its_gain():
+def test_a_refit_corrects_a_layer_that_is_no_product_by_a_gain():
     dense = with_third_layer(Skipping(8, 8, 3, padding=1, bias=False))
     report = resuscitate.repair(pruned_copy(dense), dense, images(), method="refit")
     row = next(row for row in report.layers if row.name == "3")
     assert row.gain is not None
-    assert row.action == "repaired"
+    assert row.status == "repaired"
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_strided_layers_of_odd_padding_are_refitted_and_compressed(stride):
+def test_strided_layers_with_odd_padding_are_refitted_and_compressed(stride):
     dense = with_third_layer(Same(8, 8, (4, 3), stride=stride, bias=False))
     model = pruned_copy(dense)
 
@@ -185,12 +185,13 @@ def test_strided_layers_of_odd_padding_are_refitted_and_compressed(stride):
         assert error() < before
 
 
-def test_a_wide_layer_that_pads_in_its_forward_is_refitted_in_blocks(monkeypatch):
-    monkeypatch.setattr("resuscitate.methods.refit.WIDEST", 40)
+def test_a_wide_layer_that_pads_in_forward_is_refitted_in_blocks(monkeypatch):
+    monkeypatch.setattr("resuscitate.statistics.patches.WIDEST", 40)
     dense = with_third_layer(Same(8, 8, 3, stride=2, bias=False))
     model = pruned_copy(dense)
     report = resuscitate.repair(model, dense, images(64))
-    assert next(row for row in report.layers if row.name == "3").action == "refitted in 2 blocks of inputs"
+    row = next(row for row in report.layers if row.name == "3")
+    assert (row.status, row.reason) == ("refitted", "2 blocks of inputs")
     assert model(images()).isfinite().all()
 
 
@@ -209,12 +210,12 @@ def test_the_keyword_network_is_refitted_from_its_real_weights(keywords):
     resuscitate.sparsify(model, 0.5)
     assert accuracy(model) < 0.2
     report = resuscitate.repair(model, dense, calibration)
-    assert {row.action for row in report.layers} == {"refitted"}
+    assert {row.status for row in report.layers} == {"refitted"}
     assert accuracy(model) > 0.75
 
 
 class Averaged(nn.Module):
-    """Reads the mean of its images, with or without a batch axis."""
+    """Runs on the mean of its images, with or without a batch axis."""
 
     def __init__(self, keepdim):
         super().__init__()
@@ -224,12 +225,12 @@ class Averaged(nn.Module):
         return self.body(x.mean(0, keepdim=self.keepdim))
 
 
-def test_a_convolution_of_one_image_without_a_batch_axis_is_refitted_as_of_a_batch_of_one():
+def test_an_image_without_a_batch_axis_is_refitted_as_a_batch_of_one():
     found = []
     for keepdim in (False, True):
         dense = Averaged(keepdim)
         model = pruned_copy(dense)
         report = resuscitate.repair(model, dense, images(24).split(4), method="refit")
-        assert {row.action for row in report.layers} == {"refitted"}
+        assert {row.status for row in report.layers} == {"refitted"}
         found.append(model.state_dict())
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Which BatchNorm alone reads a layer, found in a run and in a trace alike."""
+"""Which BatchNorm alone reads a layer, in a forward pass and in a traced graph."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class ReadTwice(nn.Module):
     ("how", "alone"),
     [("sum", False), ("return", False), ("dataclass", False), ("view", False), ("shape", True)],
 )
-def test_a_second_reader_unpairs(how, alone):
+def test_a_layer_with_a_second_reader_has_no_batchnorm(how, alone):
     model = seeded(lambda: ReadTwice(how))
     assert observe(model, lambda: model(images())).batchnorm_of == ({"conv": "bn"} if alone else {})
 
@@ -57,14 +57,14 @@ def test_calls_are_counted_in_order_of_execution():
     assert calls["conv"] == 2
 
 
-def test_data_dependent_control_flow_is_observed_though_it_cannot_be_traced():
+def test_control_flow_that_cannot_be_traced_is_observed():
     model = seeded(Untraceable)
     with pytest.raises(torch.fx.proxy.TraceError):
         trace(model)
     assert observe(model, lambda: model(images())).batchnorm_of["body.0"] == "body.1"
 
 
-def test_a_trace_has_the_inputs_that_must_be_given_and_takes_options_for_what_they_are():
+def test_a_trace_has_the_required_inputs_only():
     class Optional(nn.Module):
         def forward(self, x, other, mask=None, *more, **options):
             return x + other if mask is None and not more and not options else x
@@ -72,7 +72,7 @@ def test_a_trace_has_the_inputs_that_must_be_given_and_takes_options_for_what_th
     assert [node.target for node in trace(Optional()).nodes if node.op == "placeholder"] == ["x", "other"]
 
 
-def test_no_hook_stays_behind():
+def test_observe_removes_its_hooks():
     model = seeded(Zoo)
     observe(model, lambda: model(images()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -94,8 +94,8 @@ def test_layers_called_as_functions_are_counted_and_reported():
 
 
 @pytest.mark.parametrize("length", [5, 7], ids=["as long as wide", "of another length"])
-def test_a_linear_layer_on_sequences_is_no_batchnorms_own(length):
-    """BatchNorm's channels are axis 1, the steps of the sequence, even where there are as many of them as features."""
+def test_a_linear_layer_on_sequences_has_no_batchnorm(length):
+    """The channel axis of BatchNorm is axis 1, the steps of the sequence, even if there are as many as features."""
     x = torch.randn(16, length, 4, generator=torch.Generator().manual_seed(0))
     dense = seeded(lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(length)))
     assert observe(dense, lambda: dense(x)).batchnorm_of == {}
@@ -105,8 +105,8 @@ def test_a_linear_layer_on_sequences_is_no_batchnorms_own(length):
         torch.testing.assert_close(resuscitate.fold_batchnorm(dense, example)(x), dense(x))
 
 
-def test_a_layer_whose_weight_alone_is_used_is_left_alone_with_that_reason():
-    """As the output projection in nn.MultiheadAttention is, and the linear layers in torchvision's Swin."""
+def test_a_layer_whose_weight_is_used_without_a_call_is_unchanged():
+    """For example the output projection in nn.MultiheadAttention, and the linear layers in torchvision's Swin."""
 
     class Attending(nn.Module):
         def __init__(self):
@@ -122,27 +122,27 @@ def test_a_layer_whose_weight_alone_is_used_is_left_alone_with_that_reason():
 
     dense = seeded(Attending)
     report = resuscitate.repair(pruned_copy(dense), dense, images())
-    borrowed, unreached = "its weight is used, but not by a call of the layer", "no forward pass reaches it"
-    assert {row.name: row.action.removeprefix("left alone: ") for row in report.layers} == {
-        "attention.out_proj": borrowed,
-        "plain": borrowed,
-        "unused": unreached,
-        "embed": "refitted",
-        "head": "refitted",
+    elsewhere = ("unchanged", "its weight is used, but not by a call of the layer")
+    assert {row.name: (row.status, row.reason) for row in report.layers} == {
+        "attention.out_proj": elsewhere,
+        "plain": elsewhere,
+        "unused": ("unchanged", "no forward pass reaches it"),
+        "embed": ("refitted", ""),
+        "head": ("refitted", ""),
     }
 
 
-def test_what_a_forward_pass_makes_and_draws():
+def test_bytes_and_random_numbers_of_a_forward_pass():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Dropout(0.5))
     x, output = torch.randn(2, 3, 5, 5), 2 * 4 * 5 * 5 * 4
     for training, made in ((False, 2 * output), (True, 3 * output)):
         wiring = observe(model.train(training), lambda: model(x))
-        assert wiring.draws == training
-        assert made <= wiring.made <= made + output  # one more where a module and a function both count
+        assert wiring.draws_random_numbers == training
+        assert made <= wiring.bytes_made <= made + output  # one more where a module and a function both count
 
 
 class TestExample:
-    def test_the_first_images_of_each_tensor(self):
+    def test_it_has_the_first_images_of_each_tensor(self):
         net = Network(chain(), lambda model, batch: model(batch["images"]))
         batch = {"images": images(8), "labels": torch.arange(8), "name": "train"}
         example = net.example(batch)
@@ -150,12 +150,12 @@ class TestExample:
         assert torch.equal(example["images"], batch["images"][:2])
         assert (len(example["labels"]), example["name"]) == (2, "train")
 
-    def test_what_has_no_images_of_its_own_goes_whole(self):
+    def test_a_batch_that_cannot_be_cut_is_used_whole(self):
         net = Network(chain(), lambda model, batch: model(batch[0]))
         for batch in ((images(8), torch.ones(3)), (images(8), torch.tensor(1.0)), (images(8), object()), object()):
             assert net.example(batch) is batch
 
-    def test_what_the_model_does_not_take_goes_whole(self):
+    def test_a_batch_that_the_model_does_not_accept_cut_is_used_whole(self):
         net = Network(chain(), lambda model, batch: model(batch[0].view(8, 3, 12, 12)))
         batch = (torch.randn(8, 3, 12, 12),)
         assert net.example(batch) is batch

@@ -1,4 +1,4 @@
-"""Where the sparsity goes: each allocation by hand, by its formula and by its invariants; floors and pins."""
+"""`allocate`: each allocation by hand, by its formula and by its invariants; floors and fixed densities."""
 
 import math
 from itertools import pairwise
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.zoo.resnet import resnet18
+from benchmarks.networks.resnet import resnet18
 from resuscitate import Masks, Repairability, allocate, sparsify
 from resuscitate.errors import CalibrationError, ModelMismatchError
 from resuscitate.network.layers import rows_of, select_layers
@@ -23,17 +23,22 @@ ROWS = st.lists(st.lists(st.integers(-4, 4), min_size=2, max_size=30), min_size=
 
 
 def shaped(*shapes):
-    """Units of single weights, for layers of these weight shapes, the last weight of each bound to stay."""
+    """Units of single weights, for layers of these weight shapes, the last weight of each protected."""
     units = {}
     for index, shape in enumerate(shapes):
-        stays = torch.zeros(math.prod(shape), dtype=torch.bool)
-        stays[-1] = True
-        units[str(index)] = Units(torch.rand(len(stays)), 1, shape, stays)
+        protected = torch.zeros(math.prod(shape), dtype=torch.bool)
+        protected[-1] = True
+        units[str(index)] = Units(torch.rand(len(protected)), 1, shape, protected)
     return units
 
 
 def allocated(model, sparsity, method, **options):
-    return allocate(model, sparsity, method, calibration=images(4), **options)
+    return allocate(model, sparsity, method, **measured(method), **options)
+
+
+def measured(method):
+    """Calibration images, for the one allocation that takes them."""
+    return {"calibration": images(4)} if method == "rr" else {}
 
 
 class TestEveryMethod:
@@ -50,7 +55,7 @@ class TestEveryMethod:
         model = seeded(chain)
         steps = [allocated(model, s, method) for s in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)]
         sizes = {name: layer.weight.numel() for name, layer in select_layers(model).items()}
-        # shares that are rounded to whole weights may trade a single one
+        # rounding to whole weights may move a single weight between layers
         for before, after in pairwise(steps):
             assert all(after[name] * sizes[name] <= before[name] * sizes[name] + 1 + 1e-9 for name in sizes)
 
@@ -58,7 +63,7 @@ class TestEveryMethod:
     def test_the_densities_are_those_that_sparsify_leaves(self, method):
         model = seeded(chain)
         densities = allocated(model, 0.8, method)
-        masks = sparsify(model, 0.8, allocation=method, calibration=images(4))
+        masks = sparsify(model, 0.8, allocation=method, **measured(method))
         assert densities == {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
 
     @pytest.mark.parametrize("method", METHODS)
@@ -70,24 +75,24 @@ class TestEveryMethod:
     @pytest.mark.parametrize("method", METHODS)
     def test_whole_filters_come_within_one_of_the_budget(self, method):
         model = seeded(chain)
-        masks = sparsify(model, 0.5, pattern="filter", allocation=method, calibration=images(4))
+        masks = sparsify(model, 0.5, pattern="filter", allocation=method, **measured(method))
         total = sum(mask.numel() for mask in masks.values())
-        gone = sum(int((~mask).sum()) for mask in masks.values())
+        removed = sum(int((~mask).sum()) for mask in masks.values())
         largest = max(mask[0].numel() for mask in masks.values())
-        assert round(0.5 * total) - largest < gone <= round(0.5 * total)
+        assert round(0.5 * total) - largest < removed <= round(0.5 * total)
         assert all(len(rows.unique()) == 1 for mask in masks.values() for rows in mask.flatten(1))
         assert all(mask.any() for mask in masks.values())
 
 
 class TestErk:
     def test_density_is_proportional_to_the_sum_of_dimensions_over_their_product(self):
-        # by hand: 20/100 and 20/400 per weight, so 20 to 40 of what is kept: 60 of 500 at 88 %
+        # by hand: 20/100 and 20/400 per weight, so the 60 weights kept of 500 (88 %) are split 20 to 40
         units = shaped((10, 10), (20, 20))
         removed = by_erk(units, 440)
         assert removed == {"0": 100 - 20, "1": 400 - 40}
 
     def test_layers_that_would_exceed_one_are_capped_and_the_rest_shares_what_is_left(self):
-        # eps = 156 / (10 + 42) = 3 asks for 30 of the first's 25 weights: all of them, and 131 of the other's 216
+        # eps = 156 / (10 + 42) = 3 gives 30 of 25 weights to the first layer, so all 25, and 131 of 216 to the other
         assert by_erk(shaped((5, 5), (6, 36)), 241 - 156) == {"0": 0, "1": 216 - 131}
 
     @given(
@@ -97,13 +102,13 @@ class TestErk:
     def test_it_is_the_fixed_point_of_iterated_capping(self, shapes, sparsity):
         units = shaped(*shapes)
         total = sum(layer.count for layer in units.values())
-        budget = min(round(sparsity * total), sum(layer.spare for layer in units.values()))
-        removed, wanted = by_erk(units, budget), iterated(units, total - budget)
+        budget = min(round(sparsity * total), sum(layer.removable for layer in units.values()))
+        removed, expected = by_erk(units, budget), iterated(units, total - budget)
         assert sum(removed.values()) == budget
         if all(
-            density * math.prod(shape) >= 1 for density, shape in zip(wanted, shapes, strict=True)
+            density * math.prod(shape) >= 1 for density, shape in zip(expected, shapes, strict=True)
         ):  # no floor binds
-            for (name, layer), density in zip(units.items(), wanted, strict=True):
+            for (name, layer), density in zip(units.items(), expected, strict=True):
                 assert abs(layer.count - removed[name] - density * layer.count) < 1 + 1e-6
 
     def test_resnet18_for_cifar_100_at_90_per_cent_is_as_published(self):
@@ -139,7 +144,7 @@ class TestLamp:
         assert lamp_scores(layer).tolist() == pytest.approx([1 / 14, 4 / 13, 9 / 9])
 
     def test_two_layers_worked_by_hand(self):
-        # scores 1/26 and 25/25 against 4/8 and 4/4 (ties by position): 1/26, then 4/8 go
+        # scores 1/26 and 25/25 against 4/8 and 4/4 (ties by position): 1/26, then 4/8 are removed
         model = linears([[1, 5], [2, 2]])
         assert sparsify(model, 0.25)["0"].tolist() == [[False, True]]
         masks = sparsify(linears([[1, 5], [2, 2]]), 0.5, allocation="lamp")
@@ -162,7 +167,7 @@ class TestLamp:
         for layer, row in enumerate(rows):
             order = sorted(range(len(row)), key=lambda i: abs(row[i]))
             squares = [float(row[i]) ** 2 for i in order]
-            for place in range(len(row) - 1):  # the largest stays
+            for place in range(len(row) - 1):  # the largest is protected
                 left = sum(squares[place:])
                 naive.append((squares[place] / left if squares[place] else 0.0, layer, place))
         threshold = sorted(score for score, _, _ in naive)[budget - 1] if budget else -1.0
@@ -187,11 +192,11 @@ class TestLamp:
             np, "sort", lambda values, *rest: (sorted_sizes.append(len(values)), sort(values, *rest))[1]
         )
         by_lamp(units, 700)
-        assert sorted(sorted_sizes) == sorted(layer.spare for layer in units.values())
+        assert sorted(sorted_sizes) == sorted(layer.removable for layer in units.values())
 
 
 class TestRepairability:
-    def test_it_wants_images(self):
+    def test_it_refuses_missing_images(self):
         with pytest.raises(CalibrationError, match="pass calibration, unlabelled images"):
             allocate(seeded(chain), 0.5, "rr")
 
@@ -226,7 +231,7 @@ class TestRepairability:
             assert all(0 <= value <= 1 for value in values)
 
     def test_the_cheapest_weights_go_first(self):
-        # what the first layer's smaller half adds to its output is nothing, for it multiplies zeros
+        # the smaller half of the first layer's weights multiplies zeros, so its output does not depend on them
         model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False))
         with torch.no_grad():
             model[0].weight.copy_(torch.rand(4, 4, 1, 1) + 1)
@@ -240,7 +245,7 @@ class TestRepairability:
         model = seeded(chain)
         measured = Repairability.measure(model, images(8), include=["0", "3"])
         assert allocate(model, 0.5, "rr", calibration=measured, include=["0", "3"]).keys() == {"0", "3"}
-        with pytest.raises(ModelMismatchError, match="'6' is not among those"):
+        with pytest.raises(ModelMismatchError, match="'6' is not among the layers measured"):
             allocate(model, 0.5, "rr", calibration=measured)
 
     @pytest.mark.parametrize("act", [allocate, sparsify], ids=lambda act: act.__name__)
@@ -262,14 +267,26 @@ class TestRepairability:
         model = seeded(chain)
         measured = Repairability.measure(model, images(8))
         how = "method" if act is allocate else "allocation"
-        for chosen in ({how: "erk", "calibration": images(8)}, {how: "rr", "calibration": measured}):
-            with pytest.raises(ValueError, match="dtype is of what allocation 'rr' measures"):
+        for chosen in ({how: "erk"}, {how: "rr", "calibration": measured}):
+            with pytest.raises(ValueError, match="dtype is of the measurement for allocation 'rr'"):
                 act(model, 0.5, dtype="bf16", **chosen)
         assert all(module.weight.all() for module in model if isinstance(module, nn.Conv2d))
 
+    @pytest.mark.parametrize("act", [allocate, sparsify], ids=lambda act: act.__name__)
+    def test_images_are_refused_where_nothing_is_measured(self, act):
+        model, how = seeded(chain), "method" if act is allocate else "allocation"
+        for method in ("global", "uniform", "erk", "lamp"):
+            with pytest.raises(
+                ValueError, match=f"{method!r} measures nothing: leave calibration out, or choose .* 'rr'"
+            ):
+                act(model, 0.5, calibration=images(4), **{how: method})
+        with pytest.raises(ValueError, match="unknown allocation 'magic'"):
+            act(model, 0.5, calibration=images(4), **{how: "magic"})
+        assert all(module.weight.all() for module in model if isinstance(module, nn.Conv2d))
+
     def test_selectors_may_be_an_iterator(self):
-        wanted = allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=["0", "3"])
-        assert allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=iter(["0", "3"])) == wanted
+        expected = allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=["0", "3"])
+        assert allocate(seeded(chain), 0.5, "rr", calibration=images(8), include=iter(["0", "3"])) == expected
 
     @pytest.mark.parametrize("build", [Zoo, Shared], ids=lambda build: build.__name__)
     def test_transposed_grouped_shared_and_unreached_layers_are_measured_or_taken_evenly(self, build):
@@ -289,7 +306,7 @@ class TestFloors:
         model = seeded(build)
         layers = select_layers(model)
         options = {"min_per_layer": 6, "min_per_channel": 2}
-        masks = sparsify(model, 0.75, allocation=method, calibration=images(4), **options)
+        masks = sparsify(model, 0.75, allocation=method, **measured(method), **options)
         assert masks.sparsity == pytest.approx(0.75, abs=1e-3)
         for name, mask in masks.items():
             assert mask.sum() >= 6
@@ -301,7 +318,7 @@ class TestFloors:
 
     def test_floors_that_leave_no_room_are_refused_with_what_would_do(self):
         model = linears([[1, 2, 3, 4], [5, 6, 7, 8]])
-        with pytest.raises(ValueError, match=r"at most 4 can go, a sparsity of 0\.5"):
+        with pytest.raises(ValueError, match=r"at most 4 can be removed, a sparsity of 0\.5"):
             sparsify(model, 0.75, min_per_layer=2)
         with pytest.raises(ValueError, match="'0': it has 4 weights; lower the floor to 4 at most, or exclude"):
             sparsify(model, 0.5, min_per_layer=5)
@@ -334,9 +351,9 @@ class TestDensities:
 
     def test_what_cannot_be_met_is_refused_with_what_can(self):
         model = linears([[1, 2, 3, 4], [5, 6, 7, 8]])
-        with pytest.raises(ValueError, match=r"at most 3 can go, a sparsity of 0\.375"):
+        with pytest.raises(ValueError, match=r"at most 3 can be removed, a sparsity of 0\.375"):
             sparsify(model, 0.5, densities={"0": 1.0})
-        with pytest.raises(ValueError, match=r"at least 3 .*of fixed density"):
+        with pytest.raises(ValueError, match=r"at least 3 .*fixed densities"):
             sparsify(model, 0.25, densities={"0": 0.25})
         with pytest.raises(ValueError, match=r"must keep at least 0\.25 of its weights, not 0\.01"):
             sparsify(model, densities={"0": 0.01})

@@ -1,4 +1,4 @@
-"""Which channels stand or fall together, which are left alone and why, and the masks that drop some."""
+"""Groups of coupled channels, channels that are not removable and the reason, masks of whole channels."""
 
 import logging
 
@@ -50,18 +50,18 @@ class TestGroups:
         assert groups
         assert [g.name for g in groups] == sorted((g.name for g in groups), key=order.index)
         for group in groups:
-            assert group.name == min(group.makers, key=order.index)
-            for table in (*group.makers.values(), *group.readers.values(), *group.norms.values()):
+            assert group.name == min(group.producers, key=order.index)
+            for table in (*group.producers.values(), *group.consumers.values(), *group.norms.values()):
                 assert table.dtype == torch.int64
                 assert len(table) == group.units > 1
                 assert table.unique().numel() == table.numel()
-            for name, table in group.makers.items():
+            for name, table in group.producers.items():
                 layer = model.get_submodule(name)
                 channels = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
                 assert sorted(table.flatten().tolist()) == list(range(channels))
 
     @pytest.mark.parametrize(
-        ("build", "makers", "readers"),
+        ("build", "producers", "consumers"),
         [
             (Residual, {"stem": 1, "conv2": 1}, {"conv1": 1, "head": 1}),
             (projection, {"stem": 1}, {"conv1": 1, "shortcut": 1}),
@@ -74,23 +74,23 @@ class TestGroups:
         ],
         ids=lambda value: value.__name__ if callable(value) else "",
     )
-    def test_the_first_group_has_these_makers_and_readers(self, build, makers, readers):
+    def test_the_first_group_has_these_makers_and_readers(self, build, producers, consumers):
         group = channel_groups(seeded(build), images(2))[0]
-        assert {name: table.shape[1] for name, table in group.makers.items()} == makers
-        assert {name: table.shape[1] for name, table in group.readers.items()} == readers
+        assert {name: table.shape[1] for name, table in group.producers.items()} == producers
+        assert {name: table.shape[1] for name, table in group.consumers.items()} == consumers
 
     def test_both_ends_of_a_residual_connection_with_a_projection_are_one_group(self):
         groups = {group.name: group for group in channel_groups(seeded(projection), images(2))}
-        assert set(groups["conv2"].makers) == {"conv2", "shortcut"}
+        assert set(groups["conv2"].producers) == {"conv2", "shortcut"}
 
     def test_a_concatenation_shifts_the_channels_that_readers_and_batchnorms_see(self):
         groups = {group.name: group for group in channel_groups(seeded(Dense), images(2))}
-        assert groups["convs.1"].readers["head"].flatten().tolist() == [10, 11, 12, 13]
+        assert groups["convs.1"].consumers["head"].flatten().tolist() == [10, 11, 12, 13]
         assert groups["convs.1"].norms["norm"].flatten().tolist() == [10, 11, 12, 13]
 
     def test_a_channel_that_is_flattened_is_read_by_all_its_pixels(self):
         group = channel_groups(seeded(flattened), images(2))[0]
-        assert torch.equal(group.readers["3"], torch.arange(8 * 81).view(8, 81))
+        assert torch.equal(group.consumers["3"], torch.arange(8 * 81).view(8, 81))
 
     def test_few_channels_may_lie_far_back_in_what_a_grouped_convolution_reads(self):
         model = seeded(
@@ -103,14 +103,14 @@ class TestGroups:
             )
         )
         groups = {group.name: group for group in channel_groups(model, images(2))}
-        assert groups["b"].readers["mid"].tolist() == [[14, 30], [15, 31]]
+        assert groups["b"].consumers["mid"].tolist() == [[14, 30], [15, 31]]
 
     def test_the_same_place_in_all_groups_of_a_convolution_is_one_unit(self):
         first, second, third = channel_groups(seeded(grouped), images(2))
-        assert first.makers["0"].tolist() == [[i, i + 6] for i in range(6)]
-        # made in 2 groups of 6 and read in 3 groups of 4: both ties at once
-        assert second.makers["2"].tolist() == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
-        assert third.makers["3"].tolist() == [[i, i + 6, i + 12] for i in range(6)]
+        assert first.producers["0"].tolist() == [[i, i + 6] for i in range(6)]
+        # output of 2 groups of 6, input of 3 groups of 4: both couple channels
+        assert second.producers["2"].tolist() == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
+        assert third.producers["3"].tolist() == [[i, i + 6, i + 12] for i in range(6)]
 
     @networks
     def test_no_output_of_the_network_is_in_a_group(self, build):
@@ -160,7 +160,7 @@ def attended(net, x):
 
 
 LEFT_ALONE = {
-    "option A, zero channels padded": (models.resnet20, "conv1", "as many channels"),
+    "option A, zero channels padded": (models.resnet20, "conv1", "same number of channels"),
     "a layer that runs twice": (Shared, "stem", "runs more than once"),
     "a layer used as a function too": (
         lambda: Wired(
@@ -203,14 +203,18 @@ LEFT_ALONE = {
         "stem",
         "does not run without",
     ),
-    "halves that change places": (lambda: Wired(swapped, stem=conv(3, 8), head=conv(8, 2)), "stem", "loses track"),
+    "halves that change places": (lambda: Wired(swapped, stem=conv(3, 8), head=conv(8, 2)), "stem", "contradict"),
     "shuffled channels": (lambda: Wired(shuffled, stem=conv(3, 8), head=conv(8, 2)), "stem", "does not see"),
     "a mean over channels": (
         lambda: Wired(attended, stem=conv(3, 8), gate=conv(1, 1), head=conv(8, 2)),
         "stem",
-        "as many channels",
+        "same number of channels",
     ),
-    "a pixel shuffle": (lambda: nn.Sequential(conv(3, 8), nn.PixelShuffle(2), conv(2, 2)), "0", "as many channels"),
+    "a pixel shuffle": (
+        lambda: nn.Sequential(conv(3, 8), nn.PixelShuffle(2), conv(2, 2)),
+        "0",
+        "same number of channels",
+    ),
     "a grouped transposed convolution": (Zoo, "grouped", "grouped transposed"),
     "half a convolution's groups": (
         lambda: Wired(
@@ -225,7 +229,7 @@ LEFT_ALONE = {
     ),
     "nearly depthwise": (lambda: nn.Sequential(conv(3, 8), conv(8, 4, groups=4), conv(4, 2)), "0", "depthwise"),
     "one unit only": (lambda: nn.Sequential(conv(3, 4), conv(4, 8, groups=4), conv(8, 2)), "0", "one unit"),
-    "an unused layer": (Zoo, "unused", "does not see it run"),
+    "an unused layer": (Zoo, "unused", "does not see a path"),
     "a parametrised weight": (
         lambda: nn.Sequential(conv(3, 8), nn.utils.parametrizations.weight_norm(conv(8, 8)), conv(8, 2)),
         "0",
@@ -239,8 +243,10 @@ class TestLeftAlone:
     def test_what_torch_pruning_gets_wrong_stays_and_the_log_says_why(self, build, name, reason, caplog):
         with caplog.at_level(logging.INFO, "resuscitate"):
             groups = channel_groups(seeded(build), images(2))
-        assert name not in {maker for group in groups for maker in group.makers}
-        [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith(f"channels of {name!r} stay: ")]
+        assert name not in {producer for group in groups for producer in group.producers}
+        [line] = [
+            r.getMessage() for r in caplog.records if r.getMessage().startswith(f"channels of {name!r} are kept: ")
+        ]
         assert reason in line
 
     def test_one_bad_group_does_not_take_the_good_ones_with_it(self):
@@ -298,8 +304,8 @@ class TestMasks:
         with torch.no_grad():
             for group in groups:
                 for name, table in group.norms.items():
-                    norm, gone = model.get_submodule(name), table[dropped[group.name]].flatten()
-                    norm.running_mean[gone] += 1
+                    norm, channels = model.get_submodule(name), table[dropped[group.name]].flatten()
+                    norm.running_mean[channels] += 1
         assert largest_difference(expected, outputs(model, images(3))) == 0
 
     @pytest.mark.parametrize(

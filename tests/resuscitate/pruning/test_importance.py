@@ -1,4 +1,4 @@
-"""What tells where a pruned network hurts: SSIM, what a weight would take off the error, labelled saliency."""
+"""Importance: SSIM of feature maps, error reduction by a single weight, gradients of labelled images."""
 
 import copy
 
@@ -9,23 +9,25 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from asr_kernels import Window, patch_moments
-from resuscitate.methods.refit import drops
-from resuscitate.pruning.importance import Surveyor, ssim
+from resuscitate.pruning.importance import ImportanceEstimator
 from resuscitate.runtime.distributed import Ranks
+from resuscitate.runtime.options import run_options
+from resuscitate.statistics.fitting import single_weight_error_reduction
+from resuscitate.statistics.ssim import ssim
 from tests.networks import chain, images, seeded
 
 LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
 
 
-class TestWorth:
+class TestWeightImportance:
     @settings(deadline=None, max_examples=30)
     @given(st.integers(0, 10**6))
-    def test_a_drop_is_what_moving_that_weight_alone_to_its_best_takes_off(self, seed):
+    def test_the_importance_of_a_weight_is_the_error_reduction_by_the_best_value_of_that_weight_alone(self, seed):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(50, 5, dtype=torch.float64, generator=generator)
         y = torch.randn(50, 3, dtype=torch.float64, generator=generator)
         weight = torch.randn(3, 5, dtype=torch.float64, generator=generator)
-        found, damage = drops(patch_moments(x, y, Window()), weight, ridge=0.0)
+        found, damage = single_weight_error_reduction(patch_moments(x, y, Window()), weight, ridge=0.0)
         x, y = x - x.mean(0), y - y.mean(0)
         error = (y - x @ weight.mT).square().sum(0)
         for out in range(3):
@@ -39,13 +41,13 @@ class TestWorth:
 
     def test_gradient_is_the_squared_slope_times_the_squared_weight_over_the_batches(self):
         dense = seeded(chain)
-        surveyor = Surveyor(dense, [], Ranks())
-        found = surveyor.sensitivity(["0", "11"], LABELLED, None)
-        twin, expected = copy.deepcopy(dense), 0
+        estimator = ImportanceEstimator(dense, [], run_options("test", {}), Ranks())
+        found = estimator.sensitivity(["0", "11"], LABELLED, None)
+        copied, expected = copy.deepcopy(dense), 0
         for x, y in LABELLED:
-            twin.zero_grad()
-            F.cross_entropy(twin(x), y).backward()
-            expected = expected + twin[0].weight.grad.double().square() * twin[0].weight.detach().double().square()
+            copied.zero_grad()
+            F.cross_entropy(copied(x), y).backward()
+            expected = expected + copied[0].weight.grad.double().square() * copied[0].weight.detach().double().square()
         torch.testing.assert_close(found["0"], expected, rtol=1e-4, atol=0)
         assert dense[0].weight.grad is None
 

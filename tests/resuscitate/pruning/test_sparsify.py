@@ -1,4 +1,4 @@
-"""Pruning: exact budgets, which weights go, what is refused, and what is left as it was."""
+"""`sparsify`: exact budgets, the weights that are removed, refusals, and what stays unchanged."""
 
 import copy
 import logging
@@ -29,7 +29,7 @@ def same(a, b):
 
 
 class TestBudget:
-    # few distinct values, so that ties and zeros are the rule
+    # few distinct values, so that ties and zeros are frequent
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     @given(
         rows=st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=40), min_size=1, max_size=6),
@@ -40,7 +40,7 @@ class TestBudget:
         budget = round(sparsity * total)
         if budget > total - len(rows):
             before = copy.deepcopy(model)
-            with pytest.raises(ValueError, match="must stay"):
+            with pytest.raises(ValueError, match="must be kept"):
                 sparsify(model, sparsity, allocation=allocation)
             assert same(model, before)
             return
@@ -123,7 +123,7 @@ class TestWhichWeightsGo:
     def test_uniform_is_off_by_less_than_a_weight_in_any_layer(self, sizes, sparsity):
         masks = sparsify(linears([range(1, n + 1) for n in sizes]), sparsity, allocation="uniform")
         # the budget itself is rounded, by at most half a weight in all
-        assert all(abs(gone - sparsity * masks[name].numel()) < 1.5 for name, gone in removed(masks).items())
+        assert all(abs(count - sparsity * masks[name].numel()) < 1.5 for name, count in removed(masks).items())
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     def test_memory_format_does_not_change_the_choice(self, allocation):
@@ -243,14 +243,22 @@ class TestRefusals:
             with pytest.raises(ValueError, match='choose "unstructured", "filter", "channels", or "n:m"'):
                 sparsify(seeded(chain), 0.5, pattern=pattern)
 
-    def test_options_of_another_pattern_are_refused(self):
+    def test_options_without_an_effect_are_refused_and_nothing_is_changed(self):
         for options, message in (
             ({"indivisible": "pad"}, "indivisible='pad' is for patterns n:m, not 'unstructured'"),
+            ({"calibration": images()}, "'global' measures nothing: leave calibration out, or choose allocation 'rr'"),
+            ({"calibration": images(), "allocation": "erk"}, "'erk' measures nothing: leave calibration out"),
+            ({"calibration": images(), "pattern": "filter"}, "'global' measures nothing: leave calibration out"),
+            ({"calibration": images(), "pattern": "2:4"}, "2:4 measures nothing: leave calibration out"),
+            ({"allocation": "rr", "pattern": "2:4"}, "2:4 fixes every density: leave allocation out instead of 'rr'"),
+            ({"allocation": "erk", "pattern": "2:4"}, "2:4 fixes every density: leave allocation out instead of 'erk'"),
             ({"pattern": "channels", "min_per_layer": 5}, "count weights"),
             ({"pattern": "channels", "min_per_channel": 5}, "count weights"),
         ):
+            model = seeded(chain)
             with pytest.raises(ValueError, match=message):
-                sparsify(seeded(chain), 0.5, example=images(2), **options)
+                sparsify(model, 0.5, example=images(2), **options)
+            assert same(model, seeded(chain))
 
     def test_selectors_that_leave_nothing_are_refused(self):
         with pytest.raises(ValueError, match="did you mean conv1"):
@@ -329,7 +337,7 @@ class TestAllocate:
             allocate(seeded(chain), 0.5, "magic")
 
     def test_the_largest_possible_sparsity_is_told(self):
-        with pytest.raises(ValueError, match=r"removes 4 of 4 weights.* at most 2 can go, a sparsity of 0\.5"):
+        with pytest.raises(ValueError, match=r"removes 4 of 4 weights.* at most 2 can be removed, a sparsity of 0\.5"):
             allocate(linears([[1, 2], [3, 4]]), 0.95)
 
 
@@ -338,7 +346,7 @@ class TestIndivisible:
         model = nn.Sequential(nn.Linear(6, 1, bias=False))
         with torch.no_grad():
             model[0].weight.copy_(torch.tensor([[1.0, 2, 3, 4, 5, 6]]))
-        # 1 2 3 4 | 5 6 and two that are zero: two of each
+        # groups 1 2 3 4 | 5 6 0 0: two kept of each
         masks = sparsify(model, pattern="2:4", indivisible="pad")
         assert masks["0"].tolist() == [[False, False, True, True, True, True]]
         assert "filled up: 6 input channels, groups of 4" in masks.notes["0"]

@@ -1,4 +1,4 @@
-"""Channels out of the network for good: the same function from a smaller network, or nothing happens."""
+"""`shrink`: the smaller network computes the same function, or the model is unchanged."""
 
 import copy
 import random
@@ -45,7 +45,7 @@ class TestShrink:
         x = images(4, seed=7)
         expected = outputs(model, x)
         found = shrink(model, masks, images(2))
-        assert found.removed == {name: int(gone.sum()) for name, gone in dropped.items()}
+        assert found.removed == {name: int(units.sum()) for name, units in dropped.items()}
         # rounding: sums in another order, through up to twenty layers
         assert largest_difference(expected, outputs(model, x)) < 1e-5
         assert found.error < 1e-5
@@ -115,7 +115,7 @@ class TestShrink:
         expected = outputs(model, images(2))
         found = shrink(model, masks, images(2))
         assert {name: 1 + count for name, count in found.removed.items()} == {g.name: g.units for g in groups}
-        assert any("one stays" in note for note in found.notes)
+        assert any("one is kept" in note for note in found.notes)
         assert largest_difference(expected, outputs(model, images(2))) < 1e-5
 
     def test_once_more_removes_nothing_and_a_second_round_removes_more(self):
@@ -147,7 +147,7 @@ class TestWhatStays:
         before = everything(model)
         found = shrink(model, masks, images(2))
         assert found.removed == {}
-        assert any("3 units of '0' are masked but still read" in note for note in found.notes)
+        assert any("3 units of '0' are masked in their producers only" in note for note in found.notes)
         assert unchanged(before, everything(model))
 
     def test_a_layer_without_a_mask_is_dense(self):
@@ -173,7 +173,7 @@ class TestWhatStays:
         masks = Masks({"conv1": mask})
         masks.apply_(model)
         notes = shrink(model, masks, images(2)).notes
-        assert any(note.startswith("channels of 'conv1' stay: ") for note in notes)
+        assert any(note.startswith("channels of 'conv1' are kept: ") for note in notes)
 
 
 class TestLeavesNoTrace:
@@ -267,19 +267,19 @@ class TestAllOrNothing:
     def test_a_failure_on_the_way_leaves_every_tensor_and_size_as_it_was(self, where, monkeypatch):
         model, _, _, masks = masked(projection)
         before = everything(model)
-        function = {"surgery": "remove_units", "comparison": "count_flops", "adoption": "_survivors"}[where]
-        original, surveying = getattr(structured, function), structured.survey
+        function = {"surgery": "remove_units", "comparison": "count_flops", "adoption": "_remaining_channels"}[where]
+        original, find = getattr(structured, function), structured.verified_groups
 
         def fail(*args):
             original(*args)
             raise RuntimeError("injected")
 
-        def survey_then_break(*args):
-            found = surveying(*args)
+        def find_then_break(*args):
+            found = find(*args)
             monkeypatch.setattr(structured, function, fail)
             return found
 
-        monkeypatch.setattr(structured, "survey", survey_then_break)
+        monkeypatch.setattr(structured, "verified_groups", find_then_break)
         with pytest.raises((ResuscitateError, RuntimeError), match="injected"):
             shrink(model, masks, images(2))
         assert unchanged(before, everything(model))
@@ -322,7 +322,7 @@ class TestAllOrNothing:
 
 
 class TestSparsify:
-    """`sparsify(..., pattern="channels")`: which channels go, how many, and that they can be taken out."""
+    """`sparsify(..., pattern="channels")`: which channels, how many, and their removal."""
 
     @pytest.mark.parametrize("allocation", ["global", "uniform", "lamp"])
     @pytest.mark.parametrize("build", [chain, projection], ids=lambda build: build.__name__)
@@ -343,15 +343,15 @@ class TestSparsify:
         assert int((~rows).sum()) == round(sparsity * len(rows))
         uniform = sparsify(seeded(chain), sparsity, pattern="channels", allocation="uniform", example=images(2))
         for name in ("0", "3", "6"):
-            gone = int((~uniform[name].flatten(1).any(1)).sum())
-            assert abs(gone - sparsity * len(uniform[name])) < 1 + 1e-9
+            removed = int((~uniform[name].flatten(1).any(1)).sum())
+            assert abs(removed - sparsity * len(uniform[name])) < 1 + 1e-9
 
     def test_the_channels_of_least_mean_magnitude_go(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
         with torch.no_grad():
             model[0].weight.copy_(torch.tensor([4.0, 1, 3, 2]).view(4, 1, 1, 1).expand(4, 3, 1, 1))
             model[2].weight.fill_(1)
-            model[2].weight[:, 1] = 9  # the weakest by its filter is the strongest by what reads it
+            model[2].weight[:, 1] = 9  # the filter of least magnitude has the consumer weights of largest magnitude
         masks = sparsify(model, 0.25, pattern="channels", example=images(2))
         assert masks["0"].flatten(1).all(1).tolist() == [True, True, True, False]
         assert masks["2"].flatten(1).all(0).tolist() == [True, True, True, False]
@@ -372,12 +372,14 @@ class TestSparsify:
         for options, message in (
             ({}, "pass example, a batch of one or two images"),
             ({"example": images(2), "allocation": "erk"}, "'erk' is for weights; .* global, uniform or lamp"),
-            ({"example": images(2), "densities": {"0": 0.5}}, "without densities"),
+            ({"example": images(2), "allocation": "rr"}, "'rr' is for weights"),
+            ({"example": images(2), "calibration": images(2)}, "leave calibration out; the images to trace .* example"),
+            ({"example": images(2), "densities": {"0": 0.5}}, "leave densities out"),
             ({"example": images(2), "include": "11"}, "no channels can be removed"),
         ):
             with pytest.raises(ValueError, match=message):
                 sparsify(model, 0.5, pattern="channels", **options)
-        with pytest.raises(ValueError, match="at most 29 can go"):
+        with pytest.raises(ValueError, match="at most 29 can be removed"):
             sparsify(model, 0.99, pattern="channels", example=images(2))
         with pytest.raises(ValueError, match="needs pattern=\"channels\", not 'filter'"):
             sparsify(model, 0.5, pattern="filter", remove=True)

@@ -77,7 +77,7 @@ def test_it_shows_what_the_report_holds():
     for said in ("97.2 %", "12.5 %", "resuscitate repair -m x", "torch 9", "slope 0.98", "79.99%", "Time by stage"):
         assert said in text, said
     heads = [tag for tag, _ in parser.tags].count("th")
-    assert heads == 10  # no column without a value
+    assert heads == 11  # no column without a value
     assert [tag for tag, _ in parser.tags].count("tr") == 1 + len(document["layers"])
     assert "Conv2d" in text
 
@@ -127,7 +127,7 @@ def test_its_pictures_are_sound_svg_within_their_frames():
 def test_names_and_notes_are_text_not_markup():
     document = report()
     evil = "<script>alert(1)</script>\"'&"
-    document["layers"][0]["name"] = document["layers"][1]["action"] = evil
+    document["layers"][0]["name"] = document["layers"][1]["reason"] = evil
     document["notes"] = [evil]
     document["scores"] = {evil: 3.0}
     document["masks"][0]["layer"] = evil
@@ -181,7 +181,7 @@ def test_a_browser_sorts_and_reads_it(tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    press = "<script>document.querySelectorAll('th button')[4].click()</script></body>"
+    press = "<script>document.querySelectorAll('th button')[5].click()</script></body>"
     (tmp_path / "page.html").write_text(render(report()).replace("</body>", press))
     options = [
         "--headless",
@@ -194,6 +194,6 @@ def test_a_browser_sorts_and_reads_it(tmp_path):
         [browser, *options, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    dead = [int(row) for row in re.findall(r"<tr>(?:<td[^>]*>[^<]*</td>){4}<td[^>]*>(\d+)</td>", done.stdout)]
+    dead = [int(row) for row in re.findall(r"<tr>(?:<td[^>]*>[^<]*</td>){5}<td[^>]*>(\d+)</td>", done.stdout)]
     assert dead == sorted(dead)
     assert 'aria-sort="ascending"' in done.stdout

@@ -147,7 +147,7 @@ def run_batch(model, batch):
 class TestBudget:
     @pytest.mark.parametrize("build", [chain, Residual, Zoo, Shuffled], ids=lambda b: b.__name__)
     @pytest.mark.parametrize("recalibrate", [None, "exact"])
-    @pytest.mark.parametrize("walk", ["node", "suspended"])
+    @pytest.mark.parametrize("walk", ["graph", "suspended"])
     def test_what_is_free_changes_no_bit(self, build, recalibrate, walk, tmp_path):
         dense = seeded(build)
         options = {"method": "channelwise", "recalibrate": recalibrate, "batch_size": 5, "scratch": tmp_path}
@@ -156,19 +156,19 @@ class TestBudget:
         loader = DataLoader(images(), 5)
         all_in = resuscitate.repair(plain, dense, loader, memory="1GiB", **options)
         out = resuscitate.repair(spilled, dense, loader, memory="20KB", **options)
-        assert (all_in.walk, all_in.scratch) == (walk, 0)
-        assert (out.walk, out.scratch > 0) == (walk, True)
+        assert (all_in.walk, all_in.bytes_spilled) == (walk, 0)
+        assert (out.walk, out.bytes_spilled > 0) == (walk, True)
         assert all(
             torch.equal(a, b) for a, b in zip(plain.state_dict().values(), spilled.state_dict().values(), strict=True)
         )
 
     def test_a_layer_read_twice_is_corrected_for_both_whatever_is_free(self, backend, device, tmp_path):
         dense = seeded(ReadTwice).to(device)
-        models, scratch = [pruned_copy(dense), pruned_copy(dense)], []
+        models, spilled = [pruned_copy(dense), pruned_copy(dense)], []
         for model, memory in zip(models, ("1GiB", "10KB"), strict=True):
             options = {"method": "asr", "skip_first": False, "batch_size": 4, "memory": memory, "scratch": tmp_path}
-            scratch.append(resuscitate.repair(model, dense, images(4).to(device), **options).scratch)
-        assert scratch[0] == 0 < scratch[1]
+            spilled.append(resuscitate.repair(model, dense, images(4).to(device), **options).bytes_spilled)
+        assert spilled[0] == 0 < spilled[1]
         for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
             assert torch.equal(a, b)
 
@@ -182,7 +182,7 @@ class TestBudget:
             if end != "success":
                 raise OSError("disk gone") if end == "error" else KeyboardInterrupt
 
-        monkeypatch.setattr(resuscitate.engine.corrections, "write_weights", watched)
+        monkeypatch.setattr(resuscitate.engine.writer, "write_weights", watched)
         options = {"memory": 1, "scratch": tmp_path}
         try:
             resuscitate.repair(pruned_copy(dense), dense, images(), **options)
@@ -197,7 +197,7 @@ class TestBudget:
             import os, signal, sys
             import resuscitate
             from tests.networks import chain, images, pruned_copy, seeded
-            resuscitate.engine.corrections.write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            resuscitate.engine.writer.write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             dense = seeded(chain)
             resuscitate.repair(pruned_copy(dense), dense, images(), memory=1, scratch=sys.argv[1])
         """

@@ -1,4 +1,4 @@
-"""Ranks: the same bits on all, the result of one process, and one rank's failure is everybody's error."""
+"""Ranks: bit-identical results on all ranks, equal to one process; a failure on one rank is an error on all."""
 
 import os
 import signal
@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 import asr_kernels as ak
 import resuscitate
 from resuscitate import cli
-from resuscitate.engine.probes import Visit
 from resuscitate.models import digitnet
-from resuscitate.runtime.distributed import Ranks, _pack, _unpack
+from resuscitate.runtime.distributed import Ranks
+from resuscitate.statistics.base import Place
+from resuscitate.statistics.outputs import OutputCovariances
 from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")
@@ -27,7 +28,7 @@ BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared, "Untraceable":
 
 
 def shard(rank, size, sizes):
-    """Images dealt out one by one, or as many to each rank as `sizes` says."""
+    """The images of a rank: every `size`-th one, or the numbers of images in `sizes`."""
     x = images(23)
     if sizes is None:
         return x[rank::size]
@@ -41,7 +42,7 @@ AGREEING = {
     "parallel": {"options": {"method": "asr", "schedule": "parallel", "recalibrate": "exact"}, "build": "Residual"},
     "uneven": {"options": {"method": "bn"}, "sizes": (20, 3, 0)},
     "first empty": {
-        "options": {"method": "channelwise", "correlations": True},
+        "options": {"method": "channelwise", "diagnostics": True},
         "build": "Residual",
         "sizes": (0, 1, 22),
     },
@@ -64,7 +65,7 @@ FAILING = {
     "different options": {"other options": 1},
     "a stray option": {"stray option": 1},
     "no images": {"sizes": (0, 0, 0)},
-    "momentum": {"options": {"recalibrate": "ema", "ema_batches": 1, "ema_batch_size": 8}},
+    "momentum": {"options": {"recalibrate": resuscitate.EMA(batches=1, batch_size=8)}},
 }
 
 
@@ -80,7 +81,7 @@ def work(rank, size, job):
     dense = seeded(BUILDS[job["build"]])
     model, part, options = pruned_copy(dense), shard(rank, size, job.get("sizes")), dict(job["options"])
     if rank == job.get("kill"):
-        resuscitate.engine.corrections.write_weights = die_at_the_second
+        resuscitate.engine.writer.write_weights = die_at_the_second
     if rank == job.get("broken"):
         part = iter(broken(part))
     if rank == job.get("nan"):
@@ -125,7 +126,7 @@ def broken(x):
 
 
 def run(folder, size, jobs):
-    """For every job, the outcome and the final state of every rank that came to one."""
+    """For every job, the outcome and the final state of every rank that finished it."""
     context = mp.spawn(worker, (size, str(folder), jobs), nprocs=size, join=False)
     deadline = time.monotonic() + 120
     for process in context.processes:
@@ -139,7 +140,7 @@ def run(folder, size, jobs):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """Of two and of three ranks, what became of every job; shards that two ranks lack go to the second."""
+    """The outcomes of every job on two or three ranks; with two ranks the second also gets the images of the third."""
     size = request.param
     jobs = {}
     for name, job in {**AGREEING, **FAILING}.items():
@@ -149,7 +150,7 @@ def ranks(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("job", AGREEING)
-def test_ranks_end_with_the_same_bits_and_the_result_of_one_process(job, ranks):
+def test_ranks_are_bit_identical_and_agree_with_one_process(job, ranks):
     found, options = ranks[job], AGREEING[job]["options"]
     assert [outcome["error"] for outcome, _ in found.values()] == [None] * len(found)
     state = found[0][1]
@@ -170,19 +171,19 @@ def test_ranks_end_with_the_same_bits_and_the_result_of_one_process(job, ranks):
         ("an image is not finite", "NonFiniteError: layer '0': batch 0", "DistributedError: rank 0 failed"),
         ("different models", *["rank 1 has a model or options other than rank 0"] * 2),
         ("different options", *["rank 1 has a model or options other than rank 0"] * 2),
-        ("a stray option", "DistributedError: rank 1 failed", "prior='mean' is for method 'asr'"),
+        ("a stray option", "DistributedError: rank 1 failed", "has no option 'prior'; it is for method 'asr'"),
         ("no images", *["no images are left"] * 2),
-        ("momentum", *["it takes no recalibrate_samples, no forward_fn and no group"] * 2),
+        ("momentum", *["it takes no forward_fn and no group"] * 2),
     ],
 )
-def test_the_failure_of_one_rank_is_the_error_of_all_and_nothing_is_changed(job, first, second, ranks):
+def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_changed(job, first, second, ranks):
     for rank, (outcome, _) in ranks[job].items():
         expected = {0: first, 1: second}.get(rank, first if "DistributedError" in first else second)
         assert expected in outcome["error"]
         assert outcome["unchanged"]
 
 
-def test_a_rank_that_dies_ends_the_others_with_an_error_and_nothing_is_changed(tmp_path):
+def test_a_killed_rank_is_an_error_on_the_others_and_nothing_is_changed(tmp_path):
     found = run(tmp_path, 3, {"killed": {"kill": 2}})["killed"]
     assert sorted(found) == [0, 1]
     for outcome, _ in found.values():
@@ -191,7 +192,7 @@ def test_a_rank_that_dies_ends_the_others_with_an_error_and_nothing_is_changed(t
 
 
 class TestOneProcess:
-    def test_all_is_trivial(self):
+    def test_collectives_return_their_arguments(self):
         ranks = Ranks()
         with ranks.together():
             assert ranks.total(3, 4) == [3, 4]
@@ -201,7 +202,7 @@ class TestOneProcess:
         with pytest.raises(KeyError), ranks.together():
             raise KeyError
 
-    def test_shares_add_up_to_the_whole(self):
+    def test_shares_add_up_to_the_limit(self):
         for size in (1, 2, 3, 7):
             shares = []
             for rank in range(size):
@@ -211,16 +212,18 @@ class TestOneProcess:
             assert sum(shares) == 10
             assert max(shares) - min(shares) <= 1
 
-    def test_what_is_packed_comes_back(self):
+    def test_sending_a_statistic_changes_nothing(self):
         x, y = torch.randn(2, 4, 3, 5)
-        pair = ak.paired_moments(x, y)
-        visit = Visit("conv", [ak.channel_moments(x), ak.channel_moments(y)], [ak.channel_moments(y)], [pair])
-        calls, dense, pairs = _unpack(_pack(visit))
-        assert [m.count for m in calls] == [20, 20]
-        assert torch.equal(calls[1].m2, visit.calls[1].m2)
-        assert torch.equal(dense[0].mean, visit.dense[0].mean)
-        assert torch.equal(pairs[0].comoment, pair.comoment)
-        assert torch.equal(pairs[0].pruned.m2, pair.pruned.m2)
+        found = OutputCovariances(Place("conv", torch.nn.Linear(3, 3)))
+        found.calls = [ak.channel_moments(x), ak.channel_moments(y)]
+        found.dense_calls, found.pairs = [ak.channel_moments(y)], [ak.paired_moments(x, y)]
+        (state,) = Ranks().exchange(found.state())
+        back = OutputCovariances.of_state(found.place, state)
+        assert [m.count for m in back.calls] == [20, 20]
+        assert torch.equal(back.calls[1].m2, found.calls[1].m2)
+        assert torch.equal(back.dense_calls[0].mean, found.dense_calls[0].mean)
+        assert torch.equal(back.pairs[0].comoment, found.pairs[0].comoment)
+        assert torch.equal(back.pairs[0].pruned.m2, found.pairs[0].pruned.m2)
 
 
 def torchrun(tmp_path, *arguments, ranks=2):
@@ -248,7 +251,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_torchrun_gives_what_one_process_gives_and_one_rank_speaks(files, tmp_path):
+def test_torchrun_agrees_with_one_process_and_one_rank_prints(files, tmp_path):
     common = ["--model", "digitnet", "--calibration", files / "images.npy"]
     stats = [*common, "--dense", files / "dense.safetensors"]
     repair = [*common, "--pruned", files / "pruned.safetensors", "--dense-stats", tmp_path / "stats.safetensors"]

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 import resuscitate
+from resuscitate import EMA, Exact
 from resuscitate.errors import JournalError
 from resuscitate.runtime.journal import MAGIC, Journal
+from resuscitate.statistics.outputs import OutputMoments
 from tests.networks import Residual, Shared, chain, images, pruned_copy, seeded
 
 PROGRAM = """
     import os, signal, sys
     import torch
     import resuscitate
-    from resuscitate.runtime.journal import Journal
+    from resuscitate.statistics.outputs import OutputMoments
+from resuscitate.runtime.journal import Journal
     from tests.networks import *
 
     torch.set_num_threads(1)
@@ -73,7 +76,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(build, options, when, tmp_p
 
 def test_every_prefix_of_a_journal_leads_to_the_same_end(tmp_path):
     """Killed anywhere, to the byte: what stands in the file up to there is used, and no more."""
-    options = {"method": "channelwise", "recalibrate": "exact", "correlations": True}
+    options = {"method": "channelwise", "recalibrate": "exact", "diagnostics": True}
     whole = tmp_path / "whole"
     undisturbed, first = repaired(chain, **options, resume=whole)
     content = whole.read_bytes()
@@ -85,19 +88,16 @@ def test_every_prefix_of_a_journal_leads_to_the_same_end(tmp_path):
         assert same(model, undisturbed)
         assert len(part.read_bytes()) == len(content)
         assert [row.explained for row in report.layers] == [row.explained for row in first.layers]
-        assert [row.action for row in report.layers] == [row.action for row in first.layers]
+        assert [(row.status, row.reason) for row in report.layers] == [(row.status, row.reason) for row in first.layers]
         counts.add(report.resumed)
     assert counts == set(range(6))  # two layers and three BatchNorms
 
 
 def test_what_is_known_is_not_measured_again(tmp_path, monkeypatch):
-    import asr_kernels as ak
-
     journal = tmp_path / "journal"
     repaired(chain, method="channelwise", recalibrate="exact", resume=journal)
-    calls = []
-    measure = ak.channel_moments
-    monkeypatch.setattr(ak, "channel_moments", lambda *a, **k: calls.append(a) or measure(*a, **k))
+    calls, update = [], OutputMoments.update
+    monkeypatch.setattr(OutputMoments, "update", lambda *given: calls.append(given) or update(*given))
     repaired(chain, method="channelwise", recalibrate="exact", resume=journal)
     assert not calls
 
@@ -137,15 +137,15 @@ def test_the_journal_of_another_run_is_refused_and_nothing_is_changed(change, pa
     assert all(torch.equal(value, before[key]) for key, value in given["model"].state_dict().items())
 
 
+CUT = {"batches": 2, "batch_size": 8}
+
+
 def scaled(model, batch, by=1.0):
     return model(batch * by)
 
 
 def masked(**options):
     return {"masks": resuscitate.Masks.from_zeros(pruned_copy(seeded(chain))), **options}
-
-
-EMA = {"method": "asr", "recalibrate": "ema", "ema_batches": 2, "ema_batch_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -159,19 +159,19 @@ EMA = {"method": "asr", "recalibrate": "ema", "ema_batches": 2, "ema_batch_size"
         ({}, {"include": ["0", "3"]}, "layers"),
         ({}, {"exclude": "3"}, "layers"),
         ({}, {"skip_last": True}, "layers"),
-        ({}, {"correlations": True}, "correlations"),
-        ({"correlations": True}, {}, "correlations"),
-        ({"method": "asr"}, {"method": "asr", "correlations": True}, "correlations"),
+        ({}, {"diagnostics": True}, "diagnostics"),
+        ({"diagnostics": True}, {}, "diagnostics"),
+        ({"method": "asr"}, {"method": "asr", "diagnostics": True}, "diagnostics"),
         ({}, masked(), "masks"),
         ({}, {"relu_aware": False}, "relu_aware"),
         ({}, {"means": "filter"}, "means"),
         ({}, {"dtype": "bf16"}, "dtype"),
         ({}, {"recalibrate": "exact"}, "recalibrate"),
-        ({"recalibrate": "exact"}, {"recalibrate": "exact", "frozen": "recalibrate"}, "frozen"),
+        ({"recalibrate": "exact"}, {"recalibrate": Exact(frozen="recalibrate")}, "frozen"),
         ({"method": "asr"}, {"method": "asr", "prior": "mean"}, "prior"),
         ({"method": "asr"}, {"method": "asr", "bias": False}, "bias"),
         ({"method": "asr"}, {"method": "asr", "schedule": "parallel"}, "schedule"),
-        (EMA, {**EMA, "ema_momentum": 0.5}, "ema_momentum"),
+        ({"recalibrate": EMA(**CUT)}, {"recalibrate": EMA(**CUT, momentum=0.5)}, "momentum"),
         ({}, {"gain_samples": 8}, "images"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "default",
@@ -217,7 +217,7 @@ def test_rank_0_says_whose_journal_it_is(tmp_path):
             return self.sent.pop(0)
 
     with Journal(tmp_path / "journal", {"forward_fn": "on cuda:0"}, Ranks()) as first:
-        first.add("conv", {"weight": torch.ones(2)}, {"action": "refitted"})
+        first.add("conv", {"weight": torch.ones(2)}, {"status": "refitted"})
     second = Second()
     second.sent = [(tmp_path / "journal").read_bytes(), b'{"forward_fn": "on cuda:0"}']
     with Journal(tmp_path / "journal", {"forward_fn": "on cuda:1"}, second) as journal:
@@ -246,11 +246,11 @@ def test_it_holds_whatever_tensors_a_layer_wrote(tmp_path):
 
     tensors = {"weight": torch.randn(3, 2, 5), "bias": torch.randn(3).bfloat16()}
     with Journal(tmp_path / "journal", {"model": "a"}, Ranks()) as journal:
-        journal.add("conv", tensors, {"action": "refitted"})
+        journal.add("conv", tensors, {"status": "refitted"})
     with Journal(tmp_path / "journal", {"model": "a"}, Ranks()) as journal:
         found, row = journal.entries["conv"]
     assert all(torch.equal(found[key], value) for key, value in tensors.items())
-    assert row == {"action": "refitted"}
+    assert row == {"status": "refitted"}
 
 
 def test_the_command_line_removes_the_journal_once_all_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""Forward passes that can be suspended, and crews that run chains of them."""
+"""Suspended forward passes, and a runner that runs chains of them."""
 
 import contextvars
 import gc
@@ -12,21 +12,21 @@ import torch
 
 from resuscitate.errors import ResuscitateError
 from resuscitate.runtime import passes
-from resuscitate.runtime.passes import Crew, Pass, RestartError, at_a_time, current, end, suspend, threads_kept
+from resuscitate.runtime.passes import Pass, PassRunner, RestartError, at_a_time, current, end, suspend, threads_kept
 from tests.conftest import running_passes
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def none_is_left():
+def no_pass_remains():
     yield
     gc.collect()
     assert not running_passes()
 
 
 def stepping(events, name, stops=2):
-    """A forward pass that is suspended so many times, and notes what it does."""
+    """A forward pass that is suspended `stops` times and records its steps in `events`."""
 
     def run():
         try:
@@ -41,25 +41,25 @@ def stepping(events, name, stops=2):
 
 
 def again(each, times):
-    """A chain of one pass, resumed so many times."""
+    """A chain that resumes one pass `times` times."""
     for _ in range(times):
         yield each
 
 
 class TestPass:
-    def test_it_goes_on_from_where_it_was_suspended(self):
+    def test_it_continues_from_where_it_was_suspended(self):
         events = []
         each = Pass(stepping(events, "a"))
         assert not each.ended
         for expected in (["a0"], ["a0", "a1"], ["a0", "a1", "a ends", "a left"]):
             assert not each.ended
-            Crew(1).run([again(each, 1)])
+            PassRunner(1).run([again(each, 1)])
             assert events == expected
         assert each.ended
         assert each.error is None
         assert not each.again
 
-    def test_cancelling_it_unwinds_it_past_the_handlers_of_the_model(self):
+    def test_the_model_cannot_catch_the_error_that_cancels_it(self):
         events = []
 
         def run():
@@ -71,21 +71,21 @@ class TestPass:
                 events.append("left")
 
         each = Pass(run, finish=lambda: events.append("finished"))
-        Crew(1).run([again(each, 1)])
+        PassRunner(1).run([again(each, 1)])
         end([each])
         assert events == ["left", "finished"]
         assert each.ended
         assert each.error is None
 
-    def test_one_that_never_began_does_not_run(self):
+    def test_a_pass_cancelled_before_it_began_does_not_run(self):
         events = []
         each = Pass(stepping(events, "a"), finish=lambda: events.append("finished"))
         end([each])
-        Crew(1).run([again(each, 1)])
+        PassRunner(1).run([again(each, 1)])
         assert each.ended
         assert not events
 
-    def test_one_that_runs_unwinds_when_it_is_suspended_next(self):
+    def test_a_running_pass_that_is_cancelled_unwinds_when_it_is_suspended_next(self):
         events, begun, go = [], threading.Event(), threading.Event()
 
         def run():
@@ -105,37 +105,37 @@ class TestPass:
         each.join()
         assert events == ["left"]
 
-    def test_one_that_is_dropped_is_cancelled_and_its_thread_ends(self):
+    def test_a_deleted_pass_is_cancelled_and_its_thread_ends(self):
         events = []
         each = Pass(stepping(events, "a"))
         reference = weakref.ref(each)
-        Crew(1).run([again(each, 1)])
+        PassRunner(1).run([again(each, 1)])
         assert [t.name for t in threading.enumerate()].count("forward pass") == 1
         del each
         assert reference() is None
         assert not running_passes()
         assert events == ["a0", "a left"]
 
-    def test_an_error_of_finish_is_the_errors_of_the_pass(self):
+    def test_an_error_in_finish_is_an_error_of_the_pass(self):
         def finish():
             raise OSError("disk gone")
 
         each = Pass(lambda: None, finish=finish)
         with pytest.raises(OSError, match="disk gone"):
-            Crew(1).run([again(each, 1)])
+            PassRunner(1).run([again(each, 1)])
         assert isinstance(each.error, OSError)
 
-    def test_a_restart_is_no_error(self):
+    def test_a_restart_is_not_an_error(self):
         def run():
             raise RestartError
 
         each = Pass(run)
-        Crew(1).run([again(each, 1)])
+        PassRunner(1).run([again(each, 1)])
         assert each.ended
         assert each.again
         assert each.error is None
 
-    def test_it_has_a_state_contextvars_no_gradients_and_threads_of_its_own(self):
+    def test_it_has_its_own_state_contextvars_gradient_mode_and_threads(self):
         variable, seen = contextvars.ContextVar("variable"), {}
         variable.set("the caller's")
         before, after = torch.get_num_threads(), None
@@ -149,7 +149,7 @@ class TestPass:
 
         with torch.enable_grad(), threads_kept():
             each = Pass(run, state="state", threads=before + 1)
-            Crew(1).run([again(each, 2)])
+            PassRunner(1).run([again(each, 2)])
             assert torch.is_grad_enabled()
             after = torch.get_num_threads()
         assert seen == {
@@ -164,21 +164,21 @@ class TestPass:
         assert torch.get_num_threads() == before
         assert current() is None
 
-    def test_threads_are_kept_for_threads_that_begin_later_as_well(self):
+    def test_the_number_of_intra_op_threads_is_restored_for_later_threads(self):
         before, seen = torch.get_num_threads(), []
 
         def run():
             raise KeyError
 
         with pytest.raises(KeyError), threads_kept():
-            Crew(1).run([again(Pass(run, threads=before + 2), 1)])
+            PassRunner(1).run([again(Pass(run, threads=before + 2), 1)])
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         later.start()
         later.join()
         assert seen == [before]
 
     def test_it_counts_as_begun_before_its_thread_has_started(self, monkeypatch):
-        """The thread may come to a stop, and be resumed from elsewhere, while `start` has yet to return."""
+        """The pass may be suspended, and be resumed by another thread, before `start` returns."""
         events, stopped = [], threading.Event()
         each = Pass(stepping(events, "a", stops=1))
         start, main = threading.Thread.start, threading.get_ident()
@@ -196,12 +196,12 @@ class TestPass:
 
 
 class TestCrew:
-    def test_one_chain_after_the_other(self):
+    def test_a_crew_of_one_runs_the_chains_one_after_the_other(self):
         events = []
-        Crew(1).run([again(Pass(stepping(events, name, 1)), 2) for name in "abc"])
+        PassRunner(1).run([again(Pass(stepping(events, name, 1)), 2) for name in "abc"])
         assert events == [f"{name}{what}" for name in "abc" for what in ("0", " ends", " left")]
 
-    def test_what_a_chain_does_between_its_passes_is_done_in_their_order(self):
+    def test_the_code_of_a_chain_runs_between_its_passes(self):
         events = []
         first, second = Pass(stepping(events, "a", 1)), Pass(stepping(events, "b", 1))
 
@@ -211,16 +211,16 @@ class TestCrew:
             yield second
             events.append("measured b")
 
-        Crew(2).run([chain()])
+        PassRunner(2).run([chain()])
         assert events == ["a0", "measured a", "b0", "measured b"]
         end([first, second])
 
-    def test_no_chain_and_an_empty_chain(self):
-        Crew(2).run([])
-        Crew(2).run([iter(()), iter(())])
+    def test_no_chain_and_an_empty_chain_are_allowed(self):
+        PassRunner(2).run([])
+        PassRunner(2).run([iter(()), iter(())])
 
     @pytest.mark.parametrize("size", [1, 2, 3])
-    def test_so_many_chains_run_at_a_time_and_no_more(self, size):
+    def test_exactly_size_chains_run_at_a_time(self, size):
         lock, now, most, met = threading.Lock(), [0], [0], threading.Barrier(size)
 
         def run():
@@ -229,15 +229,15 @@ class TestCrew:
                     now[0] += 1
                     most[0] = max(most[0], now[0])
                 if size > 1:
-                    met.wait(10)  # all of them run at this moment, or this is an error
+                    met.wait(10)  # times out unless all of them run at this moment
                 time.sleep(0.001)
                 with lock:
                     now[0] -= 1
                 suspend()
 
-        crew = Crew(size)
+        runner = PassRunner(size)
         each = [Pass(run) for _ in range(4 * size)]
-        crew.run([again(one, 3) for one in each])
+        runner.run([again(one, 3) for one in each])
         assert most == [size]
         assert all(one.ended for one in each)
 
@@ -263,7 +263,7 @@ class TestCrew:
 
         later = [Pass(waiting) for _ in range(50)]
         with pytest.raises(error, match="broken"):
-            Crew(size).run([broken, *(again(each, 1) for each in later)])
+            PassRunner(size).run([broken, *(again(each, 1) for each in later)])
         begun = next(calls)
         assert begun < 50 if size > 1 else begun == 0
         time.sleep(0.01)
@@ -280,25 +280,25 @@ class TestCrew:
 
         monkeypatch.setattr(threading.Thread, "start", failing)
         each = [Pass(suspend) for _ in range(8)]
-        with pytest.raises(ResuscitateError, match="each batch waits in a thread of its own; use larger batches"):
-            Crew(2).run([again(one, 1) for one in each])
+        with pytest.raises(ResuscitateError, match="each batch needs its own thread; use larger batches"):
+            PassRunner(2).run([again(one, 1) for one in each])
         end(each)
 
-    def test_passes_suspended_in_one_run_go_on_in_the_next(self):
+    def test_passes_suspended_in_one_run_continue_in_the_next(self):
         events = []
         each = [Pass(stepping(events, name)) for name in "ab"]
         for expected in ({"a0", "b0"}, {"a1", "b1"}, {"a ends", "a left", "b ends", "b left"}):
             events.clear()
-            Crew(2).run([again(one, 1) for one in each])
+            PassRunner(2).run([again(one, 1) for one in each])
             assert set(events) == expected
 
     def test_many_passes_at_many_stops(self):
-        """No wake-up is lost, and no pass is begun twice."""
+        """No wake-up is lost, and no pass starts twice."""
         for _ in range(20):
             events = []
             each = [Pass(stepping(events, f"{n}:", 3)) for n in range(8)]
             for _ in range(4):
-                Crew(3).run([again(one, 1) for one in each])
+                PassRunner(3).run([again(one, 1) for one in each])
             assert sorted(events) == sorted(f"{n}:{what}" for n in range(8) for what in (0, 1, 2, " ends", " left"))
             for one in each:
                 one.join()
@@ -318,7 +318,7 @@ class TestCrew:
         (10, 100, 1, (4, 1)),
     ],
 )
-def test_how_many_run_at_a_time(passes_, memory, each, expected, monkeypatch):
+def test_how_many_passes_run_at_a_time(passes_, memory, each, expected, monkeypatch):
     monkeypatch.setattr(passes.torch, "get_num_threads", lambda: 4)
     assert at_a_time(CPU, passes_, memory, each) == expected
     assert at_a_time(torch.device("cuda"), passes_, memory, each) == (1, None)

@@ -1,4 +1,4 @@
-"""Hyperspherical layers keep the function, and the penalty drives weights off the threshold."""
+"""Hyperspherical layers keep the outputs; the penalty moves weights away from the threshold."""
 
 import copy
 
@@ -21,23 +21,23 @@ def filters(layer):
 
 class TestConversion:
     @pytest.mark.parametrize("build", [chain, Residual, lambda: chain(bias=True)], ids=["chain", "residual", "bias"])
-    def test_there_and_back_the_function_is_preserved(self, build):
+    def test_conversion_to_hyperspherical_and_back_keeps_the_outputs(self, build):
         dense, x = seeded(build), images()
         model = copy.deepcopy(dense)
         names = to_hyperspherical(model)
         assert names == list(resuscitate.network.masks.find_layers(dense))
         with torch.no_grad():
             torch.testing.assert_close(model(x), dense(x), rtol=1e-5, atol=1e-6)
-            between = model(x)
+            converted = model(x)
         assert to_plain(model) == names
         assert list(model.state_dict()) == list(dense.state_dict())
         assert [type(module) for module in model.modules()] == [type(module) for module in dense.modules()]
         with torch.no_grad():
-            torch.testing.assert_close(model(x), between, rtol=0, atol=0)
+            torch.testing.assert_close(model(x), converted, rtol=0, atol=0)
         torch.testing.assert_close(model.state_dict(), dense.state_dict(), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("keep", [True, False])
-    def test_what_is_trained_lies_on_the_unit_sphere(self, keep):
+    def test_trained_filters_lie_on_the_unit_sphere(self, keep):
         model = seeded(chain)
         to_hyperspherical(model, keep=keep, include="3")
         x, y = images(), torch.arange(24) % 10
@@ -54,7 +54,7 @@ class TestConversion:
         torch.testing.assert_close(unit.flatten(1).mean(1), torch.zeros(8), rtol=0, atol=1e-6)
         assert keep or torch.equal(sphere.gain, torch.ones_like(sphere.gain))
 
-    def test_depthwise_and_constant_filters_survive(self):
+    def test_depthwise_and_constant_filters_keep_outputs_and_finite_gradients(self):
         layer = nn.Conv2d(4, 4, 1, groups=4)
         wide = nn.Conv2d(3, 2, 3)
         nn.init.constant_(wide.weight, 0.5)
@@ -66,7 +66,7 @@ class TestConversion:
             model(x).sum().backward()
             assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
-    def test_a_state_dict_of_one_loads_into_another(self):
+    def test_a_state_dict_loads_into_another_hyperspherical_model(self):
         model, other = seeded(chain), seeded(chain, seed=1)
         to_hyperspherical(model)
         to_hyperspherical(other)
@@ -74,7 +74,7 @@ class TestConversion:
         with torch.no_grad():
             torch.testing.assert_close(other(images()), model(images()), rtol=0, atol=0)
 
-    def test_it_is_pruned_and_repaired_when_it_is_plain_again(self):
+    def test_a_model_is_pruned_and_repaired_only_after_to_plain(self):
         model = seeded(chain)
         to_hyperspherical(model)
         with pytest.raises(LayerError, match="recomputed"):
@@ -84,7 +84,7 @@ class TestConversion:
         resuscitate.sparsify(model, 0.5)
         resuscitate.repair(model, dense, images())
 
-    def test_what_is_recomputed_already_is_refused(self):
+    def test_a_weight_that_is_already_recomputed_is_refused(self):
         model = seeded(chain)
         prune.l1_unstructured(model[3], "weight", amount=0.5)
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -96,7 +96,7 @@ class TestConversion:
         with pytest.raises(LayerError, match="recomputed"):
             to_hyperspherical(model)
 
-    def test_a_transposed_convolution_stays_as_it_is(self):
+    def test_a_transposed_convolution_is_unchanged(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
         assert to_hyperspherical(model) == ["0"]
 
@@ -112,7 +112,7 @@ def line(values):
 
 
 class TestPenalty:
-    def test_by_the_formula(self):
+    def test_the_penalty_is_that_of_the_formula(self):
         values = [0.1, -0.5, 1.0, 1.5, -2.5, 0.2]
         threshold = sorted(map(abs, values))[2]  # round(0.5 * 6)
         scale = sum(v * v for v in values) / 6
@@ -124,19 +124,19 @@ class TestPenalty:
         st.lists(st.floats(-3, 3).filter(lambda v: abs(v) > 1e-2), min_size=3, max_size=12, unique_by=abs),
         st.floats(0.2, 0.8),
     )
-    def test_it_draws_weights_below_the_threshold_to_zero_and_drives_those_above_away(self, values, sparsity):
+    def test_weights_below_the_threshold_shrink_and_those_above_grow(self, values, sparsity):
         model = line(values)
         PruningPenalty(model, sparsity)().backward()
         weight, slope = model[0].weight.detach().flatten(), model[0].weight.grad.flatten()
-        place = round(sparsity * len(values))
-        threshold = weight.abs().sort().values[place - 1] if place else torch.tensor(0.0)
-        outward = -slope * weight.sign()  # what descent does to the magnitude
+        rank = round(sparsity * len(values))
+        threshold = weight.abs().sort().values[rank - 1] if rank else torch.tensor(0.0)
+        outward = -slope * weight.sign()  # change of the magnitude in gradient descent
         below, above = weight.abs() < threshold, (weight.abs() > threshold) & (weight.abs() < 2 * threshold)
         assert (outward[below] < 0).all()
         assert (outward[above] > 0).all()
         assert (slope[weight.abs() > 2 * threshold] == 0).all()
 
-    def test_descending_it_leaves_nothing_at_the_threshold(self):
+    def test_minimising_the_penalty_leaves_no_weight_at_the_threshold(self):
         torch.manual_seed(0)
         model = seeded(lambda: nn.Sequential(nn.Linear(40, 30)))
         to_hyperspherical(model, keep=False)
@@ -151,7 +151,7 @@ class TestPenalty:
         assert gaps[0] < 1.3
         assert gaps[-1] > 100
 
-    def test_it_is_of_the_direction_where_a_layer_is_hyperspherical(self):
+    def test_gain_and_offset_of_a_hyperspherical_layer_have_no_penalty(self):
         model = seeded(chain)
         to_hyperspherical(model, include="3")
         before = cost(PruningPenalty(model, 0.5, include="3")())
@@ -160,13 +160,13 @@ class TestPenalty:
             model[3].parametrizations.weight[0].offset.add_(1)
         assert cost(PruningPenalty(model, 0.5, include="3")()) == before
 
-    def test_it_grows_during_the_warmup(self):
+    def test_the_penalty_grows_during_the_warmup(self):
         penalty = PruningPenalty(seeded(chain), 0.5, warmup=0.4)
         assert cost(penalty(0.0)) == 0
         assert cost(penalty(0.2)) == pytest.approx(0.5 * cost(penalty(1.0)))
         assert cost(penalty(0.4)) == cost(penalty(1.0))
 
-    def test_one_threshold_for_each_layer_or_for_all(self):
+    def test_one_threshold_per_layer_or_for_all(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         before = {across: cost(PruningPenalty(model, 0.5, across=across)()) for across in (False, True)}
         with torch.no_grad():
@@ -174,7 +174,7 @@ class TestPenalty:
         assert cost(PruningPenalty(model, 0.5)()) == pytest.approx(before[False], rel=1e-5)
         assert cost(PruningPenalty(model, 0.5, across=True)()) != pytest.approx(before[True], rel=0.1)
 
-    def test_a_pruned_network_and_none_at_all_cost_nothing(self):
+    def test_zero_weights_and_zero_sparsity_have_no_penalty(self):
         assert cost(PruningPenalty(line([0.0, 0.0, 0.0]), 0.5)()) == 0
         assert cost(PruningPenalty(line([1.0, 2.0, 3.0]), 0.0)()) == 0
         model = pruned_copy(seeded(chain), 0.9)
@@ -190,6 +190,6 @@ class TestPenalty:
             ({"sparsity": 0.5, "include": "nothing"}, ValueError),
         ],
     )
-    def test_what_cannot_be_is_refused(self, options, error):
+    def test_impossible_options_are_refused(self, options, error):
         with pytest.raises(error):
             PruningPenalty(seeded(chain), **options)

@@ -1,4 +1,4 @@
-"""An argument that stands in another one's place is refused with the call to write, and nothing is changed or read."""
+"""An argument in the wrong place is an error that shows the correct call; nothing is changed or read."""
 
 import copy
 
@@ -61,16 +61,16 @@ MISSING = {
 
 
 @pytest.mark.parametrize(("call", "message"), SWAPPED.values(), ids=SWAPPED)
-def test_what_stands_in_the_wrong_place_is_named_with_the_call_to_write(call, message):
+def test_the_error_for_an_argument_in_the_wrong_place_shows_the_correct_call(call, message):
     before = copy.deepcopy(MODEL.state_dict())
     with pytest.raises(TypeError, match=message) as caught:
         call()
-    assert len(str(caught.value)) < 250  # and no tensor is printed
+    assert len(str(caught.value)) < 250  # no tensor is printed
     assert all(torch.equal(value, before[key]) for key, value in MODEL.state_dict().items())
 
 
 @pytest.mark.parametrize(("call", "message"), MISSING.values(), ids=MISSING)
-def test_missing_images_are_named_with_the_call_to_write(call, message):
+def test_the_error_for_missing_images_shows_the_correct_call(call, message):
     with pytest.raises(CalibrationError, match=f"calibration is missing: pass images, .*{message}"):
         call()
 
@@ -87,7 +87,7 @@ def test_missing_images_are_named_with_the_call_to_write(call, message):
     ],
     ids=["tensor", "array", "list", "loader", "iterator", "function"],
 )
-def test_method_bn_takes_images_in_the_second_place(give):
+def test_method_bn_accepts_images_as_the_second_argument(give):
     second, third = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
     repair(second, give(X), method="bn", batch_size=7)
     repair(third, DENSE, X, method="bn", batch_size=7)
@@ -95,12 +95,12 @@ def test_method_bn_takes_images_in_the_second_place(give):
     assert not torch.equal(second[1].running_var, MODEL[1].running_var)
 
 
-def test_a_sparsity_that_is_no_number_is_not_printed():
+def test_the_error_for_a_sparsity_that_is_not_a_number_does_not_print_it():
     with pytest.raises(TypeError, match=r"^sparsity is of type Tensor; give a float"):
         resuscitate.sparsify(seeded(chain), X)
 
 
 @pytest.mark.parametrize("act", [resuscitate.sparsify, resuscitate.allocate], ids=lambda act: act.__name__)
-def test_images_in_the_place_of_the_model_are_no_model(act):
-    with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, not Tensor; the model stands first"):
+def test_images_in_place_of_the_model_are_an_error(act):
+    with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, not Tensor; pass the model first"):
         act(X, 0.9)

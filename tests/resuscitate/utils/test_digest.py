@@ -1,4 +1,4 @@
-"""By what a journal knows images, functions and options: the same wherever they are made, another where they differ."""
+"""Digests of images, functions and options: equal for equal contents in every process, different otherwise."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ SAME = {"helper": 3, "default": 1, "keyword": 1, "code": "", "scale": 2, "held":
 
 
 def made(**changes):
-    """A function of a module of its own, as a user's script has it."""
+    """A function of a separate module, such as a user's script."""
     given, space = SAME | changes, {"__name__": "users_script"}
     exec(textwrap.dedent(PROGRAM).format(**given), space)
     space.update(given["globals"])
@@ -58,11 +58,11 @@ class Batch:
 
 
 class TestFunctions:
-    def test_one_that_is_made_again_is_the_same_in_this_process_and_in_another(self):
+    def test_the_fingerprint_is_the_same_in_this_process_and_in_another(self):
         assert fingerprint(made()) == fingerprint(made())
         assert str(fingerprint(made())).startswith("users_script.make.<locals>.run ")
-        program = "from tests.resuscitate.test_digest import fingerprint, made; print(fingerprint(made()))"
-        # words are hashed otherwise in each process, and with that the order of a set
+        program = "from tests.resuscitate.utils.test_digest import fingerprint, made; print(fingerprint(made()))"
+        # each process hashes strings differently, so the order of a set differs
         command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.strip() == fingerprint(made())
@@ -86,10 +86,10 @@ class TestFunctions:
         ],
         ids=lambda changes: next(iter(changes)),
     )
-    def test_one_that_computes_something_else_is_another(self, changes):
+    def test_a_function_that_computes_something_else_has_another_fingerprint(self, changes):
         assert fingerprint(made(**changes)) != fingerprint(made())
 
-    def test_what_it_is_given_beforehand_counts(self):
+    def test_the_arguments_of_a_partial_count(self):
         def run(scale, shift, model, batch):
             return model(batch * scale + shift)
 
@@ -98,13 +98,13 @@ class TestFunctions:
         others = partial(run, 3.0, torch.ones(2)), partial(run, 2.0, torch.zeros(2)), partial(run, shift=1.0), run
         assert len({fingerprint(each) for each in (first, *others)}) == 5
 
-    def test_methods_and_callable_objects_are_known_by_their_plain_attributes(self):
+    def test_the_plain_attributes_of_methods_and_callable_objects_count(self):
         assert fingerprint(Scaled(2.0, object())) == fingerprint(Scaled(2.0, object()))
         assert fingerprint(Scaled(2.0).run) == fingerprint(Scaled(2.0).run)
         ways = Scaled(2.0), Scaled(3.0), Scaled(2.0).run, Scaled(3.0).run, Scaled(torch.ones(1)), Scaled(torch.zeros(1))
         assert len({fingerprint(way) for way in ways}) == len(ways)
 
-    def test_a_network_in_its_closure_is_known_by_its_weights(self):
+    def test_the_weights_of_a_network_in_the_closure_count(self):
         def through(first):
             return lambda model, batch: model(first(batch))
 
@@ -113,7 +113,7 @@ class TestFunctions:
         assert fingerprint(through(one)) != fingerprint(through(other))
         assert fingerprint(through(nn.ReLU())) != fingerprint(through(nn.LeakyReLU()))
 
-    def test_one_that_calls_itself_or_another_in_turn_has_an_end(self):
+    def test_recursive_functions_and_containers_have_a_fingerprint(self):
         def even(n):
             return n == 0 or odd(n - 1)
 
@@ -126,7 +126,7 @@ class TestFunctions:
         assert fingerprint(endless) == fingerprint(endless)
 
 
-def test_options_that_say_all_stand_for_themselves_and_others_by_their_contents():
+def test_plain_options_are_returned_unchanged_and_others_are_digested():
     assert [fingerprint(value) for value in (None, True, 3, 0.5, "erk")] == [None, True, 3, 0.5, "erk"]
     assert fingerprint({"a": 1.0, "b": 2.0}) == fingerprint({"b": 2.0, "a": 1.0})
     assert fingerprint([nn.Conv2d, "3"]) == fingerprint([nn.Conv2d, "3"])
@@ -157,17 +157,17 @@ class TestImages:
         ],
         ids=lambda value: type(value).__name__,
     )
-    def test_all_that_a_batch_holds_counts(self, other):
+    def test_all_contents_of_a_batch_count(self, other):
         batch = {"a": self.X, "scale": 2.0, "y": (self.X[:1], "c")}
         assert digest_images([batch]) == digest_images([{"y": (self.X[:1].clone(), "c"), "scale": 2.0, "a": self.X}])
         assert digest_images([batch]) != digest_images([other])
 
-    def test_batches_of_a_kind_of_their_own_are_told_apart(self):
+    def test_batches_of_other_types_have_different_digests(self):
         kinds = UserDict(a=self.X), UserDict(a=self.X + 1), Batch(self.X, 2.0), Batch(self.X, 3.0)
         kinds += (self.X, np.ones(3)), (self.X, np.zeros(3))
         assert len({digest_images([batch]) for batch in kinds}) == len(kinds)
 
-    def test_the_order_and_the_split_of_tensors_matter_only_where_that_is_asked_for(self):
+    def test_only_digest_in_order_depends_on_the_order_and_neither_on_the_split(self):
         x = self.X
         assert digest_images([x]) == digest_images(x.flip(0).split(4))
         assert digest_in_order([x]) == digest_in_order(x.split(4))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import resuscitate
-from resuscitate import Masks, compress
-from resuscitate.errors import JournalError
+from resuscitate import ASR, Masks, Refit, compress
+from resuscitate.errors import CalibrationError, JournalError
 from resuscitate.workflows.compress import schedule
 from tests.networks import Residual, chain, images, seeded
 
@@ -55,8 +55,9 @@ class TestCompress:
         model = seeded(Residual)
         by_hand, dense = copy.deepcopy(model), copy.deepcopy(model)
         report = compress(model, 0.8, images(40), allocation=allocation, steps=3)
+        measured = {"calibration": images(40)} if allocation == "rr" else {}
         for stop in schedule(0.8, 3):
-            masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, calibration=images(40))
+            masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, **measured)
             resuscitate.repair(by_hand, dense, images(40), method="refit")
         assert same(model, by_hand)
         assert report.masks == masks == resuscitate.Masks.from_zeros(model)
@@ -109,7 +110,7 @@ class TestCompress:
         before = copy.deepcopy(model)
         report = compress(model, 0.8, images(), steps=3)
         assert [step["sparsity"] for step in report.to_dict()["steps"]] == report.sparsities
-        assert report.layers[0].action == "refitted"
+        assert report.layers[0].status == "refitted"
         assert not same(model, before)
         report.undo()
         assert same(model, before)
@@ -136,10 +137,10 @@ class TestCompress:
         assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(report.to_dict()))
         with open(tmp_path / "run.csv", newline="") as file:
             rows = [
-                (int(row["step"]), float(row["sparsity"]), row["name"], row["action"]) for row in csv.DictReader(file)
+                (int(row["step"]), float(row["sparsity"]), row["name"], row["status"]) for row in csv.DictReader(file)
             ]
         steps = enumerate(zip(report.sparsities, report.steps, strict=True), 1)
-        assert rows == [(at, sparsity, row.name, row.action) for at, (sparsity, step) in steps for row in step.layers]
+        assert rows == [(at, sparsity, row.name, row.status) for at, (sparsity, step) in steps for row in step.layers]
         assert Masks.load(tmp_path / "run.safetensors") == report.masks
         for name in ("run.txt", "run"):
             with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
@@ -151,7 +152,7 @@ class TestAllOrNothing:
     def test_a_failure_in_the_last_step_leaves_the_model_as_it_was(self, monkeypatch):
         model = seeded(chain).train()
         before, calls = copy.deepcopy(model), []
-        module = sys.modules["resuscitate.compress"]
+        module = sys.modules["resuscitate.workflows.steps"]
         original = module.repair
 
         def fail_at_the_third(*args, **options):
@@ -185,7 +186,7 @@ class TestAllOrNothing:
 def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
     undisturbed = seeded(chain)
     compress(undisturbed, 0.8, images(), steps=3)
-    module = sys.modules["resuscitate.engine.corrections"]
+    module = sys.modules["resuscitate.methods.refit"]
     original, fits = module.fit, []
 
     def killed_at_the_sixth(*args, **options):
@@ -213,8 +214,8 @@ def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
         ({"allocation": "erk"}, "allocation"),
         ({"pattern": "filter"}, "pattern"),
         ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
-        ({"relu_aware": False}, "relu_aware"),
-        ({"ridge": 0.5}, "ridge"),
+        ({"relu_aware": False}, r"method \(relu_aware\)"),
+        ({"ridge": 0.5}, r"method \(ridge\)"),
         ({"seed": 1}, "seed"),
         ({"dtype": "bf16"}, "dtype"),
         ({"exclude": "11"}, "exclude"),
@@ -265,3 +266,47 @@ def test_on_a_real_network_a_refit_goes_far_beyond_batchnorm_and_steps_beyond_a_
     compress(by_steps, 0.9, calibration, allocation="erk", steps=3)
     assert score(by_refit) > score(by_batchnorm) + 20
     assert score(by_steps) > score(by_refit) + 2
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            (Refit(ridge=0.1), {"ridge": 0.1}),
+            (ASR(), {"method": "asr"}),
+            (ASR(prior="mean"), {"method": "asr", "prior": "mean"}),
+        ],
+        ids=["refit", "asr", "asr with options"],
+    )
+    def test_an_object_is_the_name_with_its_options(self, method, options):
+        one, other = seeded(chain), seeded(chain)
+        report = compress(one, 0.8, images(), steps=2, method=method)
+        compress(other, 0.8, images(), steps=2, **options)
+        assert same(one, other)
+        assert {step.method for step in report.steps} == {method.name}
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"method": "asr", "ridge": 0.1}, TypeError, "method 'asr' has no option 'ridge'"),
+            ({"method": Refit(), "ridge": 0.1}, TypeError, r"method=Refit\(ridge=\.\.\.\)"),
+            ({"ridge": -1.0}, ValueError, "ridge=-1.0 must be"),
+            ({"method": "magic"}, ValueError, "method='magic' is unknown"),
+            ({"schedule": "parallel"}, TypeError, r"compress\(\) has no option 'schedule'"),
+            ({"max_batches": 0}, CalibrationError, "max_batches must be"),
+            ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite='ignore' is unknown"),
+            ({"allocation": "magic"}, ValueError, "unknown allocation"),
+            ({"pattern": "magic"}, ValueError, "unknown pattern"),
+            ({"min_per_layer": -1}, ValueError, "min_per_layer=-1"),
+        ],
+        ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    )
+    def test_a_bad_option_is_refused_before_an_image_is_read(self, options, error, message):
+        model = seeded(chain)
+        with pytest.raises(error, match=message):
+            compress(model, 0.8, unread, **options)
+        assert same(model, seeded(chain))
+
+
+def unread():
+    raise AssertionError("the images were read")

@@ -1,97 +1,123 @@
-"""What each method reads: an option of another one, or out of its range, is refused before anything is read."""
+"""Which options each method has: an option of another one, or out of its range, is refused before anything is read."""
 
 import copy
-from typing import get_args
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 import torch
 from torch import nn
 
 import resuscitate
-from resuscitate import Masks, compress, recoverability, regrow, repair
+from resuscitate import ASR, EMA, Exact, Masks, compress, recoverability, regrow, repair
 from resuscitate.engine.measure import measure
 from resuscitate.errors import CalibrationError
-from resuscitate.methods.choices import READ_BY, READ_WHERE, Method
+from resuscitate.methods.base import option_names, registered
 from resuscitate.network.runner import Network
-from resuscitate.workflows.repair import DEFAULTS
+from resuscitate.runtime.options import DEFAULTS
 from tests.networks import chain, images, pruned_copy, seeded
 
-METHODS = sorted(set(get_args(Method)) - {"auto"})
-# other than the default, and in range
-GIVEN = {
-    "schedule": "parallel",
-    "prior": "mean",
-    "bias": False,
-    "eps": 1e-3,
-    "ridge": 0.5,
-    "relu_aware": False,
-    "means": "filter",
-    "gain_samples": 9,
-    "correlations": True,
-    "include": ["3", "11"],
-    "exclude": nn.Linear,
-    "masks": Masks.from_zeros(pruned_copy(seeded(chain))),
-    "skip_first": False,
-    "skip_last": False,
-    "recalibrate_samples": 9,
-    "ema_batches": 2,
-    "ema_batch_size": 4,
-    "ema_momentum": 0.5,
-    "frozen": "recalibrate",
+METHODS = registered()
+GAINS = ("layerwise", "channelwise", "asr")
+CHANGING = (*GAINS, "refit", "mean")  # methods that change layers
+# fields of methods, other than the default, and in range
+FIELDS = {"prior": "mean", "bias": False, "eps": 1e-3, "ridge": 0.5, "relu_aware": False, "means": "kernel"}
+# options of `repair` that not every method reads, and the methods that do
+SOME = {
+    "schedule": ("parallel", GAINS),
+    "gain_samples": (9, (*GAINS, "refit")),
+    "diagnostics": (True, (*GAINS, "refit")),
+    "include": (["3", "11"], CHANGING),
+    "exclude": (nn.Linear, CHANGING),
+    "masks": (Masks.from_zeros(pruned_copy(seeded(chain))), CHANGING),
+    "skip_first": (False, CHANGING),
+    "skip_last": (False, CHANGING),
 }
-METHOD_OF = {"exact": "bn", "ema": "bn", None: "asr"}
+# fields of the recalibrations
+RECALIBRATIONS = {"samples": 9, "batches": 2, "batch_size": 4, "momentum": 0.5, "frozen": "recalibrate"}
 
 
 def never():
     raise AssertionError("the images were read")
 
 
-def refused(message, method="asr", **options):
+def refused(message, method="asr", error=ValueError, **options):
     dense = seeded(chain)
     model = pruned_copy(dense)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         repair(model, dense, never, method=method, **options)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_each_option_of_a_method_is_tried_here():
+    assert FIELDS.keys() == option_names()
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("option", READ_BY)
-def test_an_option_is_read_by_its_methods_and_refused_by_the_others(option, method):
-    if method in READ_BY[option]:
-        dense, rest = seeded(chain), {} if option != "skip_last" else {"schedule": "sequential"}
-        assert repair(pruned_copy(dense), dense, images(), method=method, **{option: GIVEN[option]}, **rest).images
+@pytest.mark.parametrize("option", FIELDS)
+def test_an_option_is_a_field_of_its_methods_and_refused_by_the_others(option, method):
+    dense, given = seeded(chain), {option: FIELDS[option]}
+    if option in {field.name for field in fields(METHODS[method])}:
+        by_name, by_object = pruned_copy(dense), pruned_copy(dense)
+        report = repair(by_name, dense, images(), method=method, **given)
+        repair(by_object, dense, images(), method=METHODS[method](**given))
+        assert report.options[option] == FIELDS[option]
+        torch.testing.assert_close(by_name.state_dict(), by_object.state_dict(), rtol=0, atol=0)
+    else:
+        message = rf"method '{method}' has no option '{option}'; it is for method"
+        refused(message, method, TypeError, **given)
+        with pytest.raises(TypeError, match=option):
+            METHODS[method](**given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("option", SOME)
+def test_an_option_of_a_repair_is_read_by_its_methods_and_refused_by_the_others(option, method):
+    value, readers = SOME[option]
+    if method in readers:
+        dense = seeded(chain)
+        assert repair(pruned_copy(dense), dense, images(), method=method, **{option: value}).images
     elif option == "schedule" and method != "bn":
-        refused("schedule='sequential'", method, schedule="parallel")
+        refused("runs with schedule='sequential' only", method, schedule="parallel")
     else:
-        refused(rf"{option}\b.* is for method.*, not '{method}'", method, **{option: GIVEN[option]})
+        refused(rf"{option}\b.* is for methods.*, not '{method}'", method, **{option: value})
 
 
-@pytest.mark.parametrize("recalibrate", ["exact", "ema", None])
-@pytest.mark.parametrize("option", READ_WHERE)
-def test_an_option_of_a_recalibration_is_refused_where_there_is_another_or_none(option, recalibrate):
-    if recalibrate in READ_WHERE[option]:
-        cut = {"ema_batches": 1, "ema_batch_size": 8} if recalibrate == "ema" else {}
-        options = {**cut, option: GIVEN[option]}
-        assert resuscitate.recalibrate_batchnorm(seeded(chain), images(), mode=recalibrate, **options).layers
+def test_an_option_belongs_to_a_method_that_is_given_as_an_object():
+    refused("prior: give it to the method, method=ASR\\(prior=...\\)", ASR(), TypeError, prior="mean")
+
+
+@pytest.mark.parametrize("mode", [Exact, EMA], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("option", RECALIBRATIONS)
+def test_an_option_of_a_recalibration_is_a_field_of_it_and_refused_by_the_other(option, mode):
+    given = {option: RECALIBRATIONS[option]}
+    if option in {field.name for field in fields(mode)}:
+        cut = {"batches": 1, "batch_size": 8} if mode is EMA else {}
+        assert resuscitate.recalibrate_batchnorm(seeded(chain), images(), mode=mode(**cut | given)).layers
     else:
-        method = METHOD_OF[recalibrate]
-        message = rf"{option}=.* is for recalibrate=.*; method '{method}' runs with recalibrate={recalibrate!r}"
-        refused(message, method, recalibrate=recalibrate, **{option: GIVEN[option]})
+        with pytest.raises(TypeError, match=option):
+            mode(**given)
+    if option != "batch_size":  # which is a run-time option too
+        refused(f"has no option '{option}'", "bn", TypeError, recalibrate=mode.name, **given)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_default_may_be_given_by_name_whatever_the_method(method):
     dense = seeded(chain)
-    given = {name: value for name, value in DEFAULTS.items() if name not in ("model", "dense", "calibration", "method")}
-    assert repair(pruned_copy(dense), dense, images(), method=method, **given).method == method
+    own = {each.name: each.default for each in signature(repair).parameters.values() if each.kind is each.KEYWORD_ONLY}
+    given = {**own, **DEFAULTS, "method": method}
+    assert repair(pruned_copy(dense), dense, images(), **given).method == method
 
 
 def test_the_message_says_what_auto_stands_for():
-    refused("prior='mean' is for method 'asr', not 'refit', which 'auto' stands for here", "auto", prior="mean")
     refused(
-        "ridge=0.5 is for methods 'refit' and 'two-stage', not 'asr', which", "auto", schedule="parallel", ridge=0.5
+        "method 'refit', which 'auto' stands for here, has no option 'prior'; it is for method 'asr'",
+        "auto",
+        TypeError,
+        prior="mean",
     )
+    refused("method 'asr', which 'auto' stands for here", "auto", TypeError, schedule="parallel", ridge=0.5)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +129,8 @@ def test_the_message_says_what_auto_stands_for():
         ({"eps": float("nan")}, "eps=nan must be"),
         ({"method": "refit", "ridge": -5}, "ridge=-5 must be at least 0"),
         ({"method": "refit", "ridge": float("inf")}, "ridge=inf must be"),
-        ({"method": "bn", "recalibrate": "ema", "ema_batches": 0}, "ema_batches=0 must be a whole number"),
-        ({"method": "bn", "recalibrate": "ema", "ema_batch_size": 2.5}, "ema_batch_size=2.5 must be a whole number"),
-        ({"method": "bn", "recalibrate": "ema", "ema_momentum": 0.0}, "ema_momentum=0.0 must be above 0"),
-        ({"method": "asr", "schedule": "parallel", "correlations": True}, "schedule='sequential'"),
+        ({"method": "refit", "means": "layer"}, "means='layer' is unknown; there are 'filter', 'kernel'"),
+        ({"method": "asr", "schedule": "parallel", "diagnostics": True}, "schedule='sequential'"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -114,8 +138,24 @@ def test_an_option_out_of_range_is_refused(options, message):
     refused(message, **options)
 
 
+@pytest.mark.parametrize(
+    ("mode", "given", "error", "message"),
+    [
+        (EMA, {"batches": 0}, ValueError, "batches=0 must be at least 1"),
+        (EMA, {"batch_size": 2.5}, TypeError, "batch_size=2.5 must be a whole number"),
+        (EMA, {"momentum": 0.0}, ValueError, "momentum=0.0 must be above 0 and at most 1"),
+        (EMA, {"frozen": "thaw"}, ValueError, "frozen='thaw' is unknown; there are 'keep', 'recalibrate'"),
+        (Exact, {"samples": 0}, ValueError, "samples=0 must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_field_of_a_recalibration_out_of_range_is_refused(mode, given, error, message):
+    with pytest.raises(error, match=message):
+        mode(**given)
+
+
 def test_too_few_images_for_a_momentum_are_noticed_before_a_layer_is_changed(monkeypatch):
-    monkeypatch.setattr("resuscitate.engine.corrections.write_weights", lambda *_: pytest.fail("a layer was refitted"))
+    monkeypatch.setattr("resuscitate.engine.writer.write_weights", lambda *_: pytest.fail("a layer was refitted"))
     dense = seeded(chain)
     with pytest.raises(CalibrationError, match="20 batches of 128 need 2560 images and there are 24"):
         repair(pruned_copy(dense), dense, images(), recalibrate="ema")
@@ -139,8 +179,11 @@ class TestElsewhere:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"method": "asr", "ridge": 1.0}, "method 'mine': ridge=1.0 is for methods 'refit' and 'two-stage'"),
-            ({"prior": "mean"}, "method 'mine': prior='mean' is for method 'asr', not 'refit'"),
+            (
+                {"method": "asr", "ridge": 1.0},
+                "method 'mine': method 'asr' has no option 'ridge'; it is for method 'refit'",
+            ),
+            ({"prior": "mean"}, "method 'mine': method 'refit', which 'auto' stands for here, has no option 'prior'"),
             ({"method": "magic"}, "method 'mine': method='magic' is unknown"),
             ({"past": 0.5, "method": "magic"}, "method 'mine': method='magic' is unknown"),
             ({"past": 0.5, "budget": "fair"}, "method 'mine': budget='fair' is unknown"),
@@ -148,32 +191,33 @@ class TestElsewhere:
         ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
     )
     def test_a_map_refuses_before_it_reads(self, options, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(TypeError if "no option" in message else ValueError, match=message):
             recoverability(seeded(chain), never, lambda model: 50.0, methods={"mine": options})
 
 
 class TestRefitAndRecalibration:
     """`recalibrate` does not change the method: a refit is not cancelled, and BatchNorm follows it."""
 
-    @pytest.mark.parametrize(("recalibrate", "share"), [("exact", 0.2), ("ema", 1.0)])
+    @pytest.mark.parametrize(
+        ("recalibrate", "share"), [("exact", 0.2), (EMA(batches=10, batch_size=20), 1.0)], ids=["exact", "ema"]
+    )
     def test_it_comes_nearer_than_batchnorm_alone_and_keeps_the_zeros(self, recalibrate, share):
         dense, x, errors = seeded(chain), images(200), {}
-        cut = {"ema_batches": 10, "ema_batch_size": 20} if recalibrate == "ema" else {}
         for method in ("auto", "bn"):
             model = pruned_copy(dense, 0.8)
             masks = Masks.from_zeros(model)
-            report = repair(model, dense, x, method=method, recalibrate=recalibrate, **cut)
+            report = repair(model, dense, x, method=method, recalibrate=recalibrate)
             masks.check(model)
             with torch.no_grad():
                 errors[report.method] = float((model(x) - dense(x)).square().mean())
         assert errors["refit"] < share * errors["bn"]
 
     def test_the_classifier_is_fitted_where_its_inputs_are_final(self):
-        dense, actions = seeded(chain), []
-        for options in ({"recalibrate": "exact"}, {"recalibrate": "ema", "ema_batches": 2, "ema_batch_size": 8}):
-            report = repair(pruned_copy(dense), dense, images(), **options)
-            actions.append({row.name: row.action for row in report.layers}["11"])
-        assert actions == ["refitted", "skipped: the last layer, whose inputs are not matched"]
+        dense, rows = seeded(chain), []
+        for recalibrate in ("exact", EMA(batches=2, batch_size=8)):
+            report = repair(pruned_copy(dense), dense, images(), recalibrate=recalibrate)
+            rows += [(row.status, row.reason) for row in report.layers if row.name == "11"]
+        assert rows == [("refitted", ""), ("skipped", "the last layer, whose inputs are not matched")]
 
     def test_each_batchnorm_ends_with_what_reaches_it(self):
         dense = seeded(chain)
@@ -184,11 +228,11 @@ class TestRefitAndRecalibration:
         for name, behind in (("0", 1), ("3", 4), ("6", 7)):
             torch.testing.assert_close(model[behind].running_mean.double(), found[name][0].mean, rtol=1e-4, atol=1e-5)
 
-    def test_correlations_of_a_refit_are_what_it_explains(self):
+    def test_diagnostics_of_a_refit_are_what_it_explains(self):
         dense = seeded(chain)
         plain, asked = pruned_copy(dense), pruned_copy(dense)
         first = repair(plain, dense, images())
-        second = repair(asked, dense, images(), correlations=True)
+        second = repair(asked, dense, images(), diagnostics=True)
         assert second.method == "refit"
         assert [row.explained for row in first.layers] == [row.explained for row in second.layers]
         assert all(row.explained is not None for row in first.layers)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -11,16 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resuscitate import (
+    ASR,
     Accuracy,
+    ChannelWise,
     DenseStatistics,
     RecoverabilityMap,
+    Refit,
     Repairability,
     recoverability,
+    register,
     regrow,
     repair,
     sparsify,
 )
 from resuscitate.errors import CheckpointError, JournalError, ResuscitateError
+from resuscitate.methods import base
 from resuscitate.reports.recoverability import Cell
 from tests.networks import chain, images, seeded
 
@@ -74,7 +80,7 @@ class TestCells:
     def test_a_method_may_be_any_options_of_repair_under_any_name(self):
         dense = seeded(chain)
         flat = {"method": "asr", "prior": 1.0, "gain_samples": 8}
-        methods = {"flat": flat, "nothing": None, "pairs": {"correlations": True}}
+        methods = {"flat": flat, "nothing": None, "pairs": {"diagnostics": True}}
         score = Likeness(dense)
         found = recoverability(dense, images(), score, sparsities=[0.7], allocations=["erk"], methods=methods)
         model = copy.deepcopy(dense)
@@ -93,6 +99,26 @@ class TestCells:
             report = repair(model, dense, images(), **options)
             assert report.method == ("asr" if name == "asr" else "refit")
             assert found.curve("erk", name)[0.7] == pytest.approx(score(model), abs=1e-5)
+
+    def test_a_column_may_be_a_method_or_one_that_is_registered_by_name(self, monkeypatch):
+        monkeypatch.setattr(base, "_METHODS", {**base.registered()})
+
+        @register
+        @dataclass(frozen=True, kw_only=True)
+        class Half(ChannelWise):
+            """The gains and shifts of `ChannelWise`, under another name."""
+
+            name = "half"
+
+        dense = seeded(chain)
+        grid, score = {"sparsities": [0.7], "allocations": ["erk"]}, Likeness(dense)
+        found = recoverability(dense, images(), score, **grid, methods={"ridge": Refit(ridge=0.1), "x": Half()})
+        named = recoverability(dense, images(), score, **grid, methods=["half", "channelwise"])
+        model = copy.deepcopy(dense)
+        sparsify(model, 0.7, allocation="erk")
+        repair(model, dense, images(), ridge=0.1)
+        assert found.curve("erk", "ridge")[0.7] == pytest.approx(score(model), abs=1e-5)
+        assert named.curve("erk", "half") == named.curve("erk", "channelwise") == found.curve("erk", "x")
 
     def test_regrowing_and_means_are_methods_too(self):
         dense = seeded(chain)
@@ -302,7 +328,17 @@ class TestRefusals:
             ({"allocations": ["erkk"]}, "unknown allocation 'erkk'.*did you mean erk"),
             ({"allocations": "erk"}, r"allocations='erk' is one name; give several, such as \['erk'\]"),
             ({"methods": ["arr"]}, "unknown method 'arr'.*did you mean asr"),
-            ({"methods": {"mine": {"priors": 1}}}, "method 'mine': repair has no option priors"),
+            ({"methods": {"mine": {"priors": 1}}}, r"method 'mine': repair\(\) has no option 'priors'"),
+            ({"methods": {"mine": {"method": "asr", "ridge": 1}}}, "method 'mine': method 'asr' has no option 'ridge'"),
+            ({"methods": {"mine": {"method": ASR(), "prior": 1}}}, r"method 'mine': prior: .*method=ASR\(prior="),
+            ({"methods": {"mine": {"ridge": -1.0}}}, "method 'mine': ridge=-1.0 must be"),
+            ({"methods": {"mine": {"past": 2.0}}}, "method 'mine': past=2.0 must be"),
+            ({"methods": {"mine": {"past": 0.3, "budget": "fair"}}}, "method 'mine': budget='fair' is unknown"),
+            (
+                {"methods": {"mine": {"past": 0.3, "schedule": "parallel"}}},
+                r"mine': regrow\(\) has no option 'schedule'",
+            ),
+            ({"max_batches": 0}, "max_batches must be"),
             ({"pattern": "2:4"}, "has no sparsity to vary"),
             ({"workers": 0}, "must be at least 1"),
             ({"chance": 200.0}, r"no more than chance=200"),

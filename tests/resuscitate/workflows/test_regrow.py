@@ -1,4 +1,4 @@
-"""Regrowth: exact budgets, who gets them, which weights come back, and what a user may do between the rounds."""
+"""`regrow`: exact budgets, shares of the layers, choice of weights, callbacks between rounds, refusals."""
 
 import copy
 import csv
@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import resuscitate
-from resuscitate import Masks, regrow, repair, sparsify
+from resuscitate import ASR, Masks, Refit, regrow, repair, sparsify
 from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
-from resuscitate.methods.refit import drops
-from resuscitate.pruning.regrowth import by_need
+from resuscitate.pruning.regrowth import by_priority
 from resuscitate.pruning.units import Units
+from resuscitate.statistics.fitting import single_weight_error_reduction
 from tests.networks import Residual, chain, images, linears, seeded
 
 LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
@@ -47,30 +47,30 @@ class TestBudget:
         grown = regrow(model, dense, masks, 0.7, images(40), **options)
         total = sum(mask.numel() for mask in masks.values())
         assert zeros(grown) == round(0.7 * total)
-        assert all((grown[name] | ~mask).all() for name, mask in masks.items())  # nothing went
+        assert all((grown[name] | ~mask).all() for name, mask in masks.items())  # no kept weight is pruned
         assert sum(grown.regrown.values()) == zeros(masks) - zeros(grown)
-        grown.check(model)
-        assert grown == Masks.from_zeros(model)
+        grown.masks.check(model)
+        assert grown.masks == Masks.from_zeros(model)
 
     @settings(deadline=None, max_examples=100)
     @given(
         st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=6),
         st.floats(0, 1),
     )
-    def test_by_need_gives_all_that_there_is_room_for_and_more_to_the_needier(self, layers, part):
-        units, needs = {}, {}
-        for index, (gone, kept, need) in enumerate(layers):
-            stays = torch.arange(gone + kept) >= gone
-            units[str(index)] = Units(torch.rand(gone + kept), 1, (gone + kept,), stays)
-            needs[str(index)] = need / 20
-        room = sum(gone for gone, _, _ in layers)
-        removed = by_need(units, round(part * room), needs)
+    def test_by_priority_meets_the_budget_and_regrows_more_where_the_priority_is_higher(self, layers, part):
+        units, priorities = {}, {}
+        for index, (pruned, kept, priority) in enumerate(layers):
+            protected = torch.arange(pruned + kept) >= pruned
+            units[str(index)] = Units(torch.rand(pruned + kept), 1, (pruned + kept,), protected)
+            priorities[str(index)] = priority / 20
+        room = sum(pruned for pruned, _, _ in layers)
+        removed = by_priority(units, round(part * room), priorities)
         assert sum(removed.values()) == round(part * room)
-        back = {name: units[name].spare - count for name, count in removed.items()}
-        assert all(0 <= back[name] <= units[name].spare for name in units)
+        back = {name: units[name].removable - count for name, count in removed.items()}
+        assert all(0 <= back[name] <= units[name].removable for name in units)
         for a in units:
             for b in units:
-                if needs[a] > needs[b] and back[a] < units[a].spare:
+                if priorities[a] > priorities[b] and back[a] < units[a].removable:
                     assert back[a] >= back[b] - 1
 
     def test_proportional_gives_each_layer_the_same_share_of_what_it_misses(self):
@@ -85,7 +85,7 @@ class TestBudget:
         dense = seeded(chain)
         model, masks = copy.deepcopy(dense), {}
         with torch.no_grad():
-            model[3].weight[:, :4] = 0  # half of this layer's inputs, and of the next but a little
+            model[3].weight[:, :4] = 0  # half of this layer's inputs, and a few weights of the next
             model[6].weight[:, :4] *= model[6].weight[:, :4].abs() > 0.02
         masks = Masks.from_zeros(model, include=["3", "6"])
         before = copy.deepcopy(masks)
@@ -129,10 +129,10 @@ class TestSaliency:
         model[0].weight.data[0, 4] = 7.0
         grown = regrow(model, dense, Masks.from_zeros(model), 0.5, torch.randn(30, 6), method=None)
         assert grown["0"].tolist() == [[True, True, False, False, True, False]]
-        assert model[0].weight.tolist() == [[5, -4, 0, 0, 7, 0]]  # kept ones keep their bits
+        assert model[0].weight.tolist() == [[5, -4, 0, 0, 7, 0]]  # kept weights are unchanged
 
     def test_residual_brings_back_what_takes_most_off_the_error(self):
-        # a large weight on an input that hardly moves matters less than a small one on one that does
+        # a large weight on an input of small variance reduces the error less than a small one on large variance
         dense = linears([[5.0, 0.5, 0.3, 1.0]])
         model = copy.deepcopy(dense)
         model[0].weight.data[0, :3] = 0
@@ -150,7 +150,7 @@ class TestSaliency:
         assert grown["0"].tolist() == [[True, False, False, True, False, True]]
 
     @pytest.mark.parametrize("saliency", ["magnitude", "residual"])
-    def test_giving_all_back_and_refitting_brings_the_dense_function_back(self, saliency):
+    def test_regrowing_all_and_refitting_restores_the_dense_function(self, saliency):
         dense = seeded(chain)
         model, masks = pruned(dense, 0.9)
         regrow(model, dense, masks, 0.0, images(60), saliency=saliency)
@@ -171,9 +171,9 @@ class TestInitial:
         dense = seeded(chain)
         model, masks = pruned(dense)
         grown = regrow(model, dense, masks, 0.5, images(60), initial="refit")
-        found = Masks.from_zeros(model)  # nothing can be found for inputs that never move
+        found = Masks.from_zeros(model)  # weights on constant inputs stay zero
         assert zeros(grown) <= zeros(found) < zeros(masks)
-        grown.check(model)
+        grown.masks.check(model)
 
     def test_repair_takes_the_masks_for_what_is_in_use(self):
         dense = seeded(chain)
@@ -192,7 +192,7 @@ class TestRounds:
         by_hand = copy.deepcopy(model)
         grown = regrow(model, dense, masks, 0.7, images(40), rounds=2)
         middle = regrow(by_hand, dense, masks, grown.rounds[0].sparsity, images(40))
-        assert regrow(by_hand, dense, middle, 0.7, images(40)) == grown
+        assert regrow(by_hand, dense, middle.masks, 0.7, images(40)).masks == grown.masks
         assert same(model, by_hand)
         assert [round(each.sparsity, 2) for each in grown.rounds] == [0.8, 0.7]
         assert all(each.report.method == "refit" for each in grown.rounds)
@@ -230,7 +230,7 @@ class TestRounds:
 
         grown = regrow(model, dense, masks, 0.7, images(), rounds=2, finetune=finetune, method=None)
         assert calls == [each.sparsity for each in grown.rounds]
-        grown.check(model)
+        grown.masks.check(model)
         assert not model.training
         assert not torch.equal(model[1].running_mean, dense[1].running_mean)
 
@@ -261,11 +261,11 @@ class TestRounds:
         for index, each in enumerate(grown.rounds):
             mine = {row["name"]: row for row in rows if row["round"] == str(index + 1)}
             assert {name: int(row["regrown"]) for name, row in mine.items() if row["regrown"]} == each.regrown
-            assert {name: row["action"] for name, row in mine.items() if row["action"]} == (
-                {row.name: row.action for row in each.report.layers} if each.report else {}
+            assert {name: row["status"] for name, row in mine.items() if row["status"]} == (
+                {row.name: row.status for row in each.report.layers} if each.report else {}
             )
             assert {float(row["sparsity"]) for row in mine.values()} == {each.sparsity}
-        assert Masks.load(tmp_path / "run.safetensors") == grown
+        assert Masks.load(tmp_path / "run.safetensors") == grown.masks
         for name in ("run.txt", "run"):
             with pytest.raises(ValueError, match=rf"{name}: it is written as \.json or \.csv or \.safetensors"):
                 grown.save(tmp_path / name)
@@ -277,7 +277,7 @@ class TestRounds:
         options = {"budget": "damage", "saliency": "residual", "rounds": 2}
         expected, fresh = copy.deepcopy(model), copy.deepcopy(model)
         regrow(expected, dense, masks, 0.7, images(40), **options)
-        walks, write = [], resuscitate.engine.corrections.write_weights
+        walks, write = [], resuscitate.engine.writer.write_weights
 
         def fail(name, *rest):
             walks.append(name)
@@ -285,14 +285,16 @@ class TestRounds:
                 raise KeyboardInterrupt
             return write(name, *rest)
 
-        monkeypatch.setattr(resuscitate.engine.corrections, "write_weights", fail)
+        monkeypatch.setattr(resuscitate.engine.writer, "write_weights", fail)
         with pytest.raises(KeyboardInterrupt):
             regrow(model, dense, masks, 0.7, images(40), resume=tmp_path, **options)
         assert same(model, fresh)
         monkeypatch.undo()
         measured = []
         monkeypatch.setattr(
-            resuscitate.pruning.importance, "drops", lambda *a, **k: measured.append(1) or drops(*a, **k)
+            resuscitate.pruning.importance,
+            "single_weight_error_reduction",
+            lambda *a, **k: measured.append(1) or single_weight_error_reduction(*a, **k),
         )
         grown = regrow(model, dense, masks, 0.7, images(40), resume=tmp_path, **options)
         assert not measured
@@ -315,7 +317,7 @@ class TestRounds:
             ({"budget": "damage"}, "budget"),
             ({"saliency": "residual"}, "saliency"),
             ({"initial": "zero"}, "initial"),
-            ({"method": "asr"}, "method"),
+            ({"method": "asr"}, r"method \(.*\)"),
             ({"densities": {"0": 1.0}}, "densities"),
             ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
             ({"seed": 1}, "seed"),
@@ -335,7 +337,7 @@ class TestRounds:
         with pytest.raises(JournalError, match=rf"run\.journal is .* another run: options \({option}\) differ"):
             regrow(model, dense, masks, **given | changes)
         assert same(model, before)
-        # when to stop is not in the journals
+        # evaluate and accuracy are not part of the journals' identity
         grown = regrow(model, dense, masks, **given, evaluate=lambda model: 50.0, accuracy=40.0)
         assert [each.report.resumed for each in grown.rounds] == [4]
 
@@ -348,6 +350,14 @@ class TestRounds:
             results.append(model)
         assert same(*results)
 
+    def test_the_result_is_a_mapping_of_the_masks_and_no_masks(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), method=None)
+        assert not isinstance(grown, Masks)
+        assert Masks(grown) == grown.masks
+        repair(model, dense, images(), masks=grown)
+
     def test_the_report_reads_and_writes(self):
         dense = seeded(chain)
         model, masks = pruned(dense)
@@ -355,7 +365,53 @@ class TestRounds:
         plain = grown.to_dict()
         assert [row["sparsity"] for row in plain["rounds"]] == [each.sparsity for each in grown.rounds]
         assert sum(row["regrown"]["3"] for row in plain["rounds"]) == grown.regrown["3"]
-        assert grown.table()[1].note == f"{grown.regrown['3']:,} given back"
+        assert grown.masks.table()[1].note == f"{grown.regrown['3']:,} regrown"
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            (Refit(relu_aware=False), {"method": "refit", "relu_aware": False}),
+            (ASR(prior="mean"), {"method": "asr", "prior": "mean"}),
+        ],
+        ids=["refit", "asr"],
+    )
+    def test_an_object_is_the_name_with_its_options(self, method, options):
+        dense, results = seeded(chain), []
+        for chosen in ({"method": method}, options):
+            model, masks = pruned(dense)
+            grown = regrow(model, dense, masks, 0.7, images(), **chosen)
+            assert grown.rounds[0].report.method == method.name
+            results.append(model)
+        assert same(*results)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"method": "asr", "ridge": 0.1}, TypeError, "method 'asr' has no option 'ridge'"),
+            ({"method": Refit(), "ridge": 0.1}, TypeError, r"method=Refit\(ridge=\.\.\.\)"),
+            ({"ridge": -1.0}, ValueError, "ridge=-1.0 must be"),
+            ({"method": "magic"}, ValueError, "method='magic' is unknown"),
+            ({"method": ASR(), "initial": "refit"}, ValueError, "needs a refit"),
+            ({"recalibrate": "exact"}, TypeError, r"regrow\(\) has no option 'recalibrate'"),
+            ({"batch_size": 0}, CalibrationError, "batch_size must be"),
+            ({"pattern": "channels", "forward_fn": print}, ValueError, "takes no forward_fn"),
+            ({"rounds": 0}, ValueError, "rounds=0"),
+            ({"budget": "fair"}, ValueError, "budget='fair' is unknown"),
+        ],
+        ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    )
+    def test_a_bad_option_is_refused_before_an_image_is_read(self, options, error, message):
+        def unread():
+            raise AssertionError("the images were read")
+
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        before = copy.deepcopy(model)
+        with pytest.raises(error, match=message):
+            regrow(model, dense, masks, 0.7, unread, **options)
+        assert same(model, before)
 
 
 class TestRefused:
@@ -375,7 +431,7 @@ class TestRefused:
             ({"rounds": 0}, ValueError, "rounds=0"),
             ({"accuracy": 0.5}, ValueError, "evaluate"),
             ({"loss": F.cross_entropy}, ValueError, "loss is for saliency 'gradient'"),
-            ({"evaluate": lambda model: float("nan")}, ValueError, "not a score"),
+            ({"evaluate": lambda model: float("nan")}, ValueError, "must return a finite score"),
             ({"masks": {}}, ValueError, "masks is empty"),
             ({"masks": {"0": torch.ones(3, 3)}}, MaskError, "made for another model"),
             ({"masks": {"zzz": torch.ones(3, 3)}}, MaskError, "zzz"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import resuscitate
-from resuscitate.engine.corrections import Corrector
+from resuscitate.engine.writer import Writer
 from resuscitate.network.layers import channel_dim
 from tests.networks import Residual, Zoo, chain, images, pruned_copy, seeded
 
@@ -88,23 +88,23 @@ def test_the_gain_acts_on_the_weights_and_on_the_old_bias_alike():
     assert off.abs().max() > 0.1
 
 
-def test_deciding_leaves_the_moments_of_the_walk_as_they_were(monkeypatch):
+def test_solving_leaves_the_moments_of_the_walk_as_they_were(monkeypatch):
     dense = seeded(chain)
     model = pruned_copy(dense)
     with torch.no_grad():
         [m for m in model.modules() if isinstance(m, nn.Conv2d)][1].weight[1] = 0
-    decide, compared = Corrector._decide, []
+    solve, compared = Writer._solve, []
 
-    def watched(self, visit, wanted):
+    def watched(self, measurement, solver):
         # as rounding would leave it
-        for moments in visit.calls:
+        for moments in measurement.found.calls:
             moments.m2 = moments.m2 + 1e-12
-        before = [moments.m2.clone() for moments in visit.calls]
-        decision = decide(self, visit, wanted)
-        compared.extend(torch.equal(a, moments.m2) for a, moments in zip(before, visit.calls, strict=True))
-        return decision
+        before = [moments.m2.clone() for moments in measurement.found.calls]
+        update = solve(self, measurement, solver)
+        compared.extend(torch.equal(a, moments.m2) for a, moments in zip(before, measurement.found.calls, strict=True))
+        return update
 
-    monkeypatch.setattr(Corrector, "_decide", watched)
+    monkeypatch.setattr(Writer, "_solve", watched)
     report = resuscitate.repair(model, dense, images(), method="channelwise")
     assert sum(row.dead for row in report.layers) >= 1
     assert compared
@@ -129,7 +129,7 @@ def test_the_first_convolution_is_skipped_unless_asked_for():
     first = model[0].weight.detach().clone()
     report = resuscitate.repair(model, dense, images(), method="asr")
     assert torch.equal(model[0].weight, first)
-    assert report.layers[0].action == "skipped: its input is the image"
+    assert (report.layers[0].status, report.layers[0].reason) == ("skipped", "its input is the image")
     resuscitate.repair(model, dense, images(), method="asr", skip_first=False)
     assert not torch.equal(model[0].weight, first)
 
@@ -140,7 +140,7 @@ def test_auto_is_a_refit_where_the_dense_model_is_followed_in_sequence_else_asr(
     for target, options in (
         (dense, {}),
         (dense, {"recalibrate": None, "batch_size": 7}),
-        (dense, {"correlations": True}),
+        (dense, {"diagnostics": True}),
         (dense, {"recalibrate": "exact"}),
         (dense, {"schedule": "parallel"}),
         (dense, {"schedule": "parallel", "prior": "mean", "bias": False}),
@@ -157,9 +157,9 @@ def test_the_last_layer_is_skipped_where_its_inputs_are_not_matched():
     actions = {}
     for options in ({"schedule": "sequential"}, {"schedule": "parallel"}, {"recalibrate": "exact"}):
         report = resuscitate.repair(pruned_copy(dense), dense, images(), method="asr", **options)
-        actions[tuple(options.values())] = {row.name: row.action for row in report.layers}["11"]
+        actions[tuple(options.values())] = {row.name: f"{row.status}: {row.reason}" for row in report.layers}["11"]
     skipped = "skipped: the last layer, whose inputs are not matched"
-    assert actions == {("sequential",): "repaired", ("parallel",): skipped, ("exact",): skipped}
+    assert actions == {("sequential",): "repaired: ", ("parallel",): skipped, ("exact",): skipped}
 
 
 def test_include_and_exclude_select_by_glob_and_type():
@@ -190,10 +190,13 @@ def test_an_output_with_two_readers_gets_a_new_bias_that_is_reported():
     assert set(model.state_dict()) - set(dense.state_dict()) == {"conv2.bias"}
 
 
-def test_layers_that_never_run_are_left_alone_and_named():
+def test_layers_that_never_run_are_unchanged_and_named():
     dense = seeded(Zoo)
     report = resuscitate.repair(pruned_copy(dense), dense, images())
-    assert {row.name: row.action for row in report.layers}["unused"] == "left alone: no forward pass reaches it"
+    assert {row.name: (row.status, row.reason) for row in report.layers}["unused"] == (
+        "unchanged",
+        "no forward pass reaches it",
+    )
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
@@ -226,7 +229,7 @@ def test_any_kind_of_calibration_gives_the_same_repair(give):
 
 def test_gains_and_batchnorm_take_their_own_numbers_of_images():
     dense = seeded(chain)
-    options = {"recalibrate": "exact", "gain_samples": 5, "recalibrate_samples": 17, "batch_size": 4}
+    options = {"recalibrate": resuscitate.Exact(samples=17), "gain_samples": 5, "batch_size": 4}
     report = resuscitate.repair(pruned_copy(dense), dense, images(), **options)
     assert (report.images, report.batchnorm_images) == (5, 17)
     bn_alone, gained = pruned_copy(dense), pruned_copy(dense)
@@ -312,7 +315,7 @@ def test_the_device_option_brings_the_models_back(monkeypatch):
     assert moved == [("cpu",)] * 2 + [(torch.device("cpu"),)] * 2
 
 
-def test_what_the_images_never_reach_is_left_alone_and_reported():
+def test_what_the_images_never_reach_is_unchanged_and_reported():
     class Branching(nn.Module):
         """Batches of two, as the first look takes them, go another way than longer ones."""
 
@@ -326,5 +329,8 @@ def test_what_the_images_never_reach_is_left_alone_and_reported():
 
     dense = seeded(Branching)
     report = resuscitate.repair(pruned_copy(dense), dense, images(), skip_first=False, recalibrate="exact")
-    assert {row.name: row.action for row in report.layers}["rare"] == "left alone: these images never reach it"
-    assert "BatchNorm 'rare_bn' is never reached by these images: kept" in report.notes
+    assert {row.name: (row.status, row.reason) for row in report.layers}["rare"] == (
+        "unchanged",
+        "these images never reach it",
+    )
+    assert "BatchNorm 'rare_bn' is unchanged: these images never reach it" in report.notes

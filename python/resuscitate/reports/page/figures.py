@@ -8,8 +8,27 @@ from html import escape
 from typing import Any
 
 
+def tag(kind: str, content: str = "", **attributes: Any) -> str:
+    """An element: `content` is markup, attributes are escaped and numbers rounded; class_="a" is class="a"."""
+    said = ""
+    for key, value in attributes.items():
+        shown = f"{value:.1f}" if isinstance(value, float) else escape(str(value))
+        said += f' {key.rstrip("_").replace("_", "-")}="{shown}"'
+    return f"<{kind}{said}>{content}</{kind}>"
+
+
+def text(x: float, y: float, words: str, **attributes: Any) -> str:
+    """Text in a figure."""
+    return tag("text", escape(words), x=x, y=y, **attributes)
+
+
+def line(x: tuple[float, float], y: tuple[float, float], kind: str = "axis", **attributes: Any) -> str:
+    """A line in a figure, between two values of x and of y."""
+    return tag("line", class_=kind, x1=x[0], x2=x[1], y1=y[0], y2=y[1], **attributes)
+
+
 def slope(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """Of the straight line through (log x, log y) by least squares; 1 is ideal, None for fewer than two values of x."""
+    """Slope of the least-squares line through (log x, log y); 1 is ideal, None for fewer than two values of x."""
     logs = [(math.log(x), math.log(y)) for x, y in pairs if x > 0 and y > 0]
     if len({x for x, _ in logs}) < 2:
         return None
@@ -17,64 +36,51 @@ def slope(pairs: Iterable[tuple[float, float]]) -> float | None:
     return sum((x - mx) * (y - my) for x, y in logs) / sum((x - mx) ** 2 for x, _ in logs)
 
 
-def bars(title: str, values: Mapping[str, float], unit: str, caption: str, most: float | None = None) -> str:
-    """Horizontal bars."""
-    if not values:
-        return ""
-    most = most or max(values.values()) or 1.0
+def bars(title: str, rows: Sequence[tuple[str, float, str]], caption: str) -> str:
+    """Horizontal bars: name, share of the full length, label."""
     parts = []
-    for index, (name, value) in enumerate(values.items()):
-        y, width = 6 + 26 * index, 330 * max(value, 0) / most
-        parts.append(f'<text x="0" y="{y + 14}">{escape(name)}</text>')
-        parts.append(f'<rect class="after" x="160" y="{y}" width="{width:.1f}" height="18" rx="3"/>')
-        parts.append(f'<text x="{166 + width:.1f}" y="{y + 14}">{value:.1f}{unit}</text>')
-    return figure(title, parts, 26 * len(values) + 10, caption)
+    for y, (name, share, label) in enumerate(rows):
+        width = 260.0 * max(share, 0)
+        parts.append(text(0, 24 * y + 19, name))
+        parts.append(tag("rect", class_="after", x=160, y=24 * y + 6, width=width, height=16, rx=3))
+        parts.append(text(166 + width, 24 * y + 19, label))
+    return figure(title, parts, 24 * len(rows) + 10, caption) if rows else ""
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Numbers are shown short and sorted whole; a column without any value is left out."""
-    rows = list(rows)
-    wanted = [at for at in range(len(heads)) if any(row[at] is not None for row in rows)]
-    kinds = [' class="text"' if any(isinstance(row[at], str) for row in rows) else "" for at in wanted]
-    top = "".join(
-        f'<th scope="col"{kind}><button>{escape(heads[at])}</button></th>'
-        for at, kind in zip(wanted, kinds, strict=True)
-    )
-    lines = []
-    for row in rows:
-        cells = []
-        for at in wanted:
-            value = row[at]
-            if isinstance(value, float):
-                cells.append(f'<td data-value="{value!r}">{value:.3f}</td>')
-            else:
-                kind = ' class="text"' if isinstance(value, str) else ""
-                cells.append(f"<td{kind}>{'' if value is None else escape(str(value))}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Numbers are shown rounded and sorted by their full value; a column without any value is not shown."""
+    heads = [head for head in (rows[0] if rows else ()) if any(row[head] is not None for row in rows)]
+    kinds = {head: {"class_": "text"} for head in heads if any(isinstance(row[head], str) for row in rows)}
+    top = "".join(tag("th", tag("button", escape(head)), scope="col", **kinds.get(head, {})) for head in heads)
+    lines = [tag("tr", "".join(_cell(row[head]) for head in heads)) for row in rows]
     body = "\n".join(lines)
     return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n'
 
 
-def figure(title: str, parts: Iterable[str], height: float, caption: str) -> str:
-    drawn = "\n".join(parts)
-    return (
-        f'<h2>{title}</h2>\n<figure><svg viewBox="0 0 560 {height:.0f}" role="img" aria-label="{title}">'
-        f"\n{drawn}\n</svg>"
-        f"<figcaption>{caption}</figcaption></figure>\n"
-    )
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return tag("td", f"{value:.3f}", data_value=repr(value))
+    kind = {"class_": "text"} if isinstance(value, str) else {}
+    return tag("td", "" if value is None else escape(str(value)), **kind)
+
+
+def figure(title: str, parts: Iterable[str], height: int, caption: str) -> str:
+    """A titled figure; `caption` is markup."""
+    drawn = tag("svg", "\n".join(parts), viewBox=f"0 0 560 {height}", role="img", aria_label=title)
+    return f"<h2>{title}</h2>\n<figure>{drawn}<figcaption>{caption}</figcaption></figure>\n"
 
 
 def key(kind: str) -> str:
+    """The coloured mark of "before" or "after" in a caption."""
     return f'<span class="key {kind}">{kind}</span>'
 
 
-def grid(ticks: Iterable[float], place: Callable[[float], float], bottom: float) -> list[str]:
+def grid(ticks: Iterable[float], place: Callable[[float], float], bottom: int) -> list[str]:
     """Vertical lines with their values below."""
-    return [
-        f'<line class="axis" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="4" y2="{bottom:.0f}"/>'
-        f'<text class="soft" x="{place(tick):.1f}" y="{bottom + 16:.0f}" text-anchor="middle">{tick:g}</text>'
-        for tick in ticks
-    ]
+    parts = []
+    for x, label in ((place(tick), f"{tick:g}") for tick in ticks):
+        parts += [line((x, x), (4, bottom)), text(x, bottom + 16, label, class_="soft", text_anchor="middle")]
+    return parts
 
 
 def log_axis(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:

@@ -1,0 +1,209 @@
+"""A session: networks prepared for measuring, and everything about the process that is put back afterwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import reduce
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batches, cut, read_share
+from ..data.calibration import hold, is_held
+from ..errors import ModelMismatchError, called
+from ..network.runner import Network, check_tensor
+from ..network.snapshot import Snapshot, moved_to, undisturbed
+from ..network.wiring import Wiring, observe
+from ..runtime.activations import Store, parse_memory
+from ..runtime.distributed import Ranks
+from ..runtime.options import RunOptions, as_dtype
+from ..statistics.base import Place, Statistic
+from ..statistics.outputs import OutputMoments
+from .measure import measure, screen
+from .probes import Measurement, Request
+from .room import in_memory, in_stores
+from .walk import Walker
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Session:
+    """A context in which networks are measured: on the device, in eval mode, from a fixed random state.
+
+    Leaving it puts all of that back. `writes`: the first network is changed; an error or an interrupt restores it, on
+    all ranks. `measures=False`: only that, for a function that calls others which measure. `ranks`: those of the group
+    of the options, if they are made already.
+
+    `net` and `dense` are the networks, `ranks` the processes, `store` the memory budget, `snapshot` the copy of the
+    first network, `skipped` the images left out for non-finite activations. After `look`, `wiring` and `example` are
+    the wiring of the first network and a small batch; after a walk, `walk_taken` is its kind.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        run: RunOptions,
+        *,
+        writes: bool = False,
+        measures: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.models, self.run, self.writes, self.measures = models, run, writes, measures
+        self.ranks = Ranks(run["group"]) if ranks is None else ranks
+        self.skipped = Counter[str]()
+        self.wiring, self.example = Wiring(), None
+        self.walk_taken = "none"
+
+    def __enter__(self) -> Session:
+        with ExitStack() as stack:
+            if self.writes:
+                self.snapshot = stack.enter_context(Snapshot(self.models[0]))
+            if self.measures:
+                stack.enter_context(moved_to(self.run["device"], self.models))
+                stack.enter_context(undisturbed(self.models, self.run["seed"]))
+            if self.writes:
+                stack.enter_context(self.snapshot.settling())
+            stack.enter_context(self.ranks.together())
+            if self.measures:
+                self._prepare(stack)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, trace)
+
+    def _prepare(self, stack: ExitStack) -> None:
+        precision = as_dtype(self.run["dtype"])
+        self.net, *others = (Network(model, self.run["forward_fn"], precision) for model in self.models)
+        self.dense = others[0] if others else None
+        self.nets = [self.net, *others]
+        device, scratch = self.net.device, self.run["scratch"]
+        self.store = stack.enter_context(Store(parse_memory(self.run["memory"], device), device, scratch))
+        on_host = device.type == "cpu"
+        self.image_store = self.store if on_host else stack.enter_context(Store.on_host(scratch))
+
+    @property
+    def show(self) -> bool | None:
+        """Whether to show progress: only rank 0 does."""
+        return self.run["progress"] if self.ranks.rank == 0 else False
+
+    def read(
+        self,
+        calibration: Any,
+        *,
+        most: int | None = None,
+        marks: Iterable[int | None] = (),
+        beside: bool = False,
+    ) -> Batches:
+        """This rank's images, kept to be read again.
+
+        most: read no more than this. marks: numbers of images after which a batch must end. beside: both networks run
+        side by side later, which takes more memory per image.
+        """
+        room = in_stores(self.image_store, self.store, self.nets if beside else [self.net])
+        store = None if is_held(calibration) else self.image_store
+        return Batches(cut(self._images(calibration, most, room), marks), store)
+
+    def stream(self, calibration: Any) -> Iterator[Any]:
+        """This rank's batches, read once and not kept."""
+        return iter(self._images(calibration, self.run["max_samples"], None))
+
+    def hold(self, calibration: Any) -> list[Any]:
+        """This rank's batches, held in host memory, for a function that calls others which measure."""
+        run, limit = self.run, in_memory(self.run["memory"], self.run["device"], self.models[0])
+        return hold(calibration, self._images(calibration, run["max_samples"], limit))
+
+    def _images(self, calibration: Any, most: int | None, room: Any) -> Iterable[Any]:
+        run = self.run
+        options: dict[str, Any] = {"max_batches": run["max_batches"], "batch_size": run["batch_size"], "room": room}
+        raw = run["forward_fn"] is not None
+        images = read_share(calibration, self.ranks, max_samples=most, raw=raw, **options)
+        skips = self.measures and run["on_nonfinite"] == "skip"
+        return screen(self.nets, images, self.skipped) if skips else images
+
+    def look(self, batches: Batches) -> Wiring:
+        """Observe the wiring of the first network in a pass of a small batch, the first of any rank that has one."""
+        self.example = self.ranks.lend(self.net.example(batches[0]) if len(batches) else None)
+        torch.manual_seed(self.run["seed"])  # again: what ran before may have drawn random numbers
+        self.wiring = observe(self.net.model, lambda: self.net.run(self.example))
+        return self.wiring
+
+    def place(self, name: str) -> Place:
+        """Where a statistic of this layer is measured."""
+        dense = None if self.dense is None else self.dense.modules.get(name)
+        return Place(name, self.net.modules[name], dense)
+
+    def walk(
+        self, batches: Batches, requests: Sequence[Request], title: str, known: Collection[str] = ()
+    ) -> Generator[Measurement]:
+        """Measure at each request when all earlier layers are final, merged over the ranks; see `Walker.walk`.
+
+        known: names whose updates are known already. They are measured nowhere, and not merged.
+        """
+        walker = Walker(self.net, self.dense, self.wiring, self.store, self.example)
+        with closing(walker.walk(batches, requests, title, self.show)) as walk:
+            for measurement in walk:
+                yield measurement if measurement.name in known else self._merged(measurement)
+        self.walk_taken = walker.taken
+
+    def measure_all(self, names: Iterable[str], *passes: Iterable[Any]) -> dict[str, OutputMoments]:
+        """`OutputMoments` at all named modules, in one pass of each network over its batches; nothing is corrected."""
+        found = [measure(net, batches, names) for net, batches in zip(self.nets, passes, strict=True)]
+        statistics = {name: OutputMoments(self.place(name)) for name in names}
+        for name, statistic in statistics.items():
+            statistic.calls, statistic.dense_calls = found[0][name], found[1][name] if len(found) > 1 else []
+        return {name: self.merged(name, statistic) for name, statistic in statistics.items()}
+
+    def compare(self, batches: Iterable[Any], names: Iterable[str], statistic: type[S]) -> dict[str, S]:
+        """A statistic of each named layer's outputs in both networks, each on its own activations.
+
+        The dense outputs of one batch are held at a time. By layer, in the order of execution; a layer that no image
+        reaches is left out. Raises ModelMismatchError, LayerError, NonFiniteError.
+        """
+        assert self.dense is not None
+        found, order = {name: statistic(self.place(name)) for name in names}, dict[str, None]()
+        kept: dict[str, list[Tensor]] = {}
+        index = 0
+
+        def keep(name: str, x: Any) -> None:
+            check_tensor(name, x)
+            kept.setdefault(name, []).append(x.clone())
+
+        def add(name: str, x: Any) -> None:
+            if not kept.get(name):
+                raise ModelMismatchError(f"{called(name)} runs more often in the model than in the dense one")
+            order[name] = None
+            found[name].update(index, x, kept[name].pop(0))
+
+        for index, batch in enumerate(batches):  # noqa: B007 - read by `add`
+            kept.clear()
+            with self.dense.hooked(found, keep):
+                self.dense.run(batch)
+            with self.net.hooked(found, add):
+                self.net.run(batch)
+        merged = {}
+        for name in dict.fromkeys([*order, *found]) if self.ranks.size == 1 else found:
+            found[name].finish(index + 1)
+            if not (total := self.merged(name, found[name])).empty:
+                merged[name] = total
+        return merged
+
+    def merged(self, name: str, found: S) -> S:
+        """A statistic, merged over the ranks."""
+        return cast(S, self._merged(Measurement(name, found)).found)
+
+    def _merged(self, measurement: Measurement) -> Measurement:
+        """The measurement of all ranks, merged in the order of the ranks: the same bits on each."""
+        if self.ranks.size > 1:
+            found = measurement.found
+            states = self.ranks.exchange(found.state(), self.net.device)
+            parts = [type(found).of_state(found.place, state) for state in states]
+            measurement.found = reduce(lambda a, b: a.merge(b), parts)
+            measurement.found.replay = found.replay
+        return measurement

@@ -1,0 +1,61 @@
+"""Mean replacement: pruned weights are replaced by their mean, without images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..engine.probes import WITHOUT_IMAGES, Layer, Probe
+from ..network.layers import effective_weight, refuse_means
+from ..network.mean_layers import can_have_means, means_of_pruned
+from ..network.updates import Unchanged, Weights
+from ..runtime.options import check_choice
+from ..statistics.base import Statistic
+from .base import DenseAccess, Method, Recalibration, Schedule, register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MeanReplacement(Method):
+    """Replace the pruned weights of a layer by the mean of their dense values (after arXiv 2212.12651).
+
+    Only the abstract of that paper was at hand; see `network.mean_layers` for how a mean layer is stored.
+    `resuscitate.replace_by_means` does the same to a model without BatchNorm recalibration and without images.
+
+    means: the weights that share a mean: those of a "layer", of a "filter", or of a "kernel", a filter's window on one
+        input channel.
+    """
+
+    means: Literal["layer", "filter", "kernel"] = "filter"
+
+    name = "mean"
+    dense = DenseAccess.MODEL
+    schedules: ClassVar = ("sequential",)
+    skips_first = False
+    measures_layers = False
+
+    def __post_init__(self) -> None:
+        check_choice("means", self.means, ("layer", "filter", "kernel"))
+
+    def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
+        """No: nothing is measured, so that no input has to match."""
+        return False
+
+    def prepare(self, layers: Mapping[str, Layer]) -> None:
+        """Raise LayerError for a layer that has means already."""
+        refuse_means({name: layer.module for name, layer in layers.items()})
+
+    def probe(self, layer: Layer) -> Probe:
+        """No measurement."""
+        return WITHOUT_IMAGES
+
+    def solve(self, layer: Layer, found: Statistic) -> Weights | Unchanged:
+        """Surviving weights less means, and the means."""
+        pruned = ~layer.in_use
+        if layer.dense is None or not can_have_means(layer.module) or not pruned.any():
+            return Unchanged("nothing to replace")
+        weight = layer.weight
+        means = means_of_pruned(effective_weight(layer.name, layer.dense).to(weight), pruned, self.means)
+        survivors = weight - means.to(weight.dtype)
+        return Weights(survivors, means=means, status="replaced", reason=f"{means.numel():,} means of pruned weights")

@@ -1,0 +1,103 @@
+"""Comparison of a network with a modified copy of it: copies, random weights, outputs, differences, FLOPs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from ..errors import ResuscitateError
+from .layers import find_batchnorms
+from .runner import Network
+from .wiring import output_leaves
+
+Example = Tensor | Sequence[Tensor]
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, with the masks of `torch.nn.utils.prune` made permanent."""
+    # deepcopy refuses tensors that are not graph leaves; the memo supplies detached copies of them
+    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    copied = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed}).eval()
+    for module in copied.modules():
+        for key in ("weight", "bias"):
+            if f"{key}_mask" in module._buffers:
+                prune.remove(module, key)
+    return copied
+
+
+def trial_copy(model: nn.Module) -> nn.Module:
+    """A `plain_copy` with gradients, in float32 or wider."""
+    copied = plain_copy(model)
+    copied.to(torch.promote_types(Network(copied).dtype, torch.float32))
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
+
+
+@torch.no_grad()
+def randomise_weights(model: nn.Module) -> None:
+    """Set random weights and BatchNorm statistics, in place: no layer's output is zero, so no difference is hidden.
+
+    Weights have variance 2 / fan-in.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, (2 / max(parameter.shape[1:].numel(), 1)) ** 0.5)
+        else:
+            parameter.uniform_(0.5, 1.5)
+    for module in find_batchnorms(model).values():
+        module._buffers["running_mean"].normal_(0, 0.3)  # type: ignore[union-attr]
+        module._buffers["running_var"].uniform_(0.5, 2)  # type: ignore[union-attr]
+
+
+def input_tensors(example: Example) -> list[Tensor]:
+    """The model's inputs as a list."""
+    return [example] if isinstance(example, Tensor) else list(example)
+
+
+def to_model(model: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of the inputs on the model's device and in its dtype."""
+    network = Network(model)
+    return [network.place(x) for x in inputs]
+
+
+@torch.no_grad()
+def compute_outputs(model: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors that the model returns; the random state is seeded with 0 first."""
+    torch.manual_seed(0)
+    return output_tensors(model(*to_model(model, inputs)))
+
+
+def output_tensors(out: Any) -> list[Tensor]:
+    """Tensors in a model's output, a nested structure."""
+    return [leaf for leaf in output_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest max|expected - found| / max|expected| over pairs of tensors; infinite where shapes differ."""
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        return math.inf
+    pairs = [(x.double(), y.double()) for x, y in zip(expected, found, strict=True) if not torch.equal(x, y)]
+    return float(torch.tensor([0.0, *((x - y).abs().max() / x.abs().max() for x, y in pairs)]).max())
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, inputs: Iterable[Tensor]) -> int:
+    """Floating-point operations for one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # a late import: it imports Triton
+
+    with FlopCounterMode(display=False) as counter:
+        model(*to_model(model, (x[:1] for x in inputs)))
+    return counter.get_total_flops()
+
+
+def describe_error(error: Exception) -> str:
+    """First line of an error's message, with the type of the error unless it is a ResuscitateError."""
+    line = str(error).strip().partition("\n")[0]
+    return line if isinstance(error, ResuscitateError) else f"{type(error).__name__}: {line}"

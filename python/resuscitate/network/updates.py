@@ -1,0 +1,156 @@
+"""Updates of one module, and how they are written: a gain and a shift, new weights, BatchNorm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import asr_kernels as ak
+
+from ..errors import LayerError
+from .layers import along_weight, refresh_weight, stored_bias, stored_weight
+
+ShiftInto = Literal["bias", "new bias", "running_mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """Make a layer's output gain * y + shift; both (C,), float64."""
+
+    gain: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero.
+
+    `bias` (C,) is added to the output; None: the bias stays. `means`, (O, 1 or I, 1, ...), make it a mean layer.
+    `status` and `reason` are for the report; `details` are fields of its row, such as `explained`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    means: Tensor | None = None
+    status: str = "refitted"
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormStatistics:
+    """New running statistics of a BatchNorm."""
+
+    moments: ak.ChannelMoments
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The layer stays as it is; `reason` says why."""
+
+    reason: str
+
+
+Update = Gain | Weights | BatchNormStatistics | Unchanged
+
+
+def pack(update: Update) -> dict[str, Tensor]:
+    """The tensors of an update by name, for a journal."""
+    if isinstance(update, Gain):
+        return {"gain": update.gain, "shift": update.shift}
+    if isinstance(update, BatchNormStatistics):
+        count = torch.tensor(update.moments.count)
+        return {"count": count, "mean": update.moments.mean, "m2": update.moments.m2}
+    if isinstance(update, Weights):
+        parts = {"weight": update.weight, "bias": update.bias, "means": update.means}
+        return {name: tensor.contiguous() for name, tensor in parts.items() if tensor is not None}
+    return {}
+
+
+def unpack(tensors: Mapping[str, Tensor], device: torch.device) -> Update:
+    """The inverse of `pack`, on a device; without the notes for the report."""
+    found: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if "gain" in found:
+        return Gain(**found)
+    if "weight" in found:
+        return Weights(**found)
+    if "count" in found:
+        return BatchNormStatistics(ak.ChannelMoments(int(found["count"]), found["mean"], found["m2"]))
+    return Unchanged("")
+
+
+@torch.no_grad()
+def write_gain(name: str, module: nn.Module, update: Gain, batchnorm: _BatchNorm | None) -> ShiftInto | None:
+    """weight <- gain * weight, so that zeros stay zero; bias <- gain * bias + shift.
+
+    In a layer without a bias the shift goes into `batchnorm`, which must be the only reader of the layer
+    (running_mean <- running_mean - shift), else into a new bias. Returns what took the shift. Raises LayerError when
+    the result overflows the weight's dtype.
+    """
+    weight, bias = stored_weight(name, module), stored_bias(name, module)
+    weight.mul_(along_weight(module, update.gain))
+    shift = update.shift if bias is None else update.gain * bias + update.shift
+    return _write_bias(name, module, shift, batchnorm)
+
+
+@torch.no_grad()
+def write_weights(
+    name: str, module: nn.Module, update: Weights, in_use: Tensor, batchnorm: _BatchNorm | None
+) -> ShiftInto | None:
+    """Write the new weights where they are in use: boolean, in the shape of the weight.
+
+    Returns what took the bias, and raises, as `write_gain`.
+    """
+    weight = stored_weight(name, module)
+    weight.copy_(torch.where(in_use, update.weight.view(weight.shape).to(weight.dtype), weight))
+    if update.bias is None:
+        refresh_weight(module)
+        return None
+    return _write_bias(name, module, update.bias, batchnorm)
+
+
+def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNorm | None) -> ShiftInto | None:
+    weight, bias = stored_weight(name, module), stored_bias(name, module)
+    refresh_weight(module)
+    took: ShiftInto | None = None
+    if bias is not None:
+        bias.copy_(shift)
+        took = "bias"
+    elif shift.any() and batchnorm is not None and batchnorm.running_mean is not None:
+        batchnorm.running_mean.sub_(shift)
+        took = "running_mean"
+    elif shift.any():
+        module.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
+        took = "new bias"
+    written = [weight, module.bias, None if batchnorm is None else batchnorm.running_mean]
+    if not all(_is_finite(tensor) for tensor in written if isinstance(tensor, Tensor)):
+        raise LayerError(name, f"its corrected weights do not fit into {weight.dtype}; repair it in float32")
+    return took
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Is each value finite? `aminmax` gives NaN where any value is NaN."""
+    return not x.numel() or all(bool(end.isfinite()) for end in x.aminmax())
+
+
+@torch.no_grad()
+def write_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments) -> None:
+    """Set the running statistics to these moments; running_var is the unbiased variance, as in PyTorch.
+
+    `num_batches_tracked` stays: it counts training batches. Raises LayerError for fewer than two values per channel,
+    or for a variance that overflows the buffers' dtype.
+    """
+    mean, var = (batchnorm._buffers[buffer] for buffer in ("running_mean", "running_var"))
+    if mean is None or var is None:
+        raise LayerError(name, "it keeps no running statistics")
+    if moments.count < 2:
+        raise LayerError(name, "a variance needs at least two values per channel; give more images")
+    mean.copy_(moments.mean)
+    var.copy_(moments.m2 / (moments.count - 1))
+    if not (mean.isfinite() & var.isfinite()).all():
+        raise LayerError(name, f"its statistics do not fit into {var.dtype}; call .float() on the BatchNorm layers")

@@ -1,0 +1,96 @@
+"""What all reports have in common: plain data, files, and the undoing of what they report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from ..utils.files import check_ending, write_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Report(ABC):
+    """A report, a dataclass as a rule: a subclass gives the `columns` and the `rows` of its table."""
+
+    columns: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the table, by column; values of other names are left out of it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        assert is_dataclass(self)
+        return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write .json (everything, and `provenance`) or .csv (the rows), whole or not at all.
+
+        Raises OSError; ValueError for another ending.
+        """
+        document = self.to_dict() | ({"provenance": dict(provenance)} if provenance else {})
+        write_rows(path, document, self.columns, self.rows())
+
+
+class UndoableReport(Report):
+    """A report of a change to a model; `_undo` restores the model, and `work` names the change in messages."""
+
+    work: ClassVar[str]
+    _undo: Callable[[], None] | None = None
+
+    def undo(self) -> None:
+        """Restore the model from before the change, bit for bit. Raises RuntimeError the second time."""
+        if self._undo is None:
+            raise RuntimeError(f"this {self.work} has been undone already")
+        self._undo()
+        self._undo = None
+
+
+class PruningReport(UndoableReport):
+    """A report that also has `masks`, which `save` writes as .safetensors."""
+
+    masks: Any
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write .safetensors (the masks, see `Masks.save`), .json (everything) or .csv (the rows).
+
+        Whole or not at all; .csv does not contain `provenance`. Raises OSError; ValueError for another ending.
+        """
+        if check_ending(path, ".json", ".csv", ".safetensors") == ".safetensors":
+            return self.masks.save(path, provenance)
+        super().save(path, provenance)
+
+
+def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for `rich.print`: columns of words, then columns of numbers; the rows have plain text."""
+    from rich.markup import escape  # here, because rich takes longer to import than the rest of the package
+    from rich.table import Table
+
+    table = Table(*words, box=None, header_style="bold")
+    for title in numbers:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can store it: tensors as lists, paths as strings, dataclasses as dicts."""
+    if isinstance(value, Report):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value

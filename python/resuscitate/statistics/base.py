@@ -1,0 +1,70 @@
+"""A statistic: what is measured at a layer, over all batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Folds = Callable[[int, int], Mapping[int, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layer, or BatchNorm, at which a statistic is measured.
+
+    `dense` is the same module of the dense network, if that is there. `folds(batch, rows)` gives, for each fold of the
+    images that the batch has, which of so many rows belong to it, int64; None: all.
+    """
+
+    name: str
+    module: nn.Module
+    dense: nn.Module | None = None
+    folds: Folds = lambda batch, rows: {0: None}
+
+
+class Statistic:
+    """What is measured at one place. A subclass says how values are added, and merged over ranks; this one is empty.
+
+    `large`: `update` is a product of large matrices, which uses all cores; it runs for one batch at a time. The walk
+    sets `replay` where the probe asks for it and a ReLU alone reads the layer: see `engine.relu_targets`.
+    """
+
+    large: ClassVar[bool] = False
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.replay: Callable[..., Any] | None = None
+
+    def update(self, batch: int, pruned: Any, dense: Any) -> None:
+        """Add the values of one batch, by its number: the tensor in the pruned and in the dense network.
+
+        Either is None where it is not measured for this batch. A layer that a forward pass calls several times is
+        updated several times. Raises LayerError, NonFiniteError.
+        """
+
+    def finish(self, batches: int) -> None:
+        """All batches are added; only the first `batches` count. Raises NonFiniteError."""
+
+    def merge(self, other: Self) -> Self:
+        """The statistic of both sets of images, as a new object."""
+        return self
+
+    def state(self) -> Any:
+        """All that is sent to other ranks: tensors and numbers in tuples, lists and dicts."""
+        return ()
+
+    @classmethod
+    def of_state(cls, place: Place, state: Any) -> Self:
+        """The inverse of `state`."""
+        return cls(place)
+
+    @property
+    def empty(self) -> bool:
+        """Was nothing measured, because no image reaches the layer?"""
+        return False

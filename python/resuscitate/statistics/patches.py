@@ -1,0 +1,108 @@
+"""Second moments of the patches that a layer reads, with the outputs that it is to have: the data of least squares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import asr_kernels as ak
+
+from ..network.layers import effective_weight, stored_bias
+from ..network.operands import operands, product, with_batch_axis
+from ..network.runner import check_finite, check_tensor
+from .base import Place, Statistic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
+WIDEST = 8192  # values of a patch: their second moments take half a GiB
+
+
+class PatchCovariances(Statistic):
+    """`asr_kernels.PatchMoments` of a layer's inputs in the pruned network, with the outputs of the dense layer.
+
+    `folds` holds one for each fold of the images, over all calls of the layer. Where the dense tensor is the *input* of
+    the dense layer, as for a layer of several `input_blocks`, the outputs are the contributions of each block.
+
+    `replay(weight, bias, moments)`, set where a ReLU alone reads the layer and the probe asks for it: one more pass
+    over the batches. It gives the cross products, about the means of `moments`, with outputs that the ReLU maps to the
+    dense values; of these the nearest to the outputs of `weight`, in the layer's shape, and `bias` (O,).
+    """
+
+    large = True
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.folds: dict[int, ak.PatchMoments] = {}
+
+    def update(self, batch: int, pruned: Any, dense: Any) -> None:
+        name, layer = self.place.name, self.place.module
+        for each in (pruned, dense):
+            check_tensor(name, each)
+        assert self.place.dense is not None
+        batched: Any = with_batch_axis(layer, pruned, dense)
+        x, y = batched
+        (x, window), count = operands(name, layer, x), input_blocks(layer)
+        if count > 1:
+            y = contributions(name, self.place.dense, y, count)
+            if not window.kernel:
+                x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
+            window = replace(window, groups=count)
+        for fold, rows in self.place.folds(batch, len(x)).items():
+            read, outputs = (each if rows is None else each[rows.to(each.device)] for each in (x, y))
+            found = ak.patch_moments(read, outputs, window)
+            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
+            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
+            self.folds[fold] = self.folds[fold].merge(found) if fold in self.folds else found
+
+    @property
+    def empty(self) -> bool:
+        return not self.folds
+
+    def merge(self, other: Self) -> Self:
+        found = type(self)(self.place)
+        found.folds = self.folds | {
+            fold: self.folds[fold].merge(each) if fold in self.folds else each for fold, each in other.folds.items()
+        }
+        return found
+
+    def state(self) -> Any:
+        return {fold: (m.count, m.mean, m.target, m.xx, m.xy, m.yy) for fold, m in self.folds.items()}
+
+    @classmethod
+    def of_state(cls, place: Place, state: Any) -> Self:
+        found = cls(place)
+        found.folds = {fold: ak.PatchMoments(*each) for fold, each in state.items()}
+        return found
+
+
+def input_blocks(layer: Any) -> int:
+    """The number of blocks of input channels, the least for which no patch of a block has more than `WIDEST` values."""
+    channels, values = layer.weight.shape[1], layer.weight[0].numel()
+    if getattr(layer, "groups", 1) > 1:
+        return 1
+    return next(n for n in range(1, channels + 1) if channels % n == 0 and (values <= WIDEST * n or n == channels))
+
+
+def split_input_blocks(weight: Tensor, count: int) -> Tensor:
+    """(O, C, ...) as (count * O, C / count, ...): one row for each output and each block of input channels."""
+    return weight.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def merge_input_blocks(weight: Tensor, shape: torch.Size, count: int) -> Tensor:
+    """The inverse of `split_input_blocks`: (count * O, K / count) in the shape (O, C, ...) of the layer's weight."""
+    return weight.unflatten(0, (count, -1)).transpose(0, 1).reshape(shape)
+
+
+def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
+    """What each block of input channels adds to the output, (N, count * O, ...); the first block adds the bias."""
+    (x, window), old = operands(name, layer, x), stored_bias(name, layer)
+    weight = split_input_blocks(effective_weight(name, layer), count)
+    bias = None if old is None else torch.cat([old, old.new_zeros(len(weight) - len(old))])
+    if not window.kernel:
+        x, weight, window = x.reshape(-1, x.shape[-1], 1), weight[:, :, None], POINTWISE
+    return product(x, weight, bias, replace(window, groups=count))
