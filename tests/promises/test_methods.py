@@ -273,3 +273,14 @@ def test_two_methods_of_one_name_are_refused():
 
     with pytest.raises(ValueError, match="there is a method 'refit' already"):
         register(Other)
+
+
+def test_a_field_named_like_a_run_time_option_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(MedianGain):
+        batch_size: int = 4
+
+        name = "other"
+
+    with pytest.raises(ValueError, match=r"Other\.batch_size has the name of a run-time option"):
+        register(Other)

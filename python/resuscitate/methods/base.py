@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from ..engine.probes import Layer, Probe
 from ..errors import did_you_mean
 from ..network.updates import Update
+from ..runtime.options import DEFAULTS
 
 Schedule = Literal["sequential", "parallel"]
 
@@ -92,7 +93,8 @@ AUTO = "auto"
 def register(method: M) -> M:
     """Make a class of methods known by its name, to `repair`, the command line and the recoverability map.
 
-    Raises ValueError for a name that another class has; TypeError for a field without a default.
+    Raises ValueError for a name that another class has, or a field named like a run-time option; TypeError for a field
+    without a default.
     """
     known = _METHODS.get(method.name)
     if method.name == AUTO or (known is not None and known.__qualname__ != method.__qualname__):
@@ -100,6 +102,8 @@ def register(method: M) -> M:
     for field in fields(method):
         if field.default is MISSING and field.default_factory is MISSING:
             raise TypeError(f"{method.__name__}.{field.name} needs a default: the method is also known by its name")
+        if field.name in DEFAULTS:
+            raise ValueError(f"{method.__name__}.{field.name} has the name of a run-time option; choose another name")
     _METHODS[method.name] = method
     return method
 

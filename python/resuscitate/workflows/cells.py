@@ -18,6 +18,7 @@ from torch import nn
 
 from ..engine.reference import DenseStatistics
 from ..errors import ResuscitateError
+from ..methods.base import register, registered
 from ..network.masks import Masks
 from ..pruning.repairability import Repairability
 from ..pruning.sparsify import sparsify
@@ -119,7 +120,7 @@ class Cells:
     def fill_in_processes(self, jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Cell]]:
         """Fill cells in `workers` processes, in order of completion; an error or leaving the loop cancels the rest."""
         try:
-            payload = pickle.dumps(self)
+            payload = pickle.dumps((self, list(registered().values())))
         except Exception as error:
             raise ValueError(
                 f"workers={workers} sends evaluate and the model to other processes, and they cannot be pickled "
@@ -148,7 +149,10 @@ _worker: list[Cells] = []
 
 def _start(payload: bytes, threads: int) -> None:
     torch.set_num_threads(threads)
-    _worker.append(pickle.loads(payload))
+    cells, methods = pickle.loads(payload)
+    for method in methods:  # a user's own too
+        register(method)
+    _worker.append(cells)
 
 
 def _fill(job: Job) -> Cell | str:
