@@ -83,7 +83,7 @@ class TestRepair:
         assert max(free_disk) <= MIB // 2 + 16 * EACH  # a batch goes there whole
         (said,) = cuts(caplog)
         of = " of 1,000,000,000" if loader is endless_loader else ""
-        assert said.startswith(f"only the first {used:,}{of} images are used: there is no room for more in memory and")
+        assert said.startswith(f"only the first {used:,}{of} images are used: there is no room for more in the memory")
         assert "memory= and scratch= give more, max_samples= says how many to take" in said
         # what was used is what the log says
         images = itertools.islice(loader(), used // 16)
@@ -131,7 +131,7 @@ class TestHeldInMemory:
         report = resuscitate.compress(seeded(chain), 0.5, loader(), steps=1, memory=100 * EACH, progress=False)
         assert [step.images for step in report.steps] == [96]
         (said,) = cuts(caplog)
-        assert "no room for more in memory; memory= gives more" in said
+        assert "no room for more in the memory budget; memory= gives more" in said
 
     def test_regrow(self, caplog):
         dense = seeded(chain)
