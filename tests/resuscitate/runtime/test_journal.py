@@ -19,8 +19,7 @@ PROGRAM = """
     import os, signal, sys
     import torch
     import resuscitate
-    from resuscitate.statistics.outputs import OutputMoments
-from resuscitate.runtime.journal import Journal
+    from resuscitate.runtime.journal import Journal
     from tests.networks import *
 
     torch.set_num_threads(1)
