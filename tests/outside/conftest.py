@@ -35,5 +35,5 @@ def _line(network, jobs):
     """A row: of each job how many layers it dealt with, and its seconds."""
     cells = [f"{jobs[job][1]}, {jobs[job][3]:.1f} s" if job in jobs else "" for job in ("asr", "refit", "compress")]
     walk, _, layers, _, left = jobs.get("refit") or next(iter(jobs.values()))
-    reasons = "; ".join(f"{count}: {action.removeprefix('left alone: ')}" for action, count in left.items())
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in left.items())
     return "| " + " | ".join([network, str(layers), walk, *cells, reasons]) + " |"

@@ -70,7 +70,7 @@ def test_zeros_stay_and_flags_too_outputs_are_finite_and_undo_is_exact(network, 
     assert all(output.isfinite().all() for output in after)
     if job == "refit":
         assert error(after, wanted) < error(pruned, wanted)
-    done = {row.name for row in report.layers if row.action.startswith(("repaired", "refitted"))}
+    done = {row.name for row in report.layers if row.status in ("repaired", "refitted")}
     assert done
     assert {row.name for row in report.layers} == {
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
@@ -80,6 +80,6 @@ def test_zeros_stay_and_flags_too_outputs_are_finite_and_undo_is_exact(network, 
     assert undone.keys() == before.keys()
     assert all(torch.equal(undone[name], tensor) for name, tensor in before.items())
 
-    left = Counter(row.action for row in report.layers if row.name not in done)
+    left = Counter(row.reason for row in report.layers if row.name not in done)
     walk = report.steps[-1].walk if job == "compress" else report.walk
     record_property("outside", [str(network), job, walk, len(done), len(report.layers), seconds, dict(left)])
