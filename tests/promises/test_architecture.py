@@ -146,7 +146,7 @@ def test_a_session_alone_prepares_networks_for_measuring():
                 used[node.func.id].add(module)
     # what compares copies of a model on an example, and measures nothing
     copies = {"pruning.coupling", "pruning.structured"}
-    assert used["undisturbed"] - copies == {"engine.session"}
+    assert used["evaluation_mode"] - copies == {"engine.session"}
     assert used["Store"] | used["moved_to"] - {"cli.compare", "cli.inputs"} == {"engine.session"}
 
 

@@ -54,20 +54,22 @@ class Batches:
         """How many images the first so many batches hold; None for all."""
         return sum(self.counts[:batches])
 
-    def deal(self, ranks: Ranks) -> None:
+    def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
         own = torch.tensor([key for batch in self.head() for key in image_keys(batch)], dtype=torch.int64)
         self._turns = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts)
 
     def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
-        """Which of a batch's rows, int64, belong to each fold of the images: number i, once they are dealt, to i modulo
-        `folds`. The rows follow one another as the images do, as many to each: they may be windows, or positions.
+        """Which of a batch's rows, int64, belong to each fold of the images.
+
+        Image number i, as `number_images` counts, is in fold i modulo `folds`. The rows follow one another as the
+        images do, as many to each: they may be windows, or positions.
         """
         turns = self._turns[index]
         fold = turns[torch.arange(rows) * len(turns) // max(rows, 1)] % folds
         return {each: (fold == each).nonzero().flatten() for each in fold.unique().tolist()}
 
-    def holding(self, images: int | None) -> int:
+    def batches_for(self, images: int | None) -> int:
         """How many whole batches hold the first `images` images, or at least so many; None for all."""
         if images is None:
             return len(self)

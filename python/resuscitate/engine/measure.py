@@ -27,7 +27,7 @@ AHEAD = 16  # batches that are read before their passes begin, so that all cores
 LARGE = 16 << 20
 
 
-class _Lane:
+class _Worker:
     """Passes that run one after the other, `after` is called behind each. `calls`: the moments of the present batch."""
 
     def __init__(self, names: Iterable[str], after: Callable[[], object]) -> None:
@@ -35,7 +35,7 @@ class _Lane:
         self.calls: dict[str, Calls] = {}
 
     def run(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
-        """Run the batches that no other lane has taken."""
+        """Run the batches that no other worker has taken."""
         for index, batch in batches:
             self.calls = found[index] = {name: [] for name in self.names}
             net.run(batch)
@@ -55,7 +55,7 @@ def measure(
     largest one per image, 0 if unknown. `after` is called after each pass, in its thread. Raises NonFiniteError.
     """
     found: dict[str, Calls] = {name: [] for name in names}
-    alone = _Lane(found, after)
+    alone = _Worker(found, after)
 
     def take(name: str, x: Tensor) -> None:
         (current() or alone).calls[name].append(net.moments(name, x))
@@ -96,15 +96,15 @@ def measure_apart(
 
 
 def _run(
-    net: Network, some: Sequence[tuple[int, Any]], alone: _Lane, size: int = 1, threads: int | None = None
+    net: Network, some: Sequence[tuple[int, Any]], alone: _Worker, size: int = 1, threads: int | None = None
 ) -> dict[int, dict[str, Calls]]:
-    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread in lane `alone`."""
+    """The moments of some batches, by their numbers: `size` passes at a time, or in this thread in worker `alone`."""
     found: dict[int, dict[str, Calls]] = {}
     if size == 1:
         alone.run(net, iter(some), found)
         return found
-    waiting, lanes = iter(some), [_Lane(alone.names, alone.after) for _ in range(size)]
-    passes = [Pass(partial(lane.run, net, waiting, found), lane, threads) for lane in lanes]
+    waiting, workers = iter(some), [_Worker(alone.names, alone.after) for _ in range(size)]
+    passes = [Pass(partial(worker.run, net, waiting, found), worker, threads) for worker in workers]
     try:
         PassRunner(len(passes)).run(iter([each]) for each in passes)
     finally:

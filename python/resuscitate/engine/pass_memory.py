@@ -91,7 +91,7 @@ class Made(TorchDispatchMode):
         del self.made[key]
 
 
-class Rehearsal(Made):
+class TrialPass(Made):
     """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use."""
 
     def __init__(self, foreign: Set[int]) -> None:
@@ -137,7 +137,7 @@ class Unread(NamedTuple):
 
 
 class OverwriteTest(Made):
-    """Tries the result of a rehearsal: overwrites the unread storages where a pass will be suspended.
+    """Tries the result of a trial: overwrites the unread storages where a pass will be suspended.
 
     The output shows whether they are read all the same, as by an extension that takes their pointers.
     """
@@ -169,7 +169,7 @@ class PassStorages(Made):
     keeps in an attribute, is read back and stays in memory.
 
     unread: for each module at which passes are suspended, what need not be kept there. A pass that reads it all the
-    same, because its control flow differs from that of the rehearsal, raises RestartError.
+    same, because its control flow differs from that of the trial, raises RestartError.
     """
 
     def __init__(self, foreign: Set[int], shared: SharedStore, unread: Mapping[str, Unread]) -> None:
@@ -211,7 +211,7 @@ class PassStorages(Made):
     def put(self, stop: str, used: Iterable[Any]) -> None:
         """The pass is suspended: free what is unread, count what the store admits, spill the rest.
 
-        used: values that are not unread, whatever the rehearsal says.
+        used: values that are not unread, whatever the trial says.
         """
         known, used = self.unread.get(stop), identities(used)
         unread = known.numbers if known is not None and known.operator_hash == self.operator_hash else frozenset()

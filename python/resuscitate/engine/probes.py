@@ -22,7 +22,7 @@ class Probe:
 
     `pruned="input"` measures before the layer runs, so that an update of its weights is in effect when it runs.
     `dense=None`: the dense network is not measured. `replay`: where a ReLU alone reads the layer, let the method run
-    through the batches once more (`Statistic.replay`). `folds`: the number of parts that the images are dealt into.
+    through the batches once more (`Statistic.replay`). `folds`: the number of parts that the images are divided into.
     """
 
     statistic: type[Statistic] = OutputMoments

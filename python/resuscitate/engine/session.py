@@ -16,7 +16,7 @@ from ..data.batches import Batches, cut, read_share
 from ..data.calibration import hold, is_held
 from ..errors import ModelMismatchError, called
 from ..network.runner import Network, check_tensor
-from ..network.snapshot import Snapshot, moved_to, undisturbed
+from ..network.snapshot import Snapshot, evaluation_mode, moved_to
 from ..network.wiring import Wiring, observe
 from ..runtime.activations import Store, parse_memory
 from ..runtime.distributed import Ranks
@@ -64,9 +64,9 @@ class Session:
                 self.snapshot = stack.enter_context(Snapshot(self.models[0]))
             if self.measures:
                 stack.enter_context(moved_to(self.run["device"], self.models))
-                stack.enter_context(undisturbed(self.models, self.run["seed"]))
+                stack.enter_context(evaluation_mode(self.models, self.run["seed"]))
             if self.writes:
-                stack.enter_context(self.snapshot.settling())
+                stack.enter_context(self.snapshot.defer_interrupts())
             stack.enter_context(self.ranks.together())
             if self.measures:
                 self._prepare(stack)

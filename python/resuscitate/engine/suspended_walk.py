@@ -25,7 +25,7 @@ from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .collect import BatchNormInputs, Collector, complete
 from .measure import measure_apart
-from .pass_memory import OverwriteTest, PassStorages, Rehearsal, SharedStore, Unread, identities
+from .pass_memory import OverwriteTest, PassStorages, SharedStore, TrialPass, Unread, identities
 from .probes import Measurement, Request
 from .relu_targets import Seen, relu_equivalent_products
 from .suspension import Position, SuspensionPoints
@@ -47,16 +47,16 @@ class SuspendedPasses:
         self.foreign: Set[int] = set()
         self.passes: dict[int, tuple[Pass, Position]] = {}
 
-    def rehearse(self, example: Any) -> None:
+    def run_trial(self, example: Any) -> None:
         """Find with a small batch which values are not read after a suspension, and the peak bytes of activations.
 
         A second pass tries this: it overwrites each such value, and its output must be the same.
         """
-        rehearsal = Rehearsal(_own(self.points.net))
-        expected = self._example(example, rehearsal)
-        self.foreign, self.peak, self.unread = rehearsal.foreign, rehearsal.peak, rehearsal.unread()
+        trial = TrialPass(_own(self.points.net))
+        expected = self._trial(example, trial)
+        self.foreign, self.peak, self.unread = trial.foreign, trial.peak, trial.unread()
         try:
-            as_expected = same_output(expected, self._example(example, OverwriteTest(self.foreign, self.unread)))
+            as_expected = same_output(expected, self._trial(example, OverwriteTest(self.foreign, self.unread)))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # the model's own, about a value that was overwritten
@@ -64,7 +64,7 @@ class SuspendedPasses:
         if not as_expected:
             self.unread = {}
 
-    def _example(self, example: Any, live: Rehearsal | OverwriteTest) -> Any:
+    def _trial(self, example: Any, live: TrialPass | OverwriteTest) -> Any:
         """The output for a small batch, in a pass that is not suspended."""
         here = Position(0, live)
         each = Pass(partial(self.points.run, here, lambda: example), here)
@@ -107,7 +107,7 @@ class SuspendedPasses:
         end(self.passes.pop(index)[0] for index in list(self.passes) if index >= count)
 
     def _pass(self, index: int, whole: bool = False) -> tuple[Pass, Position]:
-        """The pass of a batch. whole: it frees no value, whatever the rehearsal found."""
+        """The pass of a batch. whole: it frees no value, whatever the trial found."""
         if index not in self.passes:
             live = (
                 None if self.shared is None else PassStorages(self.foreign, self.shared, {} if whole else self.unread)
@@ -257,7 +257,7 @@ def _own(net: Network) -> set[int]:
 
 def peak_memory(net: Network, batch: Any) -> int:
     """The peak bytes of activations of a batch in a forward pass."""
-    with Rehearsal(_own(net)) as found:
+    with TrialPass(_own(net)) as found:
         net.run(batch)
     return found.peak
 
@@ -302,16 +302,16 @@ def suspended_walk(
         count = 1 if any(each.draws_random_numbers for each in wirings) else len(batches)
         needed = int(sum(each.bytes_made for each in wirings) * largest) * len(batches)
         if needed <= store.budget // 2:  # all activations of all passes fit
-            lanes, threads = at_a_time(pruned.device, count)
+            workers, threads = at_a_time(pruned.device, count)
             store.set_aside(needed)
         else:
             shared = SharedStore(store)
             for passes in networks:
-                passes.rehearse(example)
+                passes.run_trial(example)
                 passes.shared = shared
             peak = int(sum(passes.peak for passes in networks) * largest)
-            lanes, threads = at_a_time(pruned.device, count, store.budget // 2, peak)
-            store.set_aside(lanes * peak)
+            workers, threads = at_a_time(pruned.device, count, store.budget // 2, peak)
+            store.set_aside(workers * peak)
             needed = peak * len(batches)
         stack.enter_context(heap(needed, store.budget))
         if dense is not None and not beside:
@@ -320,6 +320,6 @@ def suspended_walk(
         for passes in networks:
             passes.threads = threads
         second = networks[1] if beside else None
-        walk = SuspendedWalk(networks[0], second, requests, wiring, consumers, PassRunner(lanes), bar)
+        walk = SuspendedWalk(networks[0], second, requests, wiring, consumers, PassRunner(workers), bar)
         for measurement in walk.measurements():
             yield complete(measurement, apart)

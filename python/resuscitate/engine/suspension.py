@@ -20,7 +20,7 @@ from ..network.runner import Network
 from ..network.wiring import DESCRIPTIONS, ReluConsumer, is_sum, output_leaves
 from ..runtime.passes import current, suspend
 from .deferred import DeferredCorrection, mergeable
-from .pass_memory import RAW, OverwriteTest, PassStorages, Rehearsal
+from .pass_memory import RAW, OverwriteTest, PassStorages, TrialPass
 from .probes import Request
 
 Where = Literal["input", "output", "sum"]
@@ -34,7 +34,7 @@ class Position:
     """
 
     index: int
-    live: PassStorages | Rehearsal | OverwriteTest | None = None
+    live: PassStorages | TrialPass | OverwriteTest | None = None
     at: str | None = None
     suspended: bool = False
     value: Any = None
@@ -42,7 +42,7 @@ class Position:
     awaited: _Awaited | None = None
     due: list[tuple[Tensor, DeferredCorrection]] = field(default_factory=list)  # outputs with a correction to come
     stale: Tensor | None = None  # a value that is about to be overwritten by its new value
-    output: Any = None  # of a rehearsal
+    output: Any = None  # of a trial
     outdated: str | None = None  # a layer whose class changed while its call was suspended
 
     @contextmanager
@@ -130,7 +130,7 @@ class SuspensionPoints:
                 batch = read()
             output = self.net.run(batch)
         self._check_sum(here)
-        if isinstance(here.live, Rehearsal | OverwriteTest):
+        if isinstance(here.live, TrialPass | OverwriteTest):
             here.live.read(output_leaves(output))
             here.output = output
 
@@ -175,7 +175,7 @@ class SuspensionPoints:
     def _halt(self, here: Position, name: str, value: Any, added: Tensor | None = None) -> None:
         self._check_sum(here)
         here.at, here.value, here.added = name, value, added
-        if isinstance(here.live, Rehearsal | OverwriteTest):
+        if isinstance(here.live, TrialPass | OverwriteTest):
             with here.untracked():
                 here.live.suspend_at(name, here.used())
             here.at = here.value = here.added = None
@@ -200,7 +200,7 @@ class SuspensionPoints:
         if getattr(awaited.value, "_version", 0) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
-        if self.is_dense or isinstance(here.live, Rehearsal | OverwriteTest):
+        if self.is_dense or isinstance(here.live, TrialPass | OverwriteTest):
             return
         with here.untracked():
             output = self.net.modules[awaited.name](awaited.value)

@@ -49,7 +49,7 @@ class Snapshot:
             self.restore()
         self._interrupts.release(self.restore)
 
-    def settling(self) -> ExitStack:
+    def defer_interrupts(self) -> ExitStack:
         """A context inside this one: from its end to the end of this context, interrupts wait.
 
         The code between the two ends, such as resetting flags, therefore runs to its end.
@@ -120,7 +120,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def undisturbed(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
+def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then restore all settings.
 
     Full precision: without the caller's autocast, and without TF32. Code that a `forward_fn` compiles runs in eager

@@ -41,7 +41,7 @@ from ..network.layers import (
     unwrap,
 )
 from ..network.runner import Network
-from ..network.snapshot import undisturbed
+from ..network.snapshot import evaluation_mode
 
 logger = logging.getLogger("resuscitate")
 
@@ -129,7 +129,7 @@ def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[Channe
     """The groups that can be removed, and for the first layer of each other group the reason why it cannot."""
     torch_pruning()
     copied, few = trial_copy(model), [x[:2] for x in inputs]
-    with undisturbed([copied], 0):
+    with evaluation_mode([copied], 0):
         reused = _reused_modules(copied, few)  # outside the try: an error of the model itself is raised unchanged
         try:
             graph = trace(copied, few)

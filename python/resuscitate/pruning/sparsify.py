@@ -193,7 +193,7 @@ def _channels(
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)
     masks = Masks(chosen, _with_dead({}, {name: layers[name] for name in chosen}, chosen))
-    with Snapshot(model) as snapshot, snapshot.settling():
+    with Snapshot(model) as snapshot, snapshot.defer_interrupts():
         masks.apply_(model)
         if remove:
             shrink(model, masks, example)

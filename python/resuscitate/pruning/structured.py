@@ -22,7 +22,7 @@ from ..network.comparison import (
 )
 from ..network.layers import columns_of, find_layers, rows_of, unwrap
 from ..network.masks import Masks
-from ..network.snapshot import Snapshot, undisturbed
+from ..network.snapshot import Snapshot, evaluation_mode
 from ..reports.base import Report
 from .coupling import (
     AGREEMENT,
@@ -112,7 +112,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     if not dropped:
         notes.append("nothing to remove: no unit is masked in all its producers and consumers")
     dense, small, which = trial_copy(model), trial_copy(model), ", ".join(dropped)
-    with undisturbed([dense, small], 0):
+    with evaluation_mode([dense, small], 0):
         try:
             error = remove_units(small, inputs, groups, dropped, dense)
         except Exception as problem:
@@ -159,7 +159,7 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
         full = torch.zeros_like(original) if where.dtype == torch.bool else original.detach().clone()
         full[where.to(full.device)] = small.detach().to(full).flatten()
         tensors[name] = full.to(small)
-    with undisturbed([], 0), Snapshot(model):
+    with evaluation_mode([], 0), Snapshot(model):
         before = compute_outputs(trial_copy(model), inputs)
         _install(model, tensors, dense)
         error = relative_difference(before, compute_outputs(trial_copy(model), inputs))

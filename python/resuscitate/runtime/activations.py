@@ -36,12 +36,12 @@ CHECKS = 64  # resident memory is read each time 1 / CHECKS of a budget has been
 class Store(AbstractContextManager["Store"]):
     """A budget of bytes, and a place for spilled bytes. A context: leaving it frees that place.
 
-    `away` is the number of bytes spilled so far. Several threads may use it, each with its own `Frame`s.
+    `bytes_spilled` is their number so far. Several threads may use it, each with its own `Frame`s.
     """
 
     def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
         self.budget, self.reserve = budget, budget // 2  # until `set_aside`
-        self.resident, self.away, self._passed = 0, 0, 0
+        self.resident, self.bytes_spilled, self._passed = 0, 0, 0
         self.before = resident_memory()
         self.lock = threading.RLock()
         self._place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
@@ -91,7 +91,7 @@ class Store(AbstractContextManager["Store"]):
     def write(self, data: Tensor, at: Region | None = None) -> Region:
         """Spill bytes, uint8 (n,), over a region of the same size or into a new one."""
         with self.lock:
-            self.away += data.numel()
+            self.bytes_spilled += data.numel()
             self._count(data.numel())
             return self._place.write(data, at)
 

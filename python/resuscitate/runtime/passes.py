@@ -197,21 +197,21 @@ class PassRunner:
         waiting, failed = iter(list(chains)), list[BaseException]()  # `next` of a list's iterator is atomic
         idle = queue.SimpleQueue[None]()
 
-        def go_on(lane: Chain) -> None:
-            """Resume the next pass of a lane, which takes a waiting chain when its last one has ended."""
+        def go_on(chained: Chain) -> None:
+            """Resume the next pass of a chain, or of the next waiting chain when that one has ended."""
             try:
-                each = None if failed else next(lane, None)
+                each = None if failed else next(chained, None)
                 if each is not None:
-                    each.resume(partial(came, lane, each))
+                    each.resume(partial(came, chained, each))
                     return
             except BaseException as error:
                 failed.append(error)
             idle.put(None)
 
-        def came(lane: Chain, each: Pass) -> None:
+        def came(chained: Chain, each: Pass) -> None:
             if each.error is not None:
                 failed.append(each.error)
-            go_on(lane)
+            go_on(chained)
 
         try:
             for _ in range(self.size):

@@ -154,7 +154,7 @@ def repair(
         options_used["masks"] = None if masks is None else digest_tensors(zeros)
         identity = _identity(session, target, images, options_used, resume is not None)
         if any(probe.folds > 1 for probe in probes.values()):
-            images.batches.deal(ranks)
+            images.batches.number_images(ranks)
         _match_reference(model, target, images, selected, session, report)
         journal = session.stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
@@ -169,7 +169,7 @@ def repair(
         clock.end("measuring and correcting")
         zeros.check(model)
         report.walk = session.walk_taken
-        report.bytes_spilled = sum(store.away for store in {session.store, session.image_store})
+        report.bytes_spilled = sum(store.bytes_spilled for store in {session.store, session.image_store})
         session.snapshot.forget_unchanged()
         report._undo = session.snapshot.restore
         clock.end("checking")
@@ -196,8 +196,8 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     most, ranks = most_images(plan.image_counts, plan.run["max_samples"]), session.ranks
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
     batches = session.read(calibration, most=most, marks=marks, beside=plan.beside)
-    gains = batches.holding(marks[0]) if changes_layers else 0
-    exact = batches.holding(marks[1]) if plan.exact else 0
+    gains = batches.batches_for(marks[0]) if changes_layers else 0
+    exact = batches.batches_for(marks[1]) if plan.exact else 0
     counts = [batches.images(count) for count in (None, gains, exact)]
     *totals, report.skipped = ranks.total(*counts, session.skipped["images"])
     _, report.images, report.batchnorm_images = totals
@@ -271,10 +271,12 @@ def _update(
     for name, layer in writer.layers.items():
         if name not in probes:
             writer.report.layers.append(left_out(name, layer.module, "unchanged", "the method measures nothing at it"))
-    at_once = [name for name, probe in probes.items() if probe.statistic is Statistic]
-    solved = [(name, method.solve(writer.layers[name], Statistic(session.place(name)))) for name in at_once]
-    for name, update in solved:
-        writer.write(Measurement(name, Statistic(session.place(name))), update)
+    at_once = [
+        Measurement(name, Statistic(session.place(name))) for name in probes if probes[name].statistic is Statistic
+    ]
+    updates = [method.solve(writer.layers[each.name], each.found) for each in at_once]  # all, before any is written
+    for measurement, update in zip(at_once, updates, strict=True):
+        writer.write(measurement, update)
     requests = plan.requests(probes, batchnorms, images.gains, images.exact)
     if plan.schedule == "parallel":
         parallel = [each for each in requests if each.name in probes]

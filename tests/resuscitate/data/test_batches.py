@@ -26,9 +26,13 @@ class TestBatches:
     @given(sizes=SIZES, images=st.none() | st.integers(0, 40))
     def test_they_know_how_many_hold_so_many_images(self, sizes, images):
         batches = Batches(numbered(sizes))
-        held = batches.images(batches.holding(images))
+        held = batches.images(batches.batches_for(images))
         assert held == sum(sizes) if images is None or images > sum(sizes) else held >= images
-        assert not batches.holding(images) or images is None or batches.images(batches.holding(images) - 1) < images
+        assert (
+            not batches.batches_for(images)
+            or images is None
+            or batches.images(batches.batches_for(images) - 1) < images
+        )
 
     @given(sizes=SIZES, marks=st.lists(st.none() | st.integers(0, 30), max_size=3))
     def test_a_cut_lets_whole_batches_end_at_each_mark(self, sizes, marks):
@@ -44,7 +48,7 @@ class TestBatches:
             for _ in range(2):
                 assert torch.equal(torch.cat([batch["image"] for batch in batches.head()]), IMAGES)
             assert batches[1]["labels"] == [1]
-            assert (store.away > 0) == (budget == 1)
+            assert (store.bytes_spilled > 0) == (budget == 1)
 
     def test_a_part_of_a_tensor_does_not_keep_the_whole(self):
         with Store(1 << 20, torch.device("cpu")) as store:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resuscitate
-from resuscitate.engine.pass_memory import SMALL, PassStorages, Rehearsal, SharedStore, Unread
+from resuscitate.engine.pass_memory import SMALL, PassStorages, SharedStore, TrialPass, Unread
 from resuscitate.runtime.activations import Store
 from resuscitate.runtime.passes import RestartError
 from tests.networks import Shuffled, chain, images, pruned_copy, seeded
@@ -92,7 +92,7 @@ class TestLive:
             assert (x.untyped_storage().nbytes(), y.untyped_storage().nbytes()) == (4 * SIZE, 0)
 
     def test_a_pass_that_came_by_other_operators_frees_nothing(self):
-        """The numbers of its storages are not those of the rehearsal."""
+        """The numbers of its storages are not those of the trial."""
         with Store(1 << 20, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
             x = torch.ones(SIZE) * 3
             live.unread = {"stop": Unread(live.operator_hash, set(range(live.count)))}
@@ -160,7 +160,7 @@ class TestLive:
             assert [float(x[0]) for x in values] == [0, 1, 2, 3, 4]
 
     def test_storages_are_numbered_but_not_kept(self):
-        with Rehearsal(set()) as made:
+        with TrialPass(set()) as made:
             x = torch.ones(SIZE) * 2
             reference = weakref.ref(x)
             assert len(list(made.alive())) == 2 - 1  # the ones are gone
@@ -170,19 +170,19 @@ class TestLive:
 
 
 def test_a_rehearsal_tells_what_is_read_no_more():
-    with Rehearsal(set()) as rehearsal:
+    with TrialPass(set()) as trial:
         a = torch.ones(4)
         b = a + 1
-        rehearsal.suspend_at("first", [])
+        trial.suspend_at("first", [])
         c = a * b
-        rehearsal.suspend_at("second", [])
+        trial.suspend_at("second", [])
         c + 1
-        rehearsal.suspend_at("twice", [])
-        rehearsal.suspend_at("twice", [])
+        trial.suspend_at("twice", [])
+        trial.suspend_at("twice", [])
         kept = b + 1
-        rehearsal.suspend_at("third", [])
+        trial.suspend_at("third", [])
     del a, b, c
-    assert {name: each.numbers for name, each in rehearsal.unread().items()} == {
+    assert {name: each.numbers for name, each in trial.unread().items()} == {
         "first": set(),
         "second": {0},
         "third": {0, 1, 2, 3},  # `kept`, number 4, outlives the pass
@@ -231,7 +231,7 @@ class Moody(Deep):
 
 
 class MoodyKept(Moody):
-    """The same, and what is read once more is kept for the rehearsal as well."""
+    """The same, and what is read once more is kept for the trial as well."""
 
     def forward(self, x):
         self.dummy = None

@@ -103,17 +103,17 @@ def test_neither_the_order_of_the_images_nor_their_batches_matter(order, batch_s
 def test_images_that_are_equal_fall_into_one_fold_and_folds_are_of_equal_size():
     distinct = images(20)
     batches = Batches([distinct[:7], distinct[7:], distinct[:7]])
-    batches.deal(Ranks())
+    batches.number_images(Ranks())
     first, _, again = (batches.folds(index, 4, rows) for index, rows in enumerate((7, 13, 7)))
     assert {fold: rows.tolist() for fold, rows in first.items()} == {f: rows.tolist() for f, rows in again.items()}
     alone = Batches([distinct])
-    alone.deal(Ranks())
+    alone.number_images(Ranks())
     assert sorted(len(rows) for rows in alone.folds(0, 4, 20).values()) == [5, 5, 5, 5]
 
 
 def test_several_rows_of_an_image_stay_in_one_fold():
     batches = Batches([images(6)])
-    batches.deal(Ranks())
+    batches.number_images(Ranks())
     by_image, by_row = batches.folds(0, 4, 6), batches.folds(0, 4, 18)
     for fold, rows in by_row.items():
         assert sorted(set((rows // 3).tolist())) == by_image[fold].tolist()
