@@ -12,6 +12,7 @@ from ..engine.probes import Layer, Probe, Request
 from ..errors import ModelMismatchError
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
+from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice, check_count, run_options
 from ..statistics.base import Statistic
 from ..statistics.outputs import OutputCovariances, OutputMoments
@@ -36,7 +37,7 @@ class Plan:
     @property
     def beside(self) -> bool:
         """Do both networks run side by side?"""
-        return self.method.dense is DenseAccess.MODEL or self.diagnostics
+        return self.diagnostics or (self.method.dense is DenseAccess.MODEL and self.method.measures_layers)
 
     @property
     def image_counts(self) -> list[int | None]:
@@ -133,8 +134,9 @@ def make_plan(
         option = "diagnostics" if diagnostics else "gain_samples"
         raise ValueError(f"{option} is for methods that measure layers, not {chosen.name!r}")
     recalibration = make_recalibration(recalibrate, chosen)
-    if isinstance(recalibration, EMA) and (run["forward_fn"] is not None or run["group"] is not None):
-        raise ValueError("recalibrate='ema' cuts its own batches: it takes no forward_fn and no group")
+    several = run["group"] is not None and Ranks(run["group"]).size > 1
+    if isinstance(recalibration, EMA) and (several or run["forward_fn"] is not None):
+        raise ValueError("recalibrate='ema' cuts its own batches: it takes no forward_fn and no group of several ranks")
     return Plan(chosen, recalibration, schedule, diagnostics, gain_samples, run)
 
 

@@ -173,7 +173,7 @@ def test_ranks_are_bit_identical_and_agree_with_one_process(job, ranks):
         ("different options", *["rank 1 has a model or options other than rank 0"] * 2),
         ("a stray option", "DistributedError: rank 1 failed", "has no option 'prior'; it is for method 'asr'"),
         ("no images", *["no images are left"] * 2),
-        ("momentum", *["it takes no forward_fn and no group"] * 2),
+        ("momentum", *["it takes no forward_fn and no group of several ranks"] * 2),
     ],
 )
 def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_changed(job, first, second, ranks):
