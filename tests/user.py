@@ -35,6 +35,39 @@ def broken():
 
 number = int
 """
+# a method of the user's own, of which nothing else knows
+METHODS = '''
+import os
+from dataclasses import dataclass
+
+import resuscitate as rs
+
+
+@rs.register
+@dataclass(frozen=True, kw_only=True)
+class MedianGain(rs.Method):
+    """One gain per layer: the median over channels of the dense over the pruned standard deviation.
+
+    median_eps: added to the pruned variances. match_mean: match the means too. power: of the gain, or None.
+    """
+
+    median_eps: float = 1e-8
+    match_mean: bool = True
+    power: float | None = 1.0
+
+    name = "median-gain"
+
+    def probe(self, layer):
+        return rs.Probe(rs.OutputMoments)
+
+    def solve(self, layer, found):
+        if os.environ.get("FAIL_AT") == layer.name:
+            raise ValueError(f"no gain for {layer.name}")
+        ratio = (found.dense.var / (found.pruned.var + self.median_eps)).sqrt()
+        gain = ratio.median().expand_as(ratio) ** (1.0 if self.power is None else self.power)
+        shift = found.dense.mean - gain * found.pruned.mean
+        return rs.Gain(gain.clone(), shift if self.match_mean else 0 * shift)
+'''
 MODEL, BARE = "users_networks:small", "users_networks:bare"
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+def _say(error: Exception) -> None:
+    """Write an error on one line of standard error."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+
+
 class _PlainErrors(TyperGroup):
     """Turns the errors that a user can cause into one line on standard error and an exit code."""
 
@@ -31,10 +39,7 @@ class _PlainErrors(TyperGroup):
         except BrokenPipeError:
             raise
         except (ResuscitateError, OSError, TypeError, ValueError) as error:
-            message = str(error)
-            if isinstance(error, OSError) and error.filename is not None:
-                message = f"{error.filename}: {error.strerror}"
-            typer.echo(f"Error: {' '.join(message.split())}", err=True)
+            _say(error)
             # a value that the library refuses is a mistake in the command, all else one in the files
             raise typer.Exit(1 if isinstance(error, ResuscitateError | OSError) else 2) from error
 
@@ -45,7 +50,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Bring a collapsed pruned network back from a few unlabelled images.",
+    help="Repair a collapsed pruned network from a few unlabelled images.",
 )
 
 
@@ -57,7 +62,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         load_methods(words)
     except ResuscitateError as error:
-        typer.echo(f"Error: {error}", err=True)
+        _say(error)
         raise SystemExit(1) from error
     app(words, prog_name="resuscitate")
 

@@ -12,7 +12,7 @@ IMAGES = 512  # at most, for the channels' variances
 
 
 class Comparison:
-    """Scores and variances by channel, of the dense network and of another at each `look`.
+    """Scores and variances by channel, of the dense network and of another at each `add`.
 
     score: a function of a model, or None; channels: the dense network to compare with, or None.
     """
@@ -34,7 +34,7 @@ class Comparison:
         if score is not None and dense is not None:
             self.scores["dense"] = self._score(dense)
 
-    def look(self, when: str, network: nn.Module) -> None:
+    def add(self, when: str, network: nn.Module) -> None:
         """Note what the network does now."""
         from ..workflows.damage import damage
 

@@ -8,18 +8,20 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import ResuscitateError
-from ..methods.base import Method, registered
+from ..methods.base import Method, option_names, registered
 from ..methods.batchnorm import RECALIBRATIONS
 from .flags import opt
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_commands: list[tuple[Callable[..., Any], bool]] = []
+# with the names of their other options, and whether they recalibrate
+_commands: list[tuple[Callable[..., Any], set[str], bool]] = []
 
 
 def with_method_options(recalibrates: bool) -> Callable[[Command], Command]:
@@ -29,7 +31,7 @@ def with_method_options(recalibrates: bool) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        _commands.append((command, recalibrates))
+        _commands.append((command, set(inspect.signature(command).parameters), recalibrates))
         _extend(command, recalibrates)
         return command
 
@@ -39,7 +41,7 @@ def with_method_options(recalibrates: bool) -> Callable[[Command], Command]:
 def load_methods(words: list[str]) -> None:
     """Import what `--method package.module:Class` names, so that its fields are options too.
 
-    Raises ResuscitateError where that is no method.
+    Raises ResuscitateError where that is no method, or has a field named like another option of the command.
     """
     for name in _named(words):
         module, _, attribute = name.partition(":")
@@ -49,9 +51,11 @@ def load_methods(words: list[str]) -> None:
         except Exception as error:  # the user's own code, which may raise anything
             raise ResuscitateError(f"--method {name} cannot be loaded: {type(error).__name__}: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Method)) or registered().get(found.name) is not found:
-            raise ResuscitateError(f"--method {name} is no registered method: decorate the class with @register")
-        for command, recalibrates in _commands:
-            _extend(command, recalibrates)
+            raise ResuscitateError(f"--method {name} is no registered method: decorate a class of methods with @register")
+    for command, others, recalibrates in _commands:
+        if command.__name__ in words and (taken := option_names() & others):
+            raise ResuscitateError(f"rename the field {min(taken)!r}: `{command.__name__}` has an option of that name")
+        _extend(command, recalibrates)
 
 
 def method_name(given: str) -> str:
@@ -62,8 +66,12 @@ def method_name(given: str) -> str:
 
 def method_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Of all options of this kind, those of methods that were given."""
-    names = {field.name for method in registered().values() for field in fields(method)}
-    return {name: value for name, value in chosen.items() if name in names and value is not None}
+    return _given({name: value for name, value in chosen.items() if name in option_names()})
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that were given, None for the word "none"."""
+    return {name: None if value == "none" else value for name, value in values.items() if value is not None}
 
 
 def recalibration(word: str, chosen: Mapping[str, Any]) -> Any:
@@ -72,7 +80,7 @@ def recalibration(word: str, chosen: Mapping[str, Any]) -> Any:
     Raises typer.BadParameter for an option of another recalibration.
     """
     given = {
-        name: {field.name: value for field in fields(kind) if (value := chosen.get(f"{name}_{field.name}")) is not None}
+        name: _given({field.name: chosen.get(f"{name}_{field.name}") for field in fields(kind)})
         for name, kind in RECALIBRATIONS.items()
     }
     for name, options in given.items():
@@ -140,12 +148,10 @@ def _described(owner: type, name: str) -> str:
 
 
 def parse_value(text: Any) -> Any:
-    """A number, "none" for None, or a word."""
+    """A number, or a word; "none" stays a word, since None is an option that is not given."""
     if not isinstance(text, str):
         return text
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
-    return None if text.lower() == "none" else text
+    return text.lower() if text.lower() == "none" else text

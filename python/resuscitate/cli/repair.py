@@ -32,7 +32,7 @@ def repair(
     method: Annotated[
         str, opt(f"auto, {', '.join(registered())}, or package.module:Class; its options are those below.")
     ] = "auto",
-    schedule: Annotated[Schedule, opt("Measure on repaired layers, or on the broken net.")] = "sequential",
+    schedule: Annotated[Schedule, opt("Measure on repaired layers, or on the unrepaired network.")] = "sequential",
     recalibrate: Annotated[Recalibrate, opt("BatchNorm; auto: exact for bn, else none (stays).")] = "auto",
     max_samples: flags.MaxSamples = None,
     gain_samples: Annotated[int | None, opt("At most so many for the gains.", min=1)] = None,
@@ -100,18 +100,18 @@ def repair(
         check_runs(network, images.head, calibration, device)
         score = None if test is None or ranks.rank else Accuracy(*read_labelled(test, mean, std, size, None, seed))
         seen = target if not isinstance(target, Path | str) and not ranks.rank else None
-        eyes = Comparison(score, seen, detail and len(images.head) > 0, images.head, device, dtype, batch_size)
-        eyes.look("pruned", network)
+        comparison = Comparison(score, seen, detail and len(images.head) > 0, images.head, device, dtype, batch_size)
+        comparison.add("pruned", network)
         keywords: dict[str, Any] = {"include": include, "exclude": exclude, "skip_first": skip_first}
         keywords |= {"skip_last": skip_last, "on_nonfinite": on_nonfinite, "resume": resume, "memory": memory}
         keywords |= {"max_samples": max_samples, "batch_size": batch_size, "dtype": dtype, "device": device}
         keywords |= {"scratch": scratch, "seed": seed, "masks": None if masks is None else Masks.load(masks)}
         done = run(network, target, images.all, **choices, **keywords, group=group)
-        eyes.look("repaired", network)
+        comparison.add("repaired", network)
         made_by = provenance(done.method, options)
         document = {
             **done.to_dict(),
-            **eyes.found(),
+            **comparison.found(),
             "calibration": images.measured,
             "output": str(output),
             "provenance": made_by,
@@ -129,7 +129,7 @@ def repair(
     if json_:
         typer.echo(text)
     else:
-        scores = ", ".join(f"{name} {score:.2f}" for name, score in eyes.scores.items())
+        scores = ", ".join(f"{name} {score:.2f}" for name, score in comparison.scores.items())
         scored = [f"accuracy in per cent: {scores}"] if scores else []
         show(done, images.describe(), *scored, f"written to {output}")
 

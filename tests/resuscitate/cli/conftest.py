@@ -11,7 +11,7 @@ from torch import nn
 import resuscitate
 from resuscitate.data.images import load_images
 from tests.networks import chain, seeded
-from tests.user import MEAN, NETWORKS, STD
+from tests.user import MEAN, NETWORKS, STD, loaded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,3 +50,18 @@ def user(files, monkeypatch):
     for path in set(files.iterdir()) - before:
         if path.is_file():
             path.unlink()
+
+
+@pytest.fixture
+def test_images(user):
+    """30 images and labels that a dense network mostly agrees with; returns the labels."""
+    pixels = np.random.default_rng(1).integers(0, 256, (30, 10, 12, 3), dtype=np.uint8)
+    np.savez(user / "test.npz", images=pixels)
+    images, network = load_images("test.npz", seed=None), loaded("dense.safetensors")
+    with torch.no_grad():  # a network that does not always give the same class
+        network[-1].bias -= network(images).mean(0)
+        labels = network(images).argmax(1)
+    labels[::4] = torch.arange(8)
+    save_file(network.state_dict(), "varied.safetensors")
+    np.savez(user / "test.npz", images=pixels, labels=labels.numpy())
+    return labels

@@ -194,45 +194,6 @@ def test_help_and_version():
         assert name in invoke("--help").stdout
 
 
-USERS_METHOD = """
-from dataclasses import dataclass
-from resuscitate import DenseAccess, Gain, Layer, Method, OutputMoments, Probe, register
-
-
-@register
-@dataclass(frozen=True, kw_only=True)
-class MedianGain(Method):
-    floor: float = 1e-8
-    name = "median-gain"
-    dense = DenseAccess.STATISTICS
-
-    def probe(self, layer: Layer) -> Probe:
-        return Probe(OutputMoments)
-
-    def solve(self, layer: Layer, found: OutputMoments) -> Gain:
-        gain = (found.dense.var / (found.pruned.var + self.floor)).sqrt().median().expand(layer.channels)
-        return Gain(gain, shift=found.dense.mean - gain * found.pruned.mean)
-"""
-
-
-def test_a_users_method_in_a_file_of_its_own_runs_by_every_command(user):
-    (user / "users_methods.py").write_text(USERS_METHOD)
-    chosen = ["--method", "users_methods:MedianGain", "--floor", "1e-5", "--report", "run.json"]
-    weights = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
-    command("repair", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, *chosen, "--resume", "run.journal")
-    found = json.loads(Path("run.json").read_text())
-    assert (found["method"], found["options"]) == ("median-gain", {"floor": 1e-5})
-    command("report", "run.json", "-o", "run.html")
-    assert "median-gain" in Path("run.html").read_text()
-    command("compress", "-m", MODEL, *weights, "--sparsity", 0.6, "--steps", 2, *chosen)
-    command("regrow", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, "--sparsity", 0.5, *chosen)
-    assert json.loads(Path("run.json").read_text())["rounds"][0]["report"]["options"] == {"floor": 1e-5}
-    refused = command("repair", "-m", MODEL, "--pruned", "pruned.safetensors", *weights, *chosen, "--ridge", 1, code=2)
-    assert "method 'median-gain' has no option 'ridge'" in refused.stderr
-    missing = command("repair", "-m", MODEL, *weights, "--method", "nowhere:Method", code=1)
-    assert "--method nowhere:Method cannot be loaded" in missing.stderr
-
-
 @pytest.mark.parametrize("method", registered())
 def test_every_field_of_a_method_is_an_option(user, method):
     given = {"prior": "mean", "bias": False, "eps": 1e-3, "ridge": 0.5, "relu_aware": False, "means": "kernel"}

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import resuscitate
 from resuscitate.data.images import load_images
@@ -11,20 +9,6 @@ from resuscitate.reports.plots import have_matplotlib
 from tests.user import MODEL, command, invoke, loaded, unframed
 
 GRID = ["--sparsities", "0.5,0.8", "--allocations", "global,erk", "--methods", "bn,asr"]
-
-
-@pytest.fixture
-def test_images(user):
-    pixels = np.random.default_rng(1).integers(0, 256, (30, 10, 12, 3), dtype=np.uint8)
-    np.savez(user / "test.npz", images=pixels)
-    images, network = load_images("test.npz", seed=None), loaded("dense.safetensors")
-    with torch.no_grad():  # a network that does not always say the same, and labels that it mostly agrees with
-        network[-1].bias -= network(images).mean(0)
-        labels = network(images).argmax(1)
-    labels[::4] = torch.arange(8)
-    save_file(network.state_dict(), "varied.safetensors")
-    np.savez(user / "test.npz", images=pixels, labels=labels.numpy())
-    return labels
 
 
 def words(*more):
