@@ -51,7 +51,7 @@ def load_methods(words: list[str]) -> None:
         except Exception as error:  # the user's own code, which may raise anything
             raise ResuscitateError(f"--method {name} cannot be loaded: {type(error).__name__}: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Method)) or registered().get(found.name) is not found:
-            raise ResuscitateError(f"--method {name} is no registered method: decorate a class of methods with @register")
+            raise ResuscitateError(f"--method {name} is no registered method: decorate its class with @register")
     for command, others, recalibrates in _commands:
         if command.__name__ in words and (taken := option_names() & others):
             raise ResuscitateError(f"rename the field {min(taken)!r}: `{command.__name__}` has an option of that name")

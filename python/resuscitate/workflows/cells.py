@@ -119,12 +119,13 @@ class Cells:
 
     def fill_in_processes(self, jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Cell]]:
         """Fill cells in `workers` processes, in order of completion; an error or leaving the loop cancels the rest."""
+        names = {(job.options or {}).get("method") for job in jobs.values()}
         try:
-            payload = pickle.dumps((self, list(registered().values())))
+            payload = pickle.dumps((self, [method for name, method in registered().items() if name in names]))
         except Exception as error:
             raise ValueError(
-                f"workers={workers} sends evaluate and the model to other processes, and they cannot be pickled "
-                f"({error}); use a function or class at the top of a module, or workers=1"
+                f"workers={workers} sends evaluate, the model and the methods to other processes, and they cannot be "
+                f"pickled ({error}); use a function or class at the top of a module, or workers=1"
             ) from error
         threads = max(torch.get_num_threads() // workers, 1)
         context = multiprocessing.get_context("spawn")

@@ -83,7 +83,7 @@ def test_map_has_a_column_for_it(test_images, workers):
     [
         ("nowhere:Gain", "", "No module named 'nowhere'"),
         ("users_methods:Gain", "", "has no attribute 'Gain'"),
-        ("users_methods:os", "", "is no registered method: decorate a class of methods with @register"),
+        ("users_methods:os", "", "is no registered method: decorate its class with @register"),
         ("clash:Gain", METHODS.replace("median-gain", "refit"), "there is a method 'refit' already"),
         ("broken:Gain", "raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
     ],

@@ -120,6 +120,13 @@ class TestCells:
         assert found.curve("erk", "ridge")[0.7] == pytest.approx(score(model), abs=1e-5)
         assert named.curve("erk", "half") == named.curve("erk", "channelwise") == found.curve("erk", "x")
 
+        # the class is in a function, and no other process can import it: refused where a column needs it
+        grid["sparsities"] = [0.7, 0.8]
+        alone = recoverability(dense, images(), score, **grid, methods=["channelwise"], workers=2)
+        assert alone.curve("erk", "channelwise")[0.7] == named.curve("erk", "half")[0.7]
+        with pytest.raises(ValueError, match=r"cannot be pickled .*Half"):
+            recoverability(dense, images(), score, **grid, methods=["half"], workers=2)
+
     def test_regrowing_and_means_are_methods_too(self):
         dense = seeded(chain)
         methods = {"mean": {"method": "mean"}, "back": {"past": 0.5, "budget": "damage"}}
