@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,13 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 LARGEST_MMAP, LARGEST_TRIM = 32 << 20, 64 << 20  # bytes; malloc raises its thresholds up to these as blocks are freed
 LARGEST_END = 1 << 20  # bytes; trim threshold of a walk that must save memory
 
-_entered = threading.Lock()
+
+class _Owner:
+    """Lives as long as the context that configures malloc."""
+
+
+# weak references: an interrupt at any line of `heap` frees the place for the next walk
+_owners: weakref.WeakSet[_Owner] = weakref.WeakSet()
 
 
 def _glibc() -> Any:
@@ -58,9 +64,11 @@ def heap(needed: float, budget: int) -> Iterator[None]:
     that frees large blocks. A nested context does nothing.
     """
     library = _glibc()
-    if library is None or not _entered.acquire(blocking=False):
+    if library is None or _owners:
         yield
         return
+    owner = _Owner()
+    _owners.add(owner)
     keep = 2 * needed <= budget
     try:
         library.mallopt(MMAP_THRESHOLD, 1 << 30 if keep else LARGEST_MMAP)
@@ -70,4 +78,3 @@ def heap(needed: float, budget: int) -> Iterator[None]:
         library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP)
         library.mallopt(TRIM_THRESHOLD, LARGEST_TRIM)
         library.malloc_trim(0)
-        _entered.release()

@@ -1,6 +1,7 @@
 """The heap: pages that are kept for the next allocation, and what is left as it was."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -124,6 +125,35 @@ def test_an_error_within_puts_it_back(library, needed):
         assert library.calls
 
 
+def test_an_interrupt_at_any_line_leaves_it_to_the_next_walk(library):
+    def interrupted(at):
+        lines = itertools.count(1)
+
+        def trace(frame, event, arg):
+            if event == "line" and next(lines) == at:
+                raise KeyboardInterrupt
+            return trace if frame.f_code.co_filename == malloc.__file__ else None
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            with heap(50, 100):
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    count = next(at for at in itertools.count(1) if not interrupted(at)) - 1
+    assert count > 10
+    for at in range(1, count + 1):
+        assert interrupted(at)
+        library.calls.clear()
+        with heap(50, 100):
+            assert library.calls, f"after an interrupt at line {at} of {count}"
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_holes_in_the_heap_are_resident_until_they_are_given_back():
     size, count = 4096, 10_000
@@ -153,8 +183,7 @@ def test_what_the_user_has_chosen_stays(environment, monkeypatch):
         monkeypatch.setenv(name, value)
     assert malloc._glibc() is None
     with heap(1, 2):
-        assert malloc._entered.acquire(blocking=False)
-        malloc._entered.release()
+        assert not malloc._owners
 
 
 def test_tunables_of_others_do_not_count(monkeypatch):
