@@ -36,10 +36,9 @@ HEAD = 512  # images to look at
 def build_model(name: str) -> nn.Module:
     """A new model in eval mode: by its name in `models.py`, from a library of models, or from the user's own module.
 
-    "timm:NAME", "torchvision:NAME", and "hf:FOLDER", the folder of a Hugging Face configuration for image
-    classification; else `package.module:factory`, a function that returns the model. Without trained weights, which are
-    loaded afterwards, and without network access. Raises typer.BadParameter for an unknown name, ResuscitateError where
-    the model cannot be built.
+    "timm:NAME", "torchvision:NAME", "hf:FOLDER" with a Hugging Face configuration for image classification, or
+    `package.module:factory`, a function that returns the model. Without trained weights and without network access.
+    Raises typer.BadParameter for an unknown name, ResuscitateError where the model cannot be built.
     """
     source, _, wanted = name.partition(":")
     if not wanted:

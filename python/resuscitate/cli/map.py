@@ -61,14 +61,12 @@ def map_(
     written = [output / name for name in ("map.json", "map.csv")]
     for path in written:
         found.save(path)
-    pictures = plot and have_matplotlib()
-    if pictures:
+    if plot and have_matplotlib():
         for method in found.methods:
             written.append(output / f"map-{method}.svg")
             draw_map(found, written[-1], [method])
-    if damage is not None and pictures:
         running = run_time_options(options)
-        for allocation in found.allocations:
+        for allocation in () if damage is None else found.allocations:
             pruned = copy.deepcopy(network)
             chosen = {name: options[name] for name in ("pattern", "include", "exclude")}
             chosen |= {"calibration": images, **running} if allocation == "rr" else {}
@@ -76,6 +74,6 @@ def map_(
             written.append(output / f"damage-{allocation}.svg")
             layers = compare(pruned, network, images, **running)
             draw_damage(layers, written[-1], f"{model}, sparsity {damage:g}, {allocation}")
-    elif plot and not pictures:
+    elif plot:
         show("pictures skipped: they need matplotlib, pip install 'resuscitate[plots]'")
     show(found, calibrated.describe(), "written: " + ", ".join(map(str, written)))

@@ -7,9 +7,10 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -39,8 +40,11 @@ def load_methods(words: list[str]) -> None:
 
     Raises ResuscitateError where the class is no registered method, or has a field named like another option.
     """
-    for name in _named(words):
-        method_name(name)
+    for word, after in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        if option in ("--method", "--methods"):
+            for name in (value if equals else after).split(","):
+                method_name(name)
     for command, others in _commands:
         if command.__name__ in words and (taken := option_names() & others):
             raise ResuscitateError(f"rename the field {min(taken)!r}: `{command.__name__}` has an option of that name")
@@ -95,14 +99,6 @@ def recalibration(options: Options) -> Any:
         if given or word == name:
             word, chosen = name, kind(**given)
     return chosen
-
-
-def _named(words: list[str]) -> Iterator[str]:
-    """The classes that follow --method, or --methods with commas between them."""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if option in ("--method", "--methods"):
-            yield from (each for each in (value if equals else after).split(",") if ":" in each)
 
 
 def _of_methods() -> Options:

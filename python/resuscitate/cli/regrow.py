@@ -58,9 +58,8 @@ def regrow(
     chosen["saliency"] = saliency if denser is None else Masks.load(denser)
     chosen["masks"] = Masks.from_zeros(network) if masks is None else Masks.load(masks)
     if labelled is not None:
-        pairs = read_labelled(labelled, options)
-        parts = (part.split(options["batch_size"]) for part in (pairs.images, pairs.labels))
-        chosen["labelled"] = list(zip(*parts, strict=True))
+        pairs, size = read_labelled(labelled, options), options["batch_size"]
+        chosen["labelled"] = list(zip(pairs.images.split(size), pairs.labels.split(size), strict=True))
     chosen["evaluate"] = None if test is None else read_labelled(test, options)
     with opened(network, options) as (images, ranks):
         done = call(run, options, calibration=images.all, group=ranks.group, **chosen)
