@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,9 @@ class Demo:
         for column in METHODS:
             table.add_column(column.replace(", ", "\n"), justify="right", vertical="bottom")
         for sparsity, row in self.accuracy.items():
-            cells = [f"{row[column]:.1f}" for column in METHODS]
             best = max(METHODS, key=lambda column: row[column])
-            table.add_row(
-                f"{sparsity:.0%}",
-                *(f"[bold]{c}[/]" if name == best else c for c, name in zip(cells, METHODS, strict=True)),
-            )
+            cells = (f"[bold]{row[name]:.1f}[/]" if name == best else f"{row[name]:.1f}" for name in METHODS)
+            table.add_row(f"{sparsity:.0%}", *cells)
         yield f"Top-1 accuracy in per cent on {self.tested} held-out digits; dense: [bold]{self.dense:.1f}[/]\n"
         yield table
         yield (
@@ -110,11 +107,11 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
     """
     started = time.perf_counter()
     images, labels = digits()
-    with torch.random.fork_rng(devices=[]), _single_thread():
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # more threads gain little on so small a network, and lose on a busy machine
         torch.manual_seed(seed)
-        order = torch.randperm(len(images))
-        count = MOMENTUM.images
-        training, held_out = order[:count], order[count:]
+        training, held_out = torch.randperm(len(images)).tensor_split([MOMENTUM.images])
         dense = digitnet()
         train(dense, images[training], labels[training], epochs, progress)
         trained = time.perf_counter()
@@ -129,8 +126,7 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
                 repair(model, dense, images[training], **METHODS[column], seed=seed, progress=False)
             result.accuracy.setdefault(sparsity, {})[column] = score(model)
             if sparsity == SHOWN_SPARSITY and column in (NO_REPAIR, SHOWN_METHOD):
-                name = "pruned" if column == NO_REPAIR else "repaired"
-                result.variances[name] = _variances(model, test)
+                result.variances["pruned" if column == NO_REPAIR else "repaired"] = _variances(model, test)
         result.variances["dense"] = _variances(dense, test)
     result.seconds = time.perf_counter() - started
     return result
@@ -183,17 +179,6 @@ def _variances(model: nn.Module, images: Tensor) -> list[float]:
     return found
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """Use one thread: more threads speed up so small a network little, and slow it down on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def draw_demo(result: Demo, path: str | Path) -> None:
     """Accuracy by method and sparsity, and one layer's per-channel variance (log scale): dense, pruned, repaired.
 
@@ -207,12 +192,11 @@ def draw_demo(result: Demo, path: str | Path) -> None:
 
 
 def _accuracy_bars(axes: Any, result: Demo) -> None:
-    columns = list(next(iter(result.accuracy.values())))
-    width = 0.88 / len(columns)
+    width = 0.88 / len(METHODS)
     axes.axhline(result.dense, color="black", linestyle="--", linewidth=1, label=f"dense, {result.dense:.1f}")
-    for place, (column, colour) in enumerate(zip(columns, COLOURS.values(), strict=True)):
+    for place, (column, colour) in enumerate(zip(METHODS, COLOURS.values(), strict=True)):
         heights = [row[column] for row in result.accuracy.values()]
-        offsets = [group + (place - (len(columns) - 1) / 2) * width for group in range(len(heights))]
+        offsets = [group + (place - (len(METHODS) - 1) / 2) * width for group in range(len(heights))]
         bars = axes.bar(offsets, heights, width * 0.94, color=colour, label=column)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}  # the dense line must not strike a number out
         axes.bar_label(bars, fmt="%.0f", fontsize=8.5, padding=2, bbox=paper)
@@ -226,7 +210,6 @@ def _accuracy_bars(axes: Any, result: Demo) -> None:
 
 
 def _variance_dots(axes: Any, result: Demo) -> None:
-
     order = sorted(range(len(result.variances["dense"])), key=lambda channel: -result.variances["dense"][channel])
     dense, pruned, repaired = (
         [result.variances[name][channel] for channel in order] for name in ("dense", "pruned", "repaired")

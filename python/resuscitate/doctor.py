@@ -101,8 +101,7 @@ def examine(device: torch.device | str | None = None) -> Findings:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without GPU support
         raise ResuscitateError(f"device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    facts, remedies = _facts(target)
-    found = Findings(facts, remedies=remedies)
+    found = _facts(target)
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         torch.manual_seed(0)
         for shape in SHAPES:
@@ -115,8 +114,8 @@ def examine(device: torch.device | str | None = None) -> Findings:
     return found
 
 
-def _facts(device: torch.device) -> tuple[dict[str, str], list[str]]:
-    """Facts by name, and remedies."""
+def _facts(device: torch.device) -> Findings:
+    """The facts and the remedies, before any check."""
     remedies = []
     wanted, triton = os.environ.get("ASR_BACKEND", "auto"), find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -133,8 +132,8 @@ def _facts(device: torch.device) -> tuple[dict[str, str], list[str]]:
         remedies.append("TRITON_INTERPRET=1 runs Triton's kernels in its slow interpreter; unset it except for tests")
     if device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
         remedies.append("this torch is built for CUDA and sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    facts = {name: _version(name) for name in ("resuscitate", "torch", "triton", "numpy", "safetensors")}
-    facts = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}", **facts}
+    facts = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}"}
+    facts |= {name: _version(name) for name in ("resuscitate", "torch", "triton", "numpy", "safetensors")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     facts |= {"device": f"{device}, {name}", "backend": backend, "Triton's interpreter": "on" if interpreted else "off"}
     for extra, (module, purpose) in EXTRAS.items():
@@ -142,7 +141,7 @@ def _facts(device: torch.device) -> tuple[dict[str, str], list[str]]:
         facts[f"extra {extra}"] = f"installed, for {purpose}" if installed else f"missing: no {purpose}"
         if not installed:
             remedies.append(f"for {purpose}: pip install 'resuscitate[{extra}]'")
-    return facts, remedies
+    return Findings(facts, remedies=remedies)
 
 
 def _version(package: str) -> str:

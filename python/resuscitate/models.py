@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from difflib import get_close_matches
 
 import torch.nn.functional as F
@@ -97,13 +96,7 @@ def digitnet() -> ResNet:
     return ResNet(2, inputs=1, widths=(24, 48, 96))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "digitnet": digitnet,
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-}
+MODELS = {make.__name__: make for make in (digitnet, resnet20, resnet32, resnet44, resnet56)}
 
 
 def build(name: str) -> nn.Module:

@@ -1,33 +1,40 @@
-"""The application: errors in plain words, how reports are written and results are shown."""
+"""The application: errors as one line, how files are written and results are shown."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from torch import nn
 from typer.core import TyperGroup
 
+from ..deploy.checkpoints import provenance, write_state_dict
 from ..errors import ResuscitateError
+from ..runtime.options import DEFAULTS
+from ..utils.files import atomic
 from ..version import __version__
-from .flags import opt
+from .flags import Options, opt
+from .inputs import Images
+from .method_options import load_methods
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
-
-def _say(error: Exception) -> None:
-    """Write an error on one line of standard error."""
+def _say(error: Exception) -> int:
+    """Write an error on one line of standard error; the exit code."""
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    # a value that the library refuses is a mistake in the command, all else one in the files
+    return 1 if isinstance(error, ResuscitateError | OSError) else 2
 
 
 class _PlainErrors(TyperGroup):
@@ -39,9 +46,7 @@ class _PlainErrors(TyperGroup):
         except BrokenPipeError:
             raise
         except (ResuscitateError, OSError, TypeError, ValueError) as error:
-            _say(error)
-            # a value that the library refuses is a mistake in the command, all else one in the files
-            raise typer.Exit(1 if isinstance(error, ResuscitateError | OSError) else 2) from error
+            raise typer.Exit(_say(error)) from error
 
 
 app = typer.Typer(
@@ -54,17 +59,13 @@ app = typer.Typer(
 )
 
 
-def main(words: list[str] | None = None) -> None:
+def main() -> None:
     """Run the command line, with the methods that it names by package.module:Class."""
-    from .method_options import load_methods
-
-    words = sys.argv[1:] if words is None else words
     try:
-        load_methods(words)
+        load_methods(sys.argv[1:])
     except ResuscitateError as error:
-        _say(error)
-        raise SystemExit(1) from error
-    app(words, prog_name="resuscitate")
+        raise SystemExit(_say(error)) from error
+    app(prog_name="resuscitate")
 
 
 def _version(asked: bool) -> None:
@@ -83,31 +84,52 @@ def _main(
         logging.getLogger("resuscitate").setLevel(logging.INFO)
 
 
-def write_report(stack: ExitStack, path: Path | None, report: Any, document: Mapping[str, Any]) -> None:
-    """Write a report when the stack closes without an error: as CSV its rows, as JSON the document."""
-    if path is None:
-        return
-    from ..utils.files import atomic
-
-    if path.suffix == ".csv":
-        report.save(path)
-    else:
-        stack.enter_context(atomic(path)).write_text(json.dumps(document, indent=2) + "\n")
+def options_of(found: Mapping[str, Any]) -> Options:
+    """The options of a command by name, from its `locals()`; None for a repeatable option that is not given."""
+    options = {**found, **found["given"]}
+    return {name: None if value == [] else value for name, value in options.items() if name != "given"}
 
 
-def options_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command, ready for JSON, less those that say only where its results go."""
-    return {
-        name: str(value) if isinstance(value, Path) else value or None if isinstance(value, list) else value
-        for name, value in given.items()
-        if name not in ("output", "report", "json_", "timeout", "chosen")
-    }
+def run_time_options(options: Options) -> Options:
+    """Of the options of a command, those of every function that measures."""
+    return {name: value for name, value in options.items() if name in DEFAULTS}
 
 
-def show(*parts: RenderableType) -> None:
-    """Print to standard output, at a width that cuts nothing off where that is not a terminal."""
-    from rich.console import Console
+def call(function: Callable[..., Any], options: Options, **others: Any) -> Any:
+    """Call a function of the library with the options of a command, which are named like its keywords, and others."""
+    own = {name: options[name] for name in inspect.signature(function).parameters if name in options}
+    return function(**own | run_time_options(options) | others)
 
+
+def made_by(command: str, options: Options) -> dict[str, Any]:
+    """The metadata of what a command writes; without the options that say only where the results go."""
+    unsaid = ("output", "report", "json_", "timeout")
+    said = {name: value for name, value in options.items() if name not in unsaid}
+    return provenance(command, {name: str(v) if isinstance(v, Path) else v for name, v in said.items()})
+
+
+def write_results(
+    name: str, network: nn.Module, options: Options, done: Any, images: Images, masks: Path | None = None, **more: Any
+) -> dict[str, Any]:
+    """Write masks, weights and report; after an error, no report of weights that are not there. Returns the report.
+
+    done: the report of the library, of which a .csv has the rows. more: further parts of the report.
+    """
+    about, report, output = made_by(name, options), options["report"], options["output"]
+    document = {**done.to_dict(), **more, "calibration": images.measured, "output": str(output), "provenance": about}
+    with ExitStack() as stack:
+        if report is not None and report.suffix == ".json":
+            stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
+        if masks is not None:
+            done.save(masks, about)
+        write_state_dict(output, network.state_dict(), about)
+    if report is not None and report.suffix == ".csv":
+        done.save(report)
+    return document
+
+
+def show(*parts: Any) -> None:
+    """Print strings or renderables to standard output, at a width that cuts nothing off where that is no terminal."""
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
     for part in parts:
         console.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str))

@@ -1,57 +1,49 @@
-"""A network before and after, on labelled images and channel by channel, for the report."""
+"""Accuracy and per-channel variance of a network before and after a repair, for the report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from torch import Tensor, nn
 
-IMAGES = 512  # at most, for the channels' variances
+from ..network.snapshot import moved_to
+from ..workflows.damage import damage
 
 
+@dataclass
 class Comparison:
-    """Scores and variances by channel, of the dense network and of another at each `add`.
+    """Scores and variances by channel, of the dense network and of another one at each `add`.
 
-    score: a function of a model, or None; channels: the dense network to compare with, or None.
+    score: a function of a model, or None. dense: the dense network, if any. images: to measure variances on; None: do
+    not. running: run-time options.
     """
 
-    def __init__(
-        self,
-        score: Callable[[nn.Module], float] | None,
-        dense: nn.Module | None,
-        detail: bool,
-        images: Tensor,
-        device: str | None,
-        dtype: str | None,
-        batch_size: int,
-    ) -> None:
-        self.score, self.dense, self.images, self.device = score, dense if detail else None, images[:IMAGES], device
-        self.running: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
-        self.scores: dict[str, float] = {}
-        self.channels: dict[str, dict[str, Any]] = {}
-        if score is not None and dense is not None:
-            self.scores["dense"] = self._score(dense)
+    score: Callable[[nn.Module], float] | None
+    dense: nn.Module | None
+    images: Tensor | None
+    running: dict[str, Any]
+    scores: dict[str, float] = field(default_factory=dict)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dense is not None:
+            self._score("dense", self.dense)
 
     def add(self, when: str, network: nn.Module) -> None:
-        """Note what the network does now."""
-        from ..workflows.damage import damage
-
-        if self.score is not None:
-            self.scores[when] = self._score(network)
-        if self.dense is not None:
+        """Measure the network as it is now."""
+        self._score(when, network)
+        if self.dense is not None and self.images is not None and len(self.images):
             for name, found in damage(network, self.dense, self.images, **self.running).items():
                 layer = self.channels.setdefault(name, {"dense": found.variance.tolist()})
                 layer[when] = (found.variance * found.ratio.nan_to_num()).tolist()
 
     def found(self) -> dict[str, Any]:
-        """For the report: what was asked for."""
+        """Scores and channels, each if measured."""
         return {key: value for key, value in (("scores", self.scores), ("channels", self.channels)) if value}
 
-    def _score(self, network: nn.Module) -> float:
-        from ..network.snapshot import moved_to
-
-        assert self.score is not None
-        with moved_to(self.device, [network]):
-            return self.score(network)
+    def _score(self, when: str, network: nn.Module) -> None:
+        if self.score is not None:
+            with moved_to(self.running["device"], [network]):
+                self.scores[when] = self.score(network)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from .. import demo as library
+from ..reports.plots import have_matplotlib
+from ..utils.files import check_writable
 from .application import app, show
 from .flags import opt
 
@@ -17,16 +20,12 @@ def demo(
     plot: Annotated[bool, opt("Draw the picture.")] = True,
 ) -> None:
     """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
-    from ..demo import draw_demo, run
-    from ..reports.plots import have_matplotlib
-    from ..utils.files import check_writable
-
     if plot:
         check_writable(output)
-    result = run(seed=seed, epochs=epochs)
+    result = library.run(seed=seed, epochs=epochs)
     show(result)
     if plot and have_matplotlib():
-        draw_demo(result, output)
+        library.draw_demo(result, output)
         show(f"picture: {output}")
     elif plot:
         show("picture skipped: it needs matplotlib, pip install 'resuscitate[plots]'")

@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ..doctor import examine
 from .application import app, show
-from .flags import Device, opt
+from .flags import opt
 
 
 @app.command()
 def doctor(
-    device: Device = None,
+    device: Annotated[str | None, opt("Where to check, such as cuda.")] = None,
     json_: Annotated[bool, opt("Print what was found as JSON.", "--json")] = False,
 ) -> None:
-    """Say what there is to work with, check the kernels on it, and what to do about what is amiss: ten seconds."""
-    from ..doctor import examine
-
+    """List what is installed, check the kernels, and say what to do about each problem: ten seconds."""
     found = examine(device)
     if json_:
         typer.echo(json.dumps(found.to_dict(), indent=2))

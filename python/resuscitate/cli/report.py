@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ResuscitateError
+from ..reports.page import render
+from ..utils.files import atomic, check_writable
 from .application import app, show
 from .flags import opt
 
@@ -18,10 +20,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="What --report of repair, compress or regrow wrote.")],
     output: Annotated[Path, opt("The .html file to write.", "--output", "-o")] = Path("report.html"),
 ) -> None:
-    """Make one page of HTML of a report, which works offline: figures, tables, and how it was made."""
-    from ..reports.page import render
-    from ..utils.files import atomic, check_writable
-
+    """Make one page of HTML from a report, which works offline: figures, tables, and how it was made."""
     check_writable(output)
     try:
         document = json.loads(run.read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate import cli
-from resuscitate.methods.base import option_names, registered
+from resuscitate.methods.base import registered
 from resuscitate.methods.batchnorm import RECALIBRATIONS
 from resuscitate.pruning.allocation import METHODS as ALLOCATIONS
 from resuscitate.pruning.patterns import Indivisible
@@ -23,6 +23,9 @@ from tests.networks import chain
 from tests.user import MODEL, command, invoke, repair, unframed
 
 OF_FILES = ("mean", "std", "size", "output", "report", "timeout", "workers")
+# what only a program can give, what a batch of files does not have, and what a terminal decides
+PROGRAMS = {"forward_fn", "max_batches", "group", "progress"}
+RECALIBRATION = {f"{name}_{field.name}" for name, kind in RECALIBRATIONS.items() for field in fields(kind)}
 
 USAGE = [
     (["--method", "magic"], "method='magic' is unknown; there are 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
@@ -39,6 +42,8 @@ USAGE = [
     (["--method", "asr", "--no-relu-aware"], "method 'asr' has no option 'relu_aware'; it is for method 'refit'"),
     (["--recalibrate", "exact", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
     (["--report", "report.txt"], "a report is written as .json or .csv"),
+    (["--method", "refit", "--ridge", "-5"], "ridge=-5 must be at least 0"),
+    (["--method", "asr", "--eps", "small"], "eps='small' must be a number"),
     (["--method", "bn", "--recalibrate", "none"], "does nothing; choose 'exact' or 'ema'"),
 ]
 FAILURES = [
@@ -120,47 +125,34 @@ def test_the_command_line_has_the_choices_of_the_library():
     [
         (
             resuscitate.repair,
-            {"pruned", "dense_stats", "json_", "fill", "test", "detail", *OF_FILES},
-            # what only a program can give, what a batch of files does not have, and what a terminal decides
-            {"forward_fn", "max_batches", "group", "progress"},
+            {"pruned", "dense_stats", "json_", "fill", "test", "detail", *RECALIBRATION, *OF_FILES},
+            set(),
         ),
         (
             resuscitate.sparsify,
-            {"dense", "output", "masks", "max_samples", "mean", "std", "size", "seed"},
+            {"dense", "masks", "max_samples", *OF_FILES},
             # a smaller network has no name to build it by again; the images are the example
-            {
-                "remove",
-                "example",
-                "forward_fn",
-                "progress",
-                "max_batches",
-                "group",
-                "memory",
-                "scratch",
-                "on_nonfinite",
-            },
+            {"remove", "example"},
         ),
         (
             resuscitate.recoverability,
-            {"model", "dense", "output", "test", "test_samples", "mean", "std", "size", "plot", "damage"},
-            {
-                *("evaluate", "forward_fn", "resume", "progress", "chance"),
-                *("max_batches", "group", "memory", "scratch", "on_nonfinite"),
-            },
+            {"model", "dense", "test", "test_samples", "plot", "damage", *OF_FILES} - {"workers"},
+            {"evaluate", "resume", "chance"},
         ),
         (
             resuscitate.compress,
             {"dense", "masks", *OF_FILES},
-            {"forward_fn", "progress", "group", "max_batches"},
+            set(),
         ),
         (
             resuscitate.regrow,
             {"pruned", "masks", "write_masks", "denser", "test", *OF_FILES},
             # files stand for the labelled batches and for what evaluates; training takes a program
-            {"forward_fn", "progress", "group", "max_batches", "evaluate", "finetune", "loss"},
+            {"evaluate", "finetune", "loss"},
         ),
+        (resuscitate.DenseStatistics.measure, {"model", *OF_FILES}, set()),
     ],
-    ids=["repair", "prune", "map", "compress", "regrow"],
+    ids=["repair", "prune", "map", "compress", "regrow", "stats"],
 )
 def test_options_are_named_and_preset_like_the_keywords(function, own, programmatic):
     commands = {
@@ -169,15 +161,18 @@ def test_options_are_named_and_preset_like_the_keywords(function, own, programma
         resuscitate.recoverability: cli.map.map_,
         resuscitate.compress: cli.compress.compress,
         resuscitate.regrow: cli.regrow.regrow,
+        resuscitate.DenseStatistics.measure: cli.repair.stats,
     }
-    options = {name: each.default for name, each in inspect.signature(commands[function]).parameters.items()}
-    of_methods = option_names() | {name for name in options if name.startswith(("exact_", "ema_"))}
+    options = inspect.signature(commands[function]).parameters
     keywords = {name: each.default for name, each in inspect.signature(function).parameters.items()} | DEFAULTS
-    assert options.keys() - own - of_methods == keywords.keys() - own - programmatic - {"options"}
+    if "method" in keywords:
+        keywords |= {field.name: None for method in registered().values() for field in fields(method)}
+    del keywords["options"]
+    assert options.keys() - own == keywords.keys() - own - programmatic - PROGRAMS
     for name in options.keys() & keywords.keys() - {"calibration", "dense"} - own:
         preset = keywords[name]
         written = ",".join(map(str, preset)) if isinstance(preset, tuple) else preset
-        assert options[name] == written, name
+        assert options[name].default == written, name
 
 
 def test_verbose_logs_what_a_file_needed_to_fit(user):

@@ -68,11 +68,13 @@ def broken():
         (user / "users_data.py").write_text(self.SOURCE)
 
     def test_a_function_of_the_users_own_gives_the_images(self):
-        found = read_images(Path("users_data:batches"), None, None, None, 20, 0)
+        options = {"calibration": Path("users_data:batches"), "max_samples": 20, "seed": 0}
+        options |= dict.fromkeys(("mean", "std", "size"))
+        found = read_images(options)
         assert found.all.shape == (20, 3, 10, 12)
         assert found.measured["images"] == 20
         for rank in range(3):
-            part = read_images(Path("users_data:batches"), None, None, None, 20, 0, (rank, 3), workers=0)
+            part = read_images(options, (rank, 3), workers=0)
             assert torch.equal(torch.cat(list(part.all)), found.all[rank::3])
             assert part.measured["images"] == len(found.all[rank::3])
 

@@ -1,5 +1,6 @@
 """`resuscitate repair`: what it writes, what it prints."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -53,6 +54,16 @@ class TestRepair:
         expected = loaded("pruned.safetensors")
         resuscitate.repair(expected, loaded("dense.safetensors"), load_images("images.npz"), **keywords)
         assert same(load_file("repaired.safetensors"), expected.state_dict())
+
+    def test_none_is_a_value_of_a_flag(self, user):
+        repair("--ridge", "none", "--means", "None", "--report", "run.json")
+        options = json.loads(Path("run.json").read_text())["options"]
+        assert options == {"ridge": None, "relu_aware": True, "means": None}
+
+    def test_a_report_is_written_as_csv_too(self, user):
+        repair("--report", "run.csv")
+        with Path("run.csv").open() as file:
+            assert [row["name"] for row in csv.DictReader(file)] == ["0", "3", "6", "11"]
 
     def test_method_bn_needs_no_dense_weights(self, user):
         options = ["--pruned", "pruned.safetensors", "-c", "images.npz", "-o", "out.safetensors", "--method", "bn"]

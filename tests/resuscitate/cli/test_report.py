@@ -1,12 +1,12 @@
 """`resuscitate report`, and what `resuscitate repair` puts into a report for it."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from resuscitate.cli import compare
 from resuscitate.reports.page import render
 from tests.user import MODEL, invoke, repair
 
@@ -56,8 +56,7 @@ def test_repair_reports_accuracy_and_channels_where_they_are_asked_for(user):
 
 
 def test_channels_are_compared_with_the_precision_that_the_repair_runs_in(user, monkeypatch):
-    module, seen = sys.modules["resuscitate.workflows.damage"], []
-    damage = module.damage
-    monkeypatch.setattr(module, "damage", lambda *a, **given: seen.append(given) or damage(*a, **given))
+    seen, damage = [], compare.damage
+    monkeypatch.setattr(compare, "damage", lambda *a, **given: seen.append(given) or damage(*a, **given))
     repair("--detail", "--dtype", "bf16", "--device", "cpu", "-b", 7, "--report", "run.json")
-    assert seen == [{"dtype": "bf16", "device": "cpu", "batch_size": 7}] * 2
+    assert [(given["dtype"], given["device"], given["batch_size"]) for given in seen] == [("bf16", "cpu", 7)] * 2
