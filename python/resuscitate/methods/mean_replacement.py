@@ -39,23 +39,18 @@ class MeanReplacement(Method):
         check_choice("means", self.means, ("layer", "filter", "kernel"))
 
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
-        """No: nothing is measured, so that no input has to match."""
-        return False
+        return False  # nothing is measured, so that no input has to match
 
     def prepare(self, layers: Mapping[str, Layer]) -> None:
-        """Raise LayerError for a layer that has means already."""
         refuse_means({name: layer.module for name, layer in layers.items()})
 
     def probe(self, layer: Layer) -> Probe:
-        """No measurement."""
         return WITHOUT_IMAGES
 
     def solve(self, layer: Layer, found: Statistic) -> Weights | Unchanged:
-        """Surviving weights less means, and the means."""
-        pruned = ~layer.in_use
+        pruned, weight = ~layer.in_use, layer.weight
         if layer.dense is None or not can_have_means(layer.module) or not pruned.any():
             return Unchanged("nothing to replace")
-        weight = layer.weight
         means = means_of_pruned(effective_weight(layer.name, layer.dense).to(weight), pruned, self.means)
         survivors = weight - means.to(weight.dtype)
         return Weights(survivors, means=means, status="replaced", reason=f"{means.numel():,} means of pruned weights")

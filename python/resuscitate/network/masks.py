@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import MODEL, CheckpointError, MaskError
 from ..reports.base import terminal_table
 from ..utils.files import write_safetensors
-from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
+from .layers import Selection, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -54,17 +54,11 @@ class Masks(Mapping[str, Tensor]):
         self.notes = dict(notes or {})
 
     @classmethod
-    def from_zeros(
-        cls,
-        model: nn.Module,
-        include: Iterable[Selector] | Selector | None = None,
-        exclude: Iterable[Selector] | Selector | None = None,
-    ) -> Masks:
+    def from_zeros(cls, model: nn.Module, include: Selection = None, exclude: Selection = None) -> Masks:
         """The masks of a pruned model: False where the weight that the forward pass uses is zero.
 
-        Of every convolution and linear layer, or those that `include` and `exclude` select (see `select_layers`). The
-        weight is that under a `torch.nn.utils.prune` mask, if any. Raises LayerError for a layer whose weight is
-        recomputed in each forward pass.
+        Of every convolution and linear layer, or those that `include` and `exclude` select (see `select_layers`).
+        Raises LayerError for a layer whose weight is recomputed in each forward pass.
         """
         layers = select_layers(unwrap(model), include, exclude)
         return cls._of(layers, lambda name, layer: effective_weight(name, layer) != 0)
@@ -88,8 +82,7 @@ class Masks(Mapping[str, Tensor]):
 
         `provenance` is added to its metadata. Raises OSError; ValueError for another ending.
         """
-        stored: dict[int, str] = {}
-        packed, layers = {}, {}
+        stored, packed, layers = dict[int, str](), {}, {}
         for name, mask in self.items():
             first = stored.setdefault(id(mask), name)
             layers[name] = {"shape": list(mask.shape), "as": first}
@@ -160,8 +153,7 @@ class Masks(Mapping[str, Tensor]):
         """Raise MaskError, naming the first layer, if a pruned weight is not zero or a mask does not fit its layer."""
         for name, module in self._layers_of(model).items():
             weight = effective_weight(name, module)
-            wrong = int((weight.ne(0) & ~self[name].to(weight.device)).sum())
-            if wrong:
+            if wrong := int((weight.ne(0) & ~self[name].to(weight.device)).sum()):
                 raise MaskError(name, f"{wrong} pruned weights are not zero; masks.apply_(model) zeroes them again")
 
     @property
@@ -194,9 +186,8 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             if name not in layers:
                 raise MaskError(name, "the model has no convolution or linear layer of this name to mask")
-            shape = tuple(stored_weight(name, layers[name]).shape)
-            if tuple(mask.shape) != shape:
-                found = tuple(mask.shape)
+            found, shape = tuple(mask.shape), tuple(stored_weight(name, layers[name]).shape)
+            if found != shape:
                 raise MaskError(name, f"its mask has shape {found}, its weight {shape}; was it made for another model?")
         return {name: layers[name] for name in self}
 
@@ -204,12 +195,10 @@ class Masks(Mapping[str, Tensor]):
 def in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
     """Masks of the weights in use: those that `masks` keeps or, in a layer without a mask there, the nonzero ones.
 
-    A weight under `torch.nn.utils.prune` is in use only where its mask keeps it. Raises MaskError where `masks` does
-    not fit the model.
+    `torch.nn.utils.prune` must keep them too. Raises MaskError where `masks` does not fit the model.
     """
-    given = Masks(masks or {})
+    given, found = Masks(masks or {}), dict[str, Tensor]()
     given.check(model)
-    found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         weight, kept = effective_weight(name, layer), layer._buffers.get("weight_mask")
         used = given[name].to(weight.device) if name in given else weight != 0
@@ -241,9 +230,8 @@ def _memory_key(tensor: Tensor | None) -> object:
 
 def _as_mask(name: str, mask: Any) -> Tensor:
     tensor = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
-    if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
-        return tensor
-    if not isinstance(tensor, Tensor) or not bool(((tensor == 0) | (tensor == 1)).all()):
+    binary = isinstance(tensor, Tensor) and (tensor.dtype == torch.bool or ((tensor == 0) | (tensor == 1)).all())
+    if not binary:
         kind = f"{tensor.dtype} with other values" if isinstance(tensor, Tensor) else type(mask).__name__
         raise MaskError(name, f"its mask must be boolean, or hold only 0 (pruned) and 1 (kept); it is {kind}")
     return tensor.bool()

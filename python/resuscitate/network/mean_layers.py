@@ -12,7 +12,6 @@ one map for all filters. With one mean per kernel, it is one map per input chann
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,8 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
 from ..errors import ModelMismatchError
+from ..runtime.options import check_choice
+from .layer_checks import same_layers
 from .layers import (
-    Selector,
+    Selection,
     effective_weight,
     find_layers,
     refresh_weight,
@@ -33,7 +34,6 @@ from .layers import (
     unwrap,
 )
 from .masks import tied_layers
-from .matching import same_layers
 
 Per = Literal["layer", "filter", "kernel"]
 PER = get_args(Per)
@@ -98,12 +98,7 @@ def can_have_means(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def replace_by_means(
-    model: nn.Module,
-    dense: nn.Module,
-    *,
-    per: Per = "filter",
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
+    model: nn.Module, dense: nn.Module, *, per: Per = "filter", include: Selection = None, exclude: Selection = None
 ) -> dict[str, int]:
     """Replace every pruned weight by the mean of the pruned weights' dense values, in place; needs no images.
 
@@ -115,8 +110,7 @@ def replace_by_means(
     types are unchanged and not in the result. `densify` turns mean layers into plain ones.
     Raises ModelMismatchError where the dense model has other layers, LayerError for a layer that has means already.
     """
-    if per not in PER:
-        raise ValueError(f"per={per!r} is unknown; there are {', '.join(map(repr, PER))}")
+    check_choice("per", per, PER)
     model, dense = unwrap(model), unwrap(dense)
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
@@ -126,12 +120,11 @@ def replace_by_means(
     same_layers(layers, dense)
     dense_layers, counts = find_layers(dense), dict[str, int]()
     for name, names in tied_layers(layers).items():
-        weight = effective_weight(name, layers[name])
-        pruned, dense_weight = weight == 0, effective_weight(name, dense_layers[name]).to(weight)
+        weight, stored = effective_weight(name, layers[name]), stored_weight(name, layers[name])
+        pruned = weight == 0
         if not pruned.any():
             continue
-        means = means_of_pruned(dense_weight, pruned, per)
-        stored = stored_weight(name, layers[name])
+        means = means_of_pruned(effective_weight(name, dense_layers[name]).to(weight), pruned, per)
         stored.copy_(torch.where(pruned, stored, weight - means.to(weight.dtype)))
         counts[name] = means.numel()
         for each in names:  # the layers share one Parameter
@@ -168,8 +161,7 @@ def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
 
     keep_zeros: remove the means instead: survivors get back their values, pruned weights are zero.
     """
-    plain = {kind: plain for plain, kind in KINDS.items()}
-    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if type(layer) in plain}
+    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if type(layer) in PLAIN}
     for first, names in tied_layers(layers).items():
         for name in names:
             layer = layers[name]
@@ -179,7 +171,7 @@ def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
             if name == first:
                 weight.copy_(torch.where(weight != 0, weight + means, 0.0) if keep_zeros else weight + means)
             del layer._parameters["means"]
-            layer.__class__ = plain[type(layer)]
+            layer.__class__ = PLAIN[type(layer)]
     return list(layers)
 
 

@@ -18,12 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .layers import LAYERS
+from .layers import LAYERS, find_layers
 from .operands import PRODUCTS, named_arguments
 
 # layers as functions: where called outside any layer module, they cannot be repaired
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
@@ -46,7 +45,8 @@ class Wiring:
     calls: number of calls of each module that ran, in the order of first calls.
     layers: types of the layers among these modules.
     batchnorm_of: for a layer, the BatchNorm that alone reads its output, where both are called once.
-    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum.
+    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum. An
+        output that the model returns has a reader more.
     products: layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight
         is not computed from another one, and the output is the product itself.
     functional: number of calls of convolutions and linear maps as functions, outside any layer module, by function.
@@ -69,17 +69,13 @@ class Wiring:
 
 @dataclass
 class _Value:
-    """A watched tensor, the output of a layer, of a BatchNorm or of a sum, and the functions that read it.
+    """A watched tensor: the output of a layer, of a BatchNorm or of a sum."""
 
-    `calls_before` is the number of calls of layers and BatchNorms when the tensor was created. `readers` counts the
-    functions that read it; `rectified`: the last of them is a ReLU.
-    """
-
-    calls_before: int
+    calls_before: int  # of layers and BatchNorms, when the tensor was created
     layer: str = ""
-    readers: int = 0
+    readers: int = 0  # functions that read it
     batchnorm: str | None = None
-    rectified: bool = False
+    rectified: bool = False  # the last reader is a ReLU
     next: _Value | None = None  # the output of the BatchNorm or the sum that reads this tensor
 
 
@@ -87,8 +83,7 @@ class _Watch(TorchFunctionMode):
     """Counts the torch functions that read watched tensors (`values`), and layers called as functions.
 
     `weights` maps the id of a layer's weight to its name. `products` has, for each layer that is running, the weight
-    and the result of each product in it. `layer_calls` counts calls of layers and BatchNorms. All else goes into
-    `wiring`.
+    and the result of each product in it. `layer_calls` counts calls of layers and BatchNorms.
     """
 
     def __init__(self, wiring: Wiring, weights: Mapping[int, str]) -> None:
@@ -161,14 +156,9 @@ def is_sum(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
-    """The wiring of `model` in one call of `forward`, found by the identity of tensors.
-
-    Works for any control flow. A layer is paired with a BatchNorm when the BatchNorm is the only function that
-    reads its output: the output is neither returned nor used by anything else.
-    """
+    """The wiring of `model` in one call of `forward`, found by the identity of tensors, whatever the control flow."""
     wiring, outputs, others = Wiring(), list[_Value](), set[str]()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    watch = _Watch(wiring, {id(getattr(layer, "weight", None)): name for name, layer in layers.items()})
+    watch = _Watch(wiring, {id(getattr(layer, "weight", None)): name for name, layer in find_layers(model).items()})
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
@@ -229,23 +219,18 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the first input and those without a default; other inputs keep their defaults."""
         first, *others = inspect.signature(self.root.forward).parameters.values()
-        needed = [first, *(other for other in others if other.default is other.empty and other.kind in POSITIONAL)]
+        positional = (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+        needed = [first, *(other for other in others if other.default is other.empty and other.kind in positional)]
         return root_fn, [self.root, *(self.create_proxy("placeholder", each.name, (), {}) for each in needed)]
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The model as a torch.fx graph in which layers and BatchNorms stay modules.
-
-    Raises whatever torch.fx or the model's own code raises when the control flow depends on the data.
-    """
+    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx."""
     return _Tracer().trace(model)
 
 
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
-    """`calls` and `batchnorm_of` of a traced graph, where shapes are unknown; `observe` also fills the rest.
-
-    `calls` counts the modules of the graph. No linear layer is paired with a BatchNorm (see `observe`).
-    """
+    """`calls` and `batchnorm_of` of a graph, without pairs of linear layers, for which `observe` needs the shapes."""
     modules = dict(model.named_modules())
     called = {node: str(node.target) for node in graph.nodes if node.op == "call_module"}
     wiring = Wiring(Counter(called.values()))

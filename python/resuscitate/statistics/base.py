@@ -31,11 +31,13 @@ class Place:
 class Statistic:
     """What is measured at one place. A subclass says how values are added, and merged over ranks; this one is empty.
 
-    `large`: `update` is a product of large matrices, which uses all cores; it runs for one batch at a time. The walk
-    sets `replay` where the probe asks for it and a ReLU alone reads the layer: see `engine.relu_targets`.
+    `large`: `update` is a product of large matrices, which uses all cores; it runs for one batch at a time. `measured`:
+    the attributes that are sent to other ranks, moments, tensors and numbers in tuples, lists and dicts. The walk sets
+    `replay` where the probe asks for it and a ReLU alone reads the layer: see `engine.relu_targets`.
     """
 
     large: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -56,13 +58,15 @@ class Statistic:
         return self
 
     def state(self) -> Any:
-        """All that is sent to other ranks: tensors and numbers in tuples, lists and dicts."""
-        return ()
+        """All that is sent to other ranks."""
+        return {name: getattr(self, name) for name in self.measured}
 
     @classmethod
     def of_state(cls, place: Place, state: Any) -> Self:
         """The inverse of `state`."""
-        return cls(place)
+        found = cls(place)
+        vars(found).update(state)
+        return found
 
     @property
     def empty(self) -> bool:

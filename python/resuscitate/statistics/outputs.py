@@ -11,7 +11,7 @@ from torch import Tensor
 
 import asr_kernels as ak
 
-from ..network.runner import channel_axis, check_finite, check_tensor, moments_at
+from ..network.runner import channel_axis, check_finite, check_tensors, moments_at
 from .base import Place, Statistic
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 class OutputMoments(Statistic):
     """Moments in the pruned and in the dense network, one set for each call of the layer in a forward pass.
 
-    `calls` and `dense_calls` hold them over all batches. `dead` is boolean (C,): channels whose weights are all zero.
-    Their variance is rounding, and counts as zero in `pruned`.
+    `calls` and `dense_calls` hold them over all batches; `pairs`, see `OutputCovariances`, is empty. `dead` is boolean
+    (C,): channels whose weights are all zero. Their variance is rounding, and counts as zero in `pruned`.
     """
+
+    measured = ("calls", "dense_calls", "pairs")
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -34,6 +36,7 @@ class OutputMoments(Statistic):
         self.dense_by_batch: dict[int, Calls] = {}
         self.calls: Calls = []
         self.dense_calls: Calls = []
+        self.pairs: list[ak.PairedMoments] = []
         self.dead: Tensor | None = None
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
@@ -61,8 +64,8 @@ class OutputMoments(Statistic):
 
     @property
     def explained(self) -> float | None:
-        """None: this needs the covariance of the two networks, see `OutputCovariances`."""
-        return None
+        """The part of the dense variance that `pairs` explain, see `explained`; None without them."""
+        return explained(self.pairs)
 
     @property
     def empty(self) -> bool:
@@ -70,17 +73,8 @@ class OutputMoments(Statistic):
 
     def merge(self, other: Self) -> Self:
         found = type(self)(self.place)
-        found.calls = merge_calls(self.calls, other.calls)
-        found.dense_calls = merge_calls(self.dense_calls, other.dense_calls)
-        return found
-
-    def state(self) -> Any:
-        return [[_plain(moments) for moments in calls] for calls in (self.calls, self.dense_calls)]
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.calls, found.dense_calls = ([ak.ChannelMoments(*each) for each in calls] for calls in state[:2])
+        for name in self.measured:
+            setattr(found, name, merge_calls(getattr(self, name), getattr(other, name)))
         return found
 
 
@@ -94,12 +88,10 @@ class OutputCovariances(OutputMoments):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.pairs_by_batch: dict[int, list[ak.PairedMoments]] = {}
-        self.pairs: list[ak.PairedMoments] = []
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         if pruned is not None and dense is not None:
-            for each in (pruned, dense):
-                check_tensor(self.place.name, each)
+            check_tensors(self.place.name, pruned, dense)
             axis = channel_axis(self.place.module)
             self.pairs_by_batch.setdefault(batch, []).append(ak.paired_moments(dense, pruned, axis))
         super().update(batch, pruned, None)
@@ -112,32 +104,12 @@ class OutputCovariances(OutputMoments):
         if not all((each.mean.isfinite() & each.m2.isfinite()).all() for each in self.dense_calls):
             check_finite(self.place.name, ((batch, pair.dense) for batch, pairs in kept.items() for pair in pairs))
 
-    @property
-    def explained(self) -> float | None:
-        """The part of the dense variance that one gain and one shift for each channel can restore.
-
-        corr^2 of each channel, weighted by the channel's dense variance. None where that variance is zero.
-        """
-        return explained(self.pairs)
-
-    def merge(self, other: Self) -> Self:
-        found = super().merge(other)
-        found.pairs = merge_calls(self.pairs, other.pairs)
-        return found
-
-    def state(self) -> Any:
-        return [*super().state(), [(_plain(pair.dense), _plain(pair.pruned), pair.comoment) for pair in self.pairs]]
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = super().of_state(place, state)
-        for dense, pruned, comoment in state[2]:
-            found.pairs.append(ak.PairedMoments(ak.ChannelMoments(*dense), ak.ChannelMoments(*pruned), comoment))
-        return found
-
 
 def explained(pairs: list[ak.PairedMoments]) -> float | None:
-    """The part of the dense variance that the best gain and shift of each channel explain; None where that is zero."""
+    """The part of the dense variance that a gain and a shift per channel can restore: corr^2 weighted by that variance.
+
+    None where the variance is zero.
+    """
     variances = [pair.dense.m2 for pair in pairs]
     if not any(m2.any() for m2 in variances):
         return None
@@ -170,7 +142,3 @@ def pooled_by_call(name: str, found: Mapping[int, Calls], batches: int) -> Calls
         for call in range(longest)
         for each in pool_checked(name, {batch: calls[call] for batch, calls in kept.items() if len(calls) > call})
     ]
-
-
-def _plain(moments: ak.ChannelMoments) -> tuple[int, Tensor, Tensor]:
-    return moments.count, moments.mean, moments.m2

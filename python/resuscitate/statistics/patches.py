@@ -12,7 +12,7 @@ import asr_kernels as ak
 
 from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
-from ..network.runner import check_finite, check_tensor
+from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class PatchCovariances(Statistic):
     """
 
     large = True
+    measured = ("folds",)
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -41,8 +42,7 @@ class PatchCovariances(Statistic):
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         name, layer = self.place.name, self.place.module
-        for each in (pruned, dense):
-            check_tensor(name, each)
+        check_tensors(name, pruned, dense)
         assert self.place.dense is not None
         batched: Any = with_batch_axis(layer, pruned, dense)
         x, y = batched
@@ -68,15 +68,6 @@ class PatchCovariances(Statistic):
         found.folds = self.folds | {
             fold: self.folds[fold].merge(each) if fold in self.folds else each for fold, each in other.folds.items()
         }
-        return found
-
-    def state(self) -> Any:
-        return {fold: (m.count, m.mean, m.target, m.xx, m.xy, m.yy) for fold, m in self.folds.items()}
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.folds = {fold: ak.PatchMoments(*each) for fold, each in state.items()}
         return found
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..network.runner import channel_axis, check_tensor
+from ..network.runner import channel_axis, check_tensors
 from .base import Place, Statistic
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ WINDOW = 7
 class Ssim(Statistic):
     """The mean SSIM over images, channels and places, between the pruned and the dense outputs; see `ssim`."""
 
+    measured = ("sums",)
+
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.sums = torch.zeros(2, dtype=torch.float64)  # of the similarities, and their number
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        check_tensor(self.place.name, pruned)
+        check_tensors(self.place.name, pruned)
         similar = ssim(dense, pruned, channel_axis(self.place.module))
         self.sums += torch.tensor([float(similar.sum()), similar.numel()], dtype=torch.float64)
 
@@ -42,15 +44,6 @@ class Ssim(Statistic):
     def merge(self, other: Self) -> Self:
         found = type(self)(self.place)
         found.sums = self.sums + other.sums
-        return found
-
-    def state(self) -> Any:
-        return self.sums
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.sums = state.cpu()
         return found
 
 
