@@ -45,8 +45,8 @@ class Wiring:
     calls: number of calls of each module that ran, in the order of first calls.
     layers: types of the layers among these modules.
     batchnorm_of: for a layer, the BatchNorm that alone reads its output, where both are called once.
-    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum. An
-        output that the model returns has a reader more.
+    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum. To
+        return an output is to read it.
     products: layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight
         is not computed from another one, and the output is the product itself.
     functional: number of calls of convolutions and linear maps as functions, outside any layer module, by function.

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import LayerError, called, did_you_mean
 from ..network.layer_checks import split_by_objections
-from ..network.layers import Selection, Selector, matching, select_layers, unwrap
+from ..network.layers import Selection as Selection
+from ..network.layers import Selector, matching, select_layers, unwrap
 from ..network.masks import tied_layers
 from .units import Units
 

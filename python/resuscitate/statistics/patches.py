@@ -25,12 +25,12 @@ WIDEST = 8192  # values of a patch: their second moments take half a GiB
 class PatchCovariances(Statistic):
     """`asr_kernels.PatchMoments` of a layer's inputs in the pruned network, with the outputs of the dense layer.
 
-    `folds` holds one for each fold of the images, over all calls of the layer. Where the dense tensor is the *input* of
-    the dense layer, as for a layer of several `input_blocks`, the outputs are the contributions of each block.
+    `folds` holds one for each fold of the images, over all calls of the layer. For a layer of several `input_blocks`,
+    the dense tensor is the *input* of the dense layer, and the outputs are the contributions of each block.
 
-    `replay(weight, bias, moments)`, set where a ReLU alone reads the layer and the probe asks for it: one more pass
-    over the batches. It gives the cross products, about the means of `moments`, with outputs that the ReLU maps to the
-    dense values; of these the nearest to the outputs of `weight`, in the layer's shape, and `bias` (O,).
+    `replay(weight, bias, moments)` is one more pass over the batches. It gives the cross products, about the means of
+    `moments`, with outputs that the ReLU maps to the dense values; of these the nearest to the outputs of `weight`, in
+    the layer's shape, and `bias` (O,).
     """
 
     large = True
