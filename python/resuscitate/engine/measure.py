@@ -16,7 +16,8 @@ from ..data.batches import Batches
 from ..network.runner import Network, check_finite, moments_at
 from ..runtime.activations import Store
 from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
-from ..statistics.outputs import Calls, merge_calls
+from ..statistics.base import merge_calls
+from ..statistics.outputs import Calls
 from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .probes import Request

@@ -22,14 +22,14 @@ AGREEMENT = 1e-3  # relative, or eight roundings of a shorter dtype; a standardi
 
 def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """By name, the layers whose output does not follow a change of weight or bias, each with the reason."""
-    found = {name: _objection(name, layer) for name, layer in layers.items() if _overrides_forward(layer)}
-    return {name: f"{type(layers[name]).__name__} {objection}" for name, objection in found.items() if objection}
-
-
-def _overrides_forward(layer: nn.Module) -> bool:
-    base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, base)), None)
-    methods = ("forward", "_conv_forward")
-    return base is None or any(getattr(type(layer), m, None) is not getattr(base, m, None) for m in methods)
+    found, methods = dict[str, str](), ("forward", "_conv_forward")
+    for name, layer in layers.items():
+        kind = type(layer)
+        base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, base)), None)
+        overrides = base is None or any(getattr(kind, m, None) is not getattr(base, m, None) for m in methods)
+        if overrides and (objection := _objection(name, layer)):
+            found[name] = f"{kind.__name__} {objection}"
+    return found
 
 
 def split_by_objections(layers: Mapping[str, nn.Module], act: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -75,8 +75,7 @@ def _objection(name: str, layer: nn.Module) -> str:
         stand_in = with_weight(layer, weight * scale, bias + shift)
         stand_in.training = False
         with autocast(weight.device.type, None):
-            found: Tensor = stand_in(x)
-        return found.double()
+            return stand_in(x).double()
 
     agreement = max(AGREEMENT, 8 * torch.finfo(weight.dtype).eps)
     try:

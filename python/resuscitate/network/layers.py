@@ -123,7 +123,9 @@ def out_channels(module: nn.Module) -> int:
 
 
 def channel_dim(module: nn.Module) -> int:
-    """Axis of the output channels in the layer's *output*, counted from the end, so that unbatched outputs work too."""
+    """Axis of the channels in a BatchNorm's input, or in a layer's output, there from the end: it may be unbatched."""
+    if isinstance(module, _BatchNorm):
+        return 1
     return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
 
 

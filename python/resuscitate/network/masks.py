@@ -26,17 +26,14 @@ FORMAT = "resuscitate masks 1"
 
 
 class MaskRow(NamedTuple):
-    """One layer in `Masks.table()`: `kept` of `total` weights are not pruned; `sparsity` is the fraction that is.
-
-    All three count the *original* weights. `note` is a remark, such as why the layer stayed dense.
-    """
+    """One layer in `Masks.table()`; the numbers count the *original* weights."""
 
     layer: str
     shape: tuple[int, ...]
     kept: int
     total: int
-    sparsity: float
-    note: str = ""
+    sparsity: float  # the fraction that is pruned
+    note: str = ""  # such as why the layer stayed dense
 
 
 class Masks(Mapping[str, Tensor]):
@@ -78,9 +75,9 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: masks[name] for name in layers})
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write a .safetensors file with one bit per weight, whole or not at all.
+        """Write a .safetensors file with one bit per weight, and `provenance` as metadata, whole or not at all.
 
-        `provenance` is added to its metadata. Raises OSError; ValueError for another ending.
+        Raises OSError; ValueError for another ending.
         """
         stored, packed, layers = dict[int, str](), {}, {}
         for name, mask in self.items():
@@ -146,7 +143,7 @@ class Masks(Mapping[str, Tensor]):
 
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `apply_` after every step of the optimizer, until the returned handle is removed."""
-        self._layers_of(model)
+        self._layers_of(model)  # the errors of `apply_`
         return optimizer.register_step_post_hook(lambda *_: self.apply_(model))
 
     def check(self, model: nn.Module) -> None:
@@ -212,20 +209,17 @@ def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     Two layers share a weight when they read the same memory in the same way, under the same `torch.nn.utils.prune`
     mask if any. Raises LayerError for a layer whose weight is recomputed in each forward pass.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
+
+    def memory(tensor: Tensor | None) -> object:
+        if tensor is None or not tensor.numel() or tensor.is_meta:
+            return id(tensor)
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    groups: dict[object, list[str]] = {}
     for name, module in layers.items():
-        tensors = (stored_weight(name, module), module._buffers.get("weight_mask"))
-        groups.setdefault(tuple(map(_memory_key, tensors)), []).append(name)
+        key = memory(stored_weight(name, module)), memory(module._buffers.get("weight_mask"))
+        groups.setdefault(key, []).append(name)
     return {names[0]: names for names in groups.values()}
-
-
-def _memory_key(tensor: Tensor | None) -> object:
-    """Equal for tensors that read the same memory in the same way."""
-    if tensor is None:
-        return None
-    if math.prod(tensor.shape) == 0 or tensor.is_meta:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _as_mask(name: str, mask: Any) -> Tensor:

@@ -93,19 +93,14 @@ class Network:
 
     def axis(self, name: str) -> int:
         """The channel axis of the tensor that is measured at this module."""
-        return channel_axis(self.modules[name])
-
-
-def channel_axis(module: nn.Module) -> int:
-    """The axis of the channels in the input of a BatchNorm, or in the output of a layer."""
-    return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
+        return channel_dim(self.modules[name])
 
 
 def moments_at(name: str, module: nn.Module, x: Any) -> ak.ChannelMoments:
     """Moments of a BatchNorm's input, or of a layer's output. Raises LayerError where it is no tensor."""
     check_tensors(name, x)
     # the tolerance of the variance is far below the error of any sample of images, and saves time on a CPU
-    return ak.channel_moments(x, channel_axis(module), tolerance=1e-5)
+    return ak.channel_moments(x, channel_dim(module), tolerance=1e-5)
 
 
 def check_tensors(name: str, *outputs: Any) -> None:

@@ -28,18 +28,14 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero.
-
-    `bias` (C,) is added to the output; None: the bias stays. `means`, (O, 1 or I, 1, ...), make it a mean layer.
-    `status` and `reason` are for the report; `details` are fields of its row, such as `explained`.
-    """
+    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero."""
 
     weight: Tensor
-    bias: Tensor | None = None
-    means: Tensor | None = None
-    status: str = "refitted"
+    bias: Tensor | None = None  # (C,), added to the output; None: the bias stays
+    means: Tensor | None = None  # (O, 1 or I, 1, ...), make it a mean layer
+    status: str = "refitted"  # this and `reason` are for the report
     reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)  # fields of its row, such as `explained`
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+
+import asr_kernels as ak
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 Folds = Callable[[int, int], Mapping[int, Tensor | None]]
 
 
@@ -29,14 +32,13 @@ class Place:
 
 
 class Statistic:
-    """What is measured at one place. A subclass says how values are added, and merged over ranks; this one is empty.
+    """What is measured at one place. A subclass says how values are added; this one is empty.
 
-    `large`: `update` is a product of large matrices, which uses all cores; it runs for one batch at a time. `measured`:
-    the attributes that are sent to other ranks, moments, tensors and numbers in tuples, lists and dicts. The walk sets
-    `replay` where the probe asks for it and a ReLU alone reads the layer: see `engine.relu_targets`.
+    `measured`: the attributes that are sent to other ranks and merged: moments by call in a list, or by key in a dict,
+    or sums. The walk sets `replay` where the probe asks for it and a ReLU alone reads the layer.
     """
 
-    large: ClassVar[bool] = False
+    large: ClassVar[bool] = False  # `update` multiplies large matrices on all cores: for one batch at a time
     measured: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, place: Place) -> None:
@@ -44,10 +46,9 @@ class Statistic:
         self.replay: Callable[..., Any] | None = None
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        """Add the values of one batch, by its number: the tensor in the pruned and in the dense network.
+        """Add the values of one batch, by its number: the tensor in the pruned and in the dense network, or None.
 
-        Either is None where it is not measured for this batch. A layer that a forward pass calls several times is
-        updated several times. Raises LayerError, NonFiniteError.
+        A layer that a forward pass calls several times is updated several times. Raises LayerError, NonFiniteError.
         """
 
     def finish(self, batches: int) -> None:
@@ -55,7 +56,8 @@ class Statistic:
 
     def merge(self, other: Self) -> Self:
         """The statistic of both sets of images, as a new object."""
-        return self
+        theirs = other.state()
+        return self.of_state(self.place, {name: _merged(each, theirs[name]) for name, each in self.state().items()})
 
     def state(self) -> Any:
         """All that is sent to other ranks."""
@@ -72,3 +74,15 @@ class Statistic:
     def empty(self) -> bool:
         """Was nothing measured, because no image reaches the layer?"""
         return False
+
+
+def _merged(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, dict):
+        return {**ours, **theirs, **{key: ours[key].merge(theirs[key]) for key in ours.keys() & theirs.keys()}}
+    return merge_calls(ours, theirs) if isinstance(ours, list) else ours + theirs
+
+
+def merge_calls(old: list[M], new: list[M]) -> list[M]:
+    """Call by call; one pass may have fewer calls than another."""
+    longer = old if len(old) > len(new) else new
+    return [a.merge(b) for a, b in zip(old, new, strict=False)] + longer[min(len(old), len(new)) :]

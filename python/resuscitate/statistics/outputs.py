@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import asr_kernels as ak
 
-from ..network.runner import channel_axis, check_finite, check_tensors, moments_at
-from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ..network.layers import channel_dim
+from ..network.runner import check_finite, check_tensors, moments_at
+from .base import Place, Statistic, merge_calls
 
 Calls = list[ak.ChannelMoments]
-M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 
 
 class OutputMoments(Statistic):
@@ -71,18 +68,12 @@ class OutputMoments(Statistic):
     def empty(self) -> bool:
         return not self.calls
 
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        for name in self.measured:
-            setattr(found, name, merge_calls(getattr(self, name), getattr(other, name)))
-        return found
-
 
 class OutputCovariances(OutputMoments):
     """`OutputMoments` with the covariance of both networks' outputs, image by image: `pairs`, one for each call.
 
-    The moments of the pruned network are measured by themselves: a resumed run measures the outputs that a BatchNorm
-    reads without the dense network, and must find the same bits.
+    The pruned moments are measured by themselves: a resumed run measures a BatchNorm's inputs without the dense
+    network, and must find the same bits.
     """
 
     def __init__(self, place: Place) -> None:
@@ -92,8 +83,8 @@ class OutputCovariances(OutputMoments):
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         if pruned is not None and dense is not None:
             check_tensors(self.place.name, pruned, dense)
-            axis = channel_axis(self.place.module)
-            self.pairs_by_batch.setdefault(batch, []).append(ak.paired_moments(dense, pruned, axis))
+            pair = ak.paired_moments(dense, pruned, channel_dim(self.place.module))
+            self.pairs_by_batch.setdefault(batch, []).append(pair)
         super().update(batch, pruned, None)
 
     def finish(self, batches: int) -> None:
@@ -117,12 +108,6 @@ def explained(pairs: list[ak.PairedMoments]) -> float | None:
     return float(torch.stack(shares).sum() / torch.stack(variances).sum())
 
 
-def merge_calls(old: list[M], new: list[M]) -> list[M]:
-    """Call by call; one pass may have fewer calls than another."""
-    longer = old if len(old) > len(new) else new
-    return [a.merge(b) for a, b in zip(old, new, strict=False)] + longer[min(len(old), len(new)) :]
-
-
 def pool_checked(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
     """One set of moments for all batches, by their numbers, in a list; no batch, an empty list. NonFiniteError."""
     if not moments:
@@ -136,9 +121,8 @@ def pool_checked(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
 def pooled_by_call(name: str, found: Mapping[int, Calls], batches: int) -> Calls:
     """Over the first batches, in their order, one set of moments for each call. Raises NonFiniteError."""
     kept = {batch: found[batch] for batch in sorted(found) if batch < batches}
-    longest = max(map(len, kept.values()), default=0)
-    return [
-        each
-        for call in range(longest)
-        for each in pool_checked(name, {batch: calls[call] for batch, calls in kept.items() if len(calls) > call})
+    by_call = [
+        {batch: calls[call] for batch, calls in kept.items() if len(calls) > call}
+        for call in range(max(map(len, kept.values()), default=0))
     ]
+    return [pool_checked(name, moments)[0] for moments in by_call]

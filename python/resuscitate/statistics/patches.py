@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
@@ -62,13 +59,6 @@ class PatchCovariances(Statistic):
     @property
     def empty(self) -> bool:
         return not self.folds
-
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        found.folds = self.folds | {
-            fold: self.folds[fold].merge(each) if fold in self.folds else each for fold, each in other.folds.items()
-        }
-        return found
 
 
 def input_blocks(layer: Any) -> int:

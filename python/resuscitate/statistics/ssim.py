@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..network.runner import channel_axis, check_tensors
+from ..network.layers import channel_dim
+from ..network.runner import check_tensors
 from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 WINDOW = 7
 
@@ -28,7 +26,7 @@ class Ssim(Statistic):
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         check_tensors(self.place.name, pruned)
-        similar = ssim(dense, pruned, channel_axis(self.place.module))
+        similar = ssim(dense, pruned, channel_dim(self.place.module))
         self.sums += torch.tensor([float(similar.sum()), similar.numel()], dtype=torch.float64)
 
     @property
@@ -40,11 +38,6 @@ class Ssim(Statistic):
     @property
     def empty(self) -> bool:
         return not self.sums[1]
-
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        found.sums = self.sums + other.sums
-        return found
 
 
 def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
