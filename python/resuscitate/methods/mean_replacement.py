@@ -20,8 +20,7 @@ from .base import DenseAccess, Method, Recalibration, Schedule, register
 class MeanReplacement(Method):
     """Replace the pruned weights of a layer by the mean of their dense values (after arXiv 2212.12651).
 
-    Only the abstract of that paper was at hand; see `network.mean_layers` for how a mean layer is stored.
-    `resuscitate.replace_by_means` does the same to a model without BatchNorm recalibration and without images.
+    See `network.mean_layers`. `resuscitate.replace_by_means` does the same without BatchNorm recalibration and images.
 
     means: the weights that share a mean: those of a "layer", of a "filter", or of a "kernel", a filter's window on one
         input channel.

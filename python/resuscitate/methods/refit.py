@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..engine.probes import Layer, Probe
 from ..network.mean_layers import can_have_means
 from ..network.updates import Gain, Weights
 from ..runtime.options import check_choice
-from ..statistics.fitting import Replay, choose_ridge, fit, fit_with_means
+from ..statistics.fitting import choose_ridge, fit, fit_with_means
 from ..statistics.outputs import OutputMoments
 from ..statistics.patches import PatchCovariances, input_blocks, merge_input_blocks, split_input_blocks
 from .base import DenseAccess, Method, Recalibration, Schedule, check_number, register
@@ -73,7 +73,8 @@ class Refit(Method):
         ridge = choose_ridge(found.folds, rows, support, layer.ranks) if self.ridge is None else self.ridge
         moments = reduce(PatchMoments.merge, found.folds.values())
         found.folds.clear()  # they are large
-        options: dict[str, Any] = {"ridge": ridge, "replay": _replay(layer, found, moments), "ranks": layer.ranks}
+        replay = None if found.replay is None else partial(_replay, layer, moments, found.replay)
+        options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
         notes = [f"{count} blocks of inputs"] if count > 1 else []
         if self.means is not None and count == 1 and can_have_means(layer.module) and not support.all():
             fitted, means = fit_with_means(moments, rows, support, weight.shape, self.means, **options)
@@ -85,14 +86,8 @@ class Refit(Method):
         return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": ridge, **shares})
 
 
-def _replay(layer: Layer, found: PatchCovariances, moments: PatchMoments) -> Replay | None:
+def _replay(layer: Layer, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
     """The walk's `replay` for the weights of `fit`, added up over the ranks."""
-    replay, weight = found.replay, layer.weight
-    if replay is None:
-        return None
-
-    def over_ranks(w: Tensor, bias: Tensor) -> CrossProducts:
-        products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
-        return CrossProducts(*(layer.ranks.add(part) for part in (products.xy, products.y, products.yy)))
-
-    return over_ranks
+    weight = layer.weight
+    products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
+    return CrossProducts(*(layer.ranks.add(part) for part in (products.xy, products.y, products.yy)))

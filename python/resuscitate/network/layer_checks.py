@@ -17,7 +17,6 @@ from .layers import LAYERS, channel_dim, effective_weight, out_channels, refuse_
 from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-AGREEMENT = 1e-3  # relative, or eight roundings of a shorter dtype; a standardising layer errs by about 1
 
 
 def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -77,7 +76,7 @@ def _objection(name: str, layer: nn.Module) -> str:
         with autocast(weight.device.type, None):
             return stand_in(x).double()
 
-    agreement = max(AGREEMENT, 8 * torch.finfo(weight.dtype).eps)
+    agreement = max(1e-3, 8 * torch.finfo(weight.dtype).eps)  # relative; a standardising layer errs by about 1
     try:
         zero, once, twice, shifted = (output(*change) for change in ((0, 0), (1, 0), (2, 0), (1, 1)))
     except Exception:  # user code, which may need other inputs; the walk reports its error

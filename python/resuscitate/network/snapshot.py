@@ -22,9 +22,8 @@ from .layers import find_layers, refresh_weight
 class Snapshot:
     """A copy of every parameter and buffer of a model, with its modules' classes, sizes and tensor names.
 
-    As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits until the
-    model is restored. Torch's gradient and function modes are restored too: an interrupt at the end of a `with`
-    statement can leave them set.
+    As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits. Torch's
+    gradient and function modes are restored too: an interrupt at the end of a `with` statement can leave them set.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -124,10 +124,9 @@ def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNo
 
 @torch.no_grad()
 def write_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments) -> None:
-    """Set the running statistics to these moments; running_var is the unbiased variance, as in PyTorch.
+    """Set the running statistics to these moments, with the unbiased variance; `num_batches_tracked` stays.
 
-    `num_batches_tracked` stays: it counts training batches. Raises LayerError for fewer than two values per channel,
-    or for a variance that overflows the buffers' dtype.
+    Raises LayerError for fewer than two values per channel, or for a variance that overflows the buffers' dtype.
     """
     mean, var = (batchnorm._buffers[buffer] for buffer in ("running_mean", "running_var"))
     if mean is None or var is None:

@@ -29,13 +29,10 @@ DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point
 
 @dataclass(frozen=True)
 class ReluConsumer:
-    """Only relu(batchnorm(output) + other) reads a layer's output; `batchnorm` and `other` are optional.
-
-    `adds`: there is an `other`. It depends on no layer and no BatchNorm that runs after this layer.
-    """
+    """Only relu(batchnorm(output) + other) reads a layer's output; `batchnorm` and `other` are optional."""
 
     batchnorm: str | None
-    adds: bool
+    adds: bool  # there is an `other`; it depends on no layer and no BatchNorm that runs after this layer
 
 
 @dataclass

@@ -14,21 +14,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
-Folds = Callable[[int, int], Mapping[int, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """The layer, or BatchNorm, at which a statistic is measured.
-
-    `dense` is the same module of the dense network, if that is there. `folds(batch, rows)` gives, for each fold of the
-    images that the batch has, which of so many rows belong to it, int64; None: all.
-    """
+    """The layer, or BatchNorm, at which a statistic is measured."""
 
     name: str
     module: nn.Module
-    dense: nn.Module | None = None
-    folds: Folds = lambda batch, rows: {0: None}
+    dense: nn.Module | None = None  # the same module of the dense network, if that is there
+    # (batch, rows) -> by fold of the images that the batch has, which of so many rows belong to it, int64; None: all
+    folds: Callable[[int, int], Mapping[int, Tensor | None]] = lambda batch, rows: {0: None}
 
 
 class Statistic:

@@ -1,7 +1,4 @@
-"""Weights from second moments: ridge regression of a layer's surviving weights on its current inputs.
-
-The targets are the dense outputs, or outputs that a ReLU maps to the same values. Pure functions of moments.
-"""
+"""Weights from second moments: ridge regression of a layer's surviving weights on its current inputs."""
 
 from __future__ import annotations
 
@@ -57,8 +54,8 @@ def fit(
         w_S <- g w_S,   g = sqrt(var y / w_S' C_SS w_S), at most `most`
         b = mean(y) - w_S' mean(x_S)
 
-    Where a layer's inputs do not vary its weights stay. Channels with the same support share one factorisation; the
-    others are solved in padded batches. `ranks`, which all have the same moments, solve for some of the channels each.
+    Where a layer's inputs do not vary its weights stay. `ranks`, which all have the same moments, solve for some of the
+    channels each.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
@@ -150,9 +147,8 @@ def fit_with_means(
 ) -> tuple[Fit, Tensor]:
     """`fit` with one more weight for each filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
 
-    The sums over windows are further inputs, x' = T x with T the identity over rows of ones. Their moments follow:
-    mean' = T mean, C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against
-    the weight.
+    The sums over windows are further inputs, x' = T x with T the identity over rows of ones: mean' = T mean,
+    C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against the weight.
     """
     values, kernel = weight.shape[1], shape[2:].numel()
     inputs = values // kernel if per == "kernel" and kernel > 1 else 1

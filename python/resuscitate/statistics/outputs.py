@@ -37,10 +37,9 @@ class OutputMoments(Statistic):
         self.dead: Tensor | None = None
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        if pruned is not None:
-            self.by_batch.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, pruned))
-        if dense is not None:
-            self.dense_by_batch.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, dense))
+        for x, found in ((pruned, self.by_batch), (dense, self.dense_by_batch)):
+            if x is not None:
+                found.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, x))
 
     def finish(self, batches: int) -> None:
         self.calls = pooled_by_call(self.place.name, self.by_batch, batches)
@@ -97,10 +96,7 @@ class OutputCovariances(OutputMoments):
 
 
 def explained(pairs: list[ak.PairedMoments]) -> float | None:
-    """The part of the dense variance that a gain and a shift per channel can restore: corr^2 weighted by that variance.
-
-    None where the variance is zero.
-    """
+    """The part of the dense variance that a gain and a shift per channel can restore, sum(corr^2 var); None without."""
     variances = [pair.dense.m2 for pair in pairs]
     if not any(m2.any() for m2 in variances):
         return None
