@@ -58,8 +58,7 @@ class Method(ABC):
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
         """Does a last layer without a BatchNorm, the classifier, stay unchanged by default?
 
-        Where its inputs do not match the dense ones, matching the dense logits costs accuracy: in the parallel
-        schedule, and where BatchNorm is re-estimated.
+        Where its inputs do not match the dense ones, matching the dense logits costs accuracy.
         """
         return schedule == "parallel" or recalibration is not None
 

@@ -125,9 +125,7 @@ def make_recalibration(given: Exact | EMA | str | None, method: Method) -> Exact
     return given
 
 
-def batchnorms_to_estimate(
-    model: nn.Module, recalibration: Recalibration, report: RepairReport
-) -> dict[str, _BatchNorm]:
+def batchnorms_to_estimate(model: nn.Module, how: Recalibration, report: RepairReport) -> dict[str, _BatchNorm]:
     """The BatchNorms to re-estimate, by name; the report notes which ones are kept, and why."""
     chosen = {}
     for name, module in model.named_modules():
@@ -135,7 +133,7 @@ def batchnorms_to_estimate(
             continue
         if module.running_mean is None:
             report.notes.append(f"{called(name, 'BatchNorm')} keeps no running statistics: nothing to re-estimate")
-        elif recalibration.frozen == "keep" and model.training and not module.training:
+        elif how.frozen == "keep" and model.training and not module.training:
             report.notes.append(f"{called(name, 'BatchNorm')} is frozen (in eval mode while the model trains): kept")
         else:
             chosen[name] = module

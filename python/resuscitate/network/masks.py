@@ -85,8 +85,8 @@ class Masks(Mapping[str, Tensor]):
             layers[name] = {"shape": list(mask.shape), "as": first}
             if first == name:
                 packed[name] = torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
-        metadata = {"format": FORMAT, "layers": json.dumps(layers), "notes": json.dumps(self.notes)}
-        write_safetensors(path, packed, metadata | dict(provenance or {}))
+        about = {"format": FORMAT, "layers": layers, "notes": self.notes}
+        write_safetensors(path, packed, {**about, **(provenance or {})})
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:

@@ -1,7 +1,7 @@
 """The input and the window of a layer's product, from the convolution or matrix product that its `forward` calls.
 
-A layer's attributes are not enough: TensorFlow's "SAME" padding depends on the size of the input and is computed in the
-`forward` of a subclass; `padding` may have been set after construction. The arguments of the call are exact.
+A layer's attributes are not enough: TensorFlow's "SAME" padding is computed in the `forward` of a subclass, from the
+size of the input.
 """
 
 from __future__ import annotations

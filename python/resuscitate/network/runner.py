@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from .snapshot import autocast
 
 @dataclass
 class Network:
-    """A model, and how to run it on a batch, under autocast if so said."""
+    """A model, and how to run it on a batch, under autocast to the dtype `autocast` if that is given."""
 
     model: nn.Module
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     autocast: torch.dtype | None = None
-    modules: dict[str, nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())

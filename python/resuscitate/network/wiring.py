@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .layers import LAYERS, find_layers
 from .operands import PRODUCTS, named_arguments
 
-# layers as functions: where called outside any layer module, they cannot be repaired
+# layers as functions: called outside any layer module, they cannot be repaired
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
@@ -37,30 +37,21 @@ class ReluConsumer:
 
 @dataclass
 class Wiring:
-    """The modules and tensors of one forward pass; modules are identified by their names.
+    """The modules and tensors of one forward pass; modules are identified by their names."""
 
-    calls: number of calls of each module that ran, in the order of first calls.
-    layers: types of the layers among these modules.
-    batchnorm_of: for a layer, the BatchNorm that alone reads its output, where both are called once.
-    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum. To
-        return an output is to read it.
-    products: layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight
-        is not computed from another one, and the output is the product itself.
-    functional: number of calls of convolutions and linear maps as functions, outside any layer module, by function.
-    read_elsewhere: layers whose weight a function reads while no layer runs.
-    bytes_made, largest_bytes: bytes of all tensors that functions returned, and of the largest one.
-    draws_random_numbers: were random numbers drawn?
-    """
-
-    calls: Counter[str] = field(default_factory=Counter)
-    layers: dict[str, type[nn.Module]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)  # of each module that ran, in the order of first calls
+    layers: dict[str, type[nn.Module]] = field(default_factory=dict)  # types of the layers among these modules
+    # for a layer, the BatchNorm that alone reads its output, where both are called once; to return it is to read it
     batchnorm_of: dict[str, str] = field(default_factory=dict)
+    # for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum
     relu_consumers: dict[str, ReluConsumer] = field(default_factory=dict)
+    # layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight is not
+    # computed from another one, and the output is the product itself
     products: set[str] = field(default_factory=set)
-    functional: Counter[str] = field(default_factory=Counter)
-    read_elsewhere: set[str] = field(default_factory=set)
-    bytes_made: int = 0
-    largest_bytes: int = 0
+    functional: Counter[str] = field(default_factory=Counter)  # calls of `FUNCTIONAL_LAYERS`, by function
+    read_elsewhere: set[str] = field(default_factory=set)  # layers whose weight a function reads while no layer runs
+    bytes_made: int = 0  # of all tensors that functions returned
+    largest_bytes: int = 0  # of the largest one
     draws_random_numbers: bool = False
 
 
@@ -77,17 +68,14 @@ class _Value:
 
 
 class _Watch(TorchFunctionMode):
-    """Counts the torch functions that read watched tensors (`values`), and layers called as functions.
+    """Counts the torch functions that read watched tensors, and layers called as functions."""
 
-    `weights` maps the id of a layer's weight to its name. `products` has, for each layer that is running, the weight
-    and the result of each product in it. `layer_calls` counts calls of layers and BatchNorms.
-    """
-
-    def __init__(self, wiring: Wiring, weights: Mapping[int, str]) -> None:
+    def __init__(self, wiring: Wiring, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.wiring, self.weights, self.layer_calls = wiring, weights, 0
-        self.values = WeakIdKeyDictionary()
-        self.products: list[list[tuple[Any, Any]]] = []
+        self.wiring, self.layer_calls = wiring, 0  # calls of layers and BatchNorms
+        self.weights = {id(getattr(layer, "weight", None)): name for name, layer in layers.items()}
+        self.values = WeakIdKeyDictionary()  # of the watched tensors
+        self.products: list[list[tuple[Any, Any]]] = []  # by layer that is running: weight and result of each product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, wiring = getattr(func, "__name__", ""), self.wiring
@@ -155,7 +143,7 @@ def is_sum(name: str, args: Any, kwargs: Any) -> bool:
 def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     """The wiring of `model` in one call of `forward`, found by the identity of tensors, whatever the control flow."""
     wiring, outputs, others = Wiring(), list[_Value](), set[str]()
-    watch = _Watch(wiring, {id(getattr(layer, "weight", None)): name for name, layer in find_layers(model).items()})
+    watch = _Watch(wiring, find_layers(model))
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1

@@ -168,9 +168,7 @@ def fit_with_means(
     return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 
 
-def single_weight_error_reduction(
-    moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE
-) -> tuple[Tensor, float | None]:
+def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: float) -> tuple[Tensor, float | None]:
     """By how much each weight, if it alone is set to its best value, reduces the squared error; and the error itself.
 
     weight: (O, K). Returns float64 (O, K), as parts of the targets' variance summed over channels,

@@ -13,8 +13,6 @@ from asr_kernels import PatchMoments
 
 from ..runtime.distributed import Ranks
 
-SOLVE_BYTES = 256 << 20  # the most memory for a batch of padded systems
-
 
 @dataclass
 class Targets:
@@ -112,11 +110,11 @@ def _cholesky_solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _batches(channels: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """Split channels, sorted by support size, into batches whose padded matrices fit into `SOLVE_BYTES`."""
+    """Split channels, sorted by support size, into batches whose padded systems fit into 256 MiB."""
     batch: list[int] = []
     for channel in channels:
         # 24 bytes per element: the matrix, its factor, temporaries of indexing. Padding: at most half of a size, plus 8
-        full = (len(batch) + 1) * sizes[channel] ** 2 * 24 > SOLVE_BYTES
+        full = (len(batch) + 1) * sizes[channel] ** 2 * 24 > 256 << 20
         if batch and (full or sizes[channel] > 1.5 * sizes[batch[0]] + 8):
             yield batch
             batch = []

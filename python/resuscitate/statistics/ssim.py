@@ -12,8 +12,6 @@ from ..network.layers import channel_dim
 from ..network.runner import check_tensors
 from .base import Place, Statistic
 
-WINDOW = 7
-
 
 class Ssim(Statistic):
     """The mean SSIM over images, channels and places, between the pruned and the dense outputs; see `ssim`."""
@@ -53,7 +51,7 @@ def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
     pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.dim()]
 
     def mean(t: Tensor) -> Tensor:
-        return pool(t, [min(WINDOW, size) for size in t.shape[2:]], stride=1)
+        return pool(t, [min(7, size) for size in t.shape[2:]], stride=1)
 
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
