@@ -22,7 +22,7 @@ Selection = Iterable[Selector] | Selector | None  # layers by name or type
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers, or TypeError."""
+    """The user's own module inside `torch.compile` and data-parallel wrappers; TypeError for anything but a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; pass the model first")
     wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)

@@ -96,7 +96,7 @@ class OutputCovariances(OutputMoments):
 
 
 def explained(pairs: list[ak.PairedMoments]) -> float | None:
-    """The part of the dense variance that a gain and a shift per channel can restore, sum(corr^2 var); None without."""
+    """The part of the dense variance that a gain and shift per channel restore, sum(corr^2 var) / sum(var), or None."""
     variances = [pair.dense.m2 for pair in pairs]
     if not any(m2.any() for m2 in variances):
         return None
