@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batches
-from ..network.runner import Network, check_finite
+from ..network.runner import Network, check_finite, moments_at
 from ..runtime.activations import Store
 from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
-from ..statistics.outputs import Calls, merge_calls
+from ..statistics.base import merge_calls
+from ..statistics.outputs import Calls
 from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .probes import Request
@@ -58,7 +59,7 @@ def measure(
     alone = _Worker(found, after)
 
     def take(name: str, x: Tensor) -> None:
-        (current() or alone).calls[name].append(net.moments(name, x))
+        (current() or alone).calls[name].append(moments_at(name, net.modules[name], x))
 
     ahead = max(AHEAD, torch.get_num_threads())
     source, most = enumerate(batches), ahead

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches, cut, read_share
 from ..data.calibration import hold, is_held
 from ..errors import ModelMismatchError, called
-from ..network.runner import Network, check_tensor
+from ..network.runner import Network, check_tensors
 from ..network.snapshot import Snapshot, evaluation_mode, moved_to
 from ..network.wiring import Wiring, observe
 from ..runtime.activations import Store, parse_memory
@@ -172,7 +172,7 @@ class Session:
         index = 0
 
         def keep(name: str, x: Any) -> None:
-            check_tensor(name, x)
+            check_tensors(name, x)
             kept.setdefault(name, []).append(x.clone())
 
         def add(name: str, x: Any) -> None:

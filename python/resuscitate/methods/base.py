@@ -30,21 +30,18 @@ class DenseAccess(Enum):
 class Method(ABC):
     """A repair method: what to measure at each layer, and the update that follows. Its fields are its options.
 
-    A subclass is a frozen dataclass with a `name` and a default for each field; it checks its fields in
-    `__post_init__`. `dense` says what it needs of the dense network. `schedules`: "sequential" measures a layer when
-    all earlier ones are corrected, "parallel" measures all on the unrepaired network. `skips_first`: by default the
-    first convolution, which reads the image, stays unchanged. `changes_layers`: False if only BatchNorm is
-    re-estimated. `measures_layers`: False if the updates do not depend on images. `finds_weights`: it finds values for
-    weights that are in use but zero.
+    A subclass is a frozen dataclass with a `name` and a default for each field, which `__post_init__` checks.
+    `schedules`: "sequential" measures a layer when all earlier ones are corrected, "parallel" measures all on the
+    unrepaired network.
     """
 
     name: ClassVar[str]
     dense: ClassVar[DenseAccess] = DenseAccess.STATISTICS
     schedules: ClassVar[Collection[str]] = ("sequential", "parallel")
-    skips_first: ClassVar[bool] = True
-    changes_layers: ClassVar[bool] = True
-    measures_layers: ClassVar[bool] = True
-    finds_weights: ClassVar[bool] = False
+    skips_first: ClassVar[bool] = True  # by default the first convolution, which reads the image, stays unchanged
+    changes_layers: ClassVar[bool] = True  # False: only BatchNorm is re-estimated
+    measures_layers: ClassVar[bool] = True  # False: the updates do not depend on images
+    finds_weights: ClassVar[bool] = False  # it finds values for weights that are in use but zero
 
     @abstractmethod
     def probe(self, layer: Layer) -> Probe | None:
@@ -61,8 +58,7 @@ class Method(ABC):
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
         """Does a last layer without a BatchNorm, the classifier, stay unchanged by default?
 
-        Where its inputs do not match the dense ones, matching the dense logits costs accuracy: in the parallel
-        schedule, and where BatchNorm is re-estimated.
+        Where its inputs do not match the dense ones, matching the dense logits costs accuracy.
         """
         return schedule == "parallel" or recalibration is not None
 
@@ -93,8 +89,7 @@ AUTO = "auto"
 def register(method: M) -> M:
     """Make a class of methods known by its name, to `repair`, the command line and the recoverability map.
 
-    Raises ValueError for a name that another class has, or a field named like a run-time option; TypeError for a field
-    without a default.
+    ValueError for a name that another class or a run-time option has; TypeError for a field without a default.
     """
     known = _METHODS.get(method.name)
     if method.name == AUTO or (known is not None and known.__qualname__ != method.__qualname__):
@@ -132,8 +127,7 @@ def make_method(method: Method | str, options: Mapping[str, Any], auto: str) -> 
     Raises ValueError for an unknown name or a value out of range; TypeError for an option that the method lacks.
     """
     if isinstance(method, Method):
-        if options:
-            given = ", ".join(options)
+        if given := ", ".join(options):
             raise TypeError(f"{given}: give it to the method, method={type(method).__name__}({given}=...)")
         return method
     kind = method_named(auto if method == AUTO else method)
@@ -156,14 +150,10 @@ def listed(noun: str, names: Collection[str]) -> str:
 def check_number(
     option: str, value: Any, least: float, *, most: float = inf, whole: bool = False, above: bool = False
 ) -> None:
-    """Raise ValueError unless it is a finite number, `whole` if so said, at least `least` or above it, at most `most`.
-
-    Raises TypeError for what is no number.
-    """
-    kind: type = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kind):
+    """ValueError unless it is finite, at least (`above`: above) `least`, at most `most`; TypeError for no number."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(f"{option}={value!r} must be a {'whole ' if whole else ''}number")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not (least < number if above else least <= number) or not number < inf or number > most:
         bound = f"above {least:g}" if above else f"at least {least:g}"
         raise ValueError(f"{option}={value!r} must be {bound}{f' and at most {most:g}' if most < inf else ''}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,6 @@ from ..runtime.options import check_choice
 from ..statistics.outputs import OutputMoments
 from .base import DenseAccess, Method, Recalibration, check_number, register
 
-log = logging.getLogger("resuscitate")
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +31,9 @@ class BatchNormOnly(Method):
     measures_layers = False
 
     def probe(self, layer: Layer) -> None:
-        """Nothing."""
         return
 
     def solve(self, layer: Layer, found: Any) -> Unchanged:
-        """No change."""
         return Unchanged("only BatchNorm is re-estimated")
 
 
@@ -60,15 +56,14 @@ class Exact(Recalibration):
 
     @property
     def images(self) -> int | None:
-        """`samples`."""
         return self.samples
 
     def probe(self) -> Probe:
-        """The moments of the inputs."""
+        """What to measure at a BatchNorm."""
         return Probe(OutputMoments, pruned="input", dense=None)
 
     def solve(self, layer: Layer, found: OutputMoments) -> BatchNormStatistics:
-        """The pooled moments."""
+        """The update that follows, as of a method."""
         return BatchNormStatistics(found.pruned)
 
 
@@ -95,23 +90,19 @@ class EMA(Recalibration):
 
     @property
     def images(self) -> int:
-        """All images of its batches."""
         return self.batches * self.batch_size
 
     def estimate(self, net: Network, batchnorms: Mapping[str, _BatchNorm], batches: Iterable[Tensor]) -> None:
         """Reset the BatchNorms and run the batches with these alone in training mode, as PyTorch updates them."""
-        before = {name: batchnorm.momentum for name, batchnorm in batchnorms.items()}
-        try:
+        with ExitStack() as stack:
             for batchnorm in batchnorms.values():
+                stack.callback(batchnorm.eval)
+                stack.callback(setattr, batchnorm, "momentum", batchnorm.momentum)
                 batchnorm.reset_running_stats()
                 batchnorm.momentum = self.momentum
                 batchnorm.train()
             for batch in batches:
                 net.run(batch)
-        finally:
-            for name, batchnorm in batchnorms.items():
-                batchnorm.momentum = before[name]
-                batchnorm.eval()
 
 
 RECALIBRATIONS: dict[str, type[Exact] | type[EMA]] = {"exact": Exact, "ema": EMA}
@@ -134,9 +125,7 @@ def make_recalibration(given: Exact | EMA | str | None, method: Method) -> Exact
     return given
 
 
-def batchnorms_to_estimate(
-    model: nn.Module, recalibration: Recalibration, report: RepairReport
-) -> dict[str, _BatchNorm]:
+def batchnorms_to_estimate(model: nn.Module, how: Recalibration, report: RepairReport) -> dict[str, _BatchNorm]:
     """The BatchNorms to re-estimate, by name; the report notes which ones are kept, and why."""
     chosen = {}
     for name, module in model.named_modules():
@@ -144,7 +133,7 @@ def batchnorms_to_estimate(
             continue
         if module.running_mean is None:
             report.notes.append(f"{called(name, 'BatchNorm')} keeps no running statistics: nothing to re-estimate")
-        elif recalibration.frozen == "keep" and model.training and not module.training:
+        elif how.frozen == "keep" and model.training and not module.training:
             report.notes.append(f"{called(name, 'BatchNorm')} is frozen (in eval mode while the model trains): kept")
         else:
             chosen[name] = module

@@ -29,16 +29,12 @@ class _Gains(Method):
         check_number("eps", self.eps, 0)
 
     def probe(self, layer: Layer) -> Probe:
-        """The moments of the outputs."""
         return Probe(OutputMoments)
 
-    def solve(self, layer: Layer, found: OutputMoments) -> Gain:
-        """The factors of the rule."""
-        return self.factors(found.dense, found.pruned)
-
-    def factors(self, dense: ak.ChannelMoments, pruned: ak.ChannelMoments, **more: Any) -> Gain:
-        """Gain and shift, float64 (C,)."""
-        return Gain(*ak.repair_factors(dense, pruned, rule=self.rule, bias=self.bias, eps=self.eps, **more))
+    def solve(self, layer: Layer, found: OutputMoments, **more: Any) -> Gain:
+        """`more`: further arguments of `repair_factors`."""
+        options = {"rule": self.rule, "bias": self.bias, "eps": self.eps, **more}
+        return Gain(*ak.repair_factors(found.dense, found.pruned, **options))
 
 
 @register
@@ -72,12 +68,10 @@ class ASR(_Gains):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prior in ("median", "mean"):
-            return
-        if isinstance(self.prior, str):
+        if not isinstance(self.prior, str):
+            check_number("prior", self.prior, 0, above=True)
+        elif self.prior not in ("median", "mean"):
             raise ValueError(f"prior={self.prior!r} must be 'median', 'mean' or a positive variance")
-        check_number("prior", self.prior, 0, above=True)
 
-    def factors(self, dense: ak.ChannelMoments, pruned: ak.ChannelMoments, **more: Any) -> Gain:
-        """Gain and shift, float64 (C,)."""
-        return super().factors(dense, pruned, prior=self.prior, **more)
+    def solve(self, layer: Layer, found: OutputMoments, **more: Any) -> Gain:
+        return super().solve(layer, found, prior=self.prior, **more)

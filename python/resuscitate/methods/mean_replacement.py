@@ -20,8 +20,7 @@ from .base import DenseAccess, Method, Recalibration, Schedule, register
 class MeanReplacement(Method):
     """Replace the pruned weights of a layer by the mean of their dense values (after arXiv 2212.12651).
 
-    Only the abstract of that paper was at hand; see `network.mean_layers` for how a mean layer is stored.
-    `resuscitate.replace_by_means` does the same to a model without BatchNorm recalibration and without images.
+    See `network.mean_layers`. `resuscitate.replace_by_means` does the same without BatchNorm recalibration and images.
 
     means: the weights that share a mean: those of a "layer", of a "filter", or of a "kernel", a filter's window on one
         input channel.
@@ -39,23 +38,18 @@ class MeanReplacement(Method):
         check_choice("means", self.means, ("layer", "filter", "kernel"))
 
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
-        """No: nothing is measured, so that no input has to match."""
-        return False
+        return False  # nothing is measured, so that no input has to match
 
     def prepare(self, layers: Mapping[str, Layer]) -> None:
-        """Raise LayerError for a layer that has means already."""
         refuse_means({name: layer.module for name, layer in layers.items()})
 
     def probe(self, layer: Layer) -> Probe:
-        """No measurement."""
         return WITHOUT_IMAGES
 
     def solve(self, layer: Layer, found: Statistic) -> Weights | Unchanged:
-        """Surviving weights less means, and the means."""
-        pruned = ~layer.in_use
+        pruned, weight = ~layer.in_use, layer.weight
         if layer.dense is None or not can_have_means(layer.module) or not pruned.any():
             return Unchanged("nothing to replace")
-        weight = layer.weight
         means = means_of_pruned(effective_weight(layer.name, layer.dense).to(weight), pruned, self.means)
         survivors = weight - means.to(weight.dtype)
         return Weights(survivors, means=means, status="replaced", reason=f"{means.numel():,} means of pruned weights")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..engine.probes import Layer, Probe
 from ..network.mean_layers import can_have_means
 from ..network.updates import Gain, Weights
 from ..runtime.options import check_choice
-from ..statistics.fitting import choose_ridge, fit, fit_with_means, folds_of_layer
+from ..statistics.fitting import choose_ridge, fit, fit_with_means
 from ..statistics.outputs import OutputMoments
 from ..statistics.patches import PatchCovariances, input_blocks, merge_input_blocks, split_input_blocks
 from .base import DenseAccess, Method, Recalibration, Schedule, check_number, register
@@ -53,29 +52,30 @@ class Refit(Method):
         check_choice("means", self.means, ("filter", "kernel", None))
 
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
-        """Only where BatchNorm is re-estimated later: the refit fits the classifier to the inputs that it then has."""
+        # the classifier is fitted to the inputs that it then has
         return recalibration is not None and not recalibration.in_walk
 
     def probe(self, layer: Layer) -> Probe:
-        """Second moments of the layer's input patches with the dense outputs."""
         if not layer.is_product:
             return ChannelWise().probe(layer)
-        folds = folds_of_layer(layer.module) if self.ridge is None else 1
-        if input_blocks(layer.module) > 1:
+        count = input_blocks(layer.module)
+        large = layer.in_use[0].numel() // count > 2048  # so are the moments of each fold
+        folds = 1 if self.ridge is not None else 2 if large else 4
+        if count > 1:
             return Probe(PatchCovariances, pruned="input", dense="input", folds=folds)
-        return Probe(PatchCovariances, pruned="input", dense="output", replay=self.relu_aware, folds=folds)
+        return Probe(PatchCovariances, pruned="input", replay=self.relu_aware, folds=folds)
 
     def solve(self, layer: Layer, found: PatchCovariances | OutputMoments) -> Weights | Gain:
-        """The weights, and the bias that matches the mean."""
         if isinstance(found, OutputMoments):
             return ChannelWise().solve(layer, found)
-        weight, count = layer.weight, input_blocks(layer.module)
+        weight, count, means = layer.weight, input_blocks(layer.module), None
         rows, support = (split_input_blocks(each, count).flatten(1) for each in (weight, layer.in_use))
         ridge = choose_ridge(found.folds, rows, support, layer.ranks) if self.ridge is None else self.ridge
         moments = reduce(PatchMoments.merge, found.folds.values())
         found.folds.clear()  # they are large
-        options: dict[str, Any] = {"ridge": ridge, "replay": _replay(layer, found, moments), "ranks": layer.ranks}
-        means, notes = None, [f"{count} blocks of inputs"] if count > 1 else []
+        replay = None if found.replay is None else partial(_replay, layer, moments, found.replay)
+        options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
+        notes = [f"{count} blocks of inputs"] if count > 1 else []
         if self.means is not None and count == 1 and can_have_means(layer.module) and not support.all():
             fitted, means = fit_with_means(moments, rows, support, weight.shape, self.means, **options)
             notes.append(f"{means.numel():,} means")
@@ -86,16 +86,8 @@ class Refit(Method):
         return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": ridge, **shares})
 
 
-def _replay(
-    layer: Layer, found: PatchCovariances, moments: PatchMoments
-) -> Callable[[Tensor, Tensor], CrossProducts] | None:
+def _replay(layer: Layer, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
     """The walk's `replay` for the weights of `fit`, added up over the ranks."""
-    replay, weight = found.replay, layer.weight
-    if replay is None:
-        return None
-
-    def over_ranks(w: Tensor, bias: Tensor) -> CrossProducts:
-        products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
-        return CrossProducts(*(layer.ranks.add(part) for part in (products.xy, products.y, products.yy)))
-
-    return over_ranks
+    weight = layer.weight
+    products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
+    return CrossProducts(*(layer.ranks.add(part) for part in (products.xy, products.y, products.yy)))

@@ -42,10 +42,7 @@ def trial_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def randomise_weights(model: nn.Module) -> None:
-    """Set random weights and BatchNorm statistics, in place: no layer's output is zero, so no difference is hidden.
-
-    Weights have variance 2 / fan-in.
-    """
+    """Set random weights, of variance 2 / fan-in, and BatchNorm statistics: a zero output would hide differences."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, (2 / max(parameter.shape[1:].numel(), 1)) ** 0.5)

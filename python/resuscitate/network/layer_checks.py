@@ -1,7 +1,7 @@
-"""Does a layer's output follow a change of its weight or bias? Tested on random inputs where its class has a `forward`.
+"""Checks of layers: has the dense model the same ones, and do their outputs follow a change of weight or bias?
 
-A weight-standardised convolution cancels any gain and replaces zeros by minus the mean. A layer with a built-in
-activation does not add its bias last. A correction written into such a layer has another effect than intended.
+A layer whose class has a `forward` of its own is tested on random inputs. A weight-standardised convolution cancels any
+gain and replaces zeros by minus the mean; a layer with a built-in activation does not add its bias last.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..errors import LayerError
-from .layers import channel_dim, effective_weight, out_channels, refuse_means, with_weight
+from ..errors import LayerError, ModelMismatchError, called
+from .layers import LAYERS, channel_dim, effective_weight, out_channels, refuse_means, with_weight
 from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-AGREEMENT = 1e-3  # relative, or eight roundings of a shorter dtype; a standardising layer errs by about 1
 
 
 def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """By name, the layers whose output does not follow a change of weight or bias, each with the reason."""
-    found = {name: _objection(name, layer) for name, layer in layers.items() if _overrides_forward(layer)}
-    return {name: f"{type(layers[name]).__name__} {objection}" for name, objection in found.items() if objection}
-
-
-def _overrides_forward(layer: nn.Module) -> bool:
-    base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, base)), None)
-    methods = ("forward", "_conv_forward")
-    return base is None or any(getattr(type(layer), m, None) is not getattr(base, m, None) for m in methods)
+    found, methods = dict[str, str](), ("forward", "_conv_forward")
+    for name, layer in layers.items():
+        kind = type(layer)
+        base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, base)), None)
+        overrides = base is None or any(getattr(kind, m, None) is not getattr(base, m, None) for m in methods)
+        if overrides and (objection := _objection(name, layer)):
+            found[name] = f"{kind.__name__} {objection}"
+    return found
 
 
 def split_by_objections(layers: Mapping[str, nn.Module], act: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Split layers into those whose output follows a change of weight or bias, and the `objections` to the others.
+    """The layers whose output follows a change of weight or bias, and the `objections` to the others.
 
-    act: what the caller does to the layers, such as "repaired", for the message. Raises LayerError where there are
-    objections to all layers, and for a layer with means of its pruned weights.
+    act: such as "repaired", for the message. Raises LayerError where there are objections to all layers, and for a
+    layer with means of its pruned weights.
     """
     refuse_means(layers)
     found = objections(layers)
@@ -44,6 +43,25 @@ def split_by_objections(layers: Mapping[str, nn.Module], act: str) -> tuple[dict
         name, objection = next(iter(found.items()))
         raise LayerError(name, f"{objection}; no other layer is selected, so nothing can be {act}")
     return {name: layer for name, layer in layers.items() if name not in found}, found
+
+
+def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
+    """Are all weights equal? Raises ModelMismatchError unless the dense model has these layers, in its own memory."""
+    originals, same = dict(dense.named_modules()), True
+    for name, layer in layers.items():
+        if name not in originals:
+            raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
+        kind, dense_kind = (type(each).__name__.removeprefix("Mean") for each in (layer, originals[name]))
+        if not isinstance(originals[name], LAYERS) or kind != dense_kind:
+            raise ModelMismatchError(f"{called(name)} is {kind} in the pruned model and {dense_kind} in the dense one")
+        weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
+        if weight.shape != original.shape:
+            shapes = f"{tuple(weight.shape)} in the pruned model and {tuple(original.shape)} in the dense one"
+            raise ModelMismatchError(f"the weight of {called(name)} is {shapes}")
+        if weight.data_ptr() == original.data_ptr():
+            raise ModelMismatchError(f"{called(name)} shares its weight with the dense model; pass a deep copy")
+        same = same and torch.equal(weight, original.to(weight.device))
+    return same
 
 
 @torch.no_grad()
@@ -56,10 +74,9 @@ def _objection(name: str, layer: nn.Module) -> str:
         stand_in = with_weight(layer, weight * scale, bias + shift)
         stand_in.training = False
         with autocast(weight.device.type, None):
-            found: Tensor = stand_in(x)
-        return found.double()
+            return stand_in(x).double()
 
-    agreement = max(AGREEMENT, 8 * torch.finfo(weight.dtype).eps)
+    agreement = max(1e-3, 8 * torch.finfo(weight.dtype).eps)  # relative; a standardising layer errs by about 1
     try:
         zero, once, twice, shifted = (output(*change) for change in ((0, 0), (1, 0), (2, 0), (1, 1)))
     except Exception:  # user code, which may need other inputs; the walk reports its error
@@ -75,9 +92,8 @@ def _objection(name: str, layer: nn.Module) -> str:
 
 def _random_input(layer: nn.Module, weight: Tensor) -> Tensor:
     """Random input (2, channels, *sizes), each size the kernel's extent plus 2."""
-    sizes: list[int] = []
+    shape = [weight.shape[1]]
     if isinstance(layer, _ConvNd):
-        sizes = [(k - 1) * d + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-    channels = layer.in_channels if isinstance(layer, _ConvNd) else weight.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, channels, *sizes, generator=generator).to(weight)
+        extents = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+        shape = [layer.in_channels, *(extent + 2 for extent in extents)]
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(weight)

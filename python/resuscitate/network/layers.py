@@ -18,13 +18,11 @@ from ..errors import MODEL, LayerError, did_you_mean
 LAYERS = (_ConvNd, nn.Linear)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # exactly these types: a subclass may compute more
 Selector = str | type[nn.Module]
+Selection = Iterable[Selector] | Selector | None  # layers by name or type
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers.
-
-    Raises TypeError for anything but a module.
-    """
+    """The user's own module inside `torch.compile` and data-parallel wrappers; TypeError for anything but a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}; pass the model first")
     wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
@@ -46,11 +44,7 @@ def find_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def select_layers(
-    model: nn.Module,
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
-) -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> dict[str, nn.Module]:
     """The layers that `include` names (all when None) without those that `exclude` names.
 
     A selector is a glob over layer names (`"layer3.*"`; a module's name selects every layer within) or a module type.
@@ -81,8 +75,7 @@ def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Se
 def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
     """The parameter that stores the weight: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
 
-    Raises LayerError where the weight is recomputed in each forward pass (weight norm, parametrizations), so that a
-    change would be lost, and where it is not initialised.
+    Raises LayerError where the weight is recomputed in each forward pass, and where it is not initialised.
     """
     weight = module._parameters.get("weight")
     if weight is None and "weight_mask" in module._buffers:
@@ -113,8 +106,7 @@ def refuse_means(layers: Mapping[str, nn.Module]) -> None:
 
 def refresh_weight(module: nn.Module) -> None:
     """Under `torch.nn.utils.prune`, recompute the module's `weight` from `weight_orig` and its mask."""
-    mask = module._buffers.get("weight_mask")
-    if mask is not None:
+    if (mask := module._buffers.get("weight_mask")) is not None:
         module.weight = (module.weight_orig * mask).detach()  # type: ignore[operator]
 
 
@@ -131,16 +123,15 @@ def out_channels(module: nn.Module) -> int:
 
 
 def channel_dim(module: nn.Module) -> int:
-    """Axis of the output channels in the layer's *output*, counted from the end, so that unbatched outputs work too."""
+    """Axis of the channels in a BatchNorm's input, or in a layer's output, there from the end: it may be unbatched."""
+    if isinstance(module, _BatchNorm):
+        return 1
     return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
 
 
 def along_weight(module: nn.Module, vector: Tensor) -> Tensor:
-    """A (C,) vector over output channels, shaped to broadcast against the layer's weight.
-
-    A transposed convolution has the output channels of one group on axis 1.
-    """
-    if isinstance(module, _ConvTransposeNd):
+    """A (C,) vector over output channels, shaped to broadcast against the layer's weight."""
+    if isinstance(module, _ConvTransposeNd):  # has the output channels of one group on axis 1
         groups, rows = module.groups, module.in_channels // module.groups
         spread = vector.view(groups, 1, -1).expand(-1, rows, -1).reshape(module.in_channels, -1)
         return spread.view(*spread.shape, *[1] * len(module.kernel_size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import MODEL, CheckpointError, MaskError
 from ..reports.base import terminal_table
 from ..utils.files import write_safetensors
-from .layers import Selector, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
+from .layers import Selection, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -26,17 +26,14 @@ FORMAT = "resuscitate masks 1"
 
 
 class MaskRow(NamedTuple):
-    """One layer in `Masks.table()`: `kept` of `total` weights are not pruned; `sparsity` is the fraction that is.
-
-    All three count the *original* weights. `note` is a remark, such as why the layer stayed dense.
-    """
+    """One layer in `Masks.table()`; the numbers count the *original* weights."""
 
     layer: str
     shape: tuple[int, ...]
     kept: int
     total: int
-    sparsity: float
-    note: str = ""
+    sparsity: float  # the fraction that is pruned
+    note: str = ""  # such as why the layer stayed dense
 
 
 class Masks(Mapping[str, Tensor]):
@@ -54,17 +51,11 @@ class Masks(Mapping[str, Tensor]):
         self.notes = dict(notes or {})
 
     @classmethod
-    def from_zeros(
-        cls,
-        model: nn.Module,
-        include: Iterable[Selector] | Selector | None = None,
-        exclude: Iterable[Selector] | Selector | None = None,
-    ) -> Masks:
+    def from_zeros(cls, model: nn.Module, include: Selection = None, exclude: Selection = None) -> Masks:
         """The masks of a pruned model: False where the weight that the forward pass uses is zero.
 
-        Of every convolution and linear layer, or those that `include` and `exclude` select (see `select_layers`). The
-        weight is that under a `torch.nn.utils.prune` mask, if any. Raises LayerError for a layer whose weight is
-        recomputed in each forward pass.
+        Of every convolution and linear layer, or those that `include` and `exclude` select (see `select_layers`).
+        Raises LayerError for a layer whose weight is recomputed in each forward pass.
         """
         layers = select_layers(unwrap(model), include, exclude)
         return cls._of(layers, lambda name, layer: effective_weight(name, layer) != 0)
@@ -84,19 +75,18 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: masks[name] for name in layers})
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write a .safetensors file with one bit per weight, whole or not at all.
+        """Write a .safetensors file with one bit per weight, and `provenance` as metadata, whole or not at all.
 
-        `provenance` is added to its metadata. Raises OSError; ValueError for another ending.
+        Raises OSError; ValueError for another ending.
         """
-        stored: dict[int, str] = {}
-        packed, layers = {}, {}
+        stored, packed, layers = dict[int, str](), {}, {}
         for name, mask in self.items():
             first = stored.setdefault(id(mask), name)
             layers[name] = {"shape": list(mask.shape), "as": first}
             if first == name:
                 packed[name] = torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy()))
-        metadata = {"format": FORMAT, "layers": json.dumps(layers), "notes": json.dumps(self.notes)}
-        write_safetensors(path, packed, metadata | dict(provenance or {}))
+        about = {"format": FORMAT, "layers": layers, "notes": self.notes}
+        write_safetensors(path, packed, {**about, **(provenance or {})})
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
@@ -153,15 +143,14 @@ class Masks(Mapping[str, Tensor]):
 
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `apply_` after every step of the optimizer, until the returned handle is removed."""
-        self._layers_of(model)
+        self._layers_of(model)  # the errors of `apply_`
         return optimizer.register_step_post_hook(lambda *_: self.apply_(model))
 
     def check(self, model: nn.Module) -> None:
         """Raise MaskError, naming the first layer, if a pruned weight is not zero or a mask does not fit its layer."""
         for name, module in self._layers_of(model).items():
             weight = effective_weight(name, module)
-            wrong = int((weight.ne(0) & ~self[name].to(weight.device)).sum())
-            if wrong:
+            if wrong := int((weight.ne(0) & ~self[name].to(weight.device)).sum()):
                 raise MaskError(name, f"{wrong} pruned weights are not zero; masks.apply_(model) zeroes them again")
 
     @property
@@ -194,9 +183,8 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             if name not in layers:
                 raise MaskError(name, "the model has no convolution or linear layer of this name to mask")
-            shape = tuple(stored_weight(name, layers[name]).shape)
-            if tuple(mask.shape) != shape:
-                found = tuple(mask.shape)
+            found, shape = tuple(mask.shape), tuple(stored_weight(name, layers[name]).shape)
+            if found != shape:
                 raise MaskError(name, f"its mask has shape {found}, its weight {shape}; was it made for another model?")
         return {name: layers[name] for name in self}
 
@@ -204,12 +192,10 @@ class Masks(Mapping[str, Tensor]):
 def in_use(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str, Any] | None) -> Masks:
     """Masks of the weights in use: those that `masks` keeps or, in a layer without a mask there, the nonzero ones.
 
-    A weight under `torch.nn.utils.prune` is in use only where its mask keeps it. Raises MaskError where `masks` does
-    not fit the model.
+    `torch.nn.utils.prune` must keep them too. Raises MaskError where `masks` does not fit the model.
     """
-    given = Masks(masks or {})
+    given, found = Masks(masks or {}), dict[str, Tensor]()
     given.check(model)
-    found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         weight, kept = effective_weight(name, layer), layer._buffers.get("weight_mask")
         used = given[name].to(weight.device) if name in given else weight != 0
@@ -223,27 +209,23 @@ def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     Two layers share a weight when they read the same memory in the same way, under the same `torch.nn.utils.prune`
     mask if any. Raises LayerError for a layer whose weight is recomputed in each forward pass.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
+
+    def memory(tensor: Tensor | None) -> object:
+        if tensor is None or not tensor.numel() or tensor.is_meta:
+            return id(tensor)
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    groups: dict[object, list[str]] = {}
     for name, module in layers.items():
-        tensors = (stored_weight(name, module), module._buffers.get("weight_mask"))
-        groups.setdefault(tuple(map(_memory_key, tensors)), []).append(name)
+        key = memory(stored_weight(name, module)), memory(module._buffers.get("weight_mask"))
+        groups.setdefault(key, []).append(name)
     return {names[0]: names for names in groups.values()}
-
-
-def _memory_key(tensor: Tensor | None) -> object:
-    """Equal for tensors that read the same memory in the same way."""
-    if tensor is None:
-        return None
-    if math.prod(tensor.shape) == 0 or tensor.is_meta:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _as_mask(name: str, mask: Any) -> Tensor:
     tensor = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
-    if isinstance(tensor, Tensor) and tensor.dtype == torch.bool:
-        return tensor
-    if not isinstance(tensor, Tensor) or not bool(((tensor == 0) | (tensor == 1)).all()):
+    binary = isinstance(tensor, Tensor) and (tensor.dtype == torch.bool or ((tensor == 0) | (tensor == 1)).all())
+    if not binary:
         kind = f"{tensor.dtype} with other values" if isinstance(tensor, Tensor) else type(mask).__name__
         raise MaskError(name, f"its mask must be boolean, or hold only 0 (pruned) and 1 (kept); it is {kind}")
     return tensor.bool()

@@ -12,7 +12,6 @@ one map for all filters. With one mean per kernel, it is one map per input chann
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,18 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
 from ..errors import ModelMismatchError
-from .layers import (
-    Selector,
-    effective_weight,
-    find_layers,
-    refresh_weight,
-    refuse_means,
-    select_layers,
-    stored_weight,
-    unwrap,
-)
+from ..runtime.options import check_choice
+from .layer_checks import same_layers
+from .layers import Selection, effective_weight, refresh_weight, refuse_means, select_layers, stored_weight, unwrap
 from .masks import tied_layers
-from .matching import same_layers
 
 Per = Literal["layer", "filter", "kernel"]
 PER = get_args(Per)
@@ -46,11 +37,10 @@ class _WithMeans(nn.Module):
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)
-        return out + self.mean_term(x)
+        return super().forward(x) + self.mean_term(x)
 
     def mean_term(self, x: Tensor) -> Tensor:
-        """The part of the output that the means contribute: of a linear layer, or of a convolution."""
+        """The part of the output that the means contribute."""
         if not isinstance(self, _ConvNd):
             return x.sum(-1, keepdim=True) * self.means.view(-1)
         axis, groups = -1 - len(self.kernel_size), self.groups
@@ -59,15 +49,14 @@ class _WithMeans(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             window["padding"] = 0
-        by_kernel = self.means.shape[1] > 1
-        if not by_kernel:
+        if not (by_kernel := self.means.shape[1] > 1):
             x = x.unflatten(axis, (groups, -1)).sum(axis)  # one map per group
         maps = x.shape[axis]
         sums = conv(x, self.means.new_ones(maps, 1, *self.kernel_size), groups=maps, **window)
         if by_kernel:
             return conv(sums, self.means, groups=groups)
-        share = self.out_channels // groups
-        return sums.repeat_interleave(share, axis) * self.means.view(-1, *[1] * len(self.kernel_size))
+        means = self.means.view(-1, *[1] * len(self.kernel_size))
+        return sums.repeat_interleave(self.out_channels // groups, axis) * means
 
 
 class MeanConv1d(_WithMeans, nn.Conv1d):
@@ -98,12 +87,7 @@ def can_have_means(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def replace_by_means(
-    model: nn.Module,
-    dense: nn.Module,
-    *,
-    per: Per = "filter",
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
+    model: nn.Module, dense: nn.Module, *, per: Per = "filter", include: Selection = None, exclude: Selection = None
 ) -> dict[str, int]:
     """Replace every pruned weight by the mean of the pruned weights' dense values, in place; needs no images.
 
@@ -115,8 +99,7 @@ def replace_by_means(
     types are unchanged and not in the result. `densify` turns mean layers into plain ones.
     Raises ModelMismatchError where the dense model has other layers, LayerError for a layer that has means already.
     """
-    if per not in PER:
-        raise ValueError(f"per={per!r} is unknown; there are {', '.join(map(repr, PER))}")
+    check_choice("per", per, PER)
     model, dense = unwrap(model), unwrap(dense)
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
@@ -124,14 +107,13 @@ def replace_by_means(
     refuse_means(selected)
     layers = {name: layer for name, layer in selected.items() if can_have_means(layer)}
     same_layers(layers, dense)
-    dense_layers, counts = find_layers(dense), dict[str, int]()
+    counts = dict[str, int]()
     for name, names in tied_layers(layers).items():
-        weight = effective_weight(name, layers[name])
-        pruned, dense_weight = weight == 0, effective_weight(name, dense_layers[name]).to(weight)
+        weight, stored = effective_weight(name, layers[name]), stored_weight(name, layers[name])
+        pruned = weight == 0
         if not pruned.any():
             continue
-        means = means_of_pruned(dense_weight, pruned, per)
-        stored = stored_weight(name, layers[name])
+        means = means_of_pruned(effective_weight(name, dense.get_submodule(name)).to(weight), pruned, per)
         stored.copy_(torch.where(pruned, stored, weight - means.to(weight.dtype)))
         counts[name] = means.numel()
         for each in names:  # the layers share one Parameter
@@ -149,12 +131,8 @@ def means_of_pruned(dense: Tensor, pruned: Tensor, per: str) -> Tensor:
 
 
 def to_mean_layer(layer: nn.Module, means: Tensor) -> None:
-    """Make the layer a mean layer, in place, with its weight unchanged.
-
-    means: a Parameter is registered itself, so that layers can share it; a tensor becomes a new Parameter.
-    """
-    weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
-    assert weight is not None
+    """Make the layer a mean layer, in place, with its weight unchanged; layers can share means that are a Parameter."""
+    weight = stored_weight("", layer)
     layer.__class__ = KINDS[type(layer)]
     if not isinstance(means, nn.Parameter):
         means = nn.Parameter(means.to(weight).contiguous(), requires_grad=weight.requires_grad)
@@ -168,8 +146,7 @@ def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
 
     keep_zeros: remove the means instead: survivors get back their values, pruned weights are zero.
     """
-    plain = {kind: plain for plain, kind in KINDS.items()}
-    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if type(layer) in plain}
+    layers = {name: layer for name, layer in unwrap(model).named_modules() if type(layer) in PLAIN}
     for first, names in tied_layers(layers).items():
         for name in names:
             layer = layers[name]
@@ -179,7 +156,7 @@ def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
             if name == first:
                 weight.copy_(torch.where(weight != 0, weight + means, 0.0) if keep_zeros else weight + means)
             del layer._parameters["means"]
-            layer.__class__ = plain[type(layer)]
+            layer.__class__ = PLAIN[type(layer)]
     return list(layers)
 
 

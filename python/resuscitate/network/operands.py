@@ -1,7 +1,7 @@
 """The input and the window of a layer's product, from the convolution or matrix product that its `forward` calls.
 
-A layer's attributes are not enough: TensorFlow's "SAME" padding depends on the size of the input and is computed in the
-`forward` of a subclass; `padding` may have been set after construction. The arguments of the call are exact.
+A layer's attributes are not enough: TensorFlow's "SAME" padding is computed in the `forward` of a subclass, from the
+size of the input.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..errors import LayerError
 
 # functions whose outputs are products of a weight with patches of an input
 PRODUCTS = {"conv1d", "conv2d", "conv3d", "linear"}
-PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a call of one of `PRODUCTS`, by name."""
-    return {**dict(zip(PARAMETERS, args, strict=False)), **(kwargs or {})}
+    parameters = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
 
 
 def operands(name: str, layer: nn.Module, x: Tensor) -> tuple[Tensor, Window]:
     """The tensor that a layer multiplies its weight with, for the input `x`, after its own padding; and the window.
 
     x: (N, C, *spatial), or (..., C) for a linear layer. The layer's `forward` runs up to its product, without hooks.
-    Raises LayerError where it never multiplies its own weight: `Wiring.products` names the layers that do.
+    Raises LayerError where it never multiplies its own weight; see `Wiring.products`.
     """
     try:
         with _ProductCatcher(layer):
@@ -58,8 +58,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> T
     if any(before != after for before, after in window.padding):
         x, padding = F.pad(x, [pad for pair in reversed(window.padding) for pad in pair]), [0] * len(padding)
     conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(window.kernel) - 1]
-    found: Tensor = conv(x, weight, bias, window.stride, padding, window.dilation, window.groups)
-    return found
+    return conv(x, weight, bias, window.stride, padding, window.dilation, window.groups)
 
 
 class _ProductReachedError(BaseException):
@@ -83,8 +82,7 @@ class _ProductCatcher(TorchFunctionMode):
 
 def _window(call: Mapping[str, Any]) -> Window:
     """The window that the arguments of a product describe."""
-    kernel = tuple(call["weight"].shape[2:])
-    if not kernel:
+    if not (kernel := tuple(call["weight"].shape[2:])):
         return Window()
     stride, dilation = (_per_axis(call.get(key, 1), kernel) for key in ("stride", "dilation"))
     padding = call.get("padding", 0)

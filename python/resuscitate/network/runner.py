@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +18,14 @@ from ..errors import LayerError, NonFiniteError
 from .layers import LAYERS, channel_dim
 from .snapshot import autocast
 
-# error allowed in a measured variance: far below that of any sample of images, and it saves time on a CPU
-TOLERANCE = 1e-5
-
 
 @dataclass
 class Network:
-    """A model, and how to run it on a batch: with `dtype` under autocast to that precision."""
+    """A model, and how to run it on a batch, under autocast to the dtype `autocast` if that is given."""
 
     model: nn.Module
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     autocast: torch.dtype | None = None
-    modules: dict[str, nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
@@ -45,8 +41,8 @@ class Network:
     def precision(self) -> Iterator[None]:
         """The context of each part of a forward pass: autocast to `autocast`, or none, instead of the caller's.
 
-        No cast of a weight is cached, because weights change between passes: neither by this context, nor by an
-        autocast in the model, whose casts PyTorch caches until the caller's autocast ends.
+        Weights change between passes, so no cast of a weight is kept: PyTorch caches those of an autocast in the model
+        until the caller's autocast ends.
         """
         with autocast(self.device.type, self.autocast):
             try:
@@ -62,8 +58,7 @@ class Network:
     def example(self, batch: Any) -> Any:
         """The first images of a batch, to observe the network with.
 
-        Of nested tensors the first images of each, if all have the same length and the model accepts them; else the
-        whole batch.
+        Of nested tensors those of each, if all have the same length and the model accepts them; else the whole batch.
         """
         if isinstance(batch, Tensor):
             return first_images(batch)
@@ -97,28 +92,21 @@ class Network:
 
     def axis(self, name: str) -> int:
         """The channel axis of the tensor that is measured at this module."""
-        return channel_axis(self.modules[name])
-
-    def moments(self, name: str, x: Any) -> ak.ChannelMoments:
-        """Moments of the tensor that is measured at this module. Raises LayerError where it is no tensor."""
-        return moments_at(name, self.modules[name], x)
-
-
-def channel_axis(module: nn.Module) -> int:
-    """The axis of the channels in the input of a BatchNorm, or in the output of a layer."""
-    return 1 if isinstance(module, _BatchNorm) else channel_dim(module)
+        return channel_dim(self.modules[name])
 
 
 def moments_at(name: str, module: nn.Module, x: Any) -> ak.ChannelMoments:
     """Moments of a BatchNorm's input, or of a layer's output. Raises LayerError where it is no tensor."""
-    check_tensor(name, x)
-    return ak.channel_moments(x, channel_axis(module), tolerance=TOLERANCE)
+    check_tensors(name, x)
+    # the tolerance of the variance is far below the error of any sample of images, and saves time on a CPU
+    return ak.channel_moments(x, channel_dim(module), tolerance=1e-5)
 
 
-def check_tensor(name: str, x: Any) -> None:
-    """Raise LayerError where a layer's output is not one tensor."""
-    if not isinstance(x, Tensor):
-        raise LayerError(name, f"its output is a {type(x).__name__}, not a tensor; exclude it")
+def check_tensors(name: str, *outputs: Any) -> None:
+    """Raise LayerError where an output of a layer is not one tensor."""
+    for x in outputs:
+        if not isinstance(x, Tensor):
+            raise LayerError(name, f"its output is a {type(x).__name__}, not a tensor; exclude it")
 
 
 def first_images(batch: Any, images: int = 2) -> Any:

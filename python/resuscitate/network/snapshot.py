@@ -22,9 +22,8 @@ from .layers import find_layers, refresh_weight
 class Snapshot:
     """A copy of every parameter and buffer of a model, with its modules' classes, sizes and tensor names.
 
-    As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits until the
-    model is restored. Torch's gradient and function modes are restored too: an interrupt at the end of a `with`
-    statement can leave them set.
+    As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits. Torch's
+    gradient and function modes are restored too: an interrupt at the end of a `with` statement can leave them set.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +31,11 @@ class Snapshot:
         # module and name identify a tensor even after `Module.to` has replaced a buffer
         slots = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])
         self.copies = {id(x): (module, name, x.detach().clone()) for module, name, x in slots if x is not None}
-        self.records = [_ModuleRecord(module) for module in model.modules()]
+        self.records = []
+        for module in model.modules():
+            sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float)}
+            tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
+            self.records.append((module, type(module), sizes, tensors))
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Snapshot:
@@ -50,10 +53,7 @@ class Snapshot:
         self._interrupts.release(self.restore)
 
     def defer_interrupts(self) -> ExitStack:
-        """A context inside this one: from its end to the end of this context, interrupts wait.
-
-        The code between the two ends, such as resetting flags, therefore runs to its end.
-        """
+        """A context inside this one: from its end to the end of this one interrupts wait, so that flags are reset."""
         stack = ExitStack()
         stack.callback(self._interrupts.hold)
         return stack
@@ -61,8 +61,17 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore every tensor bit for bit, in place where its size is the same, and remove tensors added since."""
-        for record in self.records:
-            record.restore()
+        for module, kind, sizes, tensors in self.records:
+            module.__class__ = kind
+            vars(module).update(sizes)
+            for slots, before in tensors:
+                for name in slots.keys() - before.keys():
+                    del slots[name]
+                for name, tensor in before.items():
+                    now = slots.get(name)
+                    # a new buffer of the same size comes from `Module.to`: keep it, its values are copied below
+                    if now is None or tensor is None or now.shape != tensor.shape:
+                        slots[name] = tensor  # type: ignore[assignment]
         for module, name, copy in self.copies.values():
             getattr(module, name).copy_(copy)
         for module in find_layers(self.model).values():
@@ -73,27 +82,6 @@ class Snapshot:
         """Keep only the copies that differ from the model as it is now."""
         copies = self.copies.items()
         self.copies = {key: (m, name, x) for key, (m, name, x) in copies if not torch.equal(getattr(m, name), x)}
-
-
-class _ModuleRecord:
-    """A module without the values of its tensors: its class, its numeric attributes, and its tensors by name."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.kind = module, type(module)
-        self.sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float)}
-        self.tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
-
-    def restore(self) -> None:
-        self.module.__class__ = self.kind
-        vars(self.module).update(self.sizes)
-        for slots, before in self.tensors:
-            for name in slots.keys() - before.keys():
-                del slots[name]
-            for name, tensor in before.items():
-                now = slots.get(name)
-                # a new buffer of the same size comes from `Module.to`: keep it, `Snapshot.restore` copies its values
-                if now is None or tensor is None or now.shape != tensor.shape:
-                    slots[name] = tensor  # type: ignore[assignment]
 
 
 @contextmanager
@@ -114,20 +102,12 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def _uncompiled() -> AbstractContextManager[object]:
-    """Run compiled modules in eager mode. Does not load torch's compiler where nothing is compiled yet."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 @contextmanager
 def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then restore all settings.
 
-    Full precision: without the caller's autocast, and without TF32. Code that a `forward_fn` compiles runs in eager
-    mode, because compiled code does not support suspended forward passes.
-
-    Restored: every module's train/eval flag and forward hooks; the random state of Python, NumPy and torch; the
-    settings of TF32 and cuDNN.
+    Full precision: without the caller's autocast, and without TF32. Compiled code, which does not support suspended
+    forward passes, runs in eager mode. Restored too: train/eval flags, forward hooks, random states.
     """
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
@@ -141,8 +121,12 @@ def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(_full_precision())
-        stack.enter_context(_uncompiled())
+        stack.enter_context(full_precision_of_models())
+        for setting, value in (("deterministic", True), ("benchmark", False)):
+            stack.callback(setattr, torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+            setattr(torch.backends.cudnn, setting, value)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled yet, and this would load the compiler
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
             stack.enter_context(autocast(device, None))
         random.seed(seed)
@@ -156,19 +140,6 @@ def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
 def _remove_others(hooks: dict[int, Any], kept: set[int]) -> None:
     for key in hooks.keys() - kept:
         del hooks[key]
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 off and cuDNN deterministic, until the end."""
-    cudnn: Any = torch.backends.cudnn
-    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-    with full_precision_of_models():
-        try:
-            cudnn.deterministic, cudnn.benchmark = True, False
-            yield
-        finally:
-            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
 
 
 @contextmanager

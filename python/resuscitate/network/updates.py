@@ -28,18 +28,14 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero.
-
-    `bias` (C,) is added to the output; None: the bias stays. `means`, (O, 1 or I, 1, ...), make it a mean layer.
-    `status` and `reason` are for the report; `details` are fields of its row, such as `explained`.
-    """
+    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero."""
 
     weight: Tensor
-    bias: Tensor | None = None
-    means: Tensor | None = None
-    status: str = "refitted"
+    bias: Tensor | None = None  # (C,), added to the output; None: the bias stays
+    means: Tensor | None = None  # (O, 1 or I, 1, ...), make it a mean layer
+    status: str = "refitted"  # this and `reason` are for the report
     reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)  # fields of its row, such as `explained`
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +57,10 @@ Update = Gain | Weights | BatchNormStatistics | Unchanged
 
 def pack(update: Update) -> dict[str, Tensor]:
     """The tensors of an update by name, for a journal."""
-    if isinstance(update, Gain):
-        return {"gain": update.gain, "shift": update.shift}
+    parts = vars(update)
     if isinstance(update, BatchNormStatistics):
-        count = torch.tensor(update.moments.count)
-        return {"count": count, "mean": update.moments.mean, "m2": update.moments.m2}
-    if isinstance(update, Weights):
-        parts = {"weight": update.weight, "bias": update.bias, "means": update.means}
-        return {name: tensor.contiguous() for name, tensor in parts.items() if tensor is not None}
-    return {}
+        parts = {**vars(update.moments), "count": torch.tensor(update.moments.count)}
+    return {name: part.contiguous() for name, part in parts.items() if isinstance(part, Tensor)}
 
 
 def unpack(tensors: Mapping[str, Tensor], device: torch.device) -> Update:
@@ -88,9 +79,8 @@ def unpack(tensors: Mapping[str, Tensor], device: torch.device) -> Update:
 def write_gain(name: str, module: nn.Module, update: Gain, batchnorm: _BatchNorm | None) -> ShiftInto | None:
     """weight <- gain * weight, so that zeros stay zero; bias <- gain * bias + shift.
 
-    In a layer without a bias the shift goes into `batchnorm`, which must be the only reader of the layer
-    (running_mean <- running_mean - shift), else into a new bias. Returns what took the shift. Raises LayerError when
-    the result overflows the weight's dtype.
+    Without a bias the shift goes into `batchnorm`, the only reader of the layer (running_mean <- running_mean - shift),
+    else into a new bias. Returns what took the shift. Raises LayerError when the result overflows the weight's dtype.
     """
     weight, bias = stored_weight(name, module), stored_bias(name, module)
     weight.mul_(along_weight(module, update.gain))
@@ -102,10 +92,7 @@ def write_gain(name: str, module: nn.Module, update: Gain, batchnorm: _BatchNorm
 def write_weights(
     name: str, module: nn.Module, update: Weights, in_use: Tensor, batchnorm: _BatchNorm | None
 ) -> ShiftInto | None:
-    """Write the new weights where they are in use: boolean, in the shape of the weight.
-
-    Returns what took the bias, and raises, as `write_gain`.
-    """
+    """Write the new weights where they are `in_use`; returns what took the bias, and raises, as `write_gain`."""
     weight = stored_weight(name, module)
     weight.copy_(torch.where(in_use, update.weight.view(weight.shape).to(weight.dtype), weight))
     if update.bias is None:
@@ -128,22 +115,18 @@ def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNo
         module.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         took = "new bias"
     written = [weight, module.bias, None if batchnorm is None else batchnorm.running_mean]
-    if not all(_is_finite(tensor) for tensor in written if isinstance(tensor, Tensor)):
+    # `aminmax` gives NaN where any value is NaN
+    extremes = [x.aminmax() for x in written if isinstance(x, Tensor) and x.numel()]
+    if not all(least.isfinite() and greatest.isfinite() for least, greatest in extremes):
         raise LayerError(name, f"its corrected weights do not fit into {weight.dtype}; repair it in float32")
     return took
 
 
-def _is_finite(x: Tensor) -> bool:
-    """Is each value finite? `aminmax` gives NaN where any value is NaN."""
-    return not x.numel() or all(bool(end.isfinite()) for end in x.aminmax())
-
-
 @torch.no_grad()
 def write_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments) -> None:
-    """Set the running statistics to these moments; running_var is the unbiased variance, as in PyTorch.
+    """Set the running statistics to these moments, with the unbiased variance; `num_batches_tracked` stays.
 
-    `num_batches_tracked` stays: it counts training batches. Raises LayerError for fewer than two values per channel,
-    or for a variance that overflows the buffers' dtype.
+    Raises LayerError for fewer than two values per channel, or for a variance that overflows the buffers' dtype.
     """
     mean, var = (batchnorm._buffers[buffer] for buffer in ("running_mean", "running_var"))
     if mean is None or var is None:

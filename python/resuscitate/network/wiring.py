@@ -18,84 +18,64 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .layers import LAYERS
+from .layers import LAYERS, find_layers
 from .operands import PRODUCTS, named_arguments
 
-# layers as functions: where called outside any layer module, they cannot be repaired
+# layers as functions: called outside any layer module, they cannot be repaired
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
 
 @dataclass(frozen=True)
 class ReluConsumer:
-    """Only relu(batchnorm(output) + other) reads a layer's output; `batchnorm` and `other` are optional.
-
-    `adds`: there is an `other`. It depends on no layer and no BatchNorm that runs after this layer.
-    """
+    """Only relu(batchnorm(output) + other) reads a layer's output; `batchnorm` and `other` are optional."""
 
     batchnorm: str | None
-    adds: bool
+    adds: bool  # there is an `other`; it depends on no layer and no BatchNorm that runs after this layer
 
 
 @dataclass
 class Wiring:
-    """The modules and tensors of one forward pass; modules are identified by their names.
+    """The modules and tensors of one forward pass; modules are identified by their names."""
 
-    calls: number of calls of each module that ran, in the order of first calls.
-    layers: types of the layers among these modules.
-    batchnorm_of: for a layer, the BatchNorm that alone reads its output, where both are called once.
-    relu_consumers: for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum.
-    products: layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight
-        is not computed from another one, and the output is the product itself.
-    functional: number of calls of convolutions and linear maps as functions, outside any layer module, by function.
-    read_elsewhere: layers whose weight a function reads while no layer runs.
-    bytes_made, largest_bytes: bytes of all tensors that functions returned, and of the largest one.
-    draws_random_numbers: were random numbers drawn?
-    """
-
-    calls: Counter[str] = field(default_factory=Counter)
-    layers: dict[str, type[nn.Module]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)  # of each module that ran, in the order of first calls
+    layers: dict[str, type[nn.Module]] = field(default_factory=dict)  # types of the layers among these modules
+    # for a layer, the BatchNorm that alone reads its output, where both are called once; to return it is to read it
     batchnorm_of: dict[str, str] = field(default_factory=dict)
+    # for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum
     relu_consumers: dict[str, ReluConsumer] = field(default_factory=dict)
+    # layers whose output is, in each call, their own weight times patches of an input, plus a bias: the weight is not
+    # computed from another one, and the output is the product itself
     products: set[str] = field(default_factory=set)
-    functional: Counter[str] = field(default_factory=Counter)
-    read_elsewhere: set[str] = field(default_factory=set)
-    bytes_made: int = 0
-    largest_bytes: int = 0
+    functional: Counter[str] = field(default_factory=Counter)  # calls of `FUNCTIONAL_LAYERS`, by function
+    read_elsewhere: set[str] = field(default_factory=set)  # layers whose weight a function reads while no layer runs
+    bytes_made: int = 0  # of all tensors that functions returned
+    largest_bytes: int = 0  # of the largest one
     draws_random_numbers: bool = False
 
 
 @dataclass
 class _Value:
-    """A watched tensor, the output of a layer, of a BatchNorm or of a sum, and the functions that read it.
+    """A watched tensor: the output of a layer, of a BatchNorm or of a sum."""
 
-    `calls_before` is the number of calls of layers and BatchNorms when the tensor was created. `readers` counts the
-    functions that read it; `rectified`: the last of them is a ReLU.
-    """
-
-    calls_before: int
+    calls_before: int  # of layers and BatchNorms, when the tensor was created
     layer: str = ""
-    readers: int = 0
+    readers: int = 0  # functions that read it
     batchnorm: str | None = None
-    rectified: bool = False
+    rectified: bool = False  # the last reader is a ReLU
     next: _Value | None = None  # the output of the BatchNorm or the sum that reads this tensor
 
 
 class _Watch(TorchFunctionMode):
-    """Counts the torch functions that read watched tensors (`values`), and layers called as functions.
+    """Counts the torch functions that read watched tensors, and layers called as functions."""
 
-    `weights` maps the id of a layer's weight to its name. `products` has, for each layer that is running, the weight
-    and the result of each product in it. `layer_calls` counts calls of layers and BatchNorms. All else goes into
-    `wiring`.
-    """
-
-    def __init__(self, wiring: Wiring, weights: Mapping[int, str]) -> None:
+    def __init__(self, wiring: Wiring, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.wiring, self.weights, self.layer_calls = wiring, weights, 0
-        self.values = WeakIdKeyDictionary()
-        self.products: list[list[tuple[Any, Any]]] = []
+        self.wiring, self.layer_calls = wiring, 0  # calls of layers and BatchNorms
+        self.weights = {id(getattr(layer, "weight", None)): name for name, layer in layers.items()}
+        self.values = WeakIdKeyDictionary()  # of the watched tensors
+        self.products: list[list[tuple[Any, Any]]] = []  # by layer that is running: weight and result of each product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, wiring = getattr(func, "__name__", ""), self.wiring
@@ -161,14 +141,9 @@ def is_sum(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
-    """The wiring of `model` in one call of `forward`, found by the identity of tensors.
-
-    Works for any control flow. A layer is paired with a BatchNorm when the BatchNorm is the only function that
-    reads its output: the output is neither returned nor used by anything else.
-    """
+    """The wiring of `model` in one call of `forward`, found by the identity of tensors, whatever the control flow."""
     wiring, outputs, others = Wiring(), list[_Value](), set[str]()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    watch = _Watch(wiring, {id(getattr(layer, "weight", None)): name for name, layer in layers.items()})
+    watch = _Watch(wiring, find_layers(model))
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         wiring.calls[name] += 1
@@ -229,23 +204,18 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the first input and those without a default; other inputs keep their defaults."""
         first, *others = inspect.signature(self.root.forward).parameters.values()
-        needed = [first, *(other for other in others if other.default is other.empty and other.kind in POSITIONAL)]
+        positional = (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+        needed = [first, *(other for other in others if other.default is other.empty and other.kind in positional)]
         return root_fn, [self.root, *(self.create_proxy("placeholder", each.name, (), {}) for each in needed)]
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The model as a torch.fx graph in which layers and BatchNorms stay modules.
-
-    Raises whatever torch.fx or the model's own code raises when the control flow depends on the data.
-    """
+    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx."""
     return _Tracer().trace(model)
 
 
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
-    """`calls` and `batchnorm_of` of a traced graph, where shapes are unknown; `observe` also fills the rest.
-
-    `calls` counts the modules of the graph. No linear layer is paired with a BatchNorm (see `observe`).
-    """
+    """`calls` and `batchnorm_of` of a graph, without pairs of linear layers, for which `observe` needs the shapes."""
     modules = dict(model.named_modules())
     called = {node: str(node.target) for node in graph.nodes if node.op == "call_module"}
     wiring = Wiring(Counter(called.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from numbers import Real
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import LayerError, called, did_you_mean
 from ..network.layer_checks import split_by_objections
+from ..network.layers import Selection as Selection
 from ..network.layers import Selector, matching, select_layers, unwrap
 from ..network.masks import tied_layers
 from .units import Units
@@ -21,7 +22,6 @@ log = logging.getLogger("resuscitate")
 
 # (units of each layer, number of weights to remove in all) -> number of units to remove from each layer
 Allocation = Callable[[Mapping[str, Units], int], dict[str, int]]
-Selection = Iterable[Selector] | Selector | None  # layers by name or type
 Curve = list[tuple[float, float]]  # (fraction removed, residual), from (0, 0) to (1, 1)
 
 

@@ -15,10 +15,11 @@ import asr_kernels as ak
 
 from ..engine.session import Session
 from ..errors import CalibrationError, ModelMismatchError, called
-from ..network.layers import effective_weight, unwrap, with_weight
-from ..network.runner import channel_axis, check_finite, check_tensor
+from ..network.layers import channel_dim, effective_weight, unwrap, with_weight
+from ..network.runner import check_finite, check_tensors
 from ..runtime.options import RunOptions, run_options
-from ..statistics.outputs import OutputCovariances, explained, merge_calls
+from ..statistics.base import merge_calls
+from ..statistics.outputs import OutputCovariances, explained
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.nested import count_images
 from ..utils.progress import Bar
@@ -115,10 +116,10 @@ def _compare(
 ) -> None:
     """A forward hook that compares a layer's output with its output at each density; `pairs` has one for each."""
     name, weight, pairs = found.place.name, effective_weight(found.place.name, layer), []
-    check_tensor(name, out)
+    check_tensors(name, out)
     for index in range(int(times.max())):
         pruned = with_weight(layer, weight * (times > index))(*args)
-        pairs.append(ak.paired_moments(out, pruned, channel_axis(layer)))
+        pairs.append(ak.paired_moments(out, pruned, channel_dim(layer)))
     check_finite(name, ((batch, moments) for pair in pairs for moments in (pair.dense, pair.pruned)))
     found.pairs = merge_calls(found.pairs, pairs)
 

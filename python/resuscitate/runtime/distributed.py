@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import asr_kernels as ak
+
 from ..errors import DistributedError
 
 log = logging.getLogger("resuscitate")
@@ -80,11 +82,12 @@ class Ranks:
         return [part[:length] for part, (_, length) in zip(self._all_gather(padded), lengths, strict=True)]
 
     def exchange(self, value: Any, device: torch.device | None = None) -> list[Any]:
-        """Every rank's value, in the order of the ranks: tensors and numbers in tuples, lists and dicts."""
+        """Every rank's value, in the order of the ranks: moments, tensors and numbers in tuples, lists and dicts."""
         buffer = io.BytesIO()
         torch.save(value, buffer)
         parts = (io.BytesIO(part.numpy().tobytes()) for part in self.gather(_bytes(buffer.getvalue())))
-        return [torch.load(part, map_location=device, weights_only=True) for part in parts]
+        with torch.serialization.safe_globals([ak.ChannelMoments, ak.PairedMoments, ak.PatchMoments]):
+            return [torch.load(part, map_location=device, weights_only=True) for part in parts]
 
     def total(self, *numbers: int) -> list[int]:
         """Sums over the ranks."""

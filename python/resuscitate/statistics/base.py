@@ -4,48 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+
+import asr_kernels as ak
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Folds = Callable[[int, int], Mapping[int, Tensor | None]]
+M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 
 
 @dataclass(frozen=True)
 class Place:
-    """The layer, or BatchNorm, at which a statistic is measured.
-
-    `dense` is the same module of the dense network, if that is there. `folds(batch, rows)` gives, for each fold of the
-    images that the batch has, which of so many rows belong to it, int64; None: all.
-    """
+    """The layer, or BatchNorm, at which a statistic is measured."""
 
     name: str
     module: nn.Module
-    dense: nn.Module | None = None
-    folds: Folds = lambda batch, rows: {0: None}
+    dense: nn.Module | None = None  # the same module of the dense network, if that is there
+    # (batch, rows) -> by fold of the images that the batch has, which of so many rows belong to it, int64; None: all
+    folds: Callable[[int, int], Mapping[int, Tensor | None]] = lambda batch, rows: {0: None}
 
 
 class Statistic:
-    """What is measured at one place. A subclass says how values are added, and merged over ranks; this one is empty.
+    """What is measured at one place. A subclass says how values are added; this one is empty.
 
-    `large`: `update` is a product of large matrices, which uses all cores; it runs for one batch at a time. The walk
-    sets `replay` where the probe asks for it and a ReLU alone reads the layer: see `engine.relu_targets`.
+    `measured`: the attributes that are sent to other ranks and merged: moments by call in a list, or by key in a dict,
+    or sums. The walk sets `replay` where the probe asks for it and a ReLU alone reads the layer.
     """
 
-    large: ClassVar[bool] = False
+    large: ClassVar[bool] = False  # `update` multiplies large matrices on all cores: for one batch at a time
+    measured: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.replay: Callable[..., Any] | None = None
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        """Add the values of one batch, by its number: the tensor in the pruned and in the dense network.
+        """Add the values of one batch, by its number: the tensor in the pruned and in the dense network, or None.
 
-        Either is None where it is not measured for this batch. A layer that a forward pass calls several times is
-        updated several times. Raises LayerError, NonFiniteError.
+        A layer that a forward pass calls several times is updated several times. Raises LayerError, NonFiniteError.
         """
 
     def finish(self, batches: int) -> None:
@@ -53,18 +52,33 @@ class Statistic:
 
     def merge(self, other: Self) -> Self:
         """The statistic of both sets of images, as a new object."""
-        return self
+        theirs = other.state()
+        return self.of_state(self.place, {name: _merged(each, theirs[name]) for name, each in self.state().items()})
 
     def state(self) -> Any:
-        """All that is sent to other ranks: tensors and numbers in tuples, lists and dicts."""
-        return ()
+        """All that is sent to other ranks."""
+        return {name: getattr(self, name) for name in self.measured}
 
     @classmethod
     def of_state(cls, place: Place, state: Any) -> Self:
         """The inverse of `state`."""
-        return cls(place)
+        found = cls(place)
+        vars(found).update(state)
+        return found
 
     @property
     def empty(self) -> bool:
         """Was nothing measured, because no image reaches the layer?"""
         return False
+
+
+def _merged(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, dict):
+        return {**ours, **theirs, **{key: ours[key].merge(theirs[key]) for key in ours.keys() & theirs.keys()}}
+    return merge_calls(ours, theirs) if isinstance(ours, list) else ours + theirs
+
+
+def merge_calls(old: list[M], new: list[M]) -> list[M]:
+    """Call by call; one pass may have fewer calls than another."""
+    longer = old if len(old) > len(new) else new
+    return [a.merge(b) for a, b in zip(old, new, strict=False)] + longer[min(len(old), len(new)) :]

@@ -1,7 +1,4 @@
-"""Weights from second moments: ridge regression of a layer's surviving weights on its current inputs.
-
-The targets are the dense outputs, or outputs that a ReLU maps to the same values. Pure functions of moments.
-"""
+"""Weights from second moments: ridge regression of a layer's surviving weights on its current inputs."""
 
 from __future__ import annotations
 
@@ -17,12 +14,10 @@ from asr_kernels import CrossProducts, PatchMoments
 
 from ..runtime.distributed import Ranks
 from .least_squares import Problem
-from .patches import input_blocks
 
+Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
-# cross-validation: the ridges to choose from, the number of channels that judge them, the number of folds, and the
-# values of a patch above which there are 2 folds
-RIDGES, JUDGES, FOLDS, LARGE = (0.01, 0.05, 0.25, 1.25), 16, 4, 2048
+RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -31,15 +26,13 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    `before` and `after` are the variance of the layer's outputs over that of the targets, before and after the refit.
-    `explained` is the part of the targets' variance that the refit explains. All are summed over channels, and None
-    where the targets are constant.
+    The others are parts of the targets' variance, summed over channels, and None where the targets are constant.
     """
 
     weight: Tensor
     bias: Tensor
-    before: float | None
-    after: float | None
+    before: float | None  # the variance of the layer's outputs before the refit
+    after: float | None  # and after it
     explained: float | None
 
 
@@ -50,7 +43,7 @@ def fit(
     *,
     ridge: float = RIDGE,
     most: float = MOST_GAIN,
-    replay: Callable[[Tensor, Tensor], CrossProducts] | None = None,
+    replay: Replay | None = None,
     ranks: Ranks | None = None,
 ) -> Fit:
     """Ridge regression on the supports, shrunk towards the present weights; then a gain that restores the variance.
@@ -61,8 +54,8 @@ def fit(
         w_S <- g w_S,   g = sqrt(var y / w_S' C_SS w_S), at most `most`
         b = mean(y) - w_S' mean(x_S)
 
-    Where a layer's inputs do not vary its weights stay. Channels with the same support share one factorisation; the
-    others are solved in padded batches. `ranks`, which all have the same moments, solve for some of the channels each.
+    Where a layer's inputs do not vary its weights stay. `ranks`, which all have the same moments, solve for some of the
+    channels each.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
@@ -87,12 +80,6 @@ def fit(
     # a bias of rounding size is zero: it must not add a bias to a layer without one
     nothing = bias.square() <= 1e-8 * targets.variance + 1e-12 * targets.mean.square()
     return Fit(w, torch.where(nothing, 0.0, bias), *(float(share / total) if total else None for share in shares))
-
-
-def folds_of_layer(layer: Any) -> int:
-    """The number of folds of the images for `choose_ridge`: fewer where the moments of each fold are large."""
-    values = layer.weight[0].numel() // input_blocks(layer)
-    return FOLDS if values <= LARGE else 2
 
 
 def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Tensor, ranks: Ranks) -> float:
@@ -155,18 +142,16 @@ def fit_with_means(
     support: Tensor,
     shape: torch.Size,
     per: str,
-    replay: Callable[[Tensor, Tensor], CrossProducts] | None = None,
+    replay: Replay | None = None,
     **options: Any,
 ) -> tuple[Fit, Tensor]:
     """`fit` with one more weight for each filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
 
-    The sums over windows are further inputs, x' = T x with T the identity over rows of ones. Their moments follow:
-    mean' = T mean, C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against
-    the weight.
+    The sums over windows are further inputs, x' = T x with T the identity over rows of ones: mean' = T mean,
+    C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against the weight.
     """
     values, kernel = weight.shape[1], shape[2:].numel()
-    by_kernel = per == "kernel" and kernel > 1
-    inputs = values // kernel if by_kernel else 1
+    inputs = values // kernel if per == "kernel" and kernel > 1 else 1
     rows = torch.eye(inputs).repeat_interleave(values // inputs, 1).to(weight.device, torch.float64)
     t = torch.cat([torch.eye(values, dtype=torch.float64, device=weight.device), rows])
     wide = replace(moments, mean=moments.mean @ t.mT, xx=t @ moments.xx @ t.mT, xy=t @ moments.xy)
@@ -183,17 +168,14 @@ def fit_with_means(
     return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 
 
-def single_weight_error_reduction(
-    moments: PatchMoments, weight: Tensor, *, ridge: float = RIDGE
-) -> tuple[Tensor, float | None]:
+def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: float) -> tuple[Tensor, float | None]:
     """By how much each weight, if it alone is set to its best value, reduces the squared error; and the error itself.
 
     weight: (O, K). Returns float64 (O, K), as parts of the targets' variance summed over channels,
 
         drop = (Cov(x, y) - C w)^2 / (diag C + rho),   over sum var y,
 
-    and the part of that variance that no gain and shift for each channel can restore, 1 - corr^2 weighted by variance
-    (None where the targets are constant).
+    and the part of it that no gain and shift per channel can restore, 1 - corr^2; None where the targets are constant.
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()
@@ -203,6 +185,5 @@ def single_weight_error_reduction(
     slope = targets.cross - (problem.present.view(len(problem.c), -1, weight.shape[1]) @ problem.c).view(weight.shape)
     curvature = (problem.c.diagonal(dim1=1, dim2=2) + problem.rho[:, None])[problem.group]
     drop = torch.where(curvature > 0, slope.square() / curvature, 0.0)
-    covariance = (problem.present * targets.cross).sum(1)
-    kept = torch.where(varies > 0, covariance.square() / varies, 0.0)
+    kept = torch.where(varies > 0, (problem.present * targets.cross).sum(1).square() / varies, 0.0)
     return drop / total, float(1 - kept.sum() / total)

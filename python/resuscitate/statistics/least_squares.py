@@ -13,8 +13,6 @@ from asr_kernels import PatchMoments
 
 from ..runtime.distributed import Ranks
 
-SOLVE_BYTES = 256 << 20  # the most memory for a batch of padded systems
-
 
 @dataclass
 class Targets:
@@ -41,11 +39,7 @@ class Problem:
         self.rho, self.varies = ridge * diagonal.mean(1), (diagonal != 0).any(1)
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> Targets:
-        """Targets from sums over the samples.
-
-        xy, yy: sums of products of the inputs less their means, and of the outputs less `moments.target`.
-        y: sum of the outputs less `moments.target`; None: 0.
-        """
+        """Targets from sums over the samples of deviations, of the outputs from `moments.target`; y None: 0."""
         offset = torch.zeros_like(yy) if y is None else y / self.count
         variance, mean = yy / self.count - offset.square(), self.moments.target + offset
         return Targets((xy / self.count).mT.reshape(self.present.shape), variance.view(-1), mean.view(-1))
@@ -57,9 +51,41 @@ class Problem:
     def solve(self, targets: Targets) -> Tensor:
         """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies."""
         right = targets.cross + self.rho[self.group, None] * self.present
-        systems = _Systems(self.c, self.rho, self.group, self.support, right)
-        found = self.ranks.add(systems.solutions(self.ranks.rank, self.ranks.size))
-        return torch.where(self.varies[self.group, None], found, self.present)
+        w, sizes = torch.zeros_like(right), self.support.sum(1)
+        supports = (row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1))
+        same_matrix: dict[tuple[int, bytes], list[int]] = {}
+        for channel, key in enumerate(zip(self.group.tolist(), supports, strict=True)):
+            same_matrix.setdefault(key, []).append(channel)
+        assigned = list(same_matrix.values())[self.ranks.rank :: self.ranks.size]
+        for channels in assigned:
+            if len(channels) > 1:
+                self._solve_same_matrix(channels, right, w)
+        single = [channels[0] for channels in assigned if len(channels) == 1]
+        for batch in _batches(sorted(single, key=sizes.tolist().__getitem__), sizes.tolist()):
+            self._solve_padded(torch.tensor(batch, device=w.device), int(sizes[batch[-1]]), right, w)
+        return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
+
+    def _solve_same_matrix(self, channels: list[int], right: Tensor, w: Tensor) -> None:
+        """Solve (c + rho I) w = right for channels of one group with the same support: one factorisation."""
+        group, places = self.group[channels[0]], self.support[channels[0]].nonzero().flatten()
+        matrix = self.c[group][places[:, None], places]
+        matrix.diagonal().add_(self.rho[group])
+        rows = torch.tensor(channels, device=w.device)[:, None]
+        w[rows, places] = _cholesky_solve(matrix[None], right[rows, places].mT[None])[0].mT
+
+    def _solve_padded(self, channels: Tensor, size: int, right: Tensor, w: Tensor) -> None:
+        """The same for supports of up to `size` places, in one batch padded with the equations 1 x = 0."""
+        if not size:
+            return
+        support, group = self.support[channels], self.group[channels]
+        # the places of each support, in order, then padding from outside of it
+        places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
+        inside = support.gather(1, places)
+        matrix = self.c[group[:, None, None], places[:, :, None], places[:, None, :]]
+        matrix *= inside[:, :, None] & inside[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[group, None], 1.0))
+        padded = right[channels].gather(1, places) * inside
+        w[channels[:, None], places] = _cholesky_solve(matrix, padded[:, :, None])[:, :, 0] * inside
 
     def variance(self, w: Tensor) -> Tensor:
         """The variance of the outputs with the weights w, (O,)."""
@@ -74,63 +100,6 @@ class Problem:
         return targets.mean - (w * self.moments.mean[self.group]).sum(1)
 
 
-@dataclass
-class _Systems:
-    """For each channel the system (c + rho I) w = right on its support.
-
-    c (G, K, K), rho (G,), group (O,), the index of each channel's group; support and right (O, K).
-    """
-
-    c: Tensor
-    rho: Tensor
-    group: Tensor
-    support: Tensor
-    right: Tensor
-
-    def solutions(self, part: int, parts: int) -> Tensor:
-        """w, (O, K); zero outside of the supports, and for all channels that are not in part `part` of `parts`."""
-        w = torch.zeros_like(self.right)
-        same_matrix: dict[tuple[int, bytes], list[int]] = {}
-        for channel, (group, bits) in enumerate(zip(self.group.tolist(), self._packed_supports(), strict=True)):
-            same_matrix.setdefault((group, bits), []).append(channel)
-        assigned = list(same_matrix.values())[part::parts]
-        single = [channels[0] for channels in assigned if len(channels) == 1]
-        for channels in assigned:
-            if len(channels) > 1:
-                self._solve_same_matrix(channels, w)
-        sizes = self.support.sum(1)
-        for batch in _batches(sorted(single, key=sizes.tolist().__getitem__), sizes.tolist()):
-            self._solve_padded(torch.tensor(batch, device=w.device), int(sizes[batch[-1]]), w)
-        return w
-
-    def _packed_supports(self) -> list[bytes]:
-        return [row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1)]
-
-    def _solve_same_matrix(self, channels: list[int], w: Tensor) -> None:
-        """Solve for channels of one group with the same support: one factorisation."""
-        group, places = self.group[channels[0]], self.support[channels[0]].nonzero().flatten()
-        matrix = self.c[group][places[:, None], places]
-        matrix.diagonal().add_(self.rho[group])
-        rows = torch.tensor(channels, device=w.device)[:, None]
-        w[rows, places] = _cholesky_solve(matrix[None], self.right[rows, places].mT[None])[0].mT
-
-    def _solve_padded(self, channels: Tensor, size: int, w: Tensor) -> None:
-        """Solve for channels with supports of up to `size` places, in one batch padded with the equations 1 x = 0."""
-        if not size:
-            return
-        support = self.support[channels]
-        # the places of each support, in order, then padding from outside of it
-        places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
-        inside = support.gather(1, places)
-        group = self.group[channels]
-        matrix = self.c[group[:, None, None], places[:, :, None], places[:, None, :]]
-        matrix *= inside[:, :, None] & inside[:, None, :]
-        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[group, None], 1.0))
-        right = self.right[channels].gather(1, places) * inside
-        solved = _cholesky_solve(matrix, right[:, :, None])[:, :, 0]
-        w[channels[:, None], places] = solved * inside
-
-
 def _cholesky_solve(matrix: Tensor, right: Tensor) -> Tensor:
     """The solution of each system; by the pseudo-inverse (minimum norm) if rounding made the matrix indefinite."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -141,11 +110,11 @@ def _cholesky_solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _batches(channels: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """Split channels, sorted by support size, into batches whose padded matrices fit into `SOLVE_BYTES`."""
+    """Split channels, sorted by support size, into batches whose padded systems fit into 256 MiB."""
     batch: list[int] = []
     for channel in channels:
         # 24 bytes per element: the matrix, its factor, temporaries of indexing. Padding: at most half of a size, plus 8
-        full = (len(batch) + 1) * sizes[channel] ** 2 * 24 > SOLVE_BYTES
+        full = (len(batch) + 1) * sizes[channel] ** 2 * 24 > 256 << 20
         if batch and (full or sizes[channel] > 1.5 * sizes[batch[0]] + 8):
             yield batch
             batch = []

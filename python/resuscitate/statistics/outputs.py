@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import asr_kernels as ak
 
-from ..network.runner import channel_axis, check_finite, check_tensor, moments_at
-from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ..network.layers import channel_dim
+from ..network.runner import check_finite, check_tensors, moments_at
+from .base import Place, Statistic, merge_calls
 
 Calls = list[ak.ChannelMoments]
-M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 
 
 class OutputMoments(Statistic):
     """Moments in the pruned and in the dense network, one set for each call of the layer in a forward pass.
 
-    `calls` and `dense_calls` hold them over all batches. `dead` is boolean (C,): channels whose weights are all zero.
-    Their variance is rounding, and counts as zero in `pruned`.
+    `calls` and `dense_calls` hold them over all batches; `pairs`, see `OutputCovariances`, is empty. `dead` is boolean
+    (C,): channels whose weights are all zero. Their variance is rounding, and counts as zero in `pruned`.
     """
+
+    measured = ("calls", "dense_calls", "pairs")
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -34,13 +33,13 @@ class OutputMoments(Statistic):
         self.dense_by_batch: dict[int, Calls] = {}
         self.calls: Calls = []
         self.dense_calls: Calls = []
+        self.pairs: list[ak.PairedMoments] = []
         self.dead: Tensor | None = None
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        if pruned is not None:
-            self.by_batch.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, pruned))
-        if dense is not None:
-            self.dense_by_batch.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, dense))
+        for x, found in ((pruned, self.by_batch), (dense, self.dense_by_batch)):
+            if x is not None:
+                found.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, x))
 
     def finish(self, batches: int) -> None:
         self.calls = pooled_by_call(self.place.name, self.by_batch, batches)
@@ -61,47 +60,30 @@ class OutputMoments(Statistic):
 
     @property
     def explained(self) -> float | None:
-        """None: this needs the covariance of the two networks, see `OutputCovariances`."""
-        return None
+        """The part of the dense variance that `pairs` explain, see `explained`; None without them."""
+        return explained(self.pairs)
 
     @property
     def empty(self) -> bool:
         return not self.calls
 
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        found.calls = merge_calls(self.calls, other.calls)
-        found.dense_calls = merge_calls(self.dense_calls, other.dense_calls)
-        return found
-
-    def state(self) -> Any:
-        return [[_plain(moments) for moments in calls] for calls in (self.calls, self.dense_calls)]
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.calls, found.dense_calls = ([ak.ChannelMoments(*each) for each in calls] for calls in state[:2])
-        return found
-
 
 class OutputCovariances(OutputMoments):
     """`OutputMoments` with the covariance of both networks' outputs, image by image: `pairs`, one for each call.
 
-    The moments of the pruned network are measured by themselves: a resumed run measures the outputs that a BatchNorm
-    reads without the dense network, and must find the same bits.
+    The pruned moments are measured by themselves: a resumed run measures a BatchNorm's inputs without the dense
+    network, and must find the same bits.
     """
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.pairs_by_batch: dict[int, list[ak.PairedMoments]] = {}
-        self.pairs: list[ak.PairedMoments] = []
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         if pruned is not None and dense is not None:
-            for each in (pruned, dense):
-                check_tensor(self.place.name, each)
-            axis = channel_axis(self.place.module)
-            self.pairs_by_batch.setdefault(batch, []).append(ak.paired_moments(dense, pruned, axis))
+            check_tensors(self.place.name, pruned, dense)
+            pair = ak.paired_moments(dense, pruned, channel_dim(self.place.module))
+            self.pairs_by_batch.setdefault(batch, []).append(pair)
         super().update(batch, pruned, None)
 
     def finish(self, batches: int) -> None:
@@ -112,43 +94,14 @@ class OutputCovariances(OutputMoments):
         if not all((each.mean.isfinite() & each.m2.isfinite()).all() for each in self.dense_calls):
             check_finite(self.place.name, ((batch, pair.dense) for batch, pairs in kept.items() for pair in pairs))
 
-    @property
-    def explained(self) -> float | None:
-        """The part of the dense variance that one gain and one shift for each channel can restore.
-
-        corr^2 of each channel, weighted by the channel's dense variance. None where that variance is zero.
-        """
-        return explained(self.pairs)
-
-    def merge(self, other: Self) -> Self:
-        found = super().merge(other)
-        found.pairs = merge_calls(self.pairs, other.pairs)
-        return found
-
-    def state(self) -> Any:
-        return [*super().state(), [(_plain(pair.dense), _plain(pair.pruned), pair.comoment) for pair in self.pairs]]
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = super().of_state(place, state)
-        for dense, pruned, comoment in state[2]:
-            found.pairs.append(ak.PairedMoments(ak.ChannelMoments(*dense), ak.ChannelMoments(*pruned), comoment))
-        return found
-
 
 def explained(pairs: list[ak.PairedMoments]) -> float | None:
-    """The part of the dense variance that the best gain and shift of each channel explain; None where that is zero."""
+    """The part of the dense variance that a gain and shift per channel restore, sum(corr^2 var) / sum(var), or None."""
     variances = [pair.dense.m2 for pair in pairs]
     if not any(m2.any() for m2 in variances):
         return None
     shares = [pair.corr.square() * m2 for pair, m2 in zip(pairs, variances, strict=True)]
     return float(torch.stack(shares).sum() / torch.stack(variances).sum())
-
-
-def merge_calls(old: list[M], new: list[M]) -> list[M]:
-    """Call by call; one pass may have fewer calls than another."""
-    longer = old if len(old) > len(new) else new
-    return [a.merge(b) for a, b in zip(old, new, strict=False)] + longer[min(len(old), len(new)) :]
 
 
 def pool_checked(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
@@ -164,13 +117,8 @@ def pool_checked(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
 def pooled_by_call(name: str, found: Mapping[int, Calls], batches: int) -> Calls:
     """Over the first batches, in their order, one set of moments for each call. Raises NonFiniteError."""
     kept = {batch: found[batch] for batch in sorted(found) if batch < batches}
-    longest = max(map(len, kept.values()), default=0)
-    return [
-        each
-        for call in range(longest)
-        for each in pool_checked(name, {batch: calls[call] for batch, calls in kept.items() if len(calls) > call})
+    by_call = [
+        {batch: calls[call] for batch, calls in kept.items() if len(calls) > call}
+        for call in range(max(map(len, kept.values()), default=0))
     ]
-
-
-def _plain(moments: ak.ChannelMoments) -> tuple[int, Tensor, Tensor]:
-    return moments.count, moments.mean, moments.m2
+    return [pool_checked(name, moments)[0] for moments in by_call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,8 @@ import asr_kernels as ak
 
 from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
-from ..network.runner import check_finite, check_tensor
+from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
@@ -25,15 +22,16 @@ WIDEST = 8192  # values of a patch: their second moments take half a GiB
 class PatchCovariances(Statistic):
     """`asr_kernels.PatchMoments` of a layer's inputs in the pruned network, with the outputs of the dense layer.
 
-    `folds` holds one for each fold of the images, over all calls of the layer. Where the dense tensor is the *input* of
-    the dense layer, as for a layer of several `input_blocks`, the outputs are the contributions of each block.
+    `folds` holds one for each fold of the images, over all calls of the layer. For a layer of several `input_blocks`,
+    the dense tensor is the *input* of the dense layer, and the outputs are the contributions of each block.
 
-    `replay(weight, bias, moments)`, set where a ReLU alone reads the layer and the probe asks for it: one more pass
-    over the batches. It gives the cross products, about the means of `moments`, with outputs that the ReLU maps to the
-    dense values; of these the nearest to the outputs of `weight`, in the layer's shape, and `bias` (O,).
+    `replay(weight, bias, moments)` is one more pass over the batches. It gives the cross products, about the means of
+    `moments`, with outputs that the ReLU maps to the dense values; of these the nearest to the outputs of `weight`, in
+    the layer's shape, and `bias` (O,).
     """
 
     large = True
+    measured = ("folds",)
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -41,8 +39,7 @@ class PatchCovariances(Statistic):
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         name, layer = self.place.name, self.place.module
-        for each in (pruned, dense):
-            check_tensor(name, each)
+        check_tensors(name, pruned, dense)
         assert self.place.dense is not None
         batched: Any = with_batch_axis(layer, pruned, dense)
         x, y = batched
@@ -62,22 +59,6 @@ class PatchCovariances(Statistic):
     @property
     def empty(self) -> bool:
         return not self.folds
-
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        found.folds = self.folds | {
-            fold: self.folds[fold].merge(each) if fold in self.folds else each for fold, each in other.folds.items()
-        }
-        return found
-
-    def state(self) -> Any:
-        return {fold: (m.count, m.mean, m.target, m.xx, m.xy, m.yy) for fold, m in self.folds.items()}
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.folds = {fold: ak.PatchMoments(*each) for fold, each in state.items()}
-        return found
 
 
 def input_blocks(layer: Any) -> int:

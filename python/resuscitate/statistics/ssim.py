@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..network.runner import channel_axis, check_tensor
+from ..network.layers import channel_dim
+from ..network.runner import check_tensors
 from .base import Place, Statistic
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-WINDOW = 7
 
 
 class Ssim(Statistic):
     """The mean SSIM over images, channels and places, between the pruned and the dense outputs; see `ssim`."""
+
+    measured = ("sums",)
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.sums = torch.zeros(2, dtype=torch.float64)  # of the similarities, and their number
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
-        check_tensor(self.place.name, pruned)
-        similar = ssim(dense, pruned, channel_axis(self.place.module))
+        check_tensors(self.place.name, pruned)
+        similar = ssim(dense, pruned, channel_dim(self.place.module))
         self.sums += torch.tensor([float(similar.sum()), similar.numel()], dtype=torch.float64)
 
     @property
@@ -38,20 +36,6 @@ class Ssim(Statistic):
     @property
     def empty(self) -> bool:
         return not self.sums[1]
-
-    def merge(self, other: Self) -> Self:
-        found = type(self)(self.place)
-        found.sums = self.sums + other.sums
-        return found
-
-    def state(self) -> Any:
-        return self.sums
-
-    @classmethod
-    def of_state(cls, place: Place, state: Any) -> Self:
-        found = cls(place)
-        found.sums = state.cpu()
-        return found
 
 
 def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
@@ -67,7 +51,7 @@ def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
     pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.dim()]
 
     def mean(t: Tensor) -> Tensor:
-        return pool(t, [min(WINDOW, size) for size in t.shape[2:]], stride=1)
+        return pool(t, [min(7, size) for size in t.shape[2:]], stride=1)
 
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my

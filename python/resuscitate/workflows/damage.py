@@ -11,8 +11,8 @@ from torch import nn
 import asr_kernels as ak
 
 from ..engine.session import Session
+from ..network.layer_checks import same_layers
 from ..network.layers import find_layers, unwrap
-from ..network.matching import same_layers
 from ..reports.damage import LayerDamage
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import OutputCovariances

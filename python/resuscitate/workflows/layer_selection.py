@@ -11,9 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called
-from ..network.layer_checks import split_by_objections
+from ..network.layer_checks import same_layers, split_by_objections
 from ..network.layers import Selector, effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
-from ..network.matching import same_layers
 from ..network.wiring import Wiring
 from ..reports.repair import LayerReport, RepairReport
 

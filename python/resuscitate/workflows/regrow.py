@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..engine.session import Session
 from ..errors import MaskError, ModelMismatchError
 from ..methods.base import Method, check_number
+from ..network.layer_checks import same_layers
 from ..network.layers import find_layers, unwrap
 from ..network.masks import Masks
-from ..network.matching import same_layers
 from ..network.runner import first_images
 from ..network.snapshot import flags_kept
 from ..pruning.allocation import check_sparsity
