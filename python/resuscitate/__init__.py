@@ -45,10 +45,9 @@ from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .version import __version__ as __version__
 from .workflows.compress import CompressReport, compress
 from .workflows.damage import damage
-from .workflows.recalibrate import recalibrate_batchnorm
 from .workflows.recoverability import Accuracy, recoverability
 from .workflows.regrow import GrowthRound, RegrowthReport, regrow
-from .workflows.repair import repair
+from .workflows.repair import recalibrate_batchnorm, repair
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by topic

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called
 from ..network.layer_checks import split_by_objections
-from ..network.layers import Selector, effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
+from ..network.layers import effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
 from ..network.matching import same_layers
 from ..network.wiring import Wiring
+from ..pruning.allocation import Selection
 from ..reports.repair import LayerReport, RepairReport
 
 log = logging.getLogger("resuscitate")
 
 
 def matching_layers(
-    model: nn.Module,
-    dense: Target,
-    include: Iterable[Selector] | Selector | None,
-    exclude: Iterable[Selector] | Selector | None,
-    report: RepairReport,
+    model: nn.Module, dense: Target, include: Selection, exclude: Selection, report: RepairReport
 ) -> dict[str, nn.Module]:
     """The selected layers, each checked against the dense network or its statistics.
 
@@ -34,13 +31,11 @@ def matching_layers(
     """
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
-    layers = select_layers(model, include, exclude)
-    if not layers:
+    selected = select_layers(model, include, exclude)
+    if not selected:
         raise ResuscitateError("the model has no convolution or linear layer to repair")
-    selected = layers
     layers, found = split_by_objections(selected, "repaired")
-    for name, objection in found.items():
-        report.layers.append(left_out(name, selected[name], "unchanged", objection))
+    report.layers += [left_out(name, selected[name], "unchanged", objection) for name, objection in found.items()]
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):
@@ -51,37 +46,30 @@ def matching_layers(
         for name, layer in layers.items():
             if name not in dense.layers:
                 raise ModelMismatchError(f"{dense.path}: nothing is known of {called(name)}; measure its dense model")
-            for moments in dense.layers[name]:
-                if moments.channels != out_channels(layer):
-                    raise ModelMismatchError(
-                        f"{dense.path}: {called(name)} had {moments.channels} channels, the model has "
-                        f"{out_channels(layer)}; measure the dense model of this very network"
-                    )
+            for had in (moments.channels for moments in dense.layers[name]):
+                if had != (has := out_channels(layer)):
+                    problem = f"{called(name)} had {had} channels, the model has {has}"
+                    raise ModelMismatchError(f"{dense.path}: {problem}; measure the dense model of this very network")
     return layers
 
 
 def layers_to_repair(
-    layers: Mapping[str, nn.Module],
-    wiring: Wiring,
-    report: RepairReport,
-    skip_first: bool,
-    skip_last: bool,
-    need_batchnorm: bool,
+    layers: dict[str, nn.Module], wiring: Wiring, report: RepairReport, skip_first: bool, skip_last: bool, running: bool
 ) -> dict[str, nn.Module]:
     """The layers to repair that a forward pass calls, in its order; the report has a row for each other layer.
 
-    need_batchnorm: the reference is the running statistics of the BatchNorm behind the layer. Raises ResuscitateError
-    where no layer is left.
+    running: the reference is the running statistics of the BatchNorm behind the layer. Raises ResuscitateError where no
+    layer is left.
     """
     run = [name for name in wiring.calls if name in wiring.layers]
     first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
     reasons = dict[str, tuple[str, str]]()
     for name in layers:
-        if name not in run:
-            unused = "no forward pass reaches it"
-            borrowed = "its weight is used, but not by a call of the layer"
-            reasons[name] = "unchanged", borrowed if name in wiring.read_elsewhere else unused
-        elif need_batchnorm and name not in wiring.batchnorm_of:
+        if name not in run and name in wiring.read_elsewhere:
+            reasons[name] = "unchanged", "its weight is used, but not by a call of the layer"
+        elif name not in run:
+            reasons[name] = "unchanged", "no forward pass reaches it"
+        elif running and name not in wiring.batchnorm_of:
             reasons[name] = "unchanged", "no BatchNorm alone reads it, whose running statistics its output could match"
     if skip_last and run and run[-1] not in wiring.batchnorm_of:
         reasons[run[-1]] = "skipped", "the last layer, whose inputs are not matched"
@@ -89,7 +77,7 @@ def layers_to_repair(
         reasons[first] = "skipped", "its input is the image"
     report.layers += [left_out(name, layer, *reasons[name]) for name, layer in layers.items() if name in reasons]
     chosen = {name: layers[name] for name in run if name in layers and name not in reasons}
-    if layers and not chosen and not skip_last and not need_batchnorm:
+    if layers and not chosen and not skip_last and not running:
         raise ResuscitateError("no layer is left to repair: the first convolution needs skip_first=False")
     return chosen
 
@@ -107,26 +95,25 @@ def copy_statistics(
     kept: BatchNorms behind layers that were not selected, which may hold the shift of an earlier repair. Raises
     ModelMismatchError.
     """
-    if isinstance(dense, nn.Module):
-        originals = {name: (module.running_mean, module.running_var) for name, module in find_batchnorms(dense).items()}
-    else:
-        originals = dict(dense.batchnorms)
+    originals = dense.batchnorms if isinstance(dense, DenseStatistics) else _statistics(dense)
     copied = 0
-    for name, batchnorm in find_batchnorms(model).items():
+    for name, mine in _statistics(model).items():
         if name in kept:
             continue
-        theirs = originals.get(name, (None, None))
-        if theirs[0] is None or len(theirs[0]) != batchnorm.num_features:
-            raise ModelMismatchError(
-                f"the dense model has no BatchNorm {name!r} with {batchnorm.num_features} channels"
-            )
-        differ = False
-        for mine, original in zip((batchnorm.running_mean, batchnorm.running_var), theirs, strict=True):
-            assert mine is not None
-            assert original is not None
-            if not torch.equal(mine, original.to(mine)):
-                mine.copy_(original)
-                differ = True
-        copied += differ
+        theirs, channels = originals.get(name), len(mine[0])
+        if theirs is None or len(theirs[0]) != channels:
+            raise ModelMismatchError(f"the dense model has no BatchNorm {name!r} with {channels} channels")
+        stale = [(m, original) for m, original in zip(mine, theirs, strict=True) if not torch.equal(m, original.to(m))]
+        for m, original in stale:
+            m.copy_(original)
+        copied += bool(stale)
     if copied:
         report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")
+
+
+def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The running mean and variance of each BatchNorm."""
+    return {
+        name: (batchnorm.get_buffer("running_mean"), batchnorm.get_buffer("running_var"))
+        for name, batchnorm in find_batchnorms(model).items()
+    }

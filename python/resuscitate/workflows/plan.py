@@ -8,13 +8,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ..engine.probes import Layer, Probe, Request
+from ..engine.probes import Layer, Probe
 from ..errors import ModelMismatchError
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice, check_count, run_options
-from ..statistics.base import Statistic
 from ..statistics.outputs import OutputCovariances, OutputMoments
 
 Recalibrate = Exact | EMA | Literal["auto", "exact", "ema"] | None
@@ -22,10 +21,7 @@ Recalibrate = Exact | EMA | Literal["auto", "exact", "ema"] | None
 
 @dataclass(frozen=True)
 class Plan:
-    """The method, the recalibration of BatchNorm and the run-time options of a repair.
-
-    `diagnostics`: measure the covariance of both networks' outputs too. `gain_samples`: images for the layers.
-    """
+    """The choices of a repair; see `repair`, and for `run` `RunOptions`."""
 
     method: Method
     recalibration: Exact | EMA | None
@@ -51,41 +47,26 @@ class Plan:
         return self.recalibration if isinstance(self.recalibration, Exact) else None
 
     def probes(self, layers: Mapping[str, Layer]) -> dict[str, Probe]:
-        """What the method measures at each layer that it changes."""
-        found = {name: self.method.probe(layer) for name, layer in layers.items()}
-        other = [name for name, probe in found.items() if probe is not None and probe.statistic is not OutputMoments]
-        if self.schedule == "parallel" and other:
-            raise ValueError(
-                f"schedule='parallel' measures OutputMoments only, and {other[0]!r} needs more of the walk"
-            )
-        return {name: self._adapted(probe, layers[name]) for name, probe in found.items() if probe is not None}
-
-    def _adapted(self, probe: Probe, layer: Layer) -> Probe:
-        """The probe, with diagnostics where they are wanted, and without the dense network where that is not there."""
-        if layer.dense is None:
-            return replace(probe, dense=None)
-        if self.diagnostics and probe.statistic is OutputMoments and probe.dense == "output":
-            return replace(probe, statistic=OutputCovariances)
-        return probe
-
-    def requests(
-        self, probes: Mapping[str, Probe], batchnorms: Mapping[str, Any], gains: int, exact: int
-    ) -> list[Request]:
-        """What to measure: the inputs of BatchNorms over `exact` batches, and layers over `gains` batches."""
-        found = [Request(name, self.exact.probe(), exact) for name in batchnorms] if self.exact else []
-        return found + [
-            Request(name, probe, gains) for name, probe in probes.items() if probe.statistic is not Statistic
-        ]
+        """What to measure at each layer that the method changes: its probe, with diagnostics where they are wanted."""
+        found = {}
+        for name, layer in layers.items():
+            if (probe := self.method.probe(layer)) is None:
+                continue
+            if self.schedule == "parallel" and probe.statistic is not OutputMoments:
+                problem = f"measures OutputMoments only, and {name!r} needs more of the walk"
+                raise ValueError(f"schedule='parallel' {problem}")
+            if layer.dense is None:
+                probe = replace(probe, dense=None)
+            elif self.diagnostics and probe.statistic is OutputMoments and probe.dense == "output":
+                probe = replace(probe, statistic=OutputCovariances)
+            found[name] = probe
+        return found
 
     def identity(self) -> dict[str, object]:
         """The choices that change the result, as plain values, for a journal."""
-        recalibration = self.recalibration and {"name": self.recalibration.name, **asdict(self.recalibration)}
-        return {
-            "method": {"name": self.method.name, **asdict(self.method)},
-            "recalibrate": recalibration,
-            "schedule": self.schedule,
-            "diagnostics": self.diagnostics,
-        }
+        ways = {"method": self.method, "recalibrate": self.recalibration}
+        named = {key: way and {"name": way.name, **asdict(way)} for key, way in ways.items()}
+        return {**named, "schedule": self.schedule, "diagnostics": self.diagnostics}
 
     def check_dense(self, dense: Any) -> None:
         """Raise where the method needs more of the dense network than `dense` is: ValueError, ModelMismatchError."""
@@ -93,15 +74,11 @@ class Plan:
         if method.dense is DenseAccess.MODEL and not whole:
             raise ValueError(f"method {method.name!r} needs the dense network itself: pass dense as a model")
         if self.diagnostics and method.changes_layers and not (whole and self.schedule == "sequential"):
-            raise ValueError(
-                "diagnostics compares both networks image by image: pass dense as a model, not its statistics, and "
-                "schedule='sequential'"
-            )
+            remedy = "pass dense as a model, not its statistics, and schedule='sequential'"
+            raise ValueError(f"diagnostics compares both networks image by image: {remedy}")
         if method.dense is not DenseAccess.NONE and dense is None:
-            raise ModelMismatchError(
-                f"method {method.name!r} matches the dense model's outputs: pass dense, or use method 'bn' or "
-                "dense='running'"
-            )
+            remedy = "pass dense, or use method 'bn' or dense='running'"
+            raise ModelMismatchError(f"method {method.name!r} matches the dense model's outputs: {remedy}")
 
 
 def make_plan(
