@@ -1,4 +1,4 @@
-"""The report of a repair, layer by layer."""
+"""What is reported layer by layer: a repair, and the damage of pruning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
 
 from ..errors import MODEL
 from .base import UndoableReport, terminal_table
@@ -43,8 +45,7 @@ class LayerReport:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
         """The row again, from `dataclasses.asdict` by way of JSON."""
-        gain = plain.get("gain")
-        return cls(**{**plain, "gain": None if gain is None else (gain[0], gain[1])})
+        return cls(**{**plain, "gain": plain["gain"] and tuple(plain["gain"])})
 
 
 # given a gain; given new weights; given means of pruned weights; a BatchNorm with new statistics; not changed, though
@@ -117,3 +118,16 @@ class RepairReport(UndoableReport):
 
 def _refuse(whole: str) -> None:
     raise RuntimeError(f"this repair is one step of {whole}, and a step is not undone alone: call undo() of the whole")
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """For each output channel of one layer, float64 (C,): dense variance, pruned over dense variance, correlation.
+
+    Ratio and correlation are 1 where nothing was lost. A gain can restore the variance, not the correlation. The ratio
+    is NaN where the dense channel is constant.
+    """
+
+    variance: Tensor
+    ratio: Tensor
+    correlation: Tensor

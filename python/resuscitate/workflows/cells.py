@@ -78,35 +78,29 @@ class Cells:
                 self.repairability = Repairability.measure(self.dense, self.batches, **selection, **self.common)
 
     def fill(self, job: Job) -> Cell:
-        """Prune, repair, score."""
-        if job.options is not None and "past" in job.options:
-            return self._regrow(job, **job.options)
-        if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
-            model = copy.deepcopy(self.dense)
-            masks = self._sparsify(model, job.sparsity, job.allocation)
-            self.pruned = (job.sparsity, job.allocation), model, masks.sparsity
-        _, model, sparsity = self.pruned
+        """Prune, repair or regrow, score."""
+        options: dict[str, Any] = {**self.common, **(job.options or {})}
         seconds = 0.0
-        if job.options is not None:
-            model = copy.deepcopy(model)
-            target = self.statistics[job.samples] if job.statistics else self.dense
-            seconds = repair(model, target, self.batches, **{**self.common, **job.options}).seconds
-        return self._cell(job, model, sparsity, seconds)
+        if "past" in options:
+            model, started = copy.deepcopy(self.dense), time.perf_counter()
+            masks = self._sparsify(model, 1 - options.pop("past") * (1 - job.sparsity), job.allocation)
+            sparsity = regrow(model, self.dense, masks, job.sparsity, self.batches, **options).sparsity
+            seconds = time.perf_counter() - started
+        else:
+            if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
+                model = copy.deepcopy(self.dense)
+                masks = self._sparsify(model, job.sparsity, job.allocation)
+                self.pruned = (job.sparsity, job.allocation), model, masks.sparsity
+            _, model, sparsity = self.pruned
+            if job.options is not None:
+                model = copy.deepcopy(model)
+                target = self.statistics[job.samples] if job.statistics else self.dense
+                seconds = repair(model, target, self.batches, **options).seconds
+        return Cell(job.sparsity, job.allocation, job.method, self.score(model), sparsity, round(seconds, 3))
 
     def _sparsify(self, model: nn.Module, sparsity: float, allocation: str) -> Masks:
         measured = self.repairability if allocation == "rr" else None
         return sparsify(model, sparsity, allocation=allocation, calibration=measured, **self.pruning)
-
-    def _regrow(self, job: Job, past: float, **options: Any) -> Cell:
-        """Prune past the sparsity, regrow to it, score."""
-        model, started = copy.deepcopy(self.dense), time.perf_counter()
-        further = 1 - past * (1 - job.sparsity)
-        masks = self._sparsify(model, further, job.allocation)
-        grown = regrow(model, self.dense, masks, job.sparsity, self.batches, **{**self.common, **options})
-        return self._cell(job, model, grown.sparsity, time.perf_counter() - started)
-
-    def _cell(self, job: Job, model: nn.Module, pruned: float, seconds: float) -> Cell:
-        return Cell(job.sparsity, job.allocation, job.method, self.score(model), pruned, round(seconds, 3))
 
     def fill_here(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Cell]]:
         """One after the other, in this process."""

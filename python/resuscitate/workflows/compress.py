@@ -71,10 +71,9 @@ def compress(
     resume: str | Path | None = None,
     **options: Unpack[RunOptions],
 ) -> CompressReport:
-    """Prune `model` to a sparsity in steps, in place, and repair it after each step.
+    """Prune `model` to a sparsity in steps, in place, and repair it after each step; as given it is the dense network.
 
-    The model as given is the dense network. No labels, no gradients. All or nothing: on an error every tensor is
-    unchanged.
+    No labels, no gradients. All or nothing: on an error every tensor is unchanged.
 
     Args:
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from ..utils.nested import count_images
 from ..utils.progress import track
 from .cells import Cells, Job
 from .plan import make_plan
-from .regrow import Growth
+from .regrow import plan_of_growth
 from .steps import options_of_steps, run_identity
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ PRESETS: dict[str, dict[str, Any] | None] = {
     "asr-ema": {"method": "asr", "schedule": "parallel", "recalibrate": "ema"},
 }
 
-UNPLANNED = {"include", "exclude", "skip_first", "skip_last"}  # options of `repair` that are not of its plan
+# options of a column that are not of the plan: of `repair`, and with "past" of `regrow`
+UNPLANNED = {"include", "exclude", "skip_first", "skip_last"}
+UNPLANNED_OF_GROWTH = {"past", "densities", "finetune"}
 
 
 def presets() -> dict[str, dict[str, Any] | None]:
@@ -114,20 +116,25 @@ def recoverability(
     run = run_options("recoverability()", options)
     if run["group"] is not None:
         raise ValueError("a recoverability map takes no group: its cells are shared out with workers=")
+    if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
+        raise ValueError(f'pattern {pattern!r} has no sparsity to vary; a map is of "unstructured" or "filter"')
     common = options_of_steps(run)
-    jobs = _jobs(sparsities, allocations, methods, pattern, dense, common)
-    batches = _held(dense, calibration, run, workers)
+    jobs = _jobs(sparsities, allocations, methods, dense, common)
+    room = in_memory(run["memory"], "cpu", dense, workers)  # each worker holds a copy
+    limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}
+    raw = run["forward_fn"] is not None
+    batches = hold(calibration, read_batches(calibration, **limits, raw=raw, room=room))
     pruning = {"pattern": pattern, "include": listed(include), "exclude": listed(exclude)}
     cells = Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:
         remedy = "look at its weights, and at the images that it is scored on, their normalisation and their labels"
         raise ValueError(f"the dense model scores {score:g}, which is no more than chance={chance:g}; {remedy}")
-    identity: dict[str, object] = {"model": digest_model(cells.dense), "dense score": score}
+    identity = dict[str, object]()
     if resume is not None:
-        told = {**fingerprints(pruning), **run_identity(run)}
-        identity |= {"images": digest_in_order(batches), "options": told}
-        identity |= {"evaluate": fingerprint(evaluate) if isinstance(evaluate, Accuracy) else None}
+        identity = {"model": digest_model(cells.dense), "dense score": score, "images": digest_in_order(batches)}
+        identity["options"] = {**fingerprints(pruning), **run_identity(run)}
+        identity["evaluate"] = fingerprint(evaluate) if isinstance(evaluate, Accuracy) else None
     with Journal(resume, identity, Ranks()) as journal:
         found = {key: Cell(**row) for key, (_, row) in journal.entries.items() if key in jobs}  # type: ignore[arg-type]
         left = {key: job for key, job in jobs.items() if key not in found}
@@ -139,31 +146,18 @@ def recoverability(
     return RecoverabilityMap([found[key] for key in jobs], score, chance, pattern, sum(map(count_images, batches)))
 
 
-def _held(dense: nn.Module, calibration: Any, run: RunOptions, workers: int) -> list[Any]:
-    """The images, in host memory; each worker holds a copy."""
-    room = in_memory(run["memory"], "cpu", dense, workers)
-    limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}
-    return hold(calibration, read_batches(calibration, **limits, raw=run["forward_fn"] is not None, room=room))
-
-
 def _jobs(
-    sparsities: Iterable[float],
-    allocations: Iterable[str],
-    methods: Columns,
-    pattern: str,
-    dense: nn.Module,
-    common: RunOptions,
+    sparsities: Iterable[float], allocations: Iterable[str], methods: Columns, dense: nn.Module, common: RunOptions
 ) -> dict[str, Job]:
     """The cells to fill, by a key made of their settings. Raises ValueError or TypeError."""
-    if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
-        raise ValueError(f'pattern {pattern!r} has no sparsity to vary; a map is of "unstructured" or "filter"')
-    columns = {label: _checked(label, options, dense, common) for label, options in _columns(methods).items()}
+    columns = _columns(methods)
+    statistics = {label: _needs_statistics_alone(label, each, dense, common) for label, each in columns.items()}
     jobs = {}
     for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
         check_sparsity(sparsity)
         check_method(allocation)
-        for method, (options, statistics) in columns.items():
-            job = Job(sparsity, allocation, method, options, statistics)
+        for label, options in columns.items():
+            job = Job(sparsity, allocation, label, options, statistics[label])
             jobs[f"{job}: {sorted(fingerprints(options or {}).items())}"] = job
     if not jobs:
         raise ValueError("a map needs at least one sparsity, one allocation and one method")
@@ -181,29 +175,28 @@ def _columns(methods: Columns) -> dict[str, Mapping[str, Any] | None]:
     return {name: known[name] for name in names}
 
 
-def _checked(
+def _needs_statistics_alone(
     label: str, options: Mapping[str, Any] | None, dense: nn.Module, common: RunOptions
-) -> tuple[Mapping[str, Any] | None, bool]:
-    """The options of a column, and whether the dense statistics are enough for it.
+) -> bool:
+    """Are the dense statistics enough for this column?
 
     Raises ValueError or TypeError, naming the column, for options that `repair` or `regrow` would refuse.
     """
     if options is None:
-        return None, False
+        return False
+    regrows = "past" in options
+    unplanned = UNPLANNED_OF_GROWTH if regrows else UNPLANNED
+    chosen = {**common, **{name: value for name, value in options.items() if name not in unplanned}}
     try:
-        if "past" in options:
+        if regrows:
             check_number("past", options["past"], 0, most=1, above=True)
-            of_growth = {field.name for field in fields(Growth)} - {"pattern"}
-            growth = Growth(**{name: value for name, value in options.items() if name in of_growth})
-            rest = {name: value for name, value in options.items() if name not in of_growth | {"past"}}
-            growth.plan(dense, {**common, **rest})
-            return options, False
-        planned = {name: value for name, value in options.items() if name not in UNPLANNED}
-        plan = make_plan("repair()", dense, **{**common, **planned})
+            plan_of_growth(dense, "unstructured", **chosen)
+            return False
+        plan = make_plan("repair()", dense, **chosen)
         plan.check_dense(dense)
     except (TypeError, ValueError) as error:
         raise type(error)(f"method {label!r}: {error}") from error
-    return options, plan.method.dense is DenseAccess.STATISTICS and not plan.diagnostics
+    return plan.method.dense is DenseAccess.STATISTICS and not plan.diagnostics
 
 
 def _listed(option: str, names: Iterable[str]) -> list[str]:

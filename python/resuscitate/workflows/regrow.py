@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -123,8 +123,7 @@ def regrow(
     Args:
         dense: the network before pruning, with the layers of the masks.
         masks: the present masks, as from `sparsify`, `compress` or `Masks.from_zeros(model)`. Weights are regrown only
-            in layers with a mask, and the sparsity is of the original weights of these layers.
-        sparsity: a float, at most the sparsity of the masks.
+            in layers with a mask; the sparsity, at most that of the masks, is of these layers' original weights.
         pattern: "channels" regrows whole channels: the masks are those of `sparsify(pattern="channels")`, and the
             sparsity is a fraction of the channels that can be removed, as there. If the channels were removed from the
             model (`remove=True`, `shrink`), the regrown ones are added again to its layers, BatchNorms and consumers.
@@ -149,7 +148,7 @@ def regrow(
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.
         resume: a folder for journals, as in `compress`. They do not contain a fine-tuning.
-        calibration: as in `repair`. The images are read once and held in memory, as in `compress`.
+        calibration: as in `repair`, held in memory as in `compress`.
         options: see `RunOptions`; the options of the method may be among them, with its name.
 
     Raises ValueError for an unknown choice and for a sparsity above that of the masks; MaskError for masks of another
@@ -159,15 +158,15 @@ def regrow(
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK), "masks": (masks, MASKS)}
     places |= {"sparsity": (sparsity, NUMBER), "calibration": (calibration, IMAGES)}
     check_places("regrow(model, dense, masks, sparsity, images)", **places)
-    growth = Growth(
-        pattern, budget, densities, saliency, initial, rounds, method, evaluate, accuracy, finetune, labelled, loss
-    )
-    plan = growth.plan(dense, options)
+    choices: dict[str, Any] = {"budget": budget, "saliency": saliency, "initial": initial, "rounds": rounds}
+    choices |= {"labelled": labelled, "loss": loss}
+    plan = plan_of_growth(dense, pattern, method=method, evaluate=evaluate, accuracy=accuracy, **choices, **options)
     check_sparsity(sparsity)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
     found, given = list[GrowthRound](), masks
     with Session([model], plan.run, writes=True, measures=False) as session:
-        choices = {**growth.identity(), "dense": dense, "masks": masks, "sparsity": sparsity}
+        choices |= {"pattern": pattern, "densities": densities, "finetune": finetune}
+        choices |= {"dense": dense, "masks": masks, "sparsity": sparsity}
         steps, ranks = Steps(session, plan, calibration, resume, choices), session.ranks
         example = None
         if pattern == "channels":
@@ -189,14 +188,16 @@ def regrow(
             if method is not None:
                 more = {"masks": masks} if plan.method.changes_layers else {}
                 report = steps.repair("regrow", f"round-{index}", model, dense, **more)
-            growth.train(model, masks, ranks)
+            if finetune is not None:
+                _finetune(finetune, model, masks, ranks)
             total, pruned = space.counts(masks)
-            score = growth.score(model, ranks)
+            score = None if evaluate is None else _score(evaluate, model, ranks)
             found.append(GrowthRound(pruned / total, regrown, damage, score, report))
             log.info("round %d: sparsity %.4f, score %s", index, found[-1].sparsity, score)
             if score is not None and accuracy is not None and score >= accuracy:
                 break
-        masks = Masks(masks, _notes(given, masks))
+        counts = {name: int(mask.sum()) - int(given[name].sum()) for name, mask in masks.items()}
+        masks = Masks(masks, {name: f"{count:,} regrown" for name, count in counts.items() if count})
         masks.check(model)
         if shrunk and example is not None:
             shrink(model, masks, example)
@@ -205,75 +206,67 @@ def regrow(
         return RegrowthReport(masks=masks, seconds=seconds, _undo=undo, rounds=found)
 
 
-@dataclass(frozen=True)
-class Growth:
-    """The choices of `regrow`, checked: ValueError for one that there is not, or that contradicts another."""
+def plan_of_growth(
+    dense: nn.Module,
+    pattern: Pattern,
+    /,
+    *,
+    budget: Budget = "greedy",
+    saliency: Saliency | Mapping[str, Any] = "magnitude",
+    initial: Initial = "dense",
+    rounds: int = 1,
+    method: Method | str | None = "auto",
+    evaluate: object = None,
+    accuracy: float | None = None,
+    labelled: object = None,
+    loss: object = None,
+    **options: Any,
+) -> Plan:
+    """The plan of the repairs in a `regrow` with these choices, and with options of the method and of the run.
 
-    pattern: Pattern = "unstructured"
-    budget: Budget = "greedy"
-    densities: Mapping[str, float] | None = None
-    saliency: Saliency | Mapping[str, Any] = "magnitude"
-    initial: Initial = "dense"
-    rounds: int = 1
-    method: Method | str | None = "auto"
-    evaluate: Callable[[nn.Module], float] | None = None
-    accuracy: float | None = None
-    finetune: Callable[[nn.Module, Masks], Any] | None = None
-    labelled: Iterable[tuple[Any, Tensor]] | None = None
-    loss: Loss | None = None
+    Raises ValueError for a choice that there is not, or that contradicts another.
+    """
+    check_number("rounds", rounds, 1, whole=True)
+    check_choice("pattern", pattern, get_args(Pattern))
+    check_choice("budget", budget, get_args(Budget))
+    check_choice("initial", initial, get_args(Initial))
+    if not isinstance(saliency, Mapping):
+        check_choice("saliency", saliency, get_args(Saliency))
+    if pattern == "channels" and saliency == "residual":
+        raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
+    if (saliency == "gradient") != (labelled is not None):
+        raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
+    if loss is not None and saliency != "gradient":
+        raise ValueError("loss is for saliency 'gradient'")
+    if accuracy is not None and evaluate is None:
+        raise ValueError("accuracy is a goal for evaluate(model): pass that too")
+    plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options)
+    if pattern == "channels" and plan.run["forward_fn"] is not None:
+        raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
+    if initial == "refit" and (method is None or not plan.method.finds_weights):
+        raise ValueError("initial='refit' needs a refit to find the values: choose method='refit'")
+    return plan
 
-    def __post_init__(self) -> None:
-        check_number("rounds", self.rounds, 1, whole=True)
-        check_choice("pattern", self.pattern, get_args(Pattern))
-        check_choice("budget", self.budget, get_args(Budget))
-        check_choice("initial", self.initial, get_args(Initial))
-        if not isinstance(self.saliency, Mapping):
-            check_choice("saliency", self.saliency, get_args(Saliency))
-        if self.pattern == "channels" and self.saliency == "residual":
-            raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
-        if (self.saliency == "gradient") != (self.labelled is not None):
-            raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
-        if self.loss is not None and self.saliency != "gradient":
-            raise ValueError("loss is for saliency 'gradient'")
-        if self.accuracy is not None and self.evaluate is None:
-            raise ValueError("accuracy is a goal for evaluate(model): pass that too")
 
-    def plan(self, dense: nn.Module, options: Mapping[str, Any]) -> Plan:
-        """The plan of the repairs. Raises ValueError for choices that contradict the method or run-time options."""
-        plan = plan_of_steps("regrow()", dense, "bn" if self.method is None else self.method, options)
-        if self.pattern == "channels" and plan.run["forward_fn"] is not None:
-            raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
-        if self.initial == "refit" and (self.method is None or not plan.method.finds_weights):
-            raise ValueError("initial='refit' needs a refit to find the values: choose method='refit'")
-        return plan
+def _finetune(finetune: Callable[[nn.Module, Masks], Any], model: nn.Module, masks: Masks, ranks: Ranks) -> None:
+    """Call `finetune`, then set pruned weights to zero. Raises MaskError if it changed the masks."""
+    given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
+    with flags_kept(model):
+        finetune(model, given)
+    for name, mask in masks.items():
+        if name not in given or not torch.equal(given[name], mask):
+            raise MaskError(name, "finetune changed its mask; it may change kept weights only")
+    masks.apply_(model)
+    ranks.check_same("a fine-tuned model", digest_model(model))
 
-    def identity(self) -> dict[str, Any]:
-        """The choices that change the result; `evaluate` and `accuracy` only say when to stop."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**found, "evaluate": None, "accuracy": None, "method": self.method is not None}
 
-    def train(self, model: nn.Module, masks: Masks, ranks: Ranks) -> None:
-        """Call `finetune`, if given, then set pruned weights to zero. Raises MaskError if it changed the masks."""
-        if self.finetune is None:
-            return
-        given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
-        with flags_kept(model):
-            self.finetune(model, given)
-        for name, mask in masks.items():
-            if name not in given or not torch.equal(given[name], mask):
-                raise MaskError(name, "finetune changed its mask; it may change kept weights only")
-        masks.apply_(model)
-        ranks.check_same("a fine-tuned model", digest_model(model))
-
-    def score(self, model: nn.Module, ranks: Ranks) -> float | None:
-        """The value of `evaluate`, if given, for the model in eval mode; with ranks, that of rank 0."""
-        if self.evaluate is None:
-            return None
-        with flags_kept(model):
-            score = float(self.evaluate(model.eval()))
-        if not math.isfinite(score):
-            raise ValueError(f"evaluate returned {score}; it must return a finite score")
-        return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
+def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, ranks: Ranks) -> float:
+    """The value of `evaluate` for the model in eval mode; with ranks, that of rank 0."""
+    with flags_kept(model):
+        score = float(evaluate(model.eval()))
+    if not math.isfinite(score):
+        raise ValueError(f"evaluate returned {score}; it must return a finite score")
+    return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
 
 
 def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
@@ -284,9 +277,3 @@ def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
         raise ValueError("masks is empty: pass what sparsify returned, or Masks.from_zeros(model)")
     masks.check(model)
     same_layers({name: find_layers(model)[name] for name in masks}, dense)
-
-
-def _notes(before: Masks, after: Masks) -> dict[str, str]:
-    """Layer -> the number of weights kept in `after` and not in `before`, where there are some."""
-    counts = {name: int(mask.sum()) - int(before[name].sum()) for name, mask in after.items()}
-    return {name: f"{count:,} regrown" for name, count in counts.items() if count}

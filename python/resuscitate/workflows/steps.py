@@ -13,11 +13,12 @@ from torch import nn
 from ..engine.session import Session
 from ..methods.base import Method, option_names
 from ..network.masks import Masks
-from ..reports.base import PruningReport, terminal_table
+from ..reports.base import UndoableReport, terminal_table
 from ..reports.repair import RepairReport
 from ..runtime.journal import Journal, fingerprints
 from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
+from ..utils.files import check_ending
 from .plan import Plan, make_plan
 from .repair import repair
 
@@ -77,7 +78,7 @@ class Steps:
 
 
 @dataclass(kw_only=True, eq=False)
-class StepsReport(PruningReport):
+class StepsReport(UndoableReport):
     """The result of repairs in steps: `masks` are those of the last step, `seconds` the time of all steps."""
 
     masks: Masks
@@ -100,6 +101,15 @@ class StepsReport(PruningReport):
         """Steps, mask table and seconds as plain data, ready for JSON."""
         steps, masks = [plain for plain, _, _ in self.each_step()], [row._asdict() for row in self.masks.table()]
         return {f"{self.step}s": steps, "masks": masks, "seconds": self.seconds}
+
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write .safetensors (the masks, see `Masks.save`), .json (everything) or .csv (the rows, no `provenance`).
+
+        Whole or not at all. Raises OSError; ValueError for another ending.
+        """
+        if check_ending(path, ".json", ".csv", ".safetensors") == ".safetensors":
+            return self.masks.save(path, provenance)
+        super().save(path, provenance)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer and step."""
