@@ -45,10 +45,6 @@ PRESETS: dict[str, dict[str, Any] | None] = {
     "asr-ema": {"method": "asr", "schedule": "parallel", "recalibrate": "ema"},
 }
 
-# options of a column that are not of the plan: of `repair`, and with "past" of `regrow`
-UNPLANNED = {"include", "exclude", "skip_first", "skip_last"}
-UNPLANNED_OF_GROWTH = {"past", "densities", "finetune"}
-
 
 def presets() -> dict[str, dict[str, Any] | None]:
     """The named columns of a map: every registered method with its defaults, and `PRESETS`."""
@@ -96,10 +92,9 @@ def recoverability(
         evaluate: `evaluate(model)` gives the score of a model in eval mode, higher is better; such as `Accuracy`.
         sparsities, allocations, pattern, include, exclude: see `sparsify`; what "rr" measures serves all sparsities.
         methods: names of registered methods, or of `PRESETS` ("none", "bn-ema", "mean-bn", "asr-ema", "regrow"; "-ema"
-            is the published protocol), or {label: a `Method`, options of `repair`, or None for no repair}.
-            {label: {"past": 0.3, and options of `regrow`}} prunes until 0.3 of the weights that the sparsity leaves
-            remain, and regrows to it.
-        chance: the score of guessing, against which the transition regime is defined (`RecoverabilityMap.transition`).
+            is the published protocol), or {label: a `Method`, options of `repair`, or None for no repair}. {"past":
+            0.3, and options of `regrow`} prunes to 0.3 of the weights that the sparsity leaves, and regrows to it.
+        chance: the score of guessing, for the transition regime (`RecoverabilityMap.transition`).
         workers: number of processes that fill cells; each holds the model and the images. With more than one,
             `evaluate` and the model must be picklable, and a script needs its `if __name__ == "__main__":`.
         resume: a journal to which each cell is appended. Cells in it are not filled again, also in a map with other
@@ -185,8 +180,8 @@ def _needs_statistics_alone(
     if options is None:
         return False
     regrows = "past" in options
-    unplanned = UNPLANNED_OF_GROWTH if regrows else UNPLANNED
-    chosen = {**common, **{name: value for name, value in options.items() if name not in unplanned}}
+    others = ("past", "densities", "finetune") if regrows else ("include", "exclude", "skip_first", "skip_last")
+    chosen = {**common, **{name: value for name, value in options.items() if name not in others}}  # those of the plan
     try:
         if regrows:
             check_number("past", options["past"], 0, most=1, above=True)

@@ -128,9 +128,9 @@ def regrow(
             sparsity is a fraction of the channels that can be removed, as there. If the channels were removed from the
             model (`remove=True`, `shrink`), the regrown ones are added again to its layers, BatchNorms and consumers.
         budget: how many weights are regrown in each layer. "greedy": one ranking over all layers by saliency.
-            "damage": in proportion to (number of pruned weights) times (fraction of the output lost: 1 - corr^2 per
-            channel, averaged with the dense variance as weight). "ssim": the same with 1 - SSIM of the feature maps, as
-            published. "proportional": in proportion to the number of pruned weights.
+            "proportional": in proportion to the number of pruned weights. "damage": the same, times the fraction of the
+            output lost (1 - corr^2 per channel, averaged with the dense variance as weight). "ssim": with 1 - SSIM of
+            the feature maps in its place, as published.
         densities: {glob over layer names: final density} of layers with a fixed density.
         saliency: which weights of a layer are regrown. "magnitude": the largest dense ones. "residual": those that,
             each alone, reduce the squared error of the layer's output most, on its present inputs; the reductions
@@ -142,8 +142,7 @@ def regrow(
             ridge towards the dense value. (In a refit, the ridge is towards "dense".)
         rounds: number of equal steps.
         method: of the `repair` after each round; None: no repair, only `finetune`.
-        evaluate, accuracy: stop after the first round in which `evaluate(model)` is at least `accuracy`. With ranks,
-            the value of rank 0 counts.
+        evaluate, accuracy: stop after the first round in which `evaluate(model)`, on rank 0, is at least `accuracy`.
         finetune: called as `finetune(model, masks)` after each round's repair; pruned weights are set to zero after it.
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.
@@ -174,7 +173,12 @@ def regrow(
             example = ranks.lend(None if ranks.rank else example)  # rank 0's, so that all see the same groups
         shrunk = example is not None and restore_units(model, dense, masks, example)
         space = RegrowableWeights(dense, masks) if example is None else RegrowableChannels(dense, masks, example)
-        _check_masks(model, dense, masks)
+        if dense is model:
+            raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
+        if not masks:
+            raise ValueError("masks is empty: pass what sparsify returned, or Masks.from_zeros(model)")
+        masks.check(model)
+        same_layers({name: find_layers(model)[name] for name in masks}, dense)
         estimator = ImportanceEstimator(dense, steps.batches, steps.run, ranks)
         selector = RegrowthSelector(space, estimator, budget, saliency, densities)
         if saliency == "gradient":
@@ -267,13 +271,3 @@ def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, ranks: Rank
     if not math.isfinite(score):
         raise ValueError(f"evaluate returned {score}; it must return a finite score")
     return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
-
-
-def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
-    """Raise MaskError or ModelMismatchError unless the masks are of this model, and it has the dense one's layers."""
-    if dense is model:
-        raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
-    if not masks:
-        raise ValueError("masks is empty: pass what sparsify returned, or Masks.from_zeros(model)")
-    masks.check(model)
-    same_layers({name: find_layers(model)[name] for name in masks}, dense)

@@ -221,8 +221,7 @@ def _match_reference(
     """Take over the BatchNorm statistics of the reference, and note what the report says of it."""
     if not selected:
         return
-    functional = session.wiring.functional.items()
-    report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in functional]
+    report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in session.wiring.functional.items()]
     report.target = "dense model" if isinstance(target, nn.Module) else "running statistics"
     if isinstance(target, DenseStatistics):
         report.target = f"dense statistics ({target.path})"
