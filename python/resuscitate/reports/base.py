@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Report(ABC):
-    """A report, a dataclass as a rule: a subclass gives the `columns` and the `rows` of its table."""
+    """A report, a dataclass: a subclass gives the `columns` and the `rows` of its table."""
 
     columns: ClassVar[Sequence[str]]
 
@@ -55,11 +55,9 @@ class UndoableReport(Report):
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for `rich.print`: columns of words, then columns of numbers; the rows have plain text."""
     from rich.markup import escape  # here, because rich takes longer to import than the rest of the package
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*words, box=None, header_style="bold")
-    for title in numbers:
-        table.add_column(title, justify="right")
+    table = Table(*words, *(Column(title, justify="right") for title in numbers), box=None, header_style="bold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

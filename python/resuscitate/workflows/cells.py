@@ -117,10 +117,11 @@ class Cells:
         try:
             payload = pickle.dumps((self, [method for name, method in registered().items() if name in names]))
         except Exception as error:
-            raise ValueError(
-                f"workers={workers} sends evaluate, the model and the methods to other processes, and they cannot be "
-                f"pickled ({error}); use a function or class at the top of a module, or workers=1"
-            ) from error
+            problem = (
+                f"sends evaluate, the model and the methods to other processes, and they cannot be pickled ({error})"
+            )
+            remedy = "use a function or class at the top of a module, or workers=1"
+            raise ValueError(f"workers={workers} {problem}; {remedy}") from error
         threads = max(torch.get_num_threads() // workers, 1)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (payload, threads))
@@ -132,9 +133,8 @@ class Cells:
                     raise ResuscitateError(f"{jobs[waiting[future]]}: {cell}")
                 yield waiting[future], cell
         except BrokenProcessPool as error:
-            raise ResuscitateError(
-                "a worker process died, for want of memory perhaps; give resume=, fewer workers, and go on from there"
-            ) from error
+            remedy = "give resume=, fewer workers, and go on from there"
+            raise ResuscitateError(f"a worker process died, for want of memory perhaps; {remedy}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

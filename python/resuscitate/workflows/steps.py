@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,9 +21,6 @@ from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
 from .plan import Plan, make_plan
 from .repair import repair
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any]) -> Plan:
@@ -119,7 +116,7 @@ class StepsReport(UndoableReport):
             for layer in layers
         ]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[Any]:
         cells = [(str(i), f"{plain['sparsity']:.2%}", *more) for i, (plain, _, more) in enumerate(self.each_step(), 1)]
         yield terminal_table([self.step], ["sparsity", *self.titles], cells)
         yield self.masks
