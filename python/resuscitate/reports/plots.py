@@ -68,8 +68,8 @@ def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] 
 def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str = "") -> None:
     """Two heat maps, a row for each layer: its channels in the order of their dense variance, stretched to the width.
 
-    On the left the variance against the dense one, in powers of two; on the right the correlation with it. Constant
-    channels are left blank. Raises as `open_figure` does.
+    Left the variance against the dense one, right the correlation with it; constant channels are blank. Raises as
+    `open_figure` does.
     """
     width = max(len(layer.variance) for layer in layers.values())
     ratios, correlations = [], []

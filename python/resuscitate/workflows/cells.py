@@ -117,11 +117,9 @@ class Cells:
         try:
             payload = pickle.dumps((self, [method for name, method in registered().items() if name in names]))
         except Exception as error:
-            problem = (
-                f"sends evaluate, the model and the methods to other processes, and they cannot be pickled ({error})"
-            )
+            sent = f"workers={workers} sends evaluate, the model and the methods to other processes"
             remedy = "use a function or class at the top of a module, or workers=1"
-            raise ValueError(f"workers={workers} {problem}; {remedy}") from error
+            raise ValueError(f"{sent}, and they cannot be pickled ({error}); {remedy}") from error
         threads = max(torch.get_num_threads() // workers, 1)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (payload, threads))

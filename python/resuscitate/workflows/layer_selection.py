@@ -26,8 +26,7 @@ def matching_layers(
 ) -> dict[str, nn.Module]:
     """The selected layers, each checked against the dense network or its statistics.
 
-    Layers that do not compute with their weight as it is are left out, with a row in the report. Raises
-    ModelMismatchError, LayerError, ResuscitateError.
+    Layers that do not compute with their weight as it is are left out, with a row in the report.
     """
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
@@ -58,8 +57,7 @@ def layers_to_repair(
 ) -> dict[str, nn.Module]:
     """The layers to repair that a forward pass calls, in its order; the report has a row for each other layer.
 
-    running: the reference is the running statistics of the BatchNorm behind the layer. Raises ResuscitateError where no
-    layer is left.
+    running: the reference is the running statistics of the BatchNorm behind the layer.
     """
     run = [name for name in wiring.calls if name in wiring.layers]
     first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
@@ -92,8 +90,7 @@ def copy_statistics(
 ) -> None:
     """Copy the dense network's BatchNorm statistics where they differ: the corrected outputs match its outputs.
 
-    kept: BatchNorms behind layers that were not selected, which may hold the shift of an earlier repair. Raises
-    ModelMismatchError.
+    kept: BatchNorms behind layers that were not selected, which may hold the shift of an earlier repair.
     """
     originals = dense.batchnorms if isinstance(dense, DenseStatistics) else _statistics(dense)
     copied = 0

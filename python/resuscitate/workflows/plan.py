@@ -31,11 +31,6 @@ class Plan:
     run: RunOptions
 
     @property
-    def beside(self) -> bool:
-        """Do both networks run side by side?"""
-        return self.diagnostics or (self.method.dense is DenseAccess.MODEL and self.method.measures_layers)
-
-    @property
     def image_counts(self) -> list[int | None]:
         """How many images each step needs; None: all."""
         counts = [self.gain_samples] if self.method.changes_layers else []
@@ -94,8 +89,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a repair with these options; the fields of the method may be among them, with its name.
 
-    "auto" is "refit" where `dense` is a model and the schedule is sequential, else "asr". Raises TypeError for an
-    option that there is not, or that the method lacks; ValueError for a value out of range, or a contradiction.
+    Raises TypeError for an option that there is not, or that the method lacks; ValueError for a value out of range, or
+    a contradiction.
     """
     check_choice("schedule", schedule, get_args(Schedule))
     check_count("gain_samples", gain_samples)

@@ -173,10 +173,7 @@ def _columns(methods: Columns) -> dict[str, Mapping[str, Any] | None]:
 def _needs_statistics_alone(
     label: str, options: Mapping[str, Any] | None, dense: nn.Module, common: RunOptions
 ) -> bool:
-    """Are the dense statistics enough for this column?
-
-    Raises ValueError or TypeError, naming the column, for options that `repair` or `regrow` would refuse.
-    """
+    """Are the dense statistics enough for this column? Raises for options that `repair` or `regrow` would refuse."""
     if options is None:
         return False
     regrows = "past" in options

@@ -180,7 +180,8 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     """Read as many images as any step needs, and note their numbers in the report. Raises CalibrationError."""
     most, ranks = most_images(plan.image_counts, plan.run["max_samples"]), session.ranks
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
-    batches = session.read(calibration, most=most, marks=marks, beside=plan.beside)
+    beside = plan.diagnostics or (plan.method.dense is DenseAccess.MODEL and plan.method.measures_layers)
+    batches = session.read(calibration, most=most, marks=marks, beside=beside)
     gains = batches.batches_for(marks[0]) if changes_layers else 0
     exact = batches.batches_for(marks[1]) if plan.exact else 0
     counts = [batches.images(count) for count in (None, gains, exact)]
