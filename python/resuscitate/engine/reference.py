@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from ..errors import CalibrationError, CheckpointError
-from ..network.layers import find_batchnorms, find_layers, unwrap
+from ..network.layers import find_layers, running_statistics, unwrap
 from ..network.runner import Network
 from ..network.wiring import Wiring
 from ..runtime.options import RunOptions, run_options
@@ -83,11 +83,8 @@ class DenseStatistics:
             images, digest = ranks.total(seen[0], seen[1] % MODULUS)
             if not images:
                 raise CalibrationError("no rank has any images")
-            batchnorms = {}
-            for name, module in find_batchnorms(net.model).items():
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                batchnorms[name] = module.running_mean.cpu().clone(), module.running_var.cpu().clone()
+            running = running_statistics(net.model).items()
+            batchnorms = {name: (mean.cpu().clone(), var.cpu().clone()) for name, (mean, var) in running}
             return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(net.model))
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:

@@ -46,6 +46,12 @@ def find_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def running_statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The running mean and variance of every BatchNorm that keeps them, by name."""
+    found = find_batchnorms(model).items()
+    return {name: (each.get_buffer("running_mean"), each.get_buffer("running_var")) for name, each in found}
+
+
 def select_layers(
     model: nn.Module,
     include: Iterable[Selector] | Selector | None = None,

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called
 from ..network.layer_checks import split_by_objections
-from ..network.layers import effective_weight, find_batchnorms, out_channels, select_layers, stored_bias
+from ..network.layers import effective_weight, out_channels, running_statistics, select_layers, stored_bias
 from ..network.matching import same_layers
 from ..network.wiring import Wiring
 from ..pruning.allocation import Selection
@@ -92,9 +92,9 @@ def copy_statistics(
 
     kept: BatchNorms behind layers that were not selected, which may hold the shift of an earlier repair.
     """
-    originals = dense.batchnorms if isinstance(dense, DenseStatistics) else _statistics(dense)
+    originals = dense.batchnorms if isinstance(dense, DenseStatistics) else running_statistics(dense)
     copied = 0
-    for name, mine in _statistics(model).items():
+    for name, mine in running_statistics(model).items():
         if name in kept:
             continue
         theirs, channels = originals.get(name), len(mine[0])
@@ -106,11 +106,3 @@ def copy_statistics(
         copied += bool(stale)
     if copied:
         report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")
-
-
-def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The running mean and variance of each BatchNorm."""
-    return {
-        name: (batchnorm.get_buffer("running_mean"), batchnorm.get_buffer("running_var"))
-        for name, batchnorm in find_batchnorms(model).items()
-    }

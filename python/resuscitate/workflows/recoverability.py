@@ -145,7 +145,14 @@ def _jobs(
     sparsities: Iterable[float], allocations: Iterable[str], methods: Columns, dense: nn.Module, common: RunOptions
 ) -> dict[str, Job]:
     """The cells to fill, by a key made of their settings. Raises ValueError or TypeError."""
-    columns = _columns(methods)
+    if isinstance(methods, Mapping):
+        columns = {label: {"method": each} if isinstance(each, Method) else each for label, each in methods.items()}
+    else:
+        known, names = presets(), _listed("methods", methods)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
+        columns = {name: known[name] for name in names}
     statistics = {label: _needs_statistics_alone(label, each, dense, common) for label, each in columns.items()}
     jobs = {}
     for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
@@ -157,17 +164,6 @@ def _jobs(
     if not jobs:
         raise ValueError("a map needs at least one sparsity, one allocation and one method")
     return jobs
-
-
-def _columns(methods: Columns) -> dict[str, Mapping[str, Any] | None]:
-    """The options of each column of the map, by label."""
-    if isinstance(methods, Mapping):
-        return {label: {"method": each} if isinstance(each, Method) else each for label, each in methods.items()}
-    known = presets()
-    for name in (names := _listed("methods", methods)):
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
-    return {name: known[name] for name in names}
 
 
 def _needs_statistics_alone(

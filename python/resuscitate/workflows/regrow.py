@@ -58,10 +58,7 @@ class GrowthRound:
 
 @dataclass(kw_only=True, eq=False)
 class RegrowthReport(StepsReport, Mapping[str, Tensor]):
-    """The result of `regrow`: the new `masks`, the report of each of the `rounds`, and `seconds` in all.
-
-    As a mapping it is the masks, so that it can stand where masks are expected.
-    """
+    """The result of `regrow`: the new `masks`, the `rounds`, `seconds` in all. As a mapping it is the masks."""
 
     rounds: list[GrowthRound]
 
@@ -117,8 +114,8 @@ def regrow(
 ) -> RegrowthReport:
     """Regrow the most important pruned weights of a model until it has a lower sparsity, and repair it, in place.
 
-    Returns the new masks, with the number of weights regrown in each layer. Exactly round(sparsity * total) weights of
-    the masked layers stay pruned. All or nothing: on an error every tensor is unchanged.
+    Exactly round(sparsity * total) weights of the masked layers stay pruned. All or nothing: on an error nothing is
+    changed.
 
     Args:
         dense: the network before pruning, with the layers of the masks.

@@ -68,8 +68,8 @@ def repair(
     Args:
         dense: the network before pruning, with the same layers. Or `DenseStatistics` or their file: many prunings then
             need one run of the dense network. Or "running": outputs are matched to the running statistics of the
-            BatchNorm behind the layer, without a dense network; with method "channelwise" and skip_first=False this is
-            **exact recalibration by another name**. Method "bn" needs none, and takes the images in this place too.
+            BatchNorm behind the layer: **exact recalibration by another name**, and no stronger, with "channelwise" and
+            skip_first=False. Method "bn" needs none of them, and takes the images in this place too.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
         method: a `Method` such as `Refit(ridge=0.1)`, or its name, with its options as further keywords. "refit": new

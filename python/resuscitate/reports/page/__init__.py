@@ -34,6 +34,7 @@ def render(document: Mapping[str, Any]) -> str:
             raise ResuscitateError("this is no report: it has no layers; give what --report wrote")
         scores = [(name, score / 100, f"{score:.1f} %") for name, score in document.get("scores", {}).items()]
         stages = last.get("stages", {})
+        kept = [_share_kept(row) for row in document.get("masks", ())]
         times = [(name, took / (max(stages.values()) or 1.0), f"{took:.1f} s") for name, took in stages.items()]
         sections = [
             _summary(document, last, layers),
@@ -41,7 +42,7 @@ def render(document: Mapping[str, Any]) -> str:
             _steps(parts) if parts[0] is not document else "",
             _layers_figure(layers),
             _channels(document.get("channels", {})),
-            bars("What each layer keeps", _kept(document.get("masks", ())), "share of the original weights"),
+            bars("What each layer keeps", kept, "share of the original weights"),
             bars("Time by stage", times, "seconds of the (last) repair"),
             _layers_table(layers, document.get("channels", {})),
             _provenance(document),
@@ -141,11 +142,9 @@ def _channels(channels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return figure("Variance of each channel", parts, 375, caption)
 
 
-def _kept(masks: Sequence[Row]) -> list[tuple[str, float, str]]:
-    """The share of its weights that each layer keeps."""
-    shares = [row["kept"] / row["total"] if row["total"] else 0.0 for row in masks]
-    pairs = zip(masks, shares, strict=True)
-    return [(row["layer"] or MODEL, share, f"{share:.1%} of {row['total']:,}") for row, share in pairs]
+def _share_kept(mask: Row) -> tuple[str, float, str]:
+    share = mask["kept"] / mask["total"] if mask["total"] else 0.0
+    return mask["layer"] or MODEL, share, f"{share:.1%} of {mask['total']:,}"
 
 
 def _layers_table(layers: Sequence[Row], channels: Mapping[str, Any]) -> str:
