@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batches, most_images, rebatch
@@ -17,10 +18,10 @@ from ..engine.probes import Layer, Measurement, Probe, Request
 from ..engine.reference import TARGET, Dense, DenseStatistics, Target, as_target, fill_reference, identify
 from ..engine.session import Session
 from ..engine.writer import Writer
-from ..errors import CalibrationError, ResuscitateError
+from ..errors import CalibrationError, ModelMismatchError, ResuscitateError
 from ..methods.base import DenseAccess, Method, Schedule
 from ..methods.batchnorm import EMA, Exact, batchnorms_to_estimate
-from ..network.layers import unwrap
+from ..network.layers import running_statistics, unwrap
 from ..network.masks import in_use
 from ..network.runner import first_images
 from ..pruning.allocation import Selection
@@ -32,8 +33,7 @@ from ..statistics.base import Statistic
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.digest import MODULUS, digest_images, digest_model, digest_tensors, fingerprint
 from ..utils.progress import Stopwatch, track
-from .layer_selection import copy_statistics, layers_to_repair, left_out, matching_layers
-from .plan import Plan, Recalibrate, check_read, make_plan
+from .plan import Plan, Recalibrate, check_read, layers_to_repair, left_out, make_plan, matching_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -219,7 +219,7 @@ def _identity(
 def _match_reference(
     session: Session, target: Target, images: _Images, selected: Collection[str], report: RepairReport
 ) -> None:
-    """Take over the BatchNorm statistics of the reference, and note what the report says of it."""
+    """Copy the reference's BatchNorm statistics where they differ, and note what the report says of it."""
     if not selected:
         return
     report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in session.wiring.functional.items()]
@@ -231,9 +231,24 @@ def _match_reference(
             images_used = f"{target.images} images, and not from the {report.images} used here"
             report.notes.append(f"the dense statistics come from {images_used}: the same images match better")
             log.warning(report.notes[-1])
-    if isinstance(target, nn.Module | DenseStatistics):
-        behind = session.wiring.batchnorm_of.items()
-        copy_statistics(session.net.model, target, {each for name, each in behind if name not in selected}, report)
+    if not isinstance(target, nn.Module | DenseStatistics):
+        return
+    # BatchNorms behind layers that were not selected may hold the shift of an earlier repair
+    kept = {batchnorm for name, batchnorm in session.wiring.batchnorm_of.items() if name not in selected}
+    originals = target.batchnorms if isinstance(target, DenseStatistics) else running_statistics(target)
+    copied = 0
+    for name, mine in running_statistics(session.net.model).items():
+        if name in kept:
+            continue
+        theirs, channels = originals.get(name), len(mine[0])
+        if theirs is None or len(theirs[0]) != channels:
+            raise ModelMismatchError(f"the dense model has no BatchNorm {name!r} with {channels} channels")
+        stale = [(m, original) for m, original in zip(mine, theirs, strict=True) if not torch.equal(m, original.to(m))]
+        for m, original in stale:
+            m.copy_(original)
+        copied += bool(stale)
+    if copied:
+        report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")
 
 
 def _update(
