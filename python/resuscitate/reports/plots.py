@@ -119,8 +119,7 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
 def open_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A new figure, saved when the block ends.
 
-    Raises ResuscitateError where matplotlib is missing, ValueError for a format (the path's suffix) that it does not
-    know, OSError where nothing can be written.
+    Raises ResuscitateError without matplotlib, ValueError for an unknown format (the path's suffix), OSError.
     """
     if not have_matplotlib():
         raise ResuscitateError("a picture needs matplotlib: pip install 'resuscitate[plots]'")

@@ -27,9 +27,8 @@ def damage(
 ) -> dict[str, LayerDamage]:
     """Compare the outputs of each layer in a pruned, or repaired, network with those in the dense one.
 
-    Both networks run as they are, each on its own activations, over the images; the dense activations of one batch are
-    held at a time. By layer, in the order of the model. A layer that is called several times is taken over all its
-    calls. options: see `RunOptions`. Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
+    Each runs as it is, on its own activations; the dense activations of one batch are held at a time. By layer, over
+    all its calls. options: see `RunOptions`. Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
     """
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK)}
     check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))

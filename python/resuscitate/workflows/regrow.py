@@ -211,7 +211,6 @@ def plan_of_growth(
     dense: nn.Module,
     pattern: Pattern,
     /,
-    *,
     budget: Budget = "greedy",
     saliency: Saliency | Mapping[str, Any] = "magnitude",
     initial: Initial = "dense",

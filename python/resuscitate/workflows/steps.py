@@ -44,8 +44,8 @@ def run_identity(run: RunOptions) -> dict[str, object]:
 class Steps:
     """Repairs by one plan, on `batches` of images held in host memory; `run` are the options of each step.
 
-    resume: a folder for the journals of the steps, and one of the run, which refuses another model, other images, and
-    another plan or `choices`. Raises OSError, JournalError, and what reading the images raises.
+    resume: a folder for the journals of the steps, and one of the run, which refuses another model, plan, other images
+    or `choices`.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Steps:
 
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
         """Repair the model in a step of what the function `whole` does, which alone can be undone."""
-        journal = self.journal(step)
-        report = repair(model, dense, self.batches, method=self.plan.method, resume=journal, **options, **self.run)
+        options |= {"method": self.plan.method, "resume": self.journal(step), **self.run}
+        report = repair(model, dense, self.batches, **options)
         report.belongs_to(f"what {whole} returned")
         return report
 

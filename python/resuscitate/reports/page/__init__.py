@@ -22,9 +22,9 @@ MOST_POINTS = 4000  # in the figure of the channels
 def render(document: Mapping[str, Any]) -> str:
     """The page of a report as `to_dict` or the command line gives it.
 
-    Shown if present: "layers" (or those of the last of "steps" or "rounds"), "scores" {name: per cent},
-    "channels" {layer: {"dense", "pruned", "repaired": variances by channel}}, "masks", "stages" {name: seconds},
-    "notes", "calibration", "provenance". Raises ResuscitateError for another document.
+    Shown if present: "layers" (or those of the last of "steps" or "rounds"), "scores" {name: per cent}, "channels"
+    {layer: {"dense", "pruned", "repaired": variances by channel}}, "masks", "stages" {name: seconds}, "notes",
+    "calibration", "provenance". Raises ResuscitateError for another document.
     """
     parts = document.get("steps") or document.get("rounds") or [document]
     try:
