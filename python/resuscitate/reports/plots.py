@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import ResuscitateError
 from ..utils.files import atomic
-
-if TYPE_CHECKING:
-    from .recoverability import RecoverabilityMap
-    from .repair import LayerDamage
+from .recoverability import RecoverabilityMap
+from .repair import LayerDamage
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for the dense network
 COLOURS = {

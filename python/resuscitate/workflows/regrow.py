@@ -224,7 +224,8 @@ def plan_of_growth(
 ) -> Plan:
     """The plan of the repairs in a `regrow` with these choices, and with options of the method and of the run.
 
-    Raises ValueError for a choice that there is not, or that contradicts another.
+    `pattern` is no option of a map's column, so it has no name here. Raises ValueError for a choice that there is not,
+    or that contradicts another.
     """
     check_number("rounds", rounds, 1, whole=True)
     check_choice("pattern", pattern, get_args(Pattern))
