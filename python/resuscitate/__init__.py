@@ -36,19 +36,17 @@ from .pruning.densities import allocate
 from .pruning.repairability import Repairability
 from .pruning.sparsify import sparsify
 from .pruning.structured import Shrinkage, shrink
-from .reports.damage import LayerDamage
 from .reports.recoverability import RecoverabilityMap
-from .reports.repair import LayerReport, RepairReport
+from .reports.repair import LayerDamage, LayerReport, RepairReport
 from .statistics.outputs import OutputCovariances, OutputMoments
 from .statistics.patches import PatchCovariances
 from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .version import __version__ as __version__
 from .workflows.compress import CompressReport, compress
 from .workflows.damage import damage
-from .workflows.recalibrate import recalibrate_batchnorm
 from .workflows.recoverability import Accuracy, recoverability
 from .workflows.regrow import GrowthRound, RegrowthReport, regrow
-from .workflows.repair import repair
+from .workflows.repair import recalibrate_batchnorm, repair
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by topic

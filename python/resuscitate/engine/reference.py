@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from ..errors import CalibrationError, CheckpointError
-from ..network.layers import find_batchnorms, find_layers, unwrap
+from ..network.layers import find_layers, running_statistics, unwrap
 from ..network.runner import Network
 from ..network.wiring import Wiring
-from ..reports.repair import RepairReport
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import Calls, OutputMoments
 from ..utils.arguments import IMAGES, NETWORK, Kind, check_places
@@ -33,7 +31,6 @@ from .session import Session
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-log = logging.getLogger("resuscitate")
 
 FORMAT = "resuscitate dense statistics 1"
 
@@ -86,11 +83,8 @@ class DenseStatistics:
             images, digest = ranks.total(seen[0], seen[1] % MODULUS)
             if not images:
                 raise CalibrationError("no rank has any images")
-            batchnorms = {}
-            for name, module in find_batchnorms(net.model).items():
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                batchnorms[name] = module.running_mean.cpu().clone(), module.running_var.cpu().clone()
+            running = running_statistics(net.model).items()
+            batchnorms = {name: (mean.cpu().clone(), var.cpu().clone()) for name, (mean, var) in running}
             return cls(layers, batchnorms, images, f"{digest % MODULUS:x}", digest_model(net.model))
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
@@ -175,20 +169,3 @@ def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
     assert batchnorm.running_var is not None
     mean, var = batchnorm.running_mean.double(), batchnorm.running_var.double()
     return ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))
-
-
-def describe(target: Target) -> str:
-    """The name of the target for the report."""
-    if isinstance(target, nn.Module):
-        return "dense model"
-    return f"dense statistics ({target.path})" if isinstance(target, DenseStatistics) else "running statistics"
-
-
-def compare_images(statistics: DenseStatistics, report: RepairReport, digest: str) -> None:
-    """Note in the report if the statistics come from other images."""
-    if (statistics.images, statistics.digest) != (report.images, digest):
-        report.notes.append(
-            f"the dense statistics come from {statistics.images} images, and not from the {report.images} used here: "
-            "the same images match better"
-        )
-        log.warning(report.notes[-1])

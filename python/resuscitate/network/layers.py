@@ -44,6 +44,12 @@ def find_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def running_statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The running mean and variance of every BatchNorm that keeps them, by name."""
+    found = find_batchnorms(model).items()
+    return {name: (each.get_buffer("running_mean"), each.get_buffer("running_var")) for name, each in found}
+
+
 def select_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> dict[str, nn.Module]:
     """The layers that `include` names (all when None) without those that `exclude` names.
 

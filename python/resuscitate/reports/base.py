@@ -1,4 +1,4 @@
-"""What all reports have in common: plain data, files, and the undoing of what they report."""
+"""What reports have in common: plain data, files, and the undoing of what they report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..utils.files import check_ending, write_rows
+from ..utils.files import write_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 class Report(ABC):
-    """A report, a dataclass as a rule: a subclass gives the `columns` and the `rows` of its table."""
+    """A report, a dataclass: a subclass gives the `columns` and the `rows` of its table."""
 
     columns: ClassVar[Sequence[str]]
 
@@ -27,8 +27,7 @@ class Report(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
-        assert is_dataclass(self)
-        return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
+        return plain(self)
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write .json (everything, and `provenance`) or .csv (the rows), whole or not at all.
@@ -53,29 +52,12 @@ class UndoableReport(Report):
         self._undo = None
 
 
-class PruningReport(UndoableReport):
-    """A report that also has `masks`, which `save` writes as .safetensors."""
-
-    masks: Any
-
-    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write .safetensors (the masks, see `Masks.save`), .json (everything) or .csv (the rows).
-
-        Whole or not at all; .csv does not contain `provenance`. Raises OSError; ValueError for another ending.
-        """
-        if check_ending(path, ".json", ".csv", ".safetensors") == ".safetensors":
-            return self.masks.save(path, provenance)
-        super().save(path, provenance)
-
-
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for `rich.print`: columns of words, then columns of numbers; the rows have plain text."""
     from rich.markup import escape  # here, because rich takes longer to import than the rest of the package
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*words, box=None, header_style="bold")
-    for title in numbers:
-        table.add_column(title, justify="right")
+    table = Table(*words, *(Column(title, justify="right") for title in numbers), box=None, header_style="bold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -83,8 +65,6 @@ def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[
 
 def plain(value: Any) -> Any:
     """A value as JSON can store it: tensors as lists, paths as strings, dataclasses as dicts."""
-    if isinstance(value, Report):
-        return value.to_dict()
     if is_dataclass(value):
         return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):

@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import ResuscitateError
 from ..utils.files import atomic
-
-if TYPE_CHECKING:
-    from .damage import LayerDamage
-    from .recoverability import RecoverabilityMap
+from .recoverability import RecoverabilityMap
+from .repair import LayerDamage
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for the dense network
 COLOURS = {
@@ -47,14 +45,15 @@ def finish(axes: Any, legend_columns: int = 0) -> None:
 def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] | None = None) -> None:
     """Score against sparsity, a line for each allocation; a panel for each method (None: all but the baseline "bn").
 
-    Thin lines are the baseline's, exact BatchNorm statistics alone. Shaded is the transition regime, where the
-    baseline has lost more than half of its lead over chance and the method has not, of the allocation in which the
-    method holds longest. Raises as `open_figure` does, ValueError for a method that is not in the map.
+    Thin lines are the baseline's, exact BatchNorm statistics alone. Shaded is the transition regime (see
+    `RecoverabilityMap.transition`) of the allocation in which the method holds longest. Raises as `open_figure` does,
+    ValueError for a method that is not in the map.
     """
     baseline = "bn" if "bn" in found.methods else None
     shown = list(methods or [method for method in found.methods if method not in ("none", baseline)] or found.methods)
-    with open_figure(path, 4.6 * min(len(shown), 3), 4.2 * -(-len(shown) // 3)) as figure:
-        panels = figure.subplots(-(-len(shown) // 3), min(len(shown), 3), sharey=True, squeeze=False).flatten()
+    rows, columns = -(-len(shown) // 3), min(len(shown), 3)
+    with open_figure(path, 4.6 * columns, 4.2 * rows) as figure:
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
         for axes, method in zip(panels, shown, strict=False):
@@ -67,23 +66,21 @@ def draw_map(found: RecoverabilityMap, path: str | Path, methods: Sequence[str] 
 def draw_damage(layers: Mapping[str, LayerDamage], path: str | Path, title: str = "") -> None:
     """Two heat maps, a row for each layer: its channels in the order of their dense variance, stretched to the width.
 
-    On the left the variance against the dense one, in powers of two; on the right the correlation with it. Constant
-    channels are left blank. Raises as `open_figure` does.
+    Left the variance against the dense one, right the correlation with it; constant channels are blank. Raises as
+    `open_figure` does.
     """
     width = max(len(layer.variance) for layer in layers.values())
-    rows: list[list[Any]] = [[], []]
+    ratios, correlations = [], []
     for layer in layers.values():
         order = layer.variance.argsort(descending=True)
         places = order[torch.arange(width) * len(order) // width]
-        rows[0].append(layer.ratio[places].clamp(min=2.0**-20).log2())
-        rows[1].append(layer.correlation[places])
+        ratios.append(layer.ratio[places].clamp(min=2.0**-20).log2())
+        correlations.append(layer.correlation[places])
     with open_figure(path, 11, 1.6 + 0.2 * len(layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
-        looks = [
-            ("variance, pruned / dense (powers of 2)", "RdBu_r", -4, 4),
-            ("correlation with dense", "viridis", 0, 1),
-        ]
-        for axes, values, (name, colours, low, high) in zip(panels, rows, looks, strict=True):
+        left = ratios, "variance, pruned / dense (powers of 2)", "RdBu_r", -4, 4
+        right = correlations, "correlation with dense", "viridis", 0, 1
+        for axes, (values, name, colours, low, high) in zip(panels, (left, right), strict=True):
             picture = axes.imshow(torch.stack(values).numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto")
             axes.set_title(name, loc="left", fontsize=10)
             axes.set_xticks([0, width - 1], ["largest", "smallest"])
@@ -108,10 +105,9 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
             if (regime := found.transition(allocation, method, baseline)) is not None:
                 regimes[allocation] = regime
     if regimes:
-        name, widest = max(regimes.items(), key=lambda item: item[1].end)
-        axes.axvspan(widest.start, widest.end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
-        middle = (widest.start + widest.end) / 2
-        axes.text(middle, 0.01, name, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
+        name, (start, end, _) = max(regimes.items(), key=lambda item: item[1].end)
+        axes.axvspan(start, end, color="#F3E5AB", alpha=0.6, linewidth=0, zorder=0)
+        axes.text((start + end) / 2, 0.01, name, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
     axes.set_title(method, loc="left", fontweight="bold")
     axes.set_xlabel("sparsity")
     finish(axes)
@@ -121,8 +117,7 @@ def _map_panel(axes: Any, found: RecoverabilityMap, method: str, baseline: str |
 def open_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A new figure, saved when the block ends.
 
-    Raises ResuscitateError where matplotlib is missing, ValueError for a format (the path's suffix) that it does not
-    know, OSError where nothing can be written.
+    Raises ResuscitateError without matplotlib, ValueError for an unknown format (the path's suffix), OSError.
     """
     if not have_matplotlib():
         raise ResuscitateError("a picture needs matplotlib: pip install 'resuscitate[plots]'")

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..errors import CheckpointError, did_you_mean
 from .base import Report, terminal_table
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, pruned, repaired and scored.
+    """One model, pruned, repaired and scored."""
 
-    `sparsity` was requested and `pruned` was reached; `score` is that of `evaluate`; the repair took `seconds`.
-    """
-
-    sparsity: float
+    sparsity: float  # as requested
     allocation: str
     method: str
-    score: float
-    pruned: float
-    seconds: float
+    score: float  # of `evaluate`
+    pruned: float  # the sparsity that was reached
+    seconds: float  # of the repair
 
 
 class Transition(NamedTuple):
@@ -44,19 +38,15 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True)
 class RecoverabilityMap(Report):
-    """The cells of a map in the order of sparsity.
-
-    `dense` is the score of the dense network, `chance` that of guessing; `pattern` and the number of `images` are those
-    of all cells.
-    """
+    """The cells of a map, in the order of sparsity."""
 
     columns: ClassVar = (*(column.name for column in fields(Cell)), "dense", "chance", "pattern", "images")
 
     cells: list[Cell]
-    dense: float
-    chance: float
+    dense: float  # the score of the dense network
+    chance: float  # the score of guessing
     pattern: str
-    images: int
+    images: int  # how many each repair had
 
     @property
     def sparsities(self) -> list[float]:
@@ -80,9 +70,9 @@ class RecoverabilityMap(Report):
         return {cell.sparsity: cell.score for cell in sorted(mine, key=lambda cell: cell.sparsity)}
 
     def limit(self, allocation: str, method: str) -> float | None:
-        """The sparsity at which a method has lost half of the dense model's lead over chance; None if it never does.
+        """The first sparsity at which a method has lost half of the dense model's lead over chance; None if none is.
 
-        By straight lines between the sparsities that were measured, from the dense score at 0; the first such.
+        By straight lines between the sparsities that were measured, from the dense score at 0.
         """
         half = self.chance + (self.dense - self.chance) / 2
         last, above = 0.0, self.dense
@@ -95,8 +85,7 @@ class RecoverabilityMap(Report):
     def transition(self, allocation: str, method: str, baseline: str = "bn") -> Transition | None:
         """The transition regime: where `baseline` has lost more than half of its lead over chance and `method` has not.
 
-        It starts at the `limit` of the baseline and ends at that of the method, or, open, at the largest sparsity that
-        was measured. None where there is no such sparsity.
+        From the `limit` of the baseline to that of the method, or, open, to the largest sparsity measured; or None.
         """
         start, end = self.limit(allocation, baseline), self.limit(allocation, method)
         if start is None or (end is not None and end <= start):
@@ -120,20 +109,21 @@ class RecoverabilityMap(Report):
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: holds no recoverability map ({error})") from error
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[Any]:
         from rich.markup import escape
 
         yield f"dense {self.dense:.2f}, chance {self.chance:g}, {self.pattern}, {self.images} images"
         for method in self.methods:
-            curves, rows = [self.curve(allocation, method) for allocation in self.allocations], []
-            for sparsity in self.sparsities:
-                scores = [curve.get(sparsity) for curve in curves]
-                rows.append([f"{sparsity:.1%}", *("" if score is None else f"{score:.2f}" for score in scores)])
+            curves = [self.curve(allocation, method) for allocation in self.allocations]
+            rows = [
+                [f"{sparsity:.1%}", *(f"{curve[sparsity]:.2f}" if sparsity in curve else "" for curve in curves)]
+                for sparsity in self.sparsities
+            ]
             yield terminal_table([escape(method)], self.allocations, rows)
         if "bn" in self.methods:
             yield from map(escape, self.findings())
 
-    def findings(self, baseline: str = "bn") -> Iterable[str]:
+    def findings(self, baseline: str = "bn") -> Iterator[str]:
         """A line for each method and allocation that has a transition regime."""
         for method, allocation in product(self.methods, self.allocations):
             if method != baseline and (found := self.transition(allocation, method, baseline)) is not None:

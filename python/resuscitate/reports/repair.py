@@ -1,17 +1,16 @@
-"""The report of a repair, layer by layer."""
+"""What is reported layer by layer: a repair, and the damage of pruning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from ..errors import MODEL
 from .base import UndoableReport, terminal_table
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass
@@ -20,11 +19,10 @@ class LayerReport:
 
     `status` is one of `STATUSES`; `reason` is a sentence about it, or "". `dead` counts the channels whose weights are
     all zero. `variance_before` and `variance_after` are the variance of the pruned outputs over that of the dense ones,
-    both summed over channels, before and after the correction of this layer (1 is ideal; None for a BatchNorm, and
-    where the dense outputs are constant). `gain` is the least and the greatest gain, None for a refit. `shift_into`
-    says what took the shift. `explained`, with diagnostics, is the part of the dense variance that any gain and shift
-    for each channel can restore: the squared correlation before the correction, weighted by the dense variance; of a
-    refit it is the part that the refit explains. `ridge` is the ridge of the refit.
+    both summed over channels, before and after the correction (1 is ideal; None for a BatchNorm, and where the dense
+    outputs are constant). `gain` is the least and the greatest gain, None for a refit. `shift_into` says what took the
+    shift. `explained`, with diagnostics, is the part of the dense variance that a gain and a shift for each channel can
+    restore (the squared correlation, weighted by the dense variance); of a refit with its `ridge`, what it explains.
     """
 
     name: str
@@ -43,12 +41,10 @@ class LayerReport:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
         """The row again, from `dataclasses.asdict` by way of JSON."""
-        gain = plain.get("gain")
-        return cls(**{**plain, "gain": None if gain is None else (gain[0], gain[1])})
+        return cls(**{**plain, "gain": plain["gain"] and tuple(plain["gain"])})
 
 
-# given a gain; given new weights; given means of pruned weights; a BatchNorm with new statistics; not changed, though
-# selected; not selected by default
+# given a gain, new weights, means of pruned weights; a BatchNorm; not changed though selected; not selected by default
 STATUSES = ("repaired", "refitted", "replaced", "re-estimated", "unchanged", "skipped")
 COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"), "gain_least", "gain_greatest"]
 
@@ -57,11 +53,10 @@ COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"
 class RepairReport(UndoableReport):
     """The result of `repair`: its settings, a row for each layer, the images used, the seconds taken.
 
-    `images` counts the images behind the gains, `batchnorm_images` those behind the BatchNorm statistics, `skipped`
-    those left out for non-finite activations. `target` says what the outputs were matched to. `walk` is "graph",
-    "suspended" or "none"; `bytes_spilled` counts the bytes that did not fit the memory budget, and `resumed` the layers
-    and BatchNorms whose update came from a journal. Under ranks, images are those of all ranks together. `options` are
-    the fields of the method. `stages` has the seconds of each stage. A step of `compress` or `regrow` cannot be undone.
+    `options` are the fields of the method. `images` counts the images behind the gains, `batchnorm_images` those behind
+    the BatchNorm statistics, `skipped` those left out for non-finite activations, each over all ranks. `target` says
+    what the outputs were matched to. `walk` is "graph", "suspended" or "none"; `bytes_spilled` did not fit the memory
+    budget; `resumed` updates came from a journal; `stages` are in seconds.
     """
 
     work: ClassVar = "repair"
@@ -93,7 +88,7 @@ class RepairReport(UndoableReport):
         ends = ("gain_least", "gain_greatest")
         return [{**vars(each), **dict(zip(ends, each.gain or (None, None), strict=True))} for each in self.layers]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[Any]:
         from rich.markup import escape
 
         yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {self.recalibrate or 'as in the dense model'}"
@@ -117,3 +112,16 @@ class RepairReport(UndoableReport):
 
 def _refuse(whole: str) -> None:
     raise RuntimeError(f"this repair is one step of {whole}, and a step is not undone alone: call undo() of the whole")
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """For each output channel of one layer, float64 (C,): dense variance, pruned over dense variance, correlation.
+
+    Ratio and correlation are 1 where nothing was lost. A gain can restore the variance, not the correlation. The ratio
+    is NaN where the dense channel is constant.
+    """
+
+    variance: Tensor
+    ratio: Tensor
+    correlation: Tensor

@@ -78,35 +78,29 @@ class Cells:
                 self.repairability = Repairability.measure(self.dense, self.batches, **selection, **self.common)
 
     def fill(self, job: Job) -> Cell:
-        """Prune, repair, score."""
-        if job.options is not None and "past" in job.options:
-            return self._regrow(job, **job.options)
-        if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
-            model = copy.deepcopy(self.dense)
-            masks = self._sparsify(model, job.sparsity, job.allocation)
-            self.pruned = (job.sparsity, job.allocation), model, masks.sparsity
-        _, model, sparsity = self.pruned
+        """Prune, repair or regrow, score."""
+        options: dict[str, Any] = {**self.common, **(job.options or {})}
         seconds = 0.0
-        if job.options is not None:
-            model = copy.deepcopy(model)
-            target = self.statistics[job.samples] if job.statistics else self.dense
-            seconds = repair(model, target, self.batches, **{**self.common, **job.options}).seconds
-        return self._cell(job, model, sparsity, seconds)
+        if "past" in options:
+            model, started = copy.deepcopy(self.dense), time.perf_counter()
+            masks = self._sparsify(model, 1 - options.pop("past") * (1 - job.sparsity), job.allocation)
+            sparsity = regrow(model, self.dense, masks, job.sparsity, self.batches, **options).sparsity
+            seconds = time.perf_counter() - started
+        else:
+            if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
+                model = copy.deepcopy(self.dense)
+                masks = self._sparsify(model, job.sparsity, job.allocation)
+                self.pruned = (job.sparsity, job.allocation), model, masks.sparsity
+            _, model, sparsity = self.pruned
+            if job.options is not None:
+                model = copy.deepcopy(model)
+                target = self.statistics[job.samples] if job.statistics else self.dense
+                seconds = repair(model, target, self.batches, **options).seconds
+        return Cell(job.sparsity, job.allocation, job.method, self.score(model), sparsity, round(seconds, 3))
 
     def _sparsify(self, model: nn.Module, sparsity: float, allocation: str) -> Masks:
         measured = self.repairability if allocation == "rr" else None
         return sparsify(model, sparsity, allocation=allocation, calibration=measured, **self.pruning)
-
-    def _regrow(self, job: Job, past: float, **options: Any) -> Cell:
-        """Prune past the sparsity, regrow to it, score."""
-        model, started = copy.deepcopy(self.dense), time.perf_counter()
-        further = 1 - past * (1 - job.sparsity)
-        masks = self._sparsify(model, further, job.allocation)
-        grown = regrow(model, self.dense, masks, job.sparsity, self.batches, **{**self.common, **options})
-        return self._cell(job, model, grown.sparsity, time.perf_counter() - started)
-
-    def _cell(self, job: Job, model: nn.Module, pruned: float, seconds: float) -> Cell:
-        return Cell(job.sparsity, job.allocation, job.method, self.score(model), pruned, round(seconds, 3))
 
     def fill_here(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, Cell]]:
         """One after the other, in this process."""
@@ -123,10 +117,9 @@ class Cells:
         try:
             payload = pickle.dumps((self, [method for name, method in registered().items() if name in names]))
         except Exception as error:
-            raise ValueError(
-                f"workers={workers} sends evaluate, the model and the methods to other processes, and they cannot be "
-                f"pickled ({error}); use a function or class at the top of a module, or workers=1"
-            ) from error
+            sent = f"workers={workers} sends evaluate, the model and the methods to other processes"
+            remedy = "use a function or class at the top of a module, or workers=1"
+            raise ValueError(f"{sent}, and they cannot be pickled ({error}); {remedy}") from error
         threads = max(torch.get_num_threads() // workers, 1)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (payload, threads))
@@ -138,9 +131,8 @@ class Cells:
                     raise ResuscitateError(f"{jobs[waiting[future]]}: {cell}")
                 yield waiting[future], cell
         except BrokenProcessPool as error:
-            raise ResuscitateError(
-                "a worker process died, for want of memory perhaps; give resume=, fewer workers, and go on from there"
-            ) from error
+            remedy = "give resume=, fewer workers, and go on from there"
+            raise ResuscitateError(f"a worker process died, for want of memory perhaps; {remedy}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -71,10 +71,9 @@ def compress(
     resume: str | Path | None = None,
     **options: Unpack[RunOptions],
 ) -> CompressReport:
-    """Prune `model` to a sparsity in steps, in place, and repair it after each step.
+    """Prune `model` to a sparsity in steps, in place, and repair it after each step; as given it is the dense network.
 
-    The model as given is the dense network. No labels, no gradients. All or nothing: on an error every tensor is
-    unchanged.
+    No labels, no gradients. All or nothing: on an error every tensor is unchanged.
 
     Args:
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
@@ -82,10 +81,10 @@ def compress(
         calibration: as in `repair`. The images are read once and held in host memory: of a loader no more than fit in
             `memory` if the model runs on the host, else in half of the host's memory.
         steps: the number of steps, or the sparsity after each step, ascending to `sparsity`. With a number, the first
-            step prunes to `FIRST`, and each later step keeps the same fraction of the remaining weights.
+            step prunes to 0.5, and each later step keeps the same fraction of the remaining weights.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
-        resume: a folder for the journals of the steps, and one of the whole run, which refuses another run. A killed
-            run continues from them. Delete the folder once the result is saved.
+        resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
+            once the result is saved.
         options: see `RunOptions`.
 
     Raises what `sparsify` and `repair` raise; ValueError for steps that do not ascend to `sparsity`.
@@ -116,10 +115,7 @@ def compress(
 
 
 def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:
-    """The sparsities of the steps: from `FIRST` on, each step keeps the same fraction of the weights.
-
-    Raises TypeError or ValueError for a sparsity or steps out of range.
-    """
+    """The sparsities of the steps: from `FIRST` on, each step keeps the same fraction of the weights."""
     check_sparsity(sparsity)
     if not isinstance(steps, int):
         stops = [check_sparsity(stop) for stop in steps]

@@ -13,7 +13,7 @@ import asr_kernels as ak
 from ..engine.session import Session
 from ..network.layer_checks import same_layers
 from ..network.layers import find_layers, unwrap
-from ..reports.damage import LayerDamage
+from ..reports.repair import LayerDamage
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import OutputCovariances
 from ..utils.arguments import IMAGES, NETWORK, check_places
@@ -27,9 +27,8 @@ def damage(
 ) -> dict[str, LayerDamage]:
     """Compare the outputs of each layer in a pruned, or repaired, network with those in the dense one.
 
-    Both networks run as they are, each on its own activations, over the images; the dense activations of one batch are
-    held at a time. By layer, in the order of the model. A layer that is called several times is taken over all its
-    calls. options: see `RunOptions`. Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
+    Each runs as it is, on its own activations; the dense activations of one batch are held at a time. By layer, over
+    all its calls. options: see `RunOptions`. Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
     """
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK)}
     check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))
@@ -38,10 +37,9 @@ def damage(
     same_layers(find_layers(model), dense)
     with Session([model, dense], run) as session, torch.no_grad():
         found = session.compare(session.stream(calibration), find_layers(model), OutputCovariances)
-    return {name: _damage(statistic.pairs) for name, statistic in found.items()}
-
-
-def _damage(calls: list[ak.PairedMoments]) -> LayerDamage:
-    pair = reduce(ak.PairedMoments.merge, calls)
-    variance, left = pair.dense.var.cpu(), pair.pruned.var.cpu()
-    return LayerDamage(variance, torch.where(variance > 0, left / variance, torch.nan), pair.corr.cpu())
+    layers = {}
+    for name, statistic in found.items():
+        pair = reduce(ak.PairedMoments.merge, statistic.pairs)
+        dense_var, ratio = pair.dense.var.cpu(), pair.pruned.var.cpu() / pair.dense.var.cpu()
+        layers[name] = LayerDamage(dense_var, torch.where(dense_var > 0, ratio, torch.nan), pair.corr.cpu())
+    return layers

@@ -1,31 +1,36 @@
-"""The choices of a repair, checked before anything is read."""
+"""What a repair is to do: its choices, checked before anything is read, and the layers that it changes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from ..engine.probes import Layer, Probe, Request
-from ..errors import ModelMismatchError
+from ..engine.probes import Layer, Probe
+from ..engine.reference import DenseStatistics, Target
+from ..errors import ModelMismatchError, ResuscitateError, called
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
+from ..network.layer_checks import same_layers, split_by_objections
+from ..network.layers import effective_weight, out_channels, select_layers, stored_bias
+from ..network.wiring import Wiring
+from ..pruning.allocation import Selection
+from ..reports.repair import LayerReport, RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice, check_count, run_options
-from ..statistics.base import Statistic
 from ..statistics.outputs import OutputCovariances, OutputMoments
 
+log = logging.getLogger("resuscitate")
 Recalibrate = Exact | EMA | Literal["auto", "exact", "ema"] | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The method, the recalibration of BatchNorm and the run-time options of a repair.
-
-    `diagnostics`: measure the covariance of both networks' outputs too. `gain_samples`: images for the layers.
-    """
+    """The choices of a repair; see `repair`, and for `run` `RunOptions`."""
 
     method: Method
     recalibration: Exact | EMA | None
@@ -33,11 +38,6 @@ class Plan:
     diagnostics: bool
     gain_samples: int | None
     run: RunOptions
-
-    @property
-    def beside(self) -> bool:
-        """Do both networks run side by side?"""
-        return self.diagnostics or (self.method.dense is DenseAccess.MODEL and self.method.measures_layers)
 
     @property
     def image_counts(self) -> list[int | None]:
@@ -51,41 +51,26 @@ class Plan:
         return self.recalibration if isinstance(self.recalibration, Exact) else None
 
     def probes(self, layers: Mapping[str, Layer]) -> dict[str, Probe]:
-        """What the method measures at each layer that it changes."""
-        found = {name: self.method.probe(layer) for name, layer in layers.items()}
-        other = [name for name, probe in found.items() if probe is not None and probe.statistic is not OutputMoments]
-        if self.schedule == "parallel" and other:
-            raise ValueError(
-                f"schedule='parallel' measures OutputMoments only, and {other[0]!r} needs more of the walk"
-            )
-        return {name: self._adapted(probe, layers[name]) for name, probe in found.items() if probe is not None}
-
-    def _adapted(self, probe: Probe, layer: Layer) -> Probe:
-        """The probe, with diagnostics where they are wanted, and without the dense network where that is not there."""
-        if layer.dense is None:
-            return replace(probe, dense=None)
-        if self.diagnostics and probe.statistic is OutputMoments and probe.dense == "output":
-            return replace(probe, statistic=OutputCovariances)
-        return probe
-
-    def requests(
-        self, probes: Mapping[str, Probe], batchnorms: Mapping[str, Any], gains: int, exact: int
-    ) -> list[Request]:
-        """What to measure: the inputs of BatchNorms over `exact` batches, and layers over `gains` batches."""
-        found = [Request(name, self.exact.probe(), exact) for name in batchnorms] if self.exact else []
-        return found + [
-            Request(name, probe, gains) for name, probe in probes.items() if probe.statistic is not Statistic
-        ]
+        """What to measure at each layer that the method changes: its probe, with diagnostics where they are wanted."""
+        found = {}
+        for name, layer in layers.items():
+            if (probe := self.method.probe(layer)) is None:
+                continue
+            if self.schedule == "parallel" and probe.statistic is not OutputMoments:
+                problem = f"measures OutputMoments only, and {name!r} needs more of the walk"
+                raise ValueError(f"schedule='parallel' {problem}")
+            if layer.dense is None:
+                probe = replace(probe, dense=None)
+            elif self.diagnostics and probe.statistic is OutputMoments and probe.dense == "output":
+                probe = replace(probe, statistic=OutputCovariances)
+            found[name] = probe
+        return found
 
     def identity(self) -> dict[str, object]:
         """The choices that change the result, as plain values, for a journal."""
-        recalibration = self.recalibration and {"name": self.recalibration.name, **asdict(self.recalibration)}
-        return {
-            "method": {"name": self.method.name, **asdict(self.method)},
-            "recalibrate": recalibration,
-            "schedule": self.schedule,
-            "diagnostics": self.diagnostics,
-        }
+        ways = {"method": self.method, "recalibrate": self.recalibration}
+        named = {key: way and {"name": way.name, **asdict(way)} for key, way in ways.items()}
+        return {**named, "schedule": self.schedule, "diagnostics": self.diagnostics}
 
     def check_dense(self, dense: Any) -> None:
         """Raise where the method needs more of the dense network than `dense` is: ValueError, ModelMismatchError."""
@@ -93,15 +78,11 @@ class Plan:
         if method.dense is DenseAccess.MODEL and not whole:
             raise ValueError(f"method {method.name!r} needs the dense network itself: pass dense as a model")
         if self.diagnostics and method.changes_layers and not (whole and self.schedule == "sequential"):
-            raise ValueError(
-                "diagnostics compares both networks image by image: pass dense as a model, not its statistics, and "
-                "schedule='sequential'"
-            )
+            remedy = "pass dense as a model, not its statistics, and schedule='sequential'"
+            raise ValueError(f"diagnostics compares both networks image by image: {remedy}")
         if method.dense is not DenseAccess.NONE and dense is None:
-            raise ModelMismatchError(
-                f"method {method.name!r} matches the dense model's outputs: pass dense, or use method 'bn' or "
-                "dense='running'"
-            )
+            remedy = "pass dense, or use method 'bn' or dense='running'"
+            raise ModelMismatchError(f"method {method.name!r} matches the dense model's outputs: {remedy}")
 
 
 def make_plan(
@@ -117,8 +98,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a repair with these options; the fields of the method may be among them, with its name.
 
-    "auto" is "refit" where `dense` is a model and the schedule is sequential, else "asr". Raises TypeError for an
-    option that there is not, or that the method lacks; ValueError for a value out of range, or a contradiction.
+    Raises TypeError for an option that there is not, or that the method lacks; ValueError for a value out of range, or
+    a contradiction.
     """
     check_choice("schedule", schedule, get_args(Schedule))
     check_count("gain_samples", gain_samples)
@@ -145,3 +126,67 @@ def check_read(method: Method, **options: Any) -> None:
     for option, value in options.items():
         if value is not None and not method.changes_layers:
             raise ValueError(f"{option} is for methods that change layers, not {method.name!r}")
+
+
+def matching_layers(
+    model: nn.Module, dense: Target, include: Selection, exclude: Selection, report: RepairReport
+) -> dict[str, nn.Module]:
+    """The selected layers, each checked against the dense network or its statistics.
+
+    Layers that do not compute with their weight as it is are left out, with a row in the report.
+    """
+    if dense is model:
+        raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
+    selected = select_layers(model, include, exclude)
+    if not selected:
+        raise ResuscitateError("the model has no convolution or linear layer to repair")
+    layers, found = split_by_objections(selected, "repaired")
+    report.layers += [left_out(name, selected[name], "unchanged", objection) for name, objection in found.items()]
+    for name, layer in layers.items():
+        effective_weight(name, layer), stored_bias(name, layer)
+    if isinstance(dense, nn.Module):
+        if same_layers(layers, dense):
+            report.notes.append("the two models' weights are equal: nothing was pruned")
+            log.warning(report.notes[-1])
+    elif isinstance(dense, DenseStatistics):
+        for name, layer in layers.items():
+            if name not in dense.layers:
+                raise ModelMismatchError(f"{dense.path}: nothing is known of {called(name)}; measure its dense model")
+            for had in (moments.channels for moments in dense.layers[name]):
+                if had != (has := out_channels(layer)):
+                    problem = f"{called(name)} had {had} channels, the model has {has}"
+                    raise ModelMismatchError(f"{dense.path}: {problem}; measure the dense model of this very network")
+    return layers
+
+
+def layers_to_repair(
+    layers: dict[str, nn.Module], wiring: Wiring, report: RepairReport, skip_first: bool, skip_last: bool, running: bool
+) -> dict[str, nn.Module]:
+    """The layers to repair that a forward pass calls, in its order; the report has a row for each other layer.
+
+    running: the reference is the running statistics of the BatchNorm behind the layer.
+    """
+    run = [name for name in wiring.calls if name in wiring.layers]
+    first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
+    reasons = dict[str, tuple[str, str]]()
+    for name in layers:
+        if name not in run and name in wiring.read_elsewhere:
+            reasons[name] = "unchanged", "its weight is used, but not by a call of the layer"
+        elif name not in run:
+            reasons[name] = "unchanged", "no forward pass reaches it"
+        elif running and name not in wiring.batchnorm_of:
+            reasons[name] = "unchanged", "no BatchNorm alone reads it, whose running statistics its output could match"
+    if skip_last and run and run[-1] not in wiring.batchnorm_of:
+        reasons[run[-1]] = "skipped", "the last layer, whose inputs are not matched"
+    if skip_first and first is not None:
+        reasons[first] = "skipped", "its input is the image"
+    report.layers += [left_out(name, layer, *reasons[name]) for name, layer in layers.items() if name in reasons]
+    chosen = {name: layers[name] for name in run if name in layers and name not in reasons}
+    if layers and not chosen and not skip_last and not running:
+        raise ResuscitateError("no layer is left to repair: the first convolution needs skip_first=False")
+    return chosen
+
+
+def left_out(name: str, layer: nn.Module, status: str, reason: str) -> LayerReport:
+    """The row of a layer that is not repaired."""
+    return LayerReport(name, type(layer).__name__, out_channels(layer), status, reason)

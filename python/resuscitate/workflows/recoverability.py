@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from ..utils.nested import count_images
 from ..utils.progress import track
 from .cells import Cells, Job
 from .plan import make_plan
-from .regrow import Growth
+from .regrow import plan_of_growth
 from .steps import options_of_steps, run_identity
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ PRESETS: dict[str, dict[str, Any] | None] = {
     "regrow": {"past": 0.3},
     "asr-ema": {"method": "asr", "schedule": "parallel", "recalibrate": "ema"},
 }
-
-UNPLANNED = {"include", "exclude", "skip_first", "skip_last"}  # options of `repair` that are not of its plan
 
 
 def presets() -> dict[str, dict[str, Any] | None]:
@@ -94,10 +92,9 @@ def recoverability(
         evaluate: `evaluate(model)` gives the score of a model in eval mode, higher is better; such as `Accuracy`.
         sparsities, allocations, pattern, include, exclude: see `sparsify`; what "rr" measures serves all sparsities.
         methods: names of registered methods, or of `PRESETS` ("none", "bn-ema", "mean-bn", "asr-ema", "regrow"; "-ema"
-            is the published protocol), or {label: a `Method`, options of `repair`, or None for no repair}.
-            {label: {"past": 0.3, and options of `regrow`}} prunes until 0.3 of the weights that the sparsity leaves
-            remain, and regrows to it.
-        chance: the score of guessing, against which the transition regime is defined (`RecoverabilityMap.transition`).
+            is the published protocol), or {label: a `Method`, options of `repair`, or None for no repair}. {"past":
+            0.3, and options of `regrow`} prunes to 0.3 of the weights that the sparsity leaves, and regrows to it.
+        chance: the score of guessing, for the transition regime (`RecoverabilityMap.transition`).
         workers: number of processes that fill cells; each holds the model and the images. With more than one,
             `evaluate` and the model must be picklable, and a script needs its `if __name__ == "__main__":`.
         resume: a journal to which each cell is appended. Cells in it are not filled again, also in a map with other
@@ -114,20 +111,25 @@ def recoverability(
     run = run_options("recoverability()", options)
     if run["group"] is not None:
         raise ValueError("a recoverability map takes no group: its cells are shared out with workers=")
+    if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
+        raise ValueError(f'pattern {pattern!r} has no sparsity to vary; a map is of "unstructured" or "filter"')
     common = options_of_steps(run)
-    jobs = _jobs(sparsities, allocations, methods, pattern, dense, common)
-    batches = _held(dense, calibration, run, workers)
+    jobs = _jobs(sparsities, allocations, methods, dense, common)
+    room = in_memory(run["memory"], "cpu", dense, workers)  # each worker holds a copy
+    limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}
+    raw = run["forward_fn"] is not None
+    batches = hold(calibration, read_batches(calibration, **limits, raw=raw, room=room))
     pruning = {"pattern": pattern, "include": listed(include), "exclude": listed(exclude)}
     cells = Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:
         remedy = "look at its weights, and at the images that it is scored on, their normalisation and their labels"
         raise ValueError(f"the dense model scores {score:g}, which is no more than chance={chance:g}; {remedy}")
-    identity: dict[str, object] = {"model": digest_model(cells.dense), "dense score": score}
+    identity = dict[str, object]()
     if resume is not None:
-        told = {**fingerprints(pruning), **run_identity(run)}
-        identity |= {"images": digest_in_order(batches), "options": told}
-        identity |= {"evaluate": fingerprint(evaluate) if isinstance(evaluate, Accuracy) else None}
+        identity = {"model": digest_model(cells.dense), "dense score": score, "images": digest_in_order(batches)}
+        identity["options"] = {**fingerprints(pruning), **run_identity(run)}
+        identity["evaluate"] = fingerprint(evaluate) if isinstance(evaluate, Accuracy) else None
     with Journal(resume, identity, Ranks()) as journal:
         found = {key: Cell(**row) for key, (_, row) in journal.entries.items() if key in jobs}  # type: ignore[arg-type]
         left = {key: job for key, job in jobs.items() if key not in found}
@@ -139,71 +141,50 @@ def recoverability(
     return RecoverabilityMap([found[key] for key in jobs], score, chance, pattern, sum(map(count_images, batches)))
 
 
-def _held(dense: nn.Module, calibration: Any, run: RunOptions, workers: int) -> list[Any]:
-    """The images, in host memory; each worker holds a copy."""
-    room = in_memory(run["memory"], "cpu", dense, workers)
-    limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}
-    return hold(calibration, read_batches(calibration, **limits, raw=run["forward_fn"] is not None, room=room))
-
-
 def _jobs(
-    sparsities: Iterable[float],
-    allocations: Iterable[str],
-    methods: Columns,
-    pattern: str,
-    dense: nn.Module,
-    common: RunOptions,
+    sparsities: Iterable[float], allocations: Iterable[str], methods: Columns, dense: nn.Module, common: RunOptions
 ) -> dict[str, Job]:
     """The cells to fill, by a key made of their settings. Raises ValueError or TypeError."""
-    if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
-        raise ValueError(f'pattern {pattern!r} has no sparsity to vary; a map is of "unstructured" or "filter"')
-    columns = {label: _checked(label, options, dense, common) for label, options in _columns(methods).items()}
+    if isinstance(methods, Mapping):
+        columns = {label: {"method": each} if isinstance(each, Method) else each for label, each in methods.items()}
+    else:
+        known, names = presets(), _listed("methods", methods)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
+        columns = {name: known[name] for name in names}
+    statistics = {label: _needs_statistics_alone(label, each, dense, common) for label, each in columns.items()}
     jobs = {}
     for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
         check_sparsity(sparsity)
         check_method(allocation)
-        for method, (options, statistics) in columns.items():
-            job = Job(sparsity, allocation, method, options, statistics)
+        for label, options in columns.items():
+            job = Job(sparsity, allocation, label, options, statistics[label])
             jobs[f"{job}: {sorted(fingerprints(options or {}).items())}"] = job
     if not jobs:
         raise ValueError("a map needs at least one sparsity, one allocation and one method")
     return jobs
 
 
-def _columns(methods: Columns) -> dict[str, Mapping[str, Any] | None]:
-    """The options of each column of the map, by label."""
-    if isinstance(methods, Mapping):
-        return {label: {"method": each} if isinstance(each, Method) else each for label, each in methods.items()}
-    known = presets()
-    for name in (names := _listed("methods", methods)):
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
-    return {name: known[name] for name in names}
-
-
-def _checked(
+def _needs_statistics_alone(
     label: str, options: Mapping[str, Any] | None, dense: nn.Module, common: RunOptions
-) -> tuple[Mapping[str, Any] | None, bool]:
-    """The options of a column, and whether the dense statistics are enough for it.
-
-    Raises ValueError or TypeError, naming the column, for options that `repair` or `regrow` would refuse.
-    """
+) -> bool:
+    """Are the dense statistics enough for this column? Raises for options that `repair` or `regrow` would refuse."""
     if options is None:
-        return None, False
+        return False
+    regrows = "past" in options
+    others = ("past", "densities", "finetune") if regrows else ("include", "exclude", "skip_first", "skip_last")
+    chosen = {**common, **{name: value for name, value in options.items() if name not in others}}  # those of the plan
     try:
-        if "past" in options:
+        if regrows:
             check_number("past", options["past"], 0, most=1, above=True)
-            of_growth = {field.name for field in fields(Growth)} - {"pattern"}
-            growth = Growth(**{name: value for name, value in options.items() if name in of_growth})
-            rest = {name: value for name, value in options.items() if name not in of_growth | {"past"}}
-            growth.plan(dense, {**common, **rest})
-            return options, False
-        planned = {name: value for name, value in options.items() if name not in UNPLANNED}
-        plan = make_plan("repair()", dense, **{**common, **planned})
+            plan_of_growth(dense, "unstructured", **chosen)
+            return False
+        plan = make_plan("repair()", dense, **chosen)
         plan.check_dense(dense)
     except (TypeError, ValueError) as error:
         raise type(error)(f"method {label!r}: {error}") from error
-    return options, plan.method.dense is DenseAccess.STATISTICS and not plan.diagnostics
+    return plan.method.dense is DenseAccess.STATISTICS and not plan.diagnostics
 
 
 def _listed(option: str, names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -58,10 +58,7 @@ class GrowthRound:
 
 @dataclass(kw_only=True, eq=False)
 class RegrowthReport(StepsReport, Mapping[str, Tensor]):
-    """The result of `regrow`: the new `masks`, the report of each of the `rounds`, and `seconds` in all.
-
-    As a mapping it is the masks, so that it can stand where masks are expected.
-    """
+    """The result of `regrow`: the new `masks`, the `rounds`, `seconds` in all. As a mapping it is the masks."""
 
     rounds: list[GrowthRound]
 
@@ -117,21 +114,20 @@ def regrow(
 ) -> RegrowthReport:
     """Regrow the most important pruned weights of a model until it has a lower sparsity, and repair it, in place.
 
-    Returns the new masks, with the number of weights regrown in each layer. Exactly round(sparsity * total) weights of
-    the masked layers stay pruned. All or nothing: on an error every tensor is unchanged.
+    Exactly round(sparsity * total) weights of the masked layers stay pruned. All or nothing: on an error nothing is
+    changed.
 
     Args:
         dense: the network before pruning, with the layers of the masks.
         masks: the present masks, as from `sparsify`, `compress` or `Masks.from_zeros(model)`. Weights are regrown only
-            in layers with a mask, and the sparsity is of the original weights of these layers.
-        sparsity: a float, at most the sparsity of the masks.
+            in layers with a mask; the sparsity, at most that of the masks, is of these layers' original weights.
         pattern: "channels" regrows whole channels: the masks are those of `sparsify(pattern="channels")`, and the
             sparsity is a fraction of the channels that can be removed, as there. If the channels were removed from the
             model (`remove=True`, `shrink`), the regrown ones are added again to its layers, BatchNorms and consumers.
         budget: how many weights are regrown in each layer. "greedy": one ranking over all layers by saliency.
-            "damage": in proportion to (number of pruned weights) times (fraction of the output lost: 1 - corr^2 per
-            channel, averaged with the dense variance as weight). "ssim": the same with 1 - SSIM of the feature maps, as
-            published. "proportional": in proportion to the number of pruned weights.
+            "proportional": in proportion to the number of pruned weights. "damage": the same, times the fraction of the
+            output lost (1 - corr^2 per channel, averaged with the dense variance as weight). "ssim": with 1 - SSIM of
+            the feature maps in its place, as published.
         densities: {glob over layer names: final density} of layers with a fixed density.
         saliency: which weights of a layer are regrown. "magnitude": the largest dense ones. "residual": those that,
             each alone, reduce the squared error of the layer's output most, on its present inputs; the reductions
@@ -143,13 +139,12 @@ def regrow(
             ridge towards the dense value. (In a refit, the ridge is towards "dense".)
         rounds: number of equal steps.
         method: of the `repair` after each round; None: no repair, only `finetune`.
-        evaluate, accuracy: stop after the first round in which `evaluate(model)` is at least `accuracy`. With ranks,
-            the value of rank 0 counts.
+        evaluate, accuracy: stop after the first round in which `evaluate(model)`, on rank 0, is at least `accuracy`.
         finetune: called as `finetune(model, masks)` after each round's repair; pruned weights are set to zero after it.
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.
         resume: a folder for journals, as in `compress`. They do not contain a fine-tuning.
-        calibration: as in `repair`. The images are read once and held in memory, as in `compress`.
+        calibration: as in `repair`, held in memory as in `compress`.
         options: see `RunOptions`; the options of the method may be among them, with its name.
 
     Raises ValueError for an unknown choice and for a sparsity above that of the masks; MaskError for masks of another
@@ -159,15 +154,15 @@ def regrow(
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK), "masks": (masks, MASKS)}
     places |= {"sparsity": (sparsity, NUMBER), "calibration": (calibration, IMAGES)}
     check_places("regrow(model, dense, masks, sparsity, images)", **places)
-    growth = Growth(
-        pattern, budget, densities, saliency, initial, rounds, method, evaluate, accuracy, finetune, labelled, loss
-    )
-    plan = growth.plan(dense, options)
+    choices: dict[str, Any] = {"budget": budget, "saliency": saliency, "initial": initial, "rounds": rounds}
+    choices |= {"labelled": labelled, "loss": loss}
+    plan = plan_of_growth(dense, pattern, method=method, evaluate=evaluate, accuracy=accuracy, **choices, **options)
     check_sparsity(sparsity)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
     found, given = list[GrowthRound](), masks
     with Session([model], plan.run, writes=True, measures=False) as session:
-        choices = {**growth.identity(), "dense": dense, "masks": masks, "sparsity": sparsity}
+        choices |= {"pattern": pattern, "densities": densities, "finetune": finetune}
+        choices |= {"dense": dense, "masks": masks, "sparsity": sparsity}
         steps, ranks = Steps(session, plan, calibration, resume, choices), session.ranks
         example = None
         if pattern == "channels":
@@ -175,7 +170,12 @@ def regrow(
             example = ranks.lend(None if ranks.rank else example)  # rank 0's, so that all see the same groups
         shrunk = example is not None and restore_units(model, dense, masks, example)
         space = RegrowableWeights(dense, masks) if example is None else RegrowableChannels(dense, masks, example)
-        _check_masks(model, dense, masks)
+        if dense is model:
+            raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
+        if not masks:
+            raise ValueError("masks is empty: pass what sparsify returned, or Masks.from_zeros(model)")
+        masks.check(model)
+        same_layers({name: find_layers(model)[name] for name in masks}, dense)
         estimator = ImportanceEstimator(dense, steps.batches, steps.run, ranks)
         selector = RegrowthSelector(space, estimator, budget, saliency, densities)
         if saliency == "gradient":
@@ -189,14 +189,16 @@ def regrow(
             if method is not None:
                 more = {"masks": masks} if plan.method.changes_layers else {}
                 report = steps.repair("regrow", f"round-{index}", model, dense, **more)
-            growth.train(model, masks, ranks)
+            if finetune is not None:
+                _finetune(finetune, model, masks, ranks)
             total, pruned = space.counts(masks)
-            score = growth.score(model, ranks)
+            score = None if evaluate is None else _score(evaluate, model, ranks)
             found.append(GrowthRound(pruned / total, regrown, damage, score, report))
             log.info("round %d: sparsity %.4f, score %s", index, found[-1].sparsity, score)
             if score is not None and accuracy is not None and score >= accuracy:
                 break
-        masks = Masks(masks, _notes(given, masks))
+        counts = {name: int(mask.sum()) - int(given[name].sum()) for name, mask in masks.items()}
+        masks = Masks(masks, {name: f"{count:,} regrown" for name, count in counts.items() if count})
         masks.check(model)
         if shrunk and example is not None:
             shrink(model, masks, example)
@@ -205,88 +207,64 @@ def regrow(
         return RegrowthReport(masks=masks, seconds=seconds, _undo=undo, rounds=found)
 
 
-@dataclass(frozen=True)
-class Growth:
-    """The choices of `regrow`, checked: ValueError for one that there is not, or that contradicts another."""
+def plan_of_growth(
+    dense: nn.Module,
+    pattern: Pattern,
+    /,
+    budget: Budget = "greedy",
+    saliency: Saliency | Mapping[str, Any] = "magnitude",
+    initial: Initial = "dense",
+    rounds: int = 1,
+    method: Method | str | None = "auto",
+    evaluate: object = None,
+    accuracy: float | None = None,
+    labelled: object = None,
+    loss: object = None,
+    **options: Any,
+) -> Plan:
+    """The plan of the repairs in a `regrow` with these choices, and with options of the method and of the run.
 
-    pattern: Pattern = "unstructured"
-    budget: Budget = "greedy"
-    densities: Mapping[str, float] | None = None
-    saliency: Saliency | Mapping[str, Any] = "magnitude"
-    initial: Initial = "dense"
-    rounds: int = 1
-    method: Method | str | None = "auto"
-    evaluate: Callable[[nn.Module], float] | None = None
-    accuracy: float | None = None
-    finetune: Callable[[nn.Module, Masks], Any] | None = None
-    labelled: Iterable[tuple[Any, Tensor]] | None = None
-    loss: Loss | None = None
-
-    def __post_init__(self) -> None:
-        check_number("rounds", self.rounds, 1, whole=True)
-        check_choice("pattern", self.pattern, get_args(Pattern))
-        check_choice("budget", self.budget, get_args(Budget))
-        check_choice("initial", self.initial, get_args(Initial))
-        if not isinstance(self.saliency, Mapping):
-            check_choice("saliency", self.saliency, get_args(Saliency))
-        if self.pattern == "channels" and self.saliency == "residual":
-            raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
-        if (self.saliency == "gradient") != (self.labelled is not None):
-            raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
-        if self.loss is not None and self.saliency != "gradient":
-            raise ValueError("loss is for saliency 'gradient'")
-        if self.accuracy is not None and self.evaluate is None:
-            raise ValueError("accuracy is a goal for evaluate(model): pass that too")
-
-    def plan(self, dense: nn.Module, options: Mapping[str, Any]) -> Plan:
-        """The plan of the repairs. Raises ValueError for choices that contradict the method or run-time options."""
-        plan = plan_of_steps("regrow()", dense, "bn" if self.method is None else self.method, options)
-        if self.pattern == "channels" and plan.run["forward_fn"] is not None:
-            raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
-        if self.initial == "refit" and (self.method is None or not plan.method.finds_weights):
-            raise ValueError("initial='refit' needs a refit to find the values: choose method='refit'")
-        return plan
-
-    def identity(self) -> dict[str, Any]:
-        """The choices that change the result; `evaluate` and `accuracy` only say when to stop."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**found, "evaluate": None, "accuracy": None, "method": self.method is not None}
-
-    def train(self, model: nn.Module, masks: Masks, ranks: Ranks) -> None:
-        """Call `finetune`, if given, then set pruned weights to zero. Raises MaskError if it changed the masks."""
-        if self.finetune is None:
-            return
-        given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
-        with flags_kept(model):
-            self.finetune(model, given)
-        for name, mask in masks.items():
-            if name not in given or not torch.equal(given[name], mask):
-                raise MaskError(name, "finetune changed its mask; it may change kept weights only")
-        masks.apply_(model)
-        ranks.check_same("a fine-tuned model", digest_model(model))
-
-    def score(self, model: nn.Module, ranks: Ranks) -> float | None:
-        """The value of `evaluate`, if given, for the model in eval mode; with ranks, that of rank 0."""
-        if self.evaluate is None:
-            return None
-        with flags_kept(model):
-            score = float(self.evaluate(model.eval()))
-        if not math.isfinite(score):
-            raise ValueError(f"evaluate returned {score}; it must return a finite score")
-        return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))
+    `pattern` is no option of a map's column, so it has no name here. Raises ValueError for a choice that there is not,
+    or that contradicts another.
+    """
+    check_number("rounds", rounds, 1, whole=True)
+    check_choice("pattern", pattern, get_args(Pattern))
+    check_choice("budget", budget, get_args(Budget))
+    check_choice("initial", initial, get_args(Initial))
+    if not isinstance(saliency, Mapping):
+        check_choice("saliency", saliency, get_args(Saliency))
+    if pattern == "channels" and saliency == "residual":
+        raise ValueError("saliency 'residual' is of single weights; choose 'magnitude' or 'gradient' for channels")
+    if (saliency == "gradient") != (labelled is not None):
+        raise ValueError("labelled, pairs of images and labels, is for saliency 'gradient', which needs it")
+    if loss is not None and saliency != "gradient":
+        raise ValueError("loss is for saliency 'gradient'")
+    if accuracy is not None and evaluate is None:
+        raise ValueError("accuracy is a goal for evaluate(model): pass that too")
+    plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options)
+    if pattern == "channels" and plan.run["forward_fn"] is not None:
+        raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
+    if initial == "refit" and (method is None or not plan.method.finds_weights):
+        raise ValueError("initial='refit' needs a refit to find the values: choose method='refit'")
+    return plan
 
 
-def _check_masks(model: nn.Module, dense: nn.Module, masks: Masks) -> None:
-    """Raise MaskError or ModelMismatchError unless the masks are of this model, and it has the dense one's layers."""
-    if dense is model:
-        raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
-    if not masks:
-        raise ValueError("masks is empty: pass what sparsify returned, or Masks.from_zeros(model)")
-    masks.check(model)
-    same_layers({name: find_layers(model)[name] for name in masks}, dense)
+def _finetune(finetune: Callable[[nn.Module, Masks], Any], model: nn.Module, masks: Masks, ranks: Ranks) -> None:
+    """Call `finetune`, then set pruned weights to zero. Raises MaskError if it changed the masks."""
+    given = Masks({name: mask.clone() for name, mask in masks.items()}, masks.notes)
+    with flags_kept(model):
+        finetune(model, given)
+    for name, mask in masks.items():
+        if name not in given or not torch.equal(given[name], mask):
+            raise MaskError(name, "finetune changed its mask; it may change kept weights only")
+    masks.apply_(model)
+    ranks.check_same("a fine-tuned model", digest_model(model))
 
 
-def _notes(before: Masks, after: Masks) -> dict[str, str]:
-    """Layer -> the number of weights kept in `after` and not in `before`, where there are some."""
-    counts = {name: int(mask.sum()) - int(before[name].sum()) for name, mask in after.items()}
-    return {name: f"{count:,} regrown" for name, count in counts.items() if count}
+def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, ranks: Ranks) -> float:
+    """The value of `evaluate` for the model in eval mode; with ranks, that of rank 0."""
+    with flags_kept(model):
+        score = float(evaluate(model.eval()))
+    if not math.isfinite(score):
+        raise ValueError(f"evaluate returned {score}; it must return a finite score")
+    return float(ranks.add(torch.tensor([score if ranks.rank == 0 else 0.0], dtype=torch.float64)))

@@ -1,39 +1,30 @@
-"""The main function: repair a pruned network from unlabelled images, in place, all or nothing."""
+"""The main function: repair a pruned network from unlabelled images; and the re-estimation of BatchNorm alone."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batches import Batches, most_images, rebatch
 from ..data.checks import NORMALISED_FROM, warn_of_normalisation
-from ..engine.probes import Layer, Measurement, Probe
-from ..engine.reference import (
-    TARGET,
-    Dense,
-    DenseStatistics,
-    Target,
-    as_target,
-    compare_images,
-    describe,
-    fill_reference,
-    identify,
-)
+from ..engine.probes import Layer, Measurement, Probe, Request
+from ..engine.reference import TARGET, Dense, DenseStatistics, Target, as_target, fill_reference, identify
 from ..engine.session import Session
 from ..engine.writer import Writer
-from ..errors import CalibrationError, ResuscitateError
+from ..errors import CalibrationError, ModelMismatchError, ResuscitateError
 from ..methods.base import DenseAccess, Method, Schedule
-from ..methods.batchnorm import EMA, batchnorms_to_estimate
-from ..network.layers import Selector, unwrap
-from ..network.masks import Masks, in_use
+from ..methods.batchnorm import EMA, Exact, batchnorms_to_estimate
+from ..network.layers import running_statistics, unwrap
+from ..network.masks import in_use
 from ..network.runner import first_images
+from ..pruning.allocation import Selection
 from ..reports.repair import RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal
@@ -42,8 +33,7 @@ from ..statistics.base import Statistic
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.digest import MODULUS, digest_images, digest_model, digest_tensors, fingerprint
 from ..utils.progress import Stopwatch, track
-from .layer_selection import copy_statistics, layers_to_repair, left_out, matching_layers
-from .plan import Plan, Recalibrate, check_read, make_plan
+from .plan import Plan, Recalibrate, check_read, layers_to_repair, left_out, make_plan, matching_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,8 +51,8 @@ def repair(
     schedule: Schedule = "sequential",
     recalibrate: Recalibrate = "auto",
     gain_samples: int | None = None,
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
     masks: Mapping[str, Any] | None = None,
     skip_first: bool | None = None,
     skip_last: bool | None = None,
@@ -76,34 +66,31 @@ def repair(
     requires_grad, device, dtype, memory format and random state stay as found. `report.undo()` undoes the repair.
 
     Args:
-        dense: the network before pruning, with the same layers. Or `DenseStatistics`, or the file where they were
-            saved: a study of many prunings then runs the dense network once. Or "running": the outputs of the layer
-            before a BatchNorm are matched to that BatchNorm's running statistics, without a dense network. With
-            method "channelwise" and skip_first=False this is **exact recalibration by another name**, and no stronger.
-            Method "bn" needs none of them, and takes the images in this place too.
+        dense: the network before pruning, with the same layers. Or `DenseStatistics` or their file: many prunings then
+            need one run of the dense network. Or "running": outputs are matched to the running statistics of the
+            BatchNorm behind the layer: **exact recalibration by another name**, and no stronger, with "channelwise" and
+            skip_first=False. Method "bn" needs none of them, and takes the images in this place too.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
-        method: a `Method` such as `Refit(ridge=0.1)`, or the name of one, with its options as further keywords if any.
-            "refit": new values for all surviving weights, by least squares. "asr", "channelwise" and "layerwise": a
-            gain and a shift for each channel (arXiv 2605.21426). "mean": pruned weights are replaced by their mean.
-            "bn": BatchNorm alone is re-estimated. "auto" is "refit" where `dense` is a model and the schedule is
-            sequential, else "asr".
+        method: a `Method` such as `Refit(ridge=0.1)`, or its name, with its options as further keywords. "refit": new
+            values for all surviving weights, by least squares. "asr", "channelwise" and "layerwise": a gain and a shift
+            for each channel (arXiv 2605.21426). "mean": pruned weights are replaced by their mean. "bn": BatchNorm
+            alone is re-estimated. "auto": "refit" where `dense` is a model and the schedule is sequential, else "asr".
         schedule: "sequential" measures each layer when all earlier ones are corrected; "parallel", as published,
             measures all on the unrepaired network.
         recalibrate: None keeps the dense network's BatchNorm statistics, which corrected outputs match; they are copied
             where the pruned network's differ, except behind layers that include and exclude leave out. "exact" or
-            `Exact(...)` pools them over all images and thereby **cancels** the gain and the shift of every layer that a
-            BatchNorm alone reads; it does not cancel a refit. "ema" or `EMA(...)` is the published protocol, which
-            also resets a shift that a BatchNorm took. "auto": "exact" for "bn", else None.
+            `Exact(...)` pools them over all images, which **cancels** gain and shift of a layer that a BatchNorm alone
+            reads, but no refit. "ema" or `EMA(...)` is the published protocol, which also resets a shift that a
+            BatchNorm took. "auto": "exact" for "bn", else None.
         gain_samples: the number of images for the layers; None: all that are read.
         include, exclude: layers to repair, as globs over their names or as module types.
         masks: which weights are in use, as `Masks` or {layer: boolean tensor}; a refit then finds values also for
             weights that are in use but zero. None, or a layer without a mask: the weights that are not zero.
-        skip_first: leave the first convolution unchanged, as published. None: as the method says (`skips_first`).
-        skip_last: leave the last layer unchanged where no BatchNorm reads it (the classifier). None: as the method
-            says (`skips_last`).
-        diagnostics: report for each layer which part of the dense variance a gain can restore. Needs the dense network
-            itself and the sequential schedule. It changes no weight.
+        skip_first, skip_last: leave unchanged the first convolution, as published; the last layer where no BatchNorm
+            reads it (the classifier). None: as the method says (`skips_first`, `skips_last`).
+        diagnostics: report which part of each layer's dense variance a gain can restore; no weight depends on it.
+            Needs the dense network itself and the sequential schedule.
         resume: a journal file to which each update is appended. A killed run goes on from it; a run that differs in
             models, images or an option that changes the result is refused. Delete it once the result is saved.
         options: see `RunOptions`.
@@ -131,7 +118,7 @@ def repair(
         check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
     model, target = unwrap(model), as_target(dense)
     recalibration = plan.recalibration
-    way = None if recalibration is None else recalibration.name
+    way = recalibration.name if recalibration else None
     report = RepairReport(plan.method.name, schedule, way, asdict(plan.method), ranks=ranks.size)
     layers = matching_layers(model, target, include, exclude, report) if plan.method.changes_layers else {}
     batchnorms = batchnorms_to_estimate(model, recalibration, report) if recalibration else {}
@@ -141,13 +128,16 @@ def repair(
     with Session(models, plan.run, writes=True, ranks=ranks) as session:
         images = _read(session, plan, calibration, bool(layers), report)
         clock.end("reading images")
-        wiring, selected = session.look(images.batches), set(layers)
+        wiring, selected = session.look(images.batches), layers
         first = plan.method.skips_first if skip_first is None else skip_first
         active = recalibration if batchnorms else None
         last = plan.method.skips_last(schedule, active) if skip_last is None else skip_last
-        layers = layers_to_repair(layers, wiring, report, first, last, need_batchnorm=target == "running")
+        layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running")
         zeros = in_use(model, layers, masks)
-        seen = _layers(session, layers, zeros)
+        seen = {
+            name: Layer(name, layer, session.place(name).dense, zeros[name], name in wiring.products, ranks)
+            for name, layer in layers.items()
+        }
         plan.method.prepare(seen)
         probes = plan.probes(seen)
         options_used = {**plan.identity(), "layers": list(layers), "batchnorms": list(batchnorms)}
@@ -155,7 +145,7 @@ def repair(
         identity = _identity(session, target, images, options_used, resume is not None)
         if any(probe.folds > 1 for probe in probes.values()):
             images.batches.number_images(ranks)
-        _match_reference(model, target, images, selected, session, report)
+        _match_reference(session, target, images, selected, report)
         journal = session.stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
         writer = Writer(session.net, wiring, seen, report, journal, ranks, plan.method.dense is not DenseAccess.NONE)
@@ -179,23 +169,19 @@ def repair(
 
 @dataclass
 class _Images:
-    """The images of a repair: all batches, and how many of them are for the layers and for an exact recalibration.
-
-    `cut_anew` are the batches of an EMA. `totals` counts, over all ranks, all images and those of either use.
-    """
-
     batches: Batches
-    gains: int
-    exact: int
-    cut_anew: Iterable[Tensor]
-    totals: list[int]
+    gains: int  # how many of the batches are for the layers
+    exact: int  # how many of them are for an exact recalibration
+    cut_anew: Iterable[Tensor]  # the batches of an EMA
+    totals: list[int]  # images over all ranks: all, for the layers, for an exact recalibration
 
 
 def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, report: RepairReport) -> _Images:
     """Read as many images as any step needs, and note their numbers in the report. Raises CalibrationError."""
     most, ranks = most_images(plan.image_counts, plan.run["max_samples"]), session.ranks
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
-    batches = session.read(calibration, most=most, marks=marks, beside=plan.beside)
+    beside = plan.diagnostics or (plan.method.dense is DenseAccess.MODEL and plan.method.measures_layers)
+    batches = session.read(calibration, most=most, marks=marks, beside=beside)
     gains = batches.batches_for(marks[0]) if changes_layers else 0
     exact = batches.batches_for(marks[1]) if plan.exact else 0
     counts = [batches.images(count) for count in (None, gains, exact)]
@@ -210,16 +196,6 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     ema = plan.recalibration if isinstance(plan.recalibration, EMA) else None
     cut_anew = rebatch(batches, ema.batch_size, ema.batches) if ema else ()
     return _Images(batches, gains, exact, cut_anew, totals)
-
-
-def _layers(session: Session, layers: Mapping[str, nn.Module], zeros: Masks) -> dict[str, Layer]:
-    """The layers as the method sees them."""
-    dense = session.dense.modules if session.dense is not None else {}
-    products = session.wiring.products
-    return {
-        name: Layer(name, module, dense.get(name), zeros[name], name in products, session.ranks)
-        for name, module in layers.items()
-    }
 
 
 def _identity(
@@ -241,20 +217,38 @@ def _identity(
 
 
 def _match_reference(
-    model: nn.Module, target: Target, images: _Images, selected: set[str], session: Session, report: RepairReport
+    session: Session, target: Target, images: _Images, selected: Collection[str], report: RepairReport
 ) -> None:
-    """Take over the BatchNorm statistics of the reference, and note what the report says of it."""
+    """Copy the reference's BatchNorm statistics where they differ, and note what the report says of it."""
     if not selected:
         return
-    functional = session.wiring.functional.items()
-    report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in functional]
-    report.target = describe(target)
+    report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in session.wiring.functional.items()]
+    report.target = "dense model" if isinstance(target, nn.Module) else "running statistics"
     if isinstance(target, DenseStatistics):
+        report.target = f"dense statistics ({target.path})"
         (digest,) = session.ranks.total(digest_images(images.batches.head(images.gains)))
-        compare_images(target, report, f"{digest % MODULUS:x}")
-    if isinstance(target, nn.Module | DenseStatistics):
-        behind = session.wiring.batchnorm_of.items()
-        copy_statistics(model, target, {each for name, each in behind if name not in selected}, report)
+        if (target.images, target.digest) != (report.images, f"{digest % MODULUS:x}"):
+            images_used = f"{target.images} images, and not from the {report.images} used here"
+            report.notes.append(f"the dense statistics come from {images_used}: the same images match better")
+            log.warning(report.notes[-1])
+    if not isinstance(target, nn.Module | DenseStatistics):
+        return
+    # BatchNorms behind layers that were not selected may hold the shift of an earlier repair
+    kept = {batchnorm for name, batchnorm in session.wiring.batchnorm_of.items() if name not in selected}
+    originals = target.batchnorms if isinstance(target, DenseStatistics) else running_statistics(target)
+    copied = 0
+    for name, mine in running_statistics(session.net.model).items():
+        if name in kept:
+            continue
+        theirs, channels = originals.get(name), len(mine[0])
+        if theirs is None or len(theirs[0]) != channels:
+            raise ModelMismatchError(f"the dense model has no BatchNorm {name!r} with {channels} channels")
+        stale = [(m, original) for m, original in zip(mine, theirs, strict=True) if not torch.equal(m, original.to(m))]
+        for m, original in stale:
+            m.copy_(original)
+        copied += bool(stale)
+    if copied:
+        report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")
 
 
 def _update(
@@ -262,33 +256,31 @@ def _update(
     plan: Plan,
     writer: Writer,
     probes: Mapping[str, Probe],
-    batchnorms: Mapping[str, _BatchNorm],
+    batchnorms: Iterable[str],
     images: _Images,
     target: Target,
 ) -> None:
     """Measure, solve and write, layer by layer."""
-    method, known, title = plan.method, set(writer.journal.entries), f"repair ({plan.method.name})"
+    method, known, title = plan.method, writer.journal.entries, f"repair ({plan.method.name})"
     for name, layer in writer.layers.items():
         if name not in probes:
             writer.report.layers.append(left_out(name, layer.module, "unchanged", "the method measures nothing at it"))
-    at_once = [
-        Measurement(name, Statistic(session.place(name))) for name in probes if probes[name].statistic is Statistic
-    ]
+    measured = [name for name, probe in probes.items() if probe.statistic is not Statistic]
+    at_once = [Measurement(name, Statistic(session.place(name))) for name in probes if name not in measured]
     updates = [method.solve(writer.layers[each.name], each.found) for each in at_once]  # all, before any is written
     for measurement, update in zip(at_once, updates, strict=True):
         writer.write(measurement, update)
-    requests = plan.requests(probes, batchnorms, images.gains, images.exact)
+    requests = [Request(name, plan.exact.probe(), images.exact) for name in batchnorms] if plan.exact else []
     if plan.schedule == "parallel":
-        parallel = [each for each in requests if each.name in probes]
-        requests = [each for each in requests if each.name not in probes]
-        unknown = [each.name for each in parallel if each.name not in known]
         passes = (track(images.batches.head(images.gains), title, images.gains, session.show) for _ in session.nets)
-        found: dict[str, Statistic] = {**session.measure_all(unknown, *passes)}
-        found |= {each.name: Statistic(session.place(each.name)) for each in parallel if each.name in known}
+        found: dict[str, Statistic] = {**session.measure_all([name for name in measured if name not in known], *passes)}
+        found |= {name: Statistic(session.place(name)) for name in measured if name in known}
         for name, statistic in found.items():
             measurement = Measurement(name, statistic)
             fill_reference(measurement, target, session.net, session.wiring)
             writer.update(measurement, method)
+    else:
+        requests += [Request(name, probes[name], images.gains) for name in measured]
     requests = [replace(each, batches=0) if each.name in known else each for each in requests]
     with closing(session.walk(images.batches, requests, title, known)) as walk:
         for measurement in walk:
@@ -297,3 +289,19 @@ def _update(
                 writer.update(measurement, method)
             elif plan.exact:
                 writer.update(measurement, plan.exact)
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, calibration: Any = None, *, mode: Exact | EMA | str = "exact", **options: Unpack[RunOptions]
+) -> RepairReport:
+    """Re-estimate every BatchNorm's running statistics from images, in place: `repair` with method "bn".
+
+    mode: "exact" or `Exact(...)`: each BatchNorm gets the mean and unbiased variance, pooled over all images, of its
+        inputs once the earlier ones are final; any split into batches gives the same. (`update_bn` of
+        `torch.optim.swa_utils` averages the batches' variances and counts a short last batch in full.) "ema" or
+        `EMA(...)`: the protocol of arXiv 2605.21426.
+    options: see `RunOptions`. Raises what `repair` raises.
+    """
+    call = "recalibrate_batchnorm(model, images)"
+    check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
+    return repair(model, None, calibration, method="bn", recalibrate=mode, **options)  # type: ignore[arg-type]

@@ -6,23 +6,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..engine.session import Session
 from ..methods.base import Method, option_names
 from ..network.masks import Masks
-from ..reports.base import PruningReport, terminal_table
+from ..reports.base import UndoableReport, terminal_table
 from ..reports.repair import RepairReport
 from ..runtime.journal import Journal, fingerprints
 from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
+from ..utils.files import check_ending
 from .plan import Plan, make_plan
 from .repair import repair
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any]) -> Plan:
@@ -46,8 +44,8 @@ def run_identity(run: RunOptions) -> dict[str, object]:
 class Steps:
     """Repairs by one plan, on `batches` of images held in host memory; `run` are the options of each step.
 
-    resume: a folder for the journals of the steps, and one of the run, which refuses another model, other images, and
-    another plan or `choices`. Raises OSError, JournalError, and what reading the images raises.
+    resume: a folder for the journals of the steps, and one of the run, which refuses another model, plan, other images
+    or `choices`.
     """
 
     def __init__(
@@ -70,14 +68,14 @@ class Steps:
 
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
         """Repair the model in a step of what the function `whole` does, which alone can be undone."""
-        journal = self.journal(step)
-        report = repair(model, dense, self.batches, method=self.plan.method, resume=journal, **options, **self.run)
+        options |= {"method": self.plan.method, "resume": self.journal(step), **self.run}
+        report = repair(model, dense, self.batches, **options)
         report.belongs_to(f"what {whole} returned")
         return report
 
 
 @dataclass(kw_only=True, eq=False)
-class StepsReport(PruningReport):
+class StepsReport(UndoableReport):
     """The result of repairs in steps: `masks` are those of the last step, `seconds` the time of all steps."""
 
     masks: Masks
@@ -101,6 +99,15 @@ class StepsReport(PruningReport):
         steps, masks = [plain for plain, _, _ in self.each_step()], [row._asdict() for row in self.masks.table()]
         return {f"{self.step}s": steps, "masks": masks, "seconds": self.seconds}
 
+    def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write .safetensors (the masks, see `Masks.save`), .json (everything) or .csv (the rows, no `provenance`).
+
+        Whole or not at all. Raises OSError; ValueError for another ending.
+        """
+        if check_ending(path, ".json", ".csv", ".safetensors") == ".safetensors":
+            return self.masks.save(path, provenance)
+        super().save(path, provenance)
+
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer and step."""
         return [
@@ -109,7 +116,7 @@ class StepsReport(PruningReport):
             for layer in layers
         ]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, *_: object) -> Iterator[Any]:
         cells = [(str(i), f"{plain['sparsity']:.2%}", *more) for i, (plain, _, more) in enumerate(self.each_step(), 1)]
         yield terminal_table([self.step], ["sparsity", *self.titles], cells)
         yield self.masks

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ from .figures import bars, figure, grid, key, line, log_axis, slope, table, tag,
 
 Row = Mapping[str, Any]
 MOST_POINTS = 4000  # in the figure of the channels
-ASSETS = Path(__file__).parent
 
 
 def render(document: Mapping[str, Any]) -> str:
     """The page of a report as `to_dict` or the command line gives it.
 
-    Shown if present: "layers" (or those of the last of "steps" or "rounds"), "scores" {name: per cent},
-    "channels" {layer: {"dense", "pruned", "repaired": variances by channel}}, "masks", "stages" {name: seconds},
-    "notes", "calibration", "provenance". Raises ResuscitateError for another document.
+    Shown if present: "layers" (or those of the last of "steps" or "rounds"), "scores" {name: per cent}, "channels"
+    {layer: {"dense", "pruned", "repaired": variances by channel}}, "masks", "stages" {name: seconds}, "notes",
+    "calibration", "provenance". Raises ResuscitateError for another document.
     """
     parts = document.get("steps") or document.get("rounds") or [document]
     try:
@@ -35,6 +34,7 @@ def render(document: Mapping[str, Any]) -> str:
             raise ResuscitateError("this is no report: it has no layers; give what --report wrote")
         scores = [(name, score / 100, f"{score:.1f} %") for name, score in document.get("scores", {}).items()]
         stages = last.get("stages", {})
+        kept = [_share_kept(row) for row in document.get("masks", ())]
         times = [(name, took / (max(stages.values()) or 1.0), f"{took:.1f} s") for name, took in stages.items()]
         sections = [
             _summary(document, last, layers),
@@ -42,14 +42,14 @@ def render(document: Mapping[str, Any]) -> str:
             _steps(parts) if parts[0] is not document else "",
             _layers_figure(layers),
             _channels(document.get("channels", {})),
-            bars("What each layer keeps", _kept(document.get("masks", ())), "share of the original weights"),
+            bars("What each layer keeps", kept, "share of the original weights"),
             bars("Time by stage", times, "seconds of the (last) repair"),
             _layers_table(layers, document.get("channels", {})),
             _provenance(document),
         ]
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ResuscitateError(f"this report is damaged ({type(error).__name__}: {error})") from error
-    style, script = ((ASSETS / name).read_text() for name in ("style.css", "script.js"))
+    style, script = (Path(__file__).with_name(name).read_text() for name in ("style.css", "script.js"))
     title = escape(f"resuscitate: {_method(document, last)}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -69,20 +69,16 @@ def _summary(document: Row, last: Row, layers: Sequence[Row]) -> str:
     repaired = sum(status in ("repaired", "refitted", "replaced") for status in statuses)
     cards = {"layers repaired": f"{repaired} of {len(statuses) - batchnorms}"} if len(statuses) > batchnorms else {}
     cards |= {"BatchNorms re-estimated": f"{batchnorms:,}"} if batchnorms else {}
-    cards |= {
-        "images": f"{last.get('images') or last.get('batchnorm_images') or 0:,}",
-        "seconds": f"{document.get('seconds', last.get('seconds', 0)):.1f}",
-        "dead channels": f"{sum(row.get('dead', 0) for row in layers):,}",
-    }
+    cards["images"] = f"{last.get('images') or last.get('batchnorm_images') or 0:,}"
+    cards["seconds"] = f"{document.get('seconds', last.get('seconds', 0)):.1f}"
+    cards["dead channels"] = f"{sum(row.get('dead', 0) for row in layers):,}"
     if masks := document.get("masks"):
         kept, total = (sum(row[key] for row in masks) for key in ("kept", "total"))
         cards["weights pruned"] = f"{1 - kept / total:.2%}" if total else "none"
     cards |= {"images skipped": f"{last['skipped']:,}"} if last.get("skipped") else {}
     options = ", ".join(f"{name} {value}" for name, value in last.get("options", {}).items())
-    how = (
-        f"method {last.get('method')}{f' ({options})' if options else ''}, {last.get('schedule')}; "
-        f"BatchNorm {last.get('recalibrate') or 'as in the dense model'}; {last.get('walk')} walk"
-    )
+    how = f"method {last.get('method')}{f' ({options})' if options else ''}, {last.get('schedule')}"
+    how += f"; BatchNorm {last.get('recalibrate') or 'as in the dense model'}; {last.get('walk')} walk"
     shown = "".join(f'<div class="card"><b>{escape(value)}</b>{escape(name)}</div>' for name, value in cards.items())
     notes = "".join(tag("p", escape(str(note))) for note in last.get("notes", ()))
     model = document.get("provenance", {}).get("options", {}).get("model")
@@ -93,16 +89,12 @@ def _summary(document: Row, last: Row, layers: Sequence[Row]) -> str:
 def _steps(parts: Sequence[Row]) -> str:
     """The result of each step or round."""
     rows = []
-    for index, part in enumerate(parts):
-        report = part.get("report") or part
+    for index, part in enumerate(parts, 1):
+        report, regrown = part.get("report") or part, sum(part.get("regrown", {}).values()) or None
         shares = [row["explained"] for row in report.get("layers", ()) if row.get("explained") is not None]
-        row = {
-            "step": index + 1,
-            "sparsity": part.get("sparsity"),
-            "regrown": sum(part.get("regrown", {}).values()) or None,
-        }
-        row |= {"score": part.get("score"), "explained": sum(shares) / len(shares) if shares else None}
-        rows.append(row | {"seconds": report.get("seconds")})
+        row = {"step": index, "sparsity": part.get("sparsity"), "regrown": regrown, "score": part.get("score")}
+        row |= {"explained": sum(shares) / len(shares) if shares else None, "seconds": report.get("seconds")}
+        rows.append(row)
     return f"<h2>Step by step</h2>\n{table(rows)}"
 
 
@@ -115,12 +107,11 @@ def _layers_figure(layers: Sequence[Row]) -> str:
     place, ticks = log_axis([*chain(*pairs.values()), 1.0], 150, 540)
     height = 22 * len(pairs) + 34
     parts = grid(ticks, place, height - 24)
-    for index, (name, pair) in enumerate(pairs.items()):
-        y, ends = 16 + 22 * index, [place(value) for value in pair]
-        parts += [text(0, y + 4, name), line((ends[0], ends[1]), (y, y), "link")]
-        for kind, x, value in zip(("before", "after"), ends, pair, strict=True):
+    for y, (name, (before, after)) in zip(count(16, 22), pairs.items(), strict=False):
+        parts += [text(0, y + 4, name), line((place(before), place(after)), (y, y), "link")]
+        for kind, value in (("before", before), ("after", after)):
             hint = tag("title", escape(f"{name}, {kind}: {value:.3g}"))
-            parts.append(tag("circle", hint, class_=kind, cx=x, cy=y, r=5))
+            parts.append(tag("circle", hint, class_=kind, cx=place(value), cy=y, r=5))
     caption = f"outputs' variance over the dense ones', 1 is ideal: {key('before')} and {key('after')} its repair"
     return figure("Variance of each layer", parts, height, caption)
 
@@ -151,13 +142,9 @@ def _channels(channels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return figure("Variance of each channel", parts, 375, caption)
 
 
-def _kept(masks: Sequence[Row]) -> list[tuple[str, float, str]]:
-    """The share of its weights that each layer keeps."""
-    rows = []
-    for row in masks:
-        share = row["kept"] / row["total"] if row["total"] else 0.0
-        rows.append((row["layer"] or MODEL, share, f"{share:.1%} of {row['total']:,}"))
-    return rows
+def _share_kept(mask: Row) -> tuple[str, float, str]:
+    share = mask["kept"] / mask["total"] if mask["total"] else 0.0
+    return mask["layer"] or MODEL, share, f"{share:.1%} of {mask['total']:,}"
 
 
 def _layers_table(layers: Sequence[Row], channels: Mapping[str, Any]) -> str:

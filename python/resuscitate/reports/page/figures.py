@@ -52,8 +52,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = [head for head in (rows[0] if rows else ()) if any(row[head] is not None for row in rows)]
     kinds = {head: {"class_": "text"} for head in heads if any(isinstance(row[head], str) for row in rows)}
     top = "".join(tag("th", tag("button", escape(head)), scope="col", **kinds.get(head, {})) for head in heads)
-    lines = [tag("tr", "".join(_cell(row[head]) for head in heads)) for row in rows]
-    body = "\n".join(lines)
+    body = "\n".join(tag("tr", "".join(_cell(row[head]) for head in heads)) for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n'
 
 
