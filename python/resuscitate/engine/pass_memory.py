@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +39,11 @@ def storages(values: Iterable[Any]) -> Iterator[Storage]:
 def identities(values: Iterable[Any]) -> set[int]:
     """The identities of these storages."""
     return {storage._cdata for storage in storages(values)}
+
+
+def storages_of(model: nn.Module) -> set[int]:
+    """The identities of the storages of a model's parameters and buffers."""
+    return identities([*model.parameters(), *model.buffers()])
 
 
 class Made(TorchDispatchMode):

@@ -54,12 +54,7 @@ class DenseStatistics:
     path: str = field(default="dense statistics", compare=False)
 
     @classmethod
-    def measure(
-        cls,
-        dense: nn.Module,
-        calibration: Any,
-        **options: Unpack[RunOptions],
-    ) -> DenseStatistics:
+    def measure(cls, dense: nn.Module, calibration: Any, **options: Unpack[RunOptions]) -> DenseStatistics:
         """Measure every layer of `dense` in one pass over the images, which are not kept. See `RunOptions`.
 
         Give the same images that the repairs get. Raises CalibrationError, LayerError, NonFiniteError,
