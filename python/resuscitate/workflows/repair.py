@@ -288,12 +288,12 @@ def _update(
         for name, statistic in found.items():
             measurement = Measurement(name, statistic)
             fill_reference(measurement, target, session.net, session.wiring)
-            writer.update(measurement, method)
+            writer.update(measurement, method.solve)
     requests = [replace(each, batches=0) if each.name in known else each for each in requests]
     with closing(session.walk(images.batches, requests, title, known)) as walk:
         for measurement in walk:
             if measurement.name in probes:
                 fill_reference(measurement, target, session.net, session.wiring)
-                writer.update(measurement, method)
+                writer.update(measurement, method.solve)
             elif plan.exact:
-                writer.update(measurement, plan.exact)
+                writer.update(measurement, plan.exact.solve)
