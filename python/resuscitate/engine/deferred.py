@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ import asr_kernels as ak
 from ..network.layers import BATCHNORMS
 from ..network.runner import has_hooks
 
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
 
-
-def is_mergeable(module: nn.Module | None) -> TypeIs[_BatchNorm]:
+def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     """Is the module a plain BatchNorm in eval mode, with running statistics and without hooks?"""
     if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm):
         return False

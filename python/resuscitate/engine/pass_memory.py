@@ -194,24 +194,23 @@ class PassStorages(Made):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def read(self, values: Iterable[Any]) -> None:
+        owners = self.shared.owners
         for storage in storages(values):
-            if storage._cdata in self.freed:
+            key = storage._cdata
+            if key in self.freed:
                 raise RestartError
-            if self.shared.owners.get(storage._cdata, self) is not self:
-                self._pin(storage)
+            if owners.get(key, self) is self:
+                continue
+            with self.shared.store.lock:  # that of another pass stays in memory from now on
+                if (owner := owners.pop(key, None)) is not None:
+                    owner.owned.discard(key)
+                    owner.pinned.add(key)
+                    owner._bring(storage, keep=False)
 
     def forget(self, key: int) -> None:
         super().forget(key)
         self.freed.discard(key)
         self.pinned.discard(key)
-
-    def _pin(self, storage: Storage) -> None:
-        """Keep a storage of another pass in memory from now on."""
-        with self.shared.store.lock:
-            if (owner := self.shared.owners.pop(storage._cdata, None)) is not None:
-                owner.owned.discard(storage._cdata)
-                owner.pinned.add(storage._cdata)
-                owner._bring(storage, keep=False)
 
     def put(self, stop: str, used: Iterable[Any]) -> None:
         """The pass is suspended: free what is unread, count what the store admits, spill the rest.

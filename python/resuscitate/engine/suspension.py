@@ -21,9 +21,9 @@ from ..runtime.passes import current, suspend
 from .collect import Walk
 from .deferred import DeferredCorrection, is_mergeable
 from .pass_memory import RAW, OverwriteTest, PassStorages, TrialPass
-from .probes import Request
+from .probes import Side
 
-Where = Literal["input", "output", "sum"]
+Where = Side | Literal["sum"]
 
 
 @dataclass
@@ -94,18 +94,17 @@ class SuspensionPoints:
     def __init__(self, walk: Walk, is_dense: bool) -> None:
         (self.net, self.consumers), self.is_dense = walk.network(is_dense), is_dense
         self.batchnorm_of = walk.wiring.batchnorm_of
-        requests = [each for each in walk.requests if each.probe.dense or not is_dense]
-        self.where = {each.name: self._where(each) for each in requests}
+        sums = {name for name, consumer in self.consumers.items() if consumer.adds}
+        self.where: dict[str, Where] = {
+            each.name: "sum" if each.name in sums else each.probe.side(is_dense)
+            for each in walk.requests
+            if each.probe.dense or not is_dense
+        }
         self.ahead = set(self.where)
         self.corrections: dict[str, DeferredCorrection] = {}
         # asked before the walk adds hooks
         self.plain = {name: module for name, module in self.net.modules.items() if is_mergeable(module)}
         self.context = _thread_context(self.net.device)
-
-    def _where(self, request: Request) -> Where:
-        if request.name in self.consumers and self.consumers[request.name].adds:
-            return "sum"
-        return (request.probe.dense if self.is_dense else None) or request.probe.pruned
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on the modules, until the stack is closed."""

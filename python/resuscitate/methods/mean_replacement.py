@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..engine.probes import WITHOUT_IMAGES, Layer, Probe
+from ..engine.probes import Layer, Probe
 from ..network.layers import effective_weight, refuse_means
 from ..network.mean_layers import can_have_means, means_of_pruned
 from ..network.updates import Unchanged, Weights
@@ -48,7 +48,7 @@ class MeanReplacement(Method):
 
     def probe(self, layer: Layer) -> Probe:
         """No measurement."""
-        return WITHOUT_IMAGES
+        return Probe(Statistic, dense=None)
 
     def solve(self, layer: Layer, found: Statistic) -> Weights | Unchanged:
         """Surviving weights less means, and the means."""
