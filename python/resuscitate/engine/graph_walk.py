@@ -20,11 +20,11 @@ from ..network.runner import Network, has_hooks
 from ..network.wiring import ReluConsumer, same_output, trace
 from ..runtime.activations import Frame
 from ..runtime.heap import heap
-from .collect import Collector, Walk
 from .deferred import DeferredCorrection, is_mergeable
 from .probes import Measurement
 from .relu_targets import Seen, added_node
 from .segments import follow, run_step, split
+from .walk import Collector, Walk
 
 
 def graph_walk(walk: Walk, pruned: GraphPasses, dense: GraphPasses | None = None) -> Iterator[Measurement]:

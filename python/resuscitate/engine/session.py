@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -22,11 +23,14 @@ from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
 from ..statistics.outputs import OutputMoments
-from .collect import Walk
+from .graph_walk import GraphPasses, NoGraphError, graph_walk
 from .measure import measure, screen
 from .probes import Measurement, Request
 from .room import in_memory, in_stores
-from .walk import measurements
+from .suspended_walk import suspended_walk
+from .walk import Walk
+
+log = logging.getLogger("resuscitate")
 
 S = TypeVar("S", bound=Statistic)
 
@@ -199,3 +203,21 @@ class Session:
         merged = reduce(lambda a, b: a.merge(b), (type(found).of_state(found.place, state) for state in states))
         merged.replay = found.replay
         return merged
+
+
+def measurements(walk: Walk) -> Generator[Measurement]:
+    """Take the graph walk where torch.fx traces the networks correctly, else the suspended walk.
+
+    Measures at each request, in the order of execution, when the updates of all earlier modules are made. Close the
+    generator to end the walk early. Raises LayerError, ModelMismatchError, NonFiniteError.
+    """
+    if not walk.requests:
+        return
+    with walk.bar:
+        try:
+            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.beside else [False])]
+            found, walk.taken = graph_walk(walk, *passes), "graph"
+        except NoGraphError as cause:
+            log.info("taking the suspended walk, not the graph walk: %s", cause)
+            found, walk.taken = suspended_walk(walk), "suspended"
+        yield from found

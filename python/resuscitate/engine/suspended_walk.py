@@ -18,11 +18,11 @@ from ..errors import ModelMismatchError, called
 from ..network.wiring import observe, same_output
 from ..runtime.heap import heap
 from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
-from .collect import Collector, Walk
 from .pass_memory import OverwriteTest, PassStorages, SharedStore, TrialPass, Unread, storages_of
 from .probes import Measurement, Request
 from .relu_targets import Seen
 from .suspension import Position, SuspensionPoints
+from .walk import Collector, Walk
 
 THREAD = 512 << 10  # bytes of the thread of a suspended pass: its stack, and torch's state
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from ..errors import LayerError
 from ..network.wiring import DESCRIPTIONS, is_sum, output_leaves
 from ..runtime.passes import current, suspend
-from .collect import Walk
 from .deferred import DeferredCorrection, is_mergeable
 from .pass_memory import RAW, OverwriteTest, PassStorages, TrialPass
 from .probes import Side
+from .walk import Walk
 
 Where = Side | Literal["sum"]
 

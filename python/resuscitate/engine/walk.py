@@ -1,30 +1,160 @@
-"""Chooses the walk: the graph walk where torch.fx traces the networks correctly, else the suspended walk."""
+"""What both walks share: networks, images and requests, and how a statistic is collected over the batches."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from .collect import Walk
-from .graph_walk import GraphPasses, NoGraphError, graph_walk
-from .probes import Measurement
-from .suspended_walk import suspended_walk
+from torch import Tensor
 
-log = logging.getLogger("resuscitate")
+from ..data.batches import Batches
+from ..network.runner import Network
+from ..network.wiring import ReluConsumer, Wiring, observe
+from ..runtime.activations import Store
+from ..statistics.base import Place
+from ..statistics.outputs import Calls, OutputMoments, pool_checked
+from ..utils.nested import count_images
+from ..utils.progress import Bar
+from .measure import measure
+from .probes import Measurement, Request
+from .relu_targets import Seen, relu_equivalent_products, usable
 
 
-def measurements(walk: Walk) -> Generator[Measurement]:
-    """Measure at each request, in the order of execution, when the updates of all earlier modules are made.
+@dataclass
+class Walk:
+    """A walk of the pruned network, and of the dense one if there is one, over batches of images.
 
-    Close the generator to end the walk early. Raises LayerError, ModelMismatchError, NonFiniteError.
+    `wiring` is that of the pruned network, `example` a small batch to try the networks with. `requests` are put into
+    the order of execution, without modules that a forward pass does not call. `taken` becomes "graph" or "suspended".
     """
-    if not walk.requests:
-        return
-    with walk.bar:
-        try:
-            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.beside else [False])]
-            found, walk.taken = graph_walk(walk, *passes), "graph"
-        except NoGraphError as cause:
-            log.info("taking the suspended walk, not the graph walk: %s", cause)
-            found, walk.taken = suspended_walk(walk), "suspended"
-        yield from found
+
+    pruned: Network
+    dense: Network | None
+    wiring: Wiring
+    store: Store
+    example: Any
+    batches: Batches
+    requests: Sequence[Request]
+    title: str = ""
+    progress: bool | None = False
+    taken: str = field(default="none", init=False)
+
+    def __post_init__(self) -> None:
+        order = {name: place for place, name in enumerate(self.wiring.calls)}
+        self.requests = sorted(
+            (each for each in self.requests if each.name in order), key=lambda each: order[each.name]
+        )
+        self.counts = {each.name: each.batches for each in self.requests}
+        self.bar = Bar(self.title, list(self.counts), self.batches.images(), self.progress)
+        # must the dense network run beside the pruned one?
+        self.beside = self.dense is not None and any(each.probe.side_by_side for each in self.requests)
+        self.consumers = self._consumers()
+        self.apart: dict[str, Calls] = {}  # moments of a dense network that does not run beside the pruned one
+        self.inputs: dict[str, Calls] = {}  # moments of the inputs of BatchNorms, batch by batch or pooled
+
+    def _consumers(self) -> dict[str, tuple[ReluConsumer, ReluConsumer]]:
+        """Of the layers to replay that have the same kind of ReLU consumer in both networks: the two consumers."""
+        names, dense = [each.name for each in self.requests if each.probe.replay], self.dense
+        if not names or dense is None or not self.beside:
+            return {}
+        ours, theirs = self.wiring.relu_consumers, observe(dense.model, lambda: dense.run(self.example)).relu_consumers
+        return {
+            name: (ours[name], theirs[name])
+            for name in names
+            if usable(ours.get(name), self.pruned)
+            and usable(theirs.get(name), dense)
+            and ours[name].adds == theirs[name].adds
+        }
+
+    def network(self, is_dense: bool) -> tuple[Network, dict[str, ReluConsumer]]:
+        """One of the networks, and the ReLU consumers of its layers to replay."""
+        net = self.dense if is_dense else self.pruned
+        assert net is not None
+        return net, {name: pair[is_dense] for name, pair in self.consumers.items()}
+
+    @property
+    def scale(self) -> float:
+        """How many times as many images the largest batch has as the example."""
+        return max(self.batches.counts, default=0) / count_images(self.example)
+
+    def measure_apart(self) -> None:
+        """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""
+        if self.dense is None or self.beside:
+            return
+        asked = {each.name: each.batches for each in self.requests if each.probe.dense and each.batches}
+
+        def passing() -> Iterator[Any]:
+            for batch in self.batches.head(max(asked.values(), default=0)):
+                yield batch
+                self.bar.advance("dense network", count_images(batch))
+
+        largest = self.wiring.largest_bytes / count_images(self.example)
+        self.apart = measure(self.dense, passing(), asked, largest, self.store.tidy)
+
+
+class Collector:
+    """Collects the statistic of one request over the batches.
+
+    `measured` and `dense_measured`: how many batches of the pruned and of the dense network. `behind` is the requested
+    BatchNorm that alone reads the layer. The moments of its inputs follow from those of the layer and its correction:
+    gain * mean + shift and gain^2 * m2. So no batch is measured twice.
+    """
+
+    def __init__(self, request: Request, walk: Walk) -> None:
+        self.request, self.walk = request, walk
+        name, probe, batches = request.name, request.probe, walk.batches
+        self.dense = walk.dense if walk.beside else None
+        dense = None if self.dense is None else self.dense.modules.get(name)
+        rows_of = (lambda batch, rows: batches.folds(batch, probe.folds, rows)) if probe.folds > 1 else Place.folds
+        self.found = probe.statistic(Place(name, walk.pruned.modules[name], dense, rows_of))
+        follows = probe.pruned == "output" and issubclass(probe.statistic, OutputMoments)
+        behind = walk.wiring.batchnorm_of.get(name) if follows else None
+        self.behind = behind if behind in walk.counts else None
+        self.known = walk.inputs.pop(name, None)
+        extra = 0 if self.behind is None else walk.counts[self.behind]
+        self.measured = 0 if self.known is not None else max(request.batches, extra)
+        self.dense_measured = request.batches if probe.dense is not None else 0
+
+    def calls(self, index: int) -> int:
+        """At how many calls of the module this batch has been measured."""
+        return len(self.found.by_batch.get(index, [])) if isinstance(self.found, OutputMoments) else 0
+
+    def add(self, index: int, pruned: Any, dense: Any = None) -> None:
+        """Add what one batch has in the pruned network, and in the dense one; None where the layer was not reached."""
+        x, y = pruned if index < self.measured else None, dense if index < self.dense_measured else None
+        if x is not None or y is not None:
+            self.found.update(index, x, y)
+
+    def finish(self, corrected: Callable[[Tensor, Tensor], None], seen: Callable[[], Iterable[Seen]]) -> Measurement:
+        """The measurement over all batches.
+
+        `corrected(gain, shift)` tells the walk of a correction; `seen()` gives what was measured, once more.
+        """
+        name, found, inputs = self.request.name, self.found, self.walk.inputs
+        if self.known is not None and isinstance(found, OutputMoments):
+            found.by_batch = {index: [each] for index, each in enumerate(self.known)}
+        found.finish(self.request.batches)
+        if isinstance(found, OutputMoments):
+            found.dense_calls = found.dense_calls or self.walk.apart.get(name, [])
+            if self.behind is not None:
+                inputs[self.behind] = self._inputs_of(self.behind, found)
+        if self.dense is not None and name in self.walk.consumers:
+            layer = self.walk.pruned, self.dense, name, self.walk.consumers[name]
+            found.replay = partial(relu_equivalent_products, *layer, seen)
+
+        def correct(gain: Tensor, shift: Tensor) -> None:
+            corrected(gain, shift)
+            if self.behind is not None:
+                inputs[self.behind] = [each.affine(gain, shift) for each in inputs[self.behind]]
+
+        return Measurement(name, found, correct)
+
+    def _inputs_of(self, batchnorm: str, found: OutputMoments) -> Calls:
+        """The moments of the layer's outputs, batch by batch; pooled where the BatchNorm is to have those of all."""
+        moments = [found.by_batch[index][0] for index in sorted(found.by_batch)]
+        if not self.walk.counts[batchnorm] == len(moments) > 0:
+            return moments
+        few = len(moments) <= self.request.batches
+        return found.calls if few else pool_checked(self.request.name, dict(enumerate(moments)))

@@ -8,10 +8,10 @@ import torch
 
 import resuscitate
 from resuscitate.data.batches import Batches
-from resuscitate.engine.collect import Walk
 from resuscitate.engine.measure import measure
 from resuscitate.engine.probes import Probe, Request
-from resuscitate.engine.walk import measurements
+from resuscitate.engine.session import measurements
+from resuscitate.engine.walk import Walk
 from resuscitate.network.runner import Network
 from resuscitate.network.wiring import observe
 from resuscitate.runtime.activations import Store
