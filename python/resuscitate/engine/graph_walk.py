@@ -32,7 +32,7 @@ def graph_walk(walk: Walk, pruned: GraphPasses, dense: GraphPasses | None = None
     requests, batches, store = walk.requests, walk.batches, walk.store
     needed = pruned.peak * walk.scale
     store.set_aside(int(2 * needed))
-    with heap((2 if walk.beside else 1) * needed * len(batches), store.budget):
+    with heap((2 if dense else 1) * needed * len(batches), store.budget):
         walk.measure_apart()
         for part, request in enumerate(requests):
             collector = Collector(request, walk)
@@ -62,9 +62,9 @@ class GraphPasses:
     """
 
     def __init__(self, walk: Walk, is_dense: bool) -> None:
-        (self.net, consumers), self.batches, self.store = walk.network(is_dense), walk.batches, walk.store
+        self.net, self.batches, self.store = walk.nets[is_dense], walk.batches, walk.store
         try:
-            graph, self.peak, self.added = _graph(self.net, walk, consumers)
+            graph, self.peak, self.added = _graph(self.net, walk, walk.consumers[is_dense])
         except NoGraphError as cause:
             raise NoGraphError(f"the dense model: {cause}" if is_dense else str(cause)) from cause
         self.segments = split(graph, self.net, walk.requests, self.added, is_dense)

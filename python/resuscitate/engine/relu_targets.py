@@ -9,7 +9,7 @@ set and the span of the inputs (as Zhang et al. 2015, arXiv 1505.06798, do for r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -39,7 +39,7 @@ def relu_equivalent_products(
     net: Network,
     dense: Network,
     name: str,
-    consumers: tuple[ReluConsumer, ReluConsumer],
+    consumers: Sequence[ReluConsumer],
     seen: Callable[[], Iterable[Seen]],
     weight: Tensor,
     bias: Tensor,

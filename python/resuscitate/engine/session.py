@@ -142,8 +142,7 @@ class Session:
 
         known: names whose updates are known already. They are measured nowhere, and not merged.
         """
-        nets = self.net, self.dense
-        walk = Walk(*nets, self.wiring, self.store, self.example, batches, requests, title, self.show)
+        walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show)
         with closing(measurements(walk)) as found:
             for measurement in found:
                 if measurement.name not in known:
@@ -215,7 +214,7 @@ def measurements(walk: Walk) -> Generator[Measurement]:
         return
     with walk.bar:
         try:
-            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.beside else [False])]
+            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.dense else [False])]
             found, walk.taken = graph_walk(walk, *passes), "graph"
         except NoGraphError as cause:
             log.info("taking the suspended walk, not the graph walk: %s", cause)

@@ -112,7 +112,7 @@ class SuspendedWalk:
 
     def __init__(self, walk: Walk, networks: Sequence[SuspendedPasses], runner: PassRunner) -> None:
         self.walk, self.networks, self.runner = walk, networks, runner
-        self.pruned, self.dense = networks[0], networks[1] if walk.beside else None
+        self.pruned, self.dense = networks[0], networks[1] if walk.dense else None
         # behind a module that is called several times in a forward pass the passes begin anew
         self.repeated = {name for name, calls in walk.wiring.calls.items() if calls > 1}
 
@@ -212,13 +212,13 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
     """
     store, batches, dense = walk.store, walk.batches, walk.dense
     with ExitStack() as stack, threads_kept():
-        both = [SuspensionPoints(walk, is_dense) for is_dense in ([False, True] if walk.beside else [False])]
+        both = [SuspensionPoints(walk, is_dense) for is_dense in ([False, True] if dense else [False])]
         networks = [SuspendedPasses(points, batches) for points in both]
         for passes in networks:
             passes.points.hook(stack)
             stack.callback(passes.keep, 0)
         wirings = [walk.wiring]
-        if dense is not None and walk.beside:
+        if dense is not None:
             wirings.append(observe(dense.model, lambda: dense.run(walk.example)))
         # a network that draws random numbers runs one pass after the other, so that their order is fixed
         count = 1 if any(each.draws_random_numbers for each in wirings) else len(batches)

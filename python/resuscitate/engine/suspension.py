@@ -92,7 +92,7 @@ class SuspensionPoints:
     """
 
     def __init__(self, walk: Walk, is_dense: bool) -> None:
-        (self.net, self.consumers), self.is_dense = walk.network(is_dense), is_dense
+        self.net, self.consumers, self.is_dense = walk.nets[is_dense], walk.consumers[is_dense], is_dense
         self.batchnorm_of = walk.wiring.batchnorm_of
         sums = {name for name, consumer in self.consumers.items() if consumer.adds}
         self.where: dict[str, Where] = {

@@ -24,14 +24,15 @@ from .relu_targets import Seen, relu_equivalent_products, usable
 
 @dataclass
 class Walk:
-    """A walk of the pruned network, and of the dense one if there is one, over batches of images.
+    """A walk of the pruned network, and of the dense one if `nets` has one, over batches of images.
 
     `wiring` is that of the pruned network, `example` a small batch to try the networks with. `requests` are put into
     the order of execution, without modules that a forward pass does not call. `taken` becomes "graph" or "suspended".
+    `dense` is the dense network where it runs beside the pruned one. `consumers`, of either network, are the ReLU
+    consumers of the layers to replay.
     """
 
-    pruned: Network
-    dense: Network | None
+    nets: Sequence[Network]
     wiring: Wiring
     store: Store
     example: Any
@@ -42,37 +43,30 @@ class Walk:
     taken: str = field(default="none", init=False)
 
     def __post_init__(self) -> None:
-        order = {name: place for place, name in enumerate(self.wiring.calls)}
-        self.requests = sorted(
-            (each for each in self.requests if each.name in order), key=lambda each: order[each.name]
-        )
+        asked = {each.name: each for each in self.requests}
+        self.requests = [asked[name] for name in self.wiring.calls if name in asked]
         self.counts = {each.name: each.batches for each in self.requests}
         self.bar = Bar(self.title, list(self.counts), self.batches.images(), self.progress)
-        # must the dense network run beside the pruned one?
-        self.beside = self.dense is not None and any(each.probe.side_by_side for each in self.requests)
+        beside = len(self.nets) > 1 and any(each.probe.side_by_side for each in self.requests)
+        self.pruned, self.dense = self.nets[0], self.nets[1] if beside else None
         self.consumers = self._consumers()
         self.apart: dict[str, Calls] = {}  # moments of a dense network that does not run beside the pruned one
         self.inputs: dict[str, Calls] = {}  # moments of the inputs of BatchNorms, batch by batch or pooled
 
-    def _consumers(self) -> dict[str, tuple[ReluConsumer, ReluConsumer]]:
-        """Of the layers to replay that have the same kind of ReLU consumer in both networks: the two consumers."""
+    def _consumers(self) -> list[dict[str, ReluConsumer]]:
+        """Of the layers to replay that have the same kind of ReLU consumer in both networks."""
         names, dense = [each.name for each in self.requests if each.probe.replay], self.dense
-        if not names or dense is None or not self.beside:
-            return {}
+        if not names or dense is None:
+            return [{}, {}]
         ours, theirs = self.wiring.relu_consumers, observe(dense.model, lambda: dense.run(self.example)).relu_consumers
-        return {
-            name: (ours[name], theirs[name])
+        alike = [
+            name
             for name in names
             if usable(ours.get(name), self.pruned)
             and usable(theirs.get(name), dense)
             and ours[name].adds == theirs[name].adds
-        }
-
-    def network(self, is_dense: bool) -> tuple[Network, dict[str, ReluConsumer]]:
-        """One of the networks, and the ReLU consumers of its layers to replay."""
-        net = self.dense if is_dense else self.pruned
-        assert net is not None
-        return net, {name: pair[is_dense] for name, pair in self.consumers.items()}
+        ]
+        return [{name: found[name] for name in alike} for found in (ours, theirs)]
 
     @property
     def scale(self) -> float:
@@ -81,7 +75,7 @@ class Walk:
 
     def measure_apart(self) -> None:
         """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""
-        if self.dense is None or self.beside:
+        if self.dense is not None or len(self.nets) == 1:
             return
         asked = {each.name: each.batches for each in self.requests if each.probe.dense and each.batches}
 
@@ -91,7 +85,7 @@ class Walk:
                 self.bar.advance("dense network", count_images(batch))
 
         largest = self.wiring.largest_bytes / count_images(self.example)
-        self.apart = measure(self.dense, passing(), asked, largest, self.store.tidy)
+        self.apart = measure(self.nets[1], passing(), asked, largest, self.store.tidy)
 
 
 class Collector:
@@ -105,8 +99,7 @@ class Collector:
     def __init__(self, request: Request, walk: Walk) -> None:
         self.request, self.walk = request, walk
         name, probe, batches = request.name, request.probe, walk.batches
-        self.dense = walk.dense if walk.beside else None
-        dense = None if self.dense is None else self.dense.modules.get(name)
+        dense = None if walk.dense is None else walk.dense.modules.get(name)
         rows_of = (lambda batch, rows: batches.folds(batch, probe.folds, rows)) if probe.folds > 1 else Place.folds
         self.found = probe.statistic(Place(name, walk.pruned.modules[name], dense, rows_of))
         follows = probe.pruned == "output" and issubclass(probe.statistic, OutputMoments)
@@ -132,22 +125,22 @@ class Collector:
 
         `corrected(gain, shift)` tells the walk of a correction; `seen()` gives what was measured, once more.
         """
-        name, found, inputs = self.request.name, self.found, self.walk.inputs
+        name, found, walk = self.request.name, self.found, self.walk
         if self.known is not None and isinstance(found, OutputMoments):
             found.by_batch = {index: [each] for index, each in enumerate(self.known)}
         found.finish(self.request.batches)
         if isinstance(found, OutputMoments):
-            found.dense_calls = found.dense_calls or self.walk.apart.get(name, [])
+            found.dense_calls = found.dense_calls or walk.apart.get(name, [])
             if self.behind is not None:
-                inputs[self.behind] = self._inputs_of(self.behind, found)
-        if self.dense is not None and name in self.walk.consumers:
-            layer = self.walk.pruned, self.dense, name, self.walk.consumers[name]
+                walk.inputs[self.behind] = self._inputs_of(self.behind, found)
+        if walk.dense is not None and name in walk.consumers[0]:
+            layer = walk.pruned, walk.dense, name, [each[name] for each in walk.consumers]
             found.replay = partial(relu_equivalent_products, *layer, seen)
 
         def correct(gain: Tensor, shift: Tensor) -> None:
             corrected(gain, shift)
             if self.behind is not None:
-                inputs[self.behind] = [each.affine(gain, shift) for each in inputs[self.behind]]
+                walk.inputs[self.behind] = [each.affine(gain, shift) for each in walk.inputs[self.behind]]
 
         return Measurement(name, found, correct)
 

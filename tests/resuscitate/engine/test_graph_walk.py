@@ -160,7 +160,7 @@ def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
 def walk_of(model, batches, requests):
     net = Network(model)
     wiring = observe(model, lambda: net.run(images()))
-    return Walk(net, None, wiring, Store(1 << 30, net.device), images()[:2], Batches(batches), requests)
+    return Walk([net], wiring, Store(1 << 30, net.device), images()[:2], Batches(batches), requests)
 
 
 def test_a_hook_on_a_container_needs_the_suspended_walk():
