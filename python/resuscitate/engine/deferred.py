@@ -26,10 +26,9 @@ def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
 
 def gain_and_shift(module: _BatchNorm, before: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """What a BatchNorm with running statistics does to its inputs plus `before`: a gain and a shift, float64 (C,)."""
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    gain = (module.running_var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
-    return gain, (before - module.running_mean) * gain + (0.0 if module.bias is None else module.bias)
+    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    gain = (var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
+    return gain, (before - mean) * gain + (0.0 if module.bias is None else module.bias)
 
 
 @dataclass
@@ -55,13 +54,11 @@ class DeferredCorrection:
         The statistics of the BatchNorm are read when this is first used.
         """
         assert self.batchnorm is not None
-        assert self.batchnorm.running_mean is not None
-        dtype = torch.float64 if self.batchnorm.running_mean.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(self.batchnorm.get_buffer("running_mean").dtype, torch.float32)
         scale, offset = gain_and_shift(self.batchnorm, self.shift)
         scale, offset = (self.gain * scale).to(dtype), offset.to(dtype)
         return torch.zeros_like(scale), torch.ones_like(scale), scale, offset
 
     def through_batchnorm(self, output: Tensor) -> Tensor:
         """The output of the BatchNorm for the corrected outputs, in one pass over the uncorrected ones."""
-        mean, var, weight, bias = self.factors
-        return F.batch_norm(output, mean, var, weight, bias, training=False, eps=0.0)
+        return F.batch_norm(output, *self.factors, training=False, eps=0.0)

@@ -97,10 +97,15 @@ class Made(TorchDispatchMode):
 
 
 class TrialPass(Made):
-    """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use."""
+    """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use.
 
-    def __init__(self, foreign: Set[int]) -> None:
+    unread: the result of another trial, to test it: these storages are overwritten. The output then shows whether they
+    are read all the same, as by an extension that takes their pointers.
+    """
+
+    def __init__(self, foreign: Set[int], unread: Mapping[str, Unread] | None = None) -> None:
         super().__init__(foreign)
+        self.tested = unread or {}
         self.peak = self.operators = 0
         self.last_read: dict[int, int] = {}  # by number: after how many operators
         self.suspensions: dict[str, tuple[int, int, int] | None] = {}
@@ -118,8 +123,13 @@ class TrialPass(Made):
                 self.last_read[number] = self.operators
 
     def suspend_at(self, name: str, used: Iterable[Any]) -> None:
-        """A pass will be suspended at this module."""
+        """A pass will be suspended at this module; the values `used` are not overwritten."""
         self.suspensions[name] = None if name in self.suspensions else (self.operators, self.count, self.operator_hash)
+        if name in self.tested:
+            kept = identities(used)
+            for storage, number in self.alive():
+                if number in self.tested[name].numbers and storage._cdata not in kept and storage.nbytes():
+                    _bytes(storage).fill_(255)  # NaN, or -1
 
     def unread(self) -> dict[str, Unread]:
         """For each module called once at which passes are suspended: the storages that are not read after it.
@@ -139,24 +149,6 @@ class Unread(NamedTuple):
 
     operator_hash: int
     numbers: Set[int]
-
-
-class OverwriteTest(Made):
-    """Tries the result of a trial: overwrites the unread storages where a pass will be suspended.
-
-    The output shows whether they are read all the same, as by an extension that takes their pointers.
-    """
-
-    def __init__(self, foreign: Set[int], unread: Mapping[str, Unread]) -> None:
-        super().__init__(foreign)
-        self.unread = unread
-
-    def suspend_at(self, name: str, used: Iterable[Any]) -> None:
-        """A pass will be suspended at this module; the values `used` are not overwritten."""
-        kept, unread = identities(used), self.unread[name].numbers if name in self.unread else frozenset()
-        for storage, number in self.alive():
-            if number in unread and storage._cdata not in kept and storage.nbytes():
-                _bytes(storage).fill_(255)  # NaN, or -1
 
 
 @dataclass

@@ -53,11 +53,6 @@ class Request:
     probe: Probe
     batches: int
 
-    @property
-    def large(self) -> bool:
-        """Is its statistic a product of large matrices?"""
-        return self.probe.statistic.large
-
 
 @dataclass
 class Measurement:

@@ -9,7 +9,7 @@ set and the span of the inputs (as Zhang et al. 2015, arXiv 1505.06798, do for r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -30,8 +30,9 @@ SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method"
 Seen = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def usable(consumer: ReluConsumer | None, net: Network) -> bool:
-    """Is there a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
+def usable(consumers: Mapping[str, ReluConsumer], name: str, net: Network) -> bool:
+    """Has this layer a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
+    consumer = consumers.get(name)
     return consumer is not None and (consumer.batchnorm is None or is_mergeable(net.modules[consumer.batchnorm]))
 
 

@@ -60,7 +60,8 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     with net.precision():
         for step in _steps(net, nodes, keep=nodes[-1:]):
             run_step(net, step, values, lambda: batch)
-            peak = max(peak, _bytes(values))
+            storages = (leaf.untyped_storage() for leaf in leaves(values.values()) if isinstance(leaf, Tensor))
+            peak = max(peak, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
     return values[nodes[-1]], peak
 
 
@@ -132,8 +133,3 @@ def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], A
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs) if callable(node.target) else args[0]
-
-
-def _bytes(values: Values) -> int:
-    storages = [leaf.untyped_storage() for leaf in leaves(values.values()) if isinstance(leaf, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

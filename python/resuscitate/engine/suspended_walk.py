@@ -6,19 +6,18 @@ side. A pass is suspended within a hook, before or after a layer, or at the sum 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..data.batches import Batches
 from ..errors import ModelMismatchError, called
 from ..network.wiring import observe, same_output
 from ..runtime.heap import heap
 from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
-from .pass_memory import OverwriteTest, PassStorages, SharedStore, TrialPass, Unread, storages_of
+from .pass_memory import PassStorages, SharedStore, TrialPass, Unread, storages_of
 from .probes import Measurement, Request
 from .relu_targets import Seen
 from .suspension import Position, SuspensionPoints
@@ -33,32 +32,33 @@ class SuspendedPasses:
     `shared`: where the values of suspended passes are kept when memory is short; None keeps all of them in memory.
     """
 
-    def __init__(self, points: SuspensionPoints, batches: Batches) -> None:
-        self.points, self.batches = points, batches
+    def __init__(self, walk: Walk, is_dense: bool) -> None:
+        self.points, self.batches = SuspensionPoints(walk, is_dense), walk.batches
         self.threads: int | None = None
         self.shared: SharedStore | None = None
-        self.peak, self.unread = 0, dict[str, Unread]()
-        self.foreign: Set[int] = set()
+        self.foreign, self.unread = set[int](), dict[str, Unread]()
         self.passes: dict[int, tuple[Pass, Position]] = {}
 
-    def run_trial(self, example: Any) -> None:
-        """Find with a small batch which values are not read after a suspension, and the peak bytes of activations.
+    def run_trial(self, example: Any, shared: SharedStore) -> int:
+        """Find with a small batch which values are not read after a suspension; returns the peak bytes of activations.
 
         A second pass tries this: it overwrites each such value, and its output must be the same.
         """
-        trial = TrialPass(storages_of(self.points.net.model))
+        self.shared, self.foreign = shared, storages_of(self.points.net.model)
+        trial = TrialPass(self.foreign)
         expected = self._trial(example, trial)
-        self.foreign, self.peak, self.unread = trial.foreign, trial.peak, trial.unread()
+        self.unread = trial.unread()
         try:
-            as_expected = same_output(expected, self._trial(example, OverwriteTest(self.foreign, self.unread)))
+            as_expected = same_output(expected, self._trial(example, TrialPass(self.foreign, self.unread)))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # the model's own, about a value that was overwritten
             as_expected = False
         if not as_expected:
             self.unread = {}
+        return trial.peak
 
-    def _trial(self, example: Any, live: TrialPass | OverwriteTest) -> Any:
+    def _trial(self, example: Any, live: TrialPass) -> Any:
         """The output for a small batch, in a pass that is not suspended."""
         here = Position(live)
         each = Pass(partial(self.points.run, here, lambda: example), here)
@@ -120,18 +120,18 @@ class SuspendedWalk:
         """Measure at each request when all earlier modules are final."""
         threads = torch.get_num_threads()
         for part, request in enumerate(self.walk.requests):
-            name = request.name
+            name, large = request.name, request.probe.statistic.large
             if self.pruned.threads is not None:
                 # The threads of an OpenMP team spin for a while after their work, on cores that the passes need. So
                 # this thread has a team only for large matrix products, which take longer than that.
-                torch.set_num_threads(threads if request.large else self.pruned.threads)
+                torch.set_num_threads(threads if large else self.pruned.threads)
             ahead = {name} if name in self.repeated else {each.name for each in self.walk.requests[part:]}
             for passes in self.networks:
                 passes.points.ahead = ahead
             collector = Collector(request, self.walk)
             order = self._order(part, collector.measured)
             # passes whose outputs here are not corrected need not wait for one another
-            size = self.runner.size if name in self.repeated or request.large else max(len(order), 1)
+            size = self.runner.size if name in self.repeated or large else max(len(order), 1)
             for some in (order[at : at + size] for at in range(0, len(order), size)):
                 self._measure(request, some, collector)
             yield collector.finish(partial(self.pruned.points.correct, name), partial(self._seen, request))
@@ -161,7 +161,7 @@ class SuspendedWalk:
         while here:
             self.runner.run(self._come(request, index, collector) for index in here)
             here = [index for index in indices if self.pruned.at(index, request.name)]
-            for index in indices if request.large else ():
+            for index in indices if request.probe.statistic.large else ():
                 self._add(request, index, collector)
             if request.name not in self.repeated:
                 return
@@ -183,7 +183,7 @@ class SuspendedWalk:
             raise ModelMismatchError(
                 f"{called(name)} runs {calls + ours} times in the model, {calls + theirs} in the dense one"
             )
-        if not request.large:
+        if not request.probe.statistic.large:
             self._add(request, index, collector)
 
     def _add(self, request: Request, index: int, collector: Collector) -> None:
@@ -212,8 +212,7 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
     """
     store, batches, dense = walk.store, walk.batches, walk.dense
     with ExitStack() as stack, threads_kept():
-        both = [SuspensionPoints(walk, is_dense) for is_dense in ([False, True] if dense else [False])]
-        networks = [SuspendedPasses(points, batches) for points in both]
+        networks = [SuspendedPasses(walk, is_dense) for is_dense in ([False, True] if dense else [False])]
         for passes in networks:
             passes.points.hook(stack)
             stack.callback(passes.keep, 0)
@@ -228,10 +227,7 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
             store.set_aside(needed)
         else:
             shared = SharedStore(store)
-            for passes in networks:
-                passes.run_trial(walk.example)
-                passes.shared = shared
-            peak = int(sum(passes.peak for passes in networks) * walk.scale)
+            peak = int(sum(passes.run_trial(walk.example, shared) for passes in networks) * walk.scale)
             workers, threads = at_a_time(walk.pruned.device, count, store.budget // 2, peak)
             store.set_aside(workers * peak)
             needed = peak * len(batches)

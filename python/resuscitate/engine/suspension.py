@@ -19,7 +19,7 @@ from ..errors import LayerError
 from ..network.wiring import DESCRIPTIONS, is_sum, output_leaves
 from ..runtime.passes import current, suspend
 from .deferred import DeferredCorrection, is_mergeable
-from .pass_memory import RAW, OverwriteTest, PassStorages, TrialPass
+from .pass_memory import RAW, PassStorages, TrialPass
 from .probes import Side
 from .walk import Walk
 
@@ -33,7 +33,7 @@ class Position:
     `value` is the tensor measured there; at a sum, `added` is the tensor added to the layer's output.
     """
 
-    live: PassStorages | TrialPass | OverwriteTest | None = None
+    live: PassStorages | TrialPass | None = None
     at: str | None = None
     suspended: bool = False
     value: Any = None
@@ -127,7 +127,7 @@ class SuspensionPoints:
                 batch = read()
             output = self.net.run(batch)
         self._check_sum(here)
-        if isinstance(here.live, TrialPass | OverwriteTest):
+        if isinstance(here.live, TrialPass):
             here.live.read(output_leaves(output))
             here.output = output
 
@@ -172,7 +172,7 @@ class SuspensionPoints:
     def _halt(self, here: Position, name: str, value: Any, added: Tensor | None = None) -> None:
         self._check_sum(here)
         here.at, here.value, here.added = name, value, added
-        if isinstance(here.live, TrialPass | OverwriteTest):
+        if isinstance(here.live, TrialPass):
             with here.untracked():
                 here.live.suspend_at(name, here.used())
         else:
@@ -196,7 +196,7 @@ class SuspensionPoints:
         if getattr(awaited.value, "_version", 0) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
-        if self.is_dense or isinstance(here.live, TrialPass | OverwriteTest):
+        if self.is_dense or isinstance(here.live, TrialPass):
             return
         with here.untracked():
             output = self.net.modules[awaited.name](awaited.value)

@@ -62,9 +62,7 @@ class Walk:
         alike = [
             name
             for name in names
-            if usable(ours.get(name), self.pruned)
-            and usable(theirs.get(name), dense)
-            and ours[name].adds == theirs[name].adds
+            if usable(ours, name, self.pruned) and usable(theirs, name, dense) and ours[name].adds == theirs[name].adds
         ]
         return [{name: found[name] for name in alike} for found in (ours, theirs)]
 

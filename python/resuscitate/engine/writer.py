@@ -146,13 +146,14 @@ class Writer:
 def _describe_gain(row: LayerReport, gain: Tensor, found: OutputMoments) -> None:
     """Note the variances before and after a gain, and refuse it where several calls of the layer disagree about it."""
     dense, pruned = found.dense, found.pruned
-    varies = float(dense.m2.sum()) > 0
-    row.variance_before = row.variance_after = variance_ratio(pruned, dense) if varies else None
-    row.explained = found.explained if varies else None
+    if not float(dense.m2.sum()) > 0:
+        return
+    row.variance_before = row.variance_after = variance_ratio(pruned, dense)
+    row.explained = found.explained
     calls = list(zip(found.calls, found.dense_calls, strict=True))
-    if len(calls) > 1 and varies and not all(_nearer(gain, p, d) for p, d in calls):
+    if len(calls) > 1 and not all(_nearer(gain, p, d) for p, d in calls):
         row.status, row.reason, row.gain = "unchanged", f"called {len(calls)} times with incompatible statistics", None
-    elif varies:
+    else:
         row.variance_after = variance_ratio(pruned, dense, gain)
 
 
