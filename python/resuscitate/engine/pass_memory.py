@@ -163,10 +163,8 @@ class PassStorages(Made):
     """The storages of one pass.
 
     From `put` to `get` no operator may use them. A storage that another pass reads, such as a value that the model
-    keeps in an attribute, is read back and stays in memory.
-
-    unread: for each module at which passes are suspended, what need not be kept there. A pass that reads it all the
-    same, because its control flow differs from that of the trial, raises RestartError.
+    keeps in an attribute, is read back and stays in memory. `unread`: what need not be kept at each module. A pass that
+    reads it all the same, because its control flow differs from that of the trial, raises RestartError.
     """
 
     def __init__(self, foreign: Set[int], shared: SharedStore, unread: Mapping[str, Unread]) -> None:

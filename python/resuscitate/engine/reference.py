@@ -120,8 +120,7 @@ class DenseStatistics:
             }
             names = [key.removesuffix(":running_mean") for key in tensors if key.endswith(":running_mean")]
             batchnorms = {name: (tensors[f"{name}:running_mean"], tensors[f"{name}:running_var"]) for name in names}
-            digest, model = metadata["digest"], metadata["model"]
-            return cls(layers, batchnorms, int(metadata["images"]), digest, model, str(path))
+            return cls(layers, batchnorms, int(metadata["images"]), metadata["digest"], metadata["model"], str(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its statistics are damaged ({type(error).__name__}: {error})") from error
 

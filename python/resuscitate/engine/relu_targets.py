@@ -31,7 +31,7 @@ Seen = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def usable(consumers: Mapping[str, ReluConsumer], name: str, net: Network) -> bool:
-    """Has this layer a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
+    """Has the layer a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
     consumer = consumers.get(name)
     return consumer is not None and (consumer.batchnorm is None or is_mergeable(net.modules[consumer.batchnorm]))
 

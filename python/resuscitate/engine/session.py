@@ -40,11 +40,9 @@ class Session:
 
     Leaving it puts all of that back. `writes`: the first network is changed; an error or an interrupt restores it, on
     all ranks. `measures=False`: only that, for a function that calls others which measure. `ranks`: those of the group
-    of the options, if they are made already.
-
-    `net` and `dense` are the networks, `ranks` the processes, `store` the memory budget, `snapshot` the copy of the
-    first network, `skipped` the images left out for non-finite activations. After `look`, `wiring` and `example` are
-    the wiring of the first network and a small batch; after a walk, `walk_taken` is its kind.
+    of the options, if they are made already. `store` is the memory budget, `skipped` counts images left out for
+    non-finite activations. After `look`, `wiring` and `example` are the wiring of the first network and a small batch;
+    after a walk, `walk_taken` is its kind.
     """
 
     def __init__(
@@ -116,9 +114,8 @@ class Session:
         return hold(calibration, self._images(calibration, run["max_samples"], limit))
 
     def _images(self, calibration: Any, most: int | None, room: Any) -> Iterable[Any]:
-        run = self.run
+        run, raw = self.run, self.run["forward_fn"] is not None
         options: dict[str, Any] = {"max_batches": run["max_batches"], "batch_size": run["batch_size"], "room": room}
-        raw = run["forward_fn"] is not None
         images = read_share(calibration, self.ranks, max_samples=most, raw=raw, **options)
         skips = self.measures and run["on_nonfinite"] == "skip"
         return screen(self.nets, images, self.skipped) if skips else images

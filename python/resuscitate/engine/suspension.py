@@ -110,10 +110,9 @@ class SuspensionPoints:
         """Put hooks on the modules, until the stack is closed."""
         for name, where in self.where.items():
             module = self.net.modules[name]
-            before, after = partial(self._before, name), partial(self._after, name)
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
             if not isinstance(module, _BatchNorm) and (where != "input" or not self.is_dense):
-                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_hook(partial(self._after, name), with_kwargs=True))
 
     def run(self, here: Position, read: Callable[[], Any]) -> None:
         """The whole forward pass of one batch, in the thread of the pass."""

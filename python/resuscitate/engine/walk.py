@@ -45,6 +45,8 @@ class Walk:
     def __post_init__(self) -> None:
         asked = {each.name: each for each in self.requests}
         self.requests = [asked[name] for name in self.wiring.calls if name in asked]
+        # how many times as many images the largest batch has as the example
+        self.scale = max(self.batches.counts, default=0) / count_images(self.example)
         self.counts = {each.name: each.batches for each in self.requests}
         self.bar = Bar(self.title, list(self.counts), self.batches.images(), self.progress)
         beside = len(self.nets) > 1 and any(each.probe.side_by_side for each in self.requests)
@@ -65,11 +67,6 @@ class Walk:
             if usable(ours, name, self.pruned) and usable(theirs, name, dense) and ours[name].adds == theirs[name].adds
         ]
         return [{name: found[name] for name in alike} for found in (ours, theirs)]
-
-    @property
-    def scale(self) -> float:
-        """How many times as many images the largest batch has as the example."""
-        return max(self.batches.counts, default=0) / count_images(self.example)
 
     def measure_apart(self) -> None:
         """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""
