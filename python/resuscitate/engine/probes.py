@@ -44,10 +44,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Request:
-    """A probe at a named layer or BatchNorm, over the first `batches` batches.
-
-    With 0 batches nothing is measured: the walk only passes there, so that a known update can be written.
-    """
+    """A probe at a layer or BatchNorm over the first `batches` batches; with 0 the walk only passes, to write an update."""
 
     name: str
     probe: Probe
