@@ -44,7 +44,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Request:
-    """A probe at a layer or BatchNorm over the first `batches` batches; with 0 the walk only passes, to write an update."""
+    """A probe at a layer or BatchNorm over the first `batches` batches; 0: a known update is written there."""
 
     name: str
     probe: Probe
