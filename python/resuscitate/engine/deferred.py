@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +17,48 @@ from ..network.layers import BATCHNORMS
 from ..network.runner import has_hooks
 
 
-def mergeable(module: nn.Module | None) -> _BatchNorm | None:
-    """The module, if it is a plain BatchNorm in eval mode with running statistics and without hooks; else None."""
-    if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm) or has_hooks(module) or module.training:
-        return None
-    return module if module.running_mean is not None and module.running_var is not None else None
+def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
+    """Is the module a plain BatchNorm in eval mode, with running statistics and without hooks?"""
+    if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm):
+        return False
+    return module.running_mean is not None and not module.training and not has_hooks(module)
+
+
+def gain_and_shift(module: _BatchNorm, before: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm with running statistics does to its inputs plus `before`: a gain and a shift, float64 (C,)."""
+    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    gain = (var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
+    return gain, (before - mean) * gain + (0.0 if module.bias is None else module.bias)
 
 
 @dataclass
 class DeferredCorrection:
     """gain * output + shift, both float64 (C,), with the channels on `axis`.
 
-    `batchnorm`, which must be `mergeable`, is the only reader of the outputs; None: they have other readers. Its
-    statistics are read when the correction is first made.
+    `batchnorm`, which must be mergeable, is the only reader of the outputs; None: they have other readers.
     """
 
     gain: Tensor
     shift: Tensor
     axis: int
     batchnorm: _BatchNorm | None = None
-    _factors: tuple[Tensor, Tensor, Tensor, Tensor] | None = field(default=None, init=False)
 
     def apply(self, output: Tensor) -> None:
         """Correct the outputs in place."""
         ak.affine_(output, self.gain, self.shift, self.axis)
 
+    @cached_property
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance, weight and bias of one BatchNorm, with an eps of 0, for correction and BatchNorm together."""
-        if self._factors is None:
-            module = self.batchnorm
-            assert module is not None
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            scale = (module.running_var.double() + module.eps).rsqrt()
-            scale = scale if module.weight is None else scale * module.weight
-            offset = (self.shift - module.running_mean) * scale + (0.0 if module.bias is None else module.bias)
-            dtype = torch.float64 if module.running_mean.dtype == torch.float64 else torch.float32
-            scale, offset = (self.gain * scale).to(dtype), offset.to(dtype)
-            self._factors = torch.zeros_like(scale), torch.ones_like(scale), scale, offset
-        return self._factors
+        """Mean, variance, weight and bias of one BatchNorm, with an eps of 0, for correction and BatchNorm together.
+
+        The statistics of the BatchNorm are read when this is first used.
+        """
+        assert self.batchnorm is not None
+        dtype = torch.promote_types(self.batchnorm.get_buffer("running_mean").dtype, torch.float32)
+        scale, offset = gain_and_shift(self.batchnorm, self.shift)
+        scale, offset = (self.gain * scale).to(dtype), offset.to(dtype)
+        return torch.zeros_like(scale), torch.ones_like(scale), scale, offset
 
     def through_batchnorm(self, output: Tensor) -> Tensor:
         """The output of the BatchNorm for the corrected outputs, in one pass over the uncorrected ones."""
-        mean, var, weight, bias = self.factors()
-        return F.batch_norm(output, mean, var, weight, bias, training=False, eps=0.0)
+        return F.batch_norm(output, *self.factors, training=False, eps=0.0)

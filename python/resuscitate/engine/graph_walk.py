@@ -7,61 +7,50 @@ cache. A `runtime.activations.Store` keeps what one segment leaves to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.batches import Batches
-from ..network.runner import Network
-from ..network.wiring import ReluConsumer, Wiring
-from ..runtime.activations import Frame, Store
-from ..utils.progress import Bar
-from .collect import BatchNormInputs, Collector
-from .deferred import DeferredCorrection, mergeable
-from .probes import Measurement, Request
-from .relu_targets import Seen, relu_equivalent_products
-from .segments import run_step, split
-
-
-def graph_walk(
-    pruned: GraphPasses,
-    dense: GraphPasses | None,
-    batches: Batches,
-    requests: Sequence[Request],
-    wiring: Wiring,
-    consumers: Mapping[str, tuple[ReluConsumer, ReluConsumer]],
-    bar: Bar,
-) -> Iterator[Measurement]:
-    """Measure at the requests, in the order of execution, in one pass over the images; each module is called once.
-
-    The inputs of a BatchNorm that alone reads a layer follow from the layer's moments by arithmetic. Raises
-    NonFiniteError, LayerError.
-    """
-    inputs = BatchNormInputs(requests, wiring)
-    nets = pruned.net, None if dense is None else dense.net
-    for part, request in enumerate(requests):
-        collector = Collector(request, inputs, *nets, batches)
-        last = max(later.batches for later in requests[part:])
-        last_dense = max((later.batches for later in requests[part:] if later.probe.dense), default=0)
-        order = range(last if collector.measured or pruned.segments[part].steps else 0)
-        # alternate the batch order between segments: the batch processed last is still in cache
-        for index in order if part % 2 == 0 else reversed(order):
-            y = dense.advance(part, index, batches) if dense is not None and index < last_dense else None
-            x = pruned.advance(part, index, batches)
-            bar.advance(request.name, batches.counts[index])
-            collector.add(index, x, y)
-        measurement = collector.finish(partial(pruned.correct, part))
-        if dense is not None and request.name in consumers:
-            seen = partial(_again, pruned, dense, part, request.batches)
-            both = pruned.net, dense.net, request.name, consumers[request.name]
-            measurement.found.replay = partial(relu_equivalent_products, *both, seen)
-        yield measurement
+from ..network.layers import LAYERS
+from ..network.runner import Network, has_hooks
+from ..network.wiring import ReluConsumer, same_output, trace
+from ..runtime.activations import Frame
+from ..runtime.heap import heap
+from .deferred import DeferredCorrection, is_mergeable
+from .probes import Measurement
+from .relu_targets import Seen, added_node
+from .segments import follow, run_step, split
+from .walk import Collector, Walk
 
 
-def _again(pruned: GraphPasses, dense: GraphPasses, part: int, batches: int) -> Iterator[Seen]:
+def graph_walk(walk: Walk, pruned: GraphPasses, dense: GraphPasses | None = None) -> Iterator[Measurement]:
+    """Measure at the requests in one pass over the images; each module is called once."""
+    requests, batches, store = walk.requests, walk.batches, walk.store
+    needed = pruned.peak * walk.scale
+    store.set_aside(int(2 * needed))
+    with heap((2 if dense else 1) * needed * len(batches), store.budget):
+        walk.measure_apart()
+        for part, request in enumerate(requests):
+            collector = Collector(request, walk)
+            last = max(later.batches for later in requests[part:])
+            last_dense = max((later.batches for later in requests[part:] if later.probe.dense), default=0)
+            order = range(last if collector.measured or pruned.segments[part].steps else 0)
+            # alternate the batch order between segments: the batch processed last is still in cache
+            for index in order if part % 2 == 0 else reversed(order):
+                y = dense.advance(part, index) if dense is not None and index < last_dense else None
+                x = pruned.advance(part, index)
+                walk.bar.advance(request.name, batches.counts[index])
+                collector.add(index, x, y)
+            yield collector.finish(partial(pruned.correct, part), partial(_again, pruned, dense, part, request.batches))
+
+
+def _again(pruned: GraphPasses, dense: GraphPasses | None, part: int, batches: int) -> Iterator[Seen]:
     """What was measured at the end of a segment, batch by batch, and what is added to the layer's output."""
+    assert dense is not None
     for index in range(batches):
         yield *pruned.again(part, index), *dense.again(part, index)
 
@@ -69,24 +58,20 @@ def _again(pruned: GraphPasses, dense: GraphPasses, part: int, batches: int) -> 
 class GraphPasses:
     """The forward passes of one network through its graph, one for each batch, segment by segment.
 
-    `added` has, by layer, the node that is added to its output before the ReLU (None: no node).
+    `peak` is the most bytes of activations of the example. Raises NoGraphError.
     """
 
-    def __init__(
-        self,
-        net: Network,
-        graph: fx.Graph,
-        requests: Sequence[Request],
-        store: Store,
-        added: Mapping[str, fx.Node | None],
-        is_dense: bool = False,
-    ) -> None:
-        self.net, self.store, self.added = net, store, added
-        self.segments = split(graph, net, requests, added, is_dense)
+    def __init__(self, walk: Walk, is_dense: bool) -> None:
+        self.net, self.batches, self.store = walk.nets[is_dense], walk.batches, walk.store
+        try:
+            graph, self.peak, self.added = _graph(self.net, walk, walk.consumers[is_dense])
+        except NoGraphError as cause:
+            raise NoGraphError(f"the dense model: {cause}" if is_dense else str(cause)) from cause
+        self.segments = split(graph, self.net, walk.requests, self.added, is_dense)
         self.frames: list[Frame] = []
         self.pending: _Pending | None = None
 
-    def advance(self, part: int, index: int, batches: Batches) -> Tensor:
+    def advance(self, part: int, index: int) -> Tensor:
         """Run one segment for one batch; returns the value that is measured at its end."""
         if index == len(self.frames):
             self.frames.append(Frame(self.store))
@@ -100,7 +85,7 @@ class GraphPasses:
                 if due is not None and step.node is due.reader:
                     values[step.node] = due.correction.through_batchnorm(values.pop(due.source))
                 else:
-                    run_step(self.net, step, values, lambda: batches[index])
+                    run_step(self.net, step, values, lambda: self.batches[index])
         result = values[segment.source]
         frame.close({node: value for node, value in values.items() if node in segment.keep}, segment.keep)
         return result
@@ -126,8 +111,8 @@ class GraphPasses:
             due.part = part
             readers = list(due.source.users)
             module = self.net.modules.get(str(readers[0].target)) if len(readers) == 1 else None
-            if mergeable(module) is not None and readers[0] in {step.node for step in self.segments[part].steps}:
-                due.reader, due.correction.batchnorm = readers[0], mergeable(module)
+            if is_mergeable(module) and readers[0] in {step.node for step in self.segments[part].steps}:
+                due.reader, due.correction.batchnorm = readers[0], module
         return due if due is not None and due.part == part else None
 
 
@@ -142,3 +127,43 @@ class _Pending:
     correction: DeferredCorrection
     part: int | None = None
     reader: fx.Node | None = None
+
+
+class NoGraphError(Exception):
+    """Says why a network has no correct torch.fx graph."""
+
+
+def _graph(
+    net: Network, walk: Walk, consumers: Mapping[str, ReluConsumer]
+) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
+    """The graph, the peak bytes of activations of the example in it, and by layer the node that its consumer adds.
+
+    Raises NoGraphError where the trace does not give the model's own output for the example.
+    """
+    requests, calls = [each.name for each in walk.requests], walk.wiring.calls
+    if net.forward_fn is not None:
+        raise NoGraphError("a forward_fn hides the network's input")
+    for name in requests:
+        if calls[name] > 1:
+            raise NoGraphError(f"{name} is called {calls[name]} times in a forward pass")
+    for name, module in net.modules.items():
+        if has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
+            raise NoGraphError(f"{name or 'the model'} carries a forward hook")
+    try:
+        graph = trace(net.model)
+        called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        added = {name: added_node(graph, consumer, name) for name, consumer in consumers.items()}
+        output, peak = follow(net, graph, walk.example)
+        same = same_output(output, net.run(walk.example))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NoGraphError(f"torch.fx cannot trace it ({type(error).__name__}: {error})") from error
+    for name in requests:
+        if called.count(name) != 1:
+            raise NoGraphError(f"{name or 'the model itself'} does not show in the trace")
+    if [name for name in called if name in requests] != requests:
+        raise NoGraphError("the trace runs its layers in another order")
+    if not same:
+        raise NoGraphError("the traced network's output differs from the model's")
+    return graph, peak, added

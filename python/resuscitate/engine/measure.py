@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batches
 from ..network.runner import Network, check_finite, moments_at
-from ..runtime.activations import Store
 from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
 from ..statistics.base import merge_calls
 from ..statistics.outputs import Calls
 from ..utils.nested import count_images
-from ..utils.progress import Bar
-from .probes import Request
 
 AHEAD = 16  # batches that are read before their passes begin, so that all cores have work
 # Bytes of a large activation. glibc's heap of a thread other than the main one has 64 MiB and holds few of these; the
@@ -80,20 +76,6 @@ def measure(
                 for name, calls in found_in[index].items():
                     found[name] = merge_calls(found[name], calls)
     return found
-
-
-def measure_apart(
-    dense: Network, batches: Batches, requests: Iterable[Request], store: Store, bar: Bar, largest: float
-) -> dict[str, Calls]:
-    """Moments of the dense network at the requests that ask for them; `largest` as in `measure`."""
-    asked = [each for each in requests if each.probe.dense and each.batches]
-
-    def passing() -> Iterator[Any]:
-        for batch in batches.head(max((each.batches for each in asked), default=0)):
-            yield batch
-            bar.advance("dense network", count_images(batch))
-
-    return measure(dense, passing(), [each.name for each in asked], largest, store.tidy)
 
 
 def _run(

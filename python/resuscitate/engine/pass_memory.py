@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +39,11 @@ def storages(values: Iterable[Any]) -> Iterator[Storage]:
 def identities(values: Iterable[Any]) -> set[int]:
     """The identities of these storages."""
     return {storage._cdata for storage in storages(values)}
+
+
+def storages_of(model: nn.Module) -> set[int]:
+    """The identities of the storages of a model's parameters and buffers."""
+    return identities([*model.parameters(), *model.buffers()])
 
 
 class Made(TorchDispatchMode):
@@ -92,10 +97,15 @@ class Made(TorchDispatchMode):
 
 
 class TrialPass(Made):
-    """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use."""
+    """Finds from a forward pass of a small batch how long storages are needed, and the `peak` of bytes in use.
 
-    def __init__(self, foreign: Set[int]) -> None:
+    unread: the result of another trial, to test it: these storages are overwritten. The output then shows whether they
+    are read all the same, as by an extension that takes their pointers.
+    """
+
+    def __init__(self, foreign: Set[int], unread: Mapping[str, Unread] | None = None) -> None:
         super().__init__(foreign)
+        self.tested = unread or {}
         self.peak = self.operators = 0
         self.last_read: dict[int, int] = {}  # by number: after how many operators
         self.suspensions: dict[str, tuple[int, int, int] | None] = {}
@@ -113,8 +123,13 @@ class TrialPass(Made):
                 self.last_read[number] = self.operators
 
     def suspend_at(self, name: str, used: Iterable[Any]) -> None:
-        """A pass will be suspended at this module."""
+        """A pass will be suspended at this module; the values `used` are not overwritten."""
         self.suspensions[name] = None if name in self.suspensions else (self.operators, self.count, self.operator_hash)
+        if name in self.tested:
+            kept = identities(used)
+            for storage, number in self.alive():
+                if number in self.tested[name].numbers and storage._cdata not in kept and storage.nbytes():
+                    _bytes(storage).fill_(255)  # NaN, or -1
 
     def unread(self) -> dict[str, Unread]:
         """For each module called once at which passes are suspended: the storages that are not read after it.
@@ -136,24 +151,6 @@ class Unread(NamedTuple):
     numbers: Set[int]
 
 
-class OverwriteTest(Made):
-    """Tries the result of a trial: overwrites the unread storages where a pass will be suspended.
-
-    The output shows whether they are read all the same, as by an extension that takes their pointers.
-    """
-
-    def __init__(self, foreign: Set[int], unread: Mapping[str, Unread]) -> None:
-        super().__init__(foreign)
-        self.unread = unread
-
-    def suspend_at(self, name: str, used: Iterable[Any]) -> None:
-        """A pass will be suspended at this module; the values `used` are not overwritten."""
-        kept, unread = identities(used), self.unread[name].numbers if name in self.unread else frozenset()
-        for storage, number in self.alive():
-            if number in unread and storage._cdata not in kept and storage.nbytes():
-                _bytes(storage).fill_(255)  # NaN, or -1
-
-
 @dataclass
 class SharedStore:
     """A store for the storages of suspended passes, and which pass has made which storage. For several threads."""
@@ -166,10 +163,8 @@ class PassStorages(Made):
     """The storages of one pass.
 
     From `put` to `get` no operator may use them. A storage that another pass reads, such as a value that the model
-    keeps in an attribute, is read back and stays in memory.
-
-    unread: for each module at which passes are suspended, what need not be kept there. A pass that reads it all the
-    same, because its control flow differs from that of the trial, raises RestartError.
+    keeps in an attribute, is read back and stays in memory. `unread`: what need not be kept at each module. A pass that
+    reads it all the same, because its control flow differs from that of the trial, raises RestartError.
     """
 
     def __init__(self, foreign: Set[int], shared: SharedStore, unread: Mapping[str, Unread]) -> None:
@@ -189,24 +184,23 @@ class PassStorages(Made):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def read(self, values: Iterable[Any]) -> None:
+        owners = self.shared.owners
         for storage in storages(values):
-            if storage._cdata in self.freed:
+            key = storage._cdata
+            if key in self.freed:
                 raise RestartError
-            if self.shared.owners.get(storage._cdata, self) is not self:
-                self._pin(storage)
+            if owners.get(key, self) is self:
+                continue
+            with self.shared.store.lock:  # that of another pass stays in memory from now on
+                if (owner := owners.pop(key, None)) is not None:
+                    owner.owned.discard(key)
+                    owner.pinned.add(key)
+                    owner._bring(storage, keep=False)
 
     def forget(self, key: int) -> None:
         super().forget(key)
         self.freed.discard(key)
         self.pinned.discard(key)
-
-    def _pin(self, storage: Storage) -> None:
-        """Keep a storage of another pass in memory from now on."""
-        with self.shared.store.lock:
-            if (owner := self.shared.owners.pop(storage._cdata, None)) is not None:
-                owner.owned.discard(storage._cdata)
-                owner.pinned.add(storage._cdata)
-                owner._bring(storage, keep=False)
 
     def put(self, stop: str, used: Iterable[Any]) -> None:
         """The pass is suspended: free what is unread, count what the store admits, spill the rest.

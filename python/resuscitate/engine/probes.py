@@ -20,7 +20,8 @@ Side = Literal["input", "output"]
 class Probe:
     """What to measure at a layer: a statistic of its input or output in the pruned and in the dense network.
 
-    `pruned="input"` measures before the layer runs, so that an update of its weights is in effect when it runs.
+    `statistic=Statistic` measures nothing, for an update that follows from the weights alone. `pruned="input"` measures
+    before the layer runs, so that an update of its weights is in effect when it runs.
     `dense=None`: the dense network is not measured. `replay`: where a ReLU alone reads the layer, let the method run
     through the batches once more (`Statistic.replay`). `folds`: the number of parts that the images are divided into.
     """
@@ -31,30 +32,23 @@ class Probe:
     replay: bool = False
     folds: int = 1
 
+    def side(self, is_dense: bool) -> Side:
+        """Which side is measured in one of the networks; in the dense one, `pruned` where `dense` is None."""
+        return (self.dense if is_dense else None) or self.pruned
+
     @property
     def side_by_side(self) -> bool:
         """Must the dense network run beside the pruned one, batch by batch? Plain moments can be measured apart."""
         return self.dense is not None and self.statistic is not OutputMoments
 
 
-WITHOUT_IMAGES = Probe(Statistic, dense=None)  # for an update that follows from the weights alone
-
-
 @dataclass(frozen=True)
 class Request:
-    """A probe at a named layer or BatchNorm, over the first `batches` batches.
-
-    With 0 batches nothing is measured: the walk only passes there, so that a known update can be written.
-    """
+    """A probe at a layer or BatchNorm over the first `batches` batches; 0: a known update is written there."""
 
     name: str
     probe: Probe
     batches: int
-
-    @property
-    def large(self) -> bool:
-        """Is its statistic a product of large matrices?"""
-        return self.probe.statistic.large
 
 
 @dataclass

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
@@ -51,12 +50,7 @@ class DenseStatistics:
     path: str = field(default="dense statistics", compare=False)
 
     @classmethod
-    def measure(
-        cls,
-        dense: nn.Module,
-        calibration: Any,
-        **options: Unpack[RunOptions],
-    ) -> DenseStatistics:
+    def measure(cls, dense: nn.Module, calibration: Any, **options: Unpack[RunOptions]) -> DenseStatistics:
         """Measure every layer of `dense` in one pass over the images, which are not kept. See `RunOptions`.
 
         Give the same images that the repairs get. Raises CalibrationError, LayerError, NonFiniteError,
@@ -65,22 +59,23 @@ class DenseStatistics:
         call = "DenseStatistics.measure(dense, images)"
         check_places(call, dense=(dense, NETWORK), calibration=(calibration, IMAGES))
         run = run_options("DenseStatistics.measure()", options)
-        seen = [0, 0]
+        images = digest = 0
         with Session([unwrap(dense)], run) as session:
-            total = run["max_samples"] or 0
-            bar = session.stack.enter_context(Bar("dense statistics", ["all layers"], total, session.show))
+            bar = Bar("dense statistics", ["all layers"], run["max_samples"] or 0, session.show)
+            session.stack.enter_context(bar)
+            net = session.net
 
-            def counted(batches: Iterable[Any]) -> Iterator[Any]:
-                for batch in batches:
+            def counted() -> Iterator[Any]:
+                nonlocal images, digest
+                for batch in session.stream(calibration):
                     yield batch
-                    seen[0] += count_images(batch)
-                    seen[1] += digest_images([batch])
+                    images += count_images(batch)
+                    digest += digest_images([batch])
                     bar.advance("all layers", count_images(batch))
 
-            net, ranks = session.net, session.ranks
-            found = session.measure_all(list(find_layers(net.model)), counted(session.stream(calibration)))
+            found = session.measure_all(find_layers(net.model), counted())
             layers = {name: statistic.calls for name, statistic in found.items()}
-            images, digest = ranks.total(seen[0], seen[1] % MODULUS)
+            images, digest = session.ranks.total(images, digest % MODULUS)
             if not images:
                 raise CalibrationError("no rank has any images")
             running = running_statistics(net.model).items()
@@ -90,17 +85,15 @@ class DenseStatistics:
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write as .safetensors, whole or not at all. Raises OSError; ValueError for another ending."""
         tensors: dict[str, Tensor] = {}
-        counts: dict[str, list[int]] = {}
         for name, calls in self.layers.items():
-            counts[name] = [moments.count for moments in calls]
             for turn, moments in enumerate(calls):
-                tensors |= {f"{name}:{turn}:mean": moments.mean.cpu(), f"{name}:{turn}:m2": moments.m2.cpu()}
+                tensors |= {f"{name}:{turn}:mean": moments.mean, f"{name}:{turn}:m2": moments.m2}
         for name, (mean, var) in self.batchnorms.items():
-            tensors |= {f"{name}:running_mean": mean.cpu(), f"{name}:running_var": var.cpu()}
-        metadata = {"format": FORMAT, "counts": json.dumps(counts), "images": str(self.images)}
-        metadata |= {"digest": self.digest, "model": self.model}
-        copies = {key: value.clone() for key, value in tensors.items()}
-        write_safetensors(path, copies, metadata | dict(provenance or {}))
+            tensors |= {f"{name}:running_mean": mean, f"{name}:running_var": var}
+        counts = {name: [moments.count for moments in calls] for name, calls in self.layers.items()}
+        about = {"format": FORMAT, "counts": counts, "images": self.images, "digest": self.digest, "model": self.model}
+        copies = {key: value.cpu().clone() for key, value in tensors.items()}
+        write_safetensors(path, copies, {**about, **(provenance or {})})
 
     @classmethod
     def load(cls, path: str | Path) -> DenseStatistics:
@@ -122,8 +115,7 @@ class DenseStatistics:
             }
             names = [key.removesuffix(":running_mean") for key in tensors if key.endswith(":running_mean")]
             batchnorms = {name: (tensors[f"{name}:running_mean"], tensors[f"{name}:running_var"]) for name in names}
-            digest, model = metadata["digest"], metadata["model"]
-            return cls(layers, batchnorms, int(metadata["images"]), digest, model, str(path))
+            return cls(layers, batchnorms, int(metadata["images"]), metadata["digest"], metadata["model"], str(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its statistics are damaged ({type(error).__name__}: {error})") from error
 
@@ -158,14 +150,7 @@ def fill_reference(measurement: Measurement, target: Target, net: Network, wirin
     if isinstance(target, DenseStatistics):
         found.dense_calls = [moments.to(net.device) for moments in target.layers[name]]
     elif target == "running" and found.calls:
-        behind = net.modules[wiring.batchnorm_of[name]]
-        assert isinstance(behind, _BatchNorm)
-        found.dense_calls = [remembered(behind, found.calls[0].count)]
-
-
-def remembered(batchnorm: _BatchNorm, count: int) -> ak.ChannelMoments:
-    """The running statistics as moments of `count` values: running_var is an unbiased variance, as torch's own."""
-    assert batchnorm.running_mean is not None
-    assert batchnorm.running_var is not None
-    mean, var = batchnorm.running_mean.double(), batchnorm.running_var.double()
-    return ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))
+        behind, count = net.modules[wiring.batchnorm_of[name]], found.calls[0].count
+        mean, var = (behind.get_buffer(each).double() for each in ("running_mean", "running_var"))
+        # running_var is an unbiased variance
+        found.dense_calls = [ak.ChannelMoments(count, mean.clone(), var * max(count - 1, 0))]

@@ -9,7 +9,7 @@ set and the span of the inputs (as Zhang et al. 2015, arXiv 1505.06798, do for r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from asr_kernels import CrossProducts, PatchMoments, cross_products
 
-from ..network.layers import BATCHNORMS
 from ..network.operands import operands, product, with_batch_axis
-from ..network.runner import Network, has_hooks
+from ..network.runner import Network
 from ..network.wiring import ReluConsumer
+from .deferred import gain_and_shift, is_mergeable
 
 FURTHEST = 4.0  # standard deviations of a channel: the bound on a target that the ReLU sets to zero, from the mean
 IMAGES = 64  # at a time, which takes little memory beside the activations of the walk
@@ -30,20 +30,17 @@ SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method"
 Seen = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def usable(consumer: ReluConsumer | None, net: Network) -> bool:
-    """Is there a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
-    if consumer is None or consumer.batchnorm is None:
-        return consumer is not None
-    module = net.modules[consumer.batchnorm]
-    plain = type(module) in BATCHNORMS and not module.training and not has_hooks(module)
-    return plain and getattr(module, "running_var", None) is not None
+def usable(consumers: Mapping[str, ReluConsumer], name: str, net: Network) -> bool:
+    """Has the layer a ReLU consumer, whose BatchNorm is a plain one in eval mode (a subclass may compute otherwise)?"""
+    consumer = consumers.get(name)
+    return consumer is not None and (consumer.batchnorm is None or is_mergeable(net.modules[consumer.batchnorm]))
 
 
 def relu_equivalent_products(
     net: Network,
     dense: Network,
     name: str,
-    consumers: tuple[ReluConsumer, ReluConsumer],
+    consumers: Sequence[ReluConsumer],
     seen: Callable[[], Iterable[Seen]],
     weight: Tensor,
     bias: Tensor,
@@ -81,13 +78,7 @@ class ReluEquivalentTargets:
     """
 
     def __init__(
-        self,
-        scale: Tensor,
-        offset: Tensor,
-        dense_scale: Tensor,
-        dense_offset: Tensor,
-        least: Tensor,
-        greatest: Tensor,
+        self, scale: Tensor, offset: Tensor, dense_scale: Tensor, dense_offset: Tensor, least: Tensor, greatest: Tensor
     ) -> None:
         self.scale, self.back, self.level = scale, -1 / scale, -offset / scale
         self.dense_scale, self.dense_offset, self.least, self.greatest = dense_scale, dense_offset, least, greatest
@@ -114,10 +105,7 @@ def _affine(net: Network, consumer: ReluConsumer, like: Tensor) -> tuple[Tensor,
         return torch.ones_like(like), torch.zeros_like(like)
     module = net.modules[consumer.batchnorm]
     assert isinstance(module, _BatchNorm)
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    scale = (module.running_var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
-    return scale.detach(), ((0.0 if module.bias is None else module.bias) - module.running_mean * scale).detach()
+    return gain_and_shift(module)
 
 
 def added_node(graph: fx.Graph, consumer: ReluConsumer, name: str) -> fx.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 
 from ..data.room import Room
 from ..network.runner import Network
+from ..network.wiring import trace
 from ..runtime.activations import Store, parse_memory
 from ..utils.nested import bytes_of, count_images
-from .walk import most_waiting
+from .pass_memory import TrialPass, storages_of
+from .segments import follow
 
 
 def in_stores(images: Store, activations: Store, nets: Sequence[Network]) -> Room:
@@ -22,7 +25,7 @@ def in_stores(images: Store, activations: Store, nets: Sequence[Network]) -> Roo
     def waiting(batch: Any) -> int:
         if not per_image:
             example = nets[0].example(batch)
-            per_image.append(sum(most_waiting(net, example) for net in nets) / count_images(example))
+            per_image.append(sum(_most_waiting(net, example) for net in nets) / count_images(example))
         return int(per_image[0] * count_images(batch))
 
     limits: list[tuple[int, Callable[[Any], int]]] = [(images.room(), bytes_of), (activations.room(), waiting)]
@@ -41,3 +44,15 @@ def in_memory(memory: int | str | None, device: torch.device | str | None, model
     size = parse_memory(memory if on_host else None, torch.device("cpu")) // holders
     lacking, remedy = ("the memory budget", "memory= gives more, ") if on_host else ("half of the free host memory", "")
     return Room([(size, bytes_of)], lacking, remedy)
+
+
+def _most_waiting(net: Network, batch: Any) -> int:
+    """The most bytes of activations that a walk keeps of a batch; 0 where the model raises an error."""
+    with suppress(Exception):  # the walk will raise it
+        if net.forward_fn is None:
+            with suppress(Exception):
+                return follow(net, trace(net.model), batch)[1]
+        with TrialPass(storages_of(net.model)) as trial:
+            net.run(batch)
+        return trial.peak
+    return 0

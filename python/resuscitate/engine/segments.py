@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -61,7 +60,8 @@ def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     with net.precision():
         for step in _steps(net, nodes, keep=nodes[-1:]):
             run_step(net, step, values, lambda: batch)
-            peak = max(peak, _bytes(values))
+            storages = (leaf.untyped_storage() for leaf in leaves(values.values()) if isinstance(leaf, Tensor))
+            peak = max(peak, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
     return values[nodes[-1]], peak
 
 
@@ -74,17 +74,15 @@ def split(
     sources, ends = [], []
     for request in requests:
         node = nodes[place[request.name]]
-        probe = request.probe
-        before = ((is_dense and probe.dense) or probe.pruned) == "input"
+        before = request.probe.side(is_dense) == "input"
         sources.append(node.all_input_nodes[0] if before else node)
         ends.append(place[request.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}
-    for source, end in zip(sources, ends, strict=True):
-        last[source] = max(last.get(source, 0), end - 1)
     for request, source, end in zip(requests, sources, ends, strict=True):
-        for node in (source, added[request.name]) if request.name in added else ():
-            if node is not None:  # read again when the segment has been measured
-                last[node] = max(last.get(node, 0), end)
+        # what is replayed is read again when the segment has been measured
+        last[source] = max(last.get(source, 0), end if request.name in added else end - 1)
+        if (other := added.get(request.name)) is not None:
+            last[other] = max(last.get(other, 0), end)
     segments = []
     for request, source, begin, end in zip(requests, sources, [0, *ends], ends, strict=False):
         inside, earlier = nodes[begin:end], set(nodes[:begin])
@@ -124,7 +122,7 @@ def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], A
     if node.op == "placeholder":
         return net.place(batch())
     if node.op == "get_attr":  # looked up at each use: a tensor of the model may be replaced meanwhile
-        return reduce(getattr, str(node.target).split("."), net.model)
+        return operator.attrgetter(str(node.target))(net.model)
 
     def value(source: fx.Node) -> Any:
         return _evaluate(net, source, values, batch) if source.op == "get_attr" else values[source]
@@ -135,8 +133,3 @@ def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], A
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs) if callable(node.target) else args[0]
-
-
-def _bytes(values: Values) -> int:
-    storages = [leaf.untyped_storage() for leaf in leaves(values.values()) if isinstance(leaf, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import reduce
-from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,14 @@ from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
 from ..statistics.outputs import OutputMoments
+from .graph_walk import GraphPasses, NoGraphError, graph_walk
 from .measure import measure, screen
 from .probes import Measurement, Request
 from .room import in_memory, in_stores
-from .walk import Walker
+from .suspended_walk import suspended_walk
+from .walk import Walk
+
+log = logging.getLogger("resuscitate")
 
 S = TypeVar("S", bound=Statistic)
 
@@ -36,11 +40,9 @@ class Session:
 
     Leaving it puts all of that back. `writes`: the first network is changed; an error or an interrupt restores it, on
     all ranks. `measures=False`: only that, for a function that calls others which measure. `ranks`: those of the group
-    of the options, if they are made already.
-
-    `net` and `dense` are the networks, `ranks` the processes, `store` the memory budget, `snapshot` the copy of the
-    first network, `skipped` the images left out for non-finite activations. After `look`, `wiring` and `example` are
-    the wiring of the first network and a small batch; after a walk, `walk_taken` is its kind.
+    of the options, if they are made already. `store` is the memory budget, `skipped` counts images left out for
+    non-finite activations. After `look`, `wiring` and `example` are the wiring of the first network and a small batch;
+    after a walk, `walk_taken` is its kind.
     """
 
     def __init__(
@@ -73,16 +75,13 @@ class Session:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
 
     def _prepare(self, stack: ExitStack) -> None:
         precision = as_dtype(self.run["dtype"])
-        self.net, *others = (Network(model, self.run["forward_fn"], precision) for model in self.models)
-        self.dense = others[0] if others else None
-        self.nets = [self.net, *others]
+        self.nets = [Network(model, self.run["forward_fn"], precision) for model in self.models]
+        self.net, self.dense = self.nets[0], self.nets[1] if len(self.nets) > 1 else None
         device, scratch = self.net.device, self.run["scratch"]
         self.store = stack.enter_context(Store(parse_memory(self.run["memory"], device), device, scratch))
         on_host = device.type == "cpu"
@@ -94,12 +93,7 @@ class Session:
         return self.run["progress"] if self.ranks.rank == 0 else False
 
     def read(
-        self,
-        calibration: Any,
-        *,
-        most: int | None = None,
-        marks: Iterable[int | None] = (),
-        beside: bool = False,
+        self, calibration: Any, *, most: int | None = None, marks: Iterable[int | None] = (), beside: bool = False
     ) -> Batches:
         """This rank's images, kept to be read again.
 
@@ -120,9 +114,8 @@ class Session:
         return hold(calibration, self._images(calibration, run["max_samples"], limit))
 
     def _images(self, calibration: Any, most: int | None, room: Any) -> Iterable[Any]:
-        run = self.run
+        run, raw = self.run, self.run["forward_fn"] is not None
         options: dict[str, Any] = {"max_batches": run["max_batches"], "batch_size": run["batch_size"], "room": room}
-        raw = run["forward_fn"] is not None
         images = read_share(calibration, self.ranks, max_samples=most, raw=raw, **options)
         skips = self.measures and run["on_nonfinite"] == "skip"
         return screen(self.nets, images, self.skipped) if skips else images
@@ -142,23 +135,27 @@ class Session:
     def walk(
         self, batches: Batches, requests: Sequence[Request], title: str, known: Collection[str] = ()
     ) -> Generator[Measurement]:
-        """Measure at each request when all earlier layers are final, merged over the ranks; see `Walker.walk`.
+        """Measure at each request when all earlier layers are final, merged over the ranks; see `measurements`.
 
         known: names whose updates are known already. They are measured nowhere, and not merged.
         """
-        walker = Walker(self.net, self.dense, self.wiring, self.store, self.example)
-        with closing(walker.walk(batches, requests, title, self.show)) as walk:
-            for measurement in walk:
-                yield measurement if measurement.name in known else self._merged(measurement)
-        self.walk_taken = walker.taken
+        walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show)
+        with closing(measurements(walk)) as found:
+            for measurement in found:
+                if measurement.name not in known:
+                    measurement.found = self.merged(measurement.found)
+                yield measurement
+        self.walk_taken = walk.taken
 
-    def measure_all(self, names: Iterable[str], *passes: Iterable[Any]) -> dict[str, OutputMoments]:
+    def measure_all(self, names: Collection[str], *passes: Iterable[Any]) -> dict[str, OutputMoments]:
         """`OutputMoments` at all named modules, in one pass of each network over its batches; nothing is corrected."""
-        found = [measure(net, batches, names) for net, batches in zip(self.nets, passes, strict=True)]
-        statistics = {name: OutputMoments(self.place(name)) for name in names}
-        for name, statistic in statistics.items():
-            statistic.calls, statistic.dense_calls = found[0][name], found[1][name] if len(found) > 1 else []
-        return {name: self.merged(name, statistic) for name, statistic in statistics.items()}
+        ours, *theirs = (measure(net, batches, names) for net, batches in zip(self.nets, passes, strict=True))
+        merged = {}
+        for name in names:
+            statistic = OutputMoments(self.place(name))
+            statistic.calls, statistic.dense_calls = ours[name], theirs[0][name] if theirs else []
+            merged[name] = self.merged(statistic)
+        return merged
 
     def compare(self, batches: Iterable[Any], names: Iterable[str], statistic: type[S]) -> dict[str, S]:
         """A statistic of each named layer's outputs in both networks, each on its own activations.
@@ -190,20 +187,33 @@ class Session:
         merged = {}
         for name in dict.fromkeys([*order, *found]) if self.ranks.size == 1 else found:
             found[name].finish(index + 1)
-            if not (total := self.merged(name, found[name])).empty:
+            if not (total := self.merged(found[name])).empty:
                 merged[name] = total
         return merged
 
-    def merged(self, name: str, found: S) -> S:
-        """A statistic, merged over the ranks."""
-        return cast(S, self._merged(Measurement(name, found)).found)
+    def merged(self, found: S) -> S:
+        """The statistic of all ranks, merged in the order of the ranks: the same bits on each."""
+        if self.ranks.size == 1:
+            return found
+        states = self.ranks.exchange(found.state(), self.net.device)
+        merged = reduce(lambda a, b: a.merge(b), (type(found).of_state(found.place, state) for state in states))
+        merged.replay = found.replay
+        return merged
 
-    def _merged(self, measurement: Measurement) -> Measurement:
-        """The measurement of all ranks, merged in the order of the ranks: the same bits on each."""
-        if self.ranks.size > 1:
-            found = measurement.found
-            states = self.ranks.exchange(found.state(), self.net.device)
-            parts = [type(found).of_state(found.place, state) for state in states]
-            measurement.found = reduce(lambda a, b: a.merge(b), parts)
-            measurement.found.replay = found.replay
-        return measurement
+
+def measurements(walk: Walk) -> Generator[Measurement]:
+    """Take the graph walk where torch.fx traces the networks correctly, else the suspended walk.
+
+    Measures at each request, in the order of execution, when the updates of all earlier modules are made. Close the
+    generator to end the walk early. Raises LayerError, ModelMismatchError, NonFiniteError.
+    """
+    if not walk.requests:
+        return
+    with walk.bar:
+        try:
+            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.dense else [False])]
+            found, walk.taken = graph_walk(walk, *passes), "graph"
+        except NoGraphError as cause:
+            log.info("taking the suspended walk, not the graph walk: %s", cause)
+            found, walk.taken = suspended_walk(walk), "suspended"
+        yield from found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import LayerError
-from ..network.runner import Network
-from ..network.wiring import DESCRIPTIONS, ReluConsumer, is_sum, output_leaves
+from ..network.wiring import DESCRIPTIONS, is_sum, output_leaves
 from ..runtime.passes import current, suspend
-from .deferred import DeferredCorrection, mergeable
-from .pass_memory import RAW, OverwriteTest, PassStorages, TrialPass
-from .probes import Request
+from .deferred import DeferredCorrection, is_mergeable
+from .pass_memory import RAW, PassStorages, TrialPass
+from .probes import Side
+from .walk import Walk
 
-Where = Literal["input", "output", "sum"]
+Where = Side | Literal["sum"]
 
 
 @dataclass
@@ -33,14 +33,13 @@ class Position:
     `value` is the tensor measured there; at a sum, `added` is the tensor added to the layer's output.
     """
 
-    index: int
-    live: PassStorages | TrialPass | OverwriteTest | None = None
+    live: PassStorages | TrialPass | None = None
     at: str | None = None
     suspended: bool = False
     value: Any = None
     added: Tensor | None = None
     awaited: _Awaited | None = None
-    due: list[tuple[Tensor, DeferredCorrection]] = field(default_factory=list)  # outputs with a correction to come
+    due: dict[str, Tensor] = field(default_factory=dict)  # by layer, an output with a correction to come
     stale: Tensor | None = None  # a value that is about to be overwritten by its new value
     output: Any = None  # of a trial
     outdated: str | None = None  # a layer whose class changed while its call was suspended
@@ -73,17 +72,16 @@ class Position:
         self.rest()
 
 
-@dataclass
 class _Awaited:
     """A layer whose pass is to be suspended at the sum behind it.
 
     `value` is measured. `output` is the summand: the layer's output, or that of its BatchNorm once that has run.
     """
 
-    name: str
-    value: Any
-    version: int
-    output: Any = None
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+        self.output: Any = None
+        self.version = getattr(value, "_version", 0)
 
 
 class SuspensionPoints:
@@ -93,30 +91,28 @@ class SuspensionPoints:
     passes were suspended with.
     """
 
-    def __init__(
-        self, net: Network, requests: Sequence[Request], consumers: Mapping[str, ReluConsumer], is_dense: bool
-    ) -> None:
-        self.net, self.consumers, self.is_dense = net, consumers, is_dense
-        self.ahead = {each.name for each in requests}
-        self.where = {each.name: self._where(each) for each in requests}
+    def __init__(self, walk: Walk, is_dense: bool) -> None:
+        self.net, self.consumers, self.is_dense = walk.nets[is_dense], walk.consumers[is_dense], is_dense
+        self.batchnorm_of = walk.wiring.batchnorm_of
+        sums = {name for name, consumer in self.consumers.items() if consumer.adds}
+        self.where: dict[str, Where] = {
+            each.name: "sum" if each.name in sums else each.probe.side(is_dense)
+            for each in walk.requests
+            if each.probe.dense or not is_dense
+        }
+        self.ahead = set(self.where)
         self.corrections: dict[str, DeferredCorrection] = {}
         # asked before the walk adds hooks
-        self.plain = {name for name, module in net.modules.items() if mergeable(module) is not None}
-        self.context = _thread_context(net.device)
-
-    def _where(self, request: Request) -> Where:
-        if request.name in self.consumers and self.consumers[request.name].adds:
-            return "sum"
-        return (request.probe.dense if self.is_dense else None) or request.probe.pruned
+        self.plain = {name: module for name, module in self.net.modules.items() if is_mergeable(module)}
+        self.context = _thread_context(self.net.device)
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on the modules, until the stack is closed."""
         for name, where in self.where.items():
             module = self.net.modules[name]
-            before, after = partial(self._before, name), partial(self._after, name)
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
             if not isinstance(module, _BatchNorm) and (where != "input" or not self.is_dense):
-                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_hook(partial(self._after, name), with_kwargs=True))
 
     def run(self, here: Position, read: Callable[[], Any]) -> None:
         """The whole forward pass of one batch, in the thread of the pass."""
@@ -130,7 +126,7 @@ class SuspensionPoints:
                 batch = read()
             output = self.net.run(batch)
         self._check_sum(here)
-        if isinstance(here.live, TrialPass | OverwriteTest):
+        if isinstance(here.live, TrialPass):
             here.live.read(output_leaves(output))
             here.output = output
 
@@ -141,7 +137,7 @@ class SuspensionPoints:
         x = args[0] if args else next(iter(kwargs.values()))
         if self.where[name] == "sum":
             self._check_sum(here)
-            here.awaited = _Awaited(name, x, getattr(x, "_version", 0))
+            here.awaited = _Awaited(name, x)
         elif here.awaited is None or x is not here.awaited.output:
             kind = type(module)
             self._halt(here, name, x)
@@ -158,15 +154,15 @@ class SuspensionPoints:
         if name not in self.ahead or self.where[name] == "input":
             return None
         if self.where[name] == "sum":
+            if self.is_dense:
+                here.awaited = _Awaited(name, output)
             assert here.awaited is not None
             here.awaited.output = output
-            if self.is_dense:
-                here.awaited.value, here.awaited.version = output, getattr(output, "_version", 0)
             return None
         self._halt(here, name, output)
         correction = self.corrections.get(name)
         if correction is not None and correction.batchnorm is not None:
-            here.due.append((output, correction))
+            here.due[name] = output
         elif correction is not None:
             with here.untracked():
                 correction.apply(output)
@@ -175,15 +171,14 @@ class SuspensionPoints:
     def _halt(self, here: Position, name: str, value: Any, added: Tensor | None = None) -> None:
         self._check_sum(here)
         here.at, here.value, here.added = name, value, added
-        if isinstance(here.live, TrialPass | OverwriteTest):
+        if isinstance(here.live, TrialPass):
             with here.untracked():
                 here.live.suspend_at(name, here.used())
-            here.at = here.value = here.added = None
-            return
-        here.suspended = True
-        with here.live.suspended() if isinstance(here.live, PassStorages) else nullcontext():
-            suspend()
-        here.suspended = False
+        else:
+            here.suspended = True
+            with nullcontext() if here.live is None else here.live.suspended():
+                suspend()
+            here.suspended = False
         here.value = here.added = None
 
     def _check_sum(self, here: Position) -> None:
@@ -200,7 +195,7 @@ class SuspensionPoints:
         if getattr(awaited.value, "_version", 0) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
-        if self.is_dense or isinstance(here.live, TrialPass | OverwriteTest):
+        if self.is_dense or isinstance(here.live, TrialPass):
             return
         with here.untracked():
             output = self.net.modules[awaited.name](awaited.value)
@@ -210,11 +205,10 @@ class SuspensionPoints:
             awaited.output.copy_(output)
             here.stale = None
 
-    def correct(self, name: str, gain: Tensor, shift: Tensor, batchnorm: str) -> None:
+    def correct(self, name: str, gain: Tensor, shift: Tensor) -> None:
         """Make the outputs that passes are suspended with gain * output + shift."""
-        module = self.net.modules[batchnorm] if batchnorm in self.plain else None
-        plain = module if isinstance(module, _BatchNorm) else None
-        self.corrections[name] = DeferredCorrection(gain, shift, self.net.axis(name), plain)
+        batchnorm = self.plain.get(self.batchnorm_of.get(name, ""))
+        self.corrections[name] = DeferredCorrection(gain, shift, self.net.axis(name), batchnorm)
 
 
 def _thread_context(device: torch.device) -> list[Callable[[], Any]]:
@@ -235,20 +229,20 @@ class _Watch(TorchFunctionMode):
         self.points, self.here = points, here
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        here, kwargs = self.here, kwargs or {}
+        here, kwargs, name = self.here, kwargs or {}, getattr(func, "__name__", "")
         if here.suspended:  # the thread runs operators of the walk
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") in RAW and here.live is not None:
+        if name in RAW and here.live is not None:
             here.live.read(args[:1])
-        for each in list(here.due):
-            output, correction = each
+        for layer, output in list(here.due.items()):
+            correction = self.points.corrections[layer]
             if func is F.batch_norm and args[0] is output:
-                here.due = [other for other in here.due if other is not each]
+                del here.due[layer]
                 with here.untracked():
-                    correction.factors()
+                    _ = correction.factors
                 return correction.through_batchnorm(output)
-            if getattr(func, "__name__", "") not in DESCRIPTIONS and _reads(output, args, kwargs):
-                here.due = [other for other in here.due if other is not each]
+            if name not in DESCRIPTIONS and any(leaf is output for leaf in tree_leaves((args, kwargs))):
+                del here.due[layer]
                 with here.untracked():
                     correction.apply(output)
         if here.awaited is None or here.awaited.output is None:
@@ -257,10 +251,6 @@ class _Watch(TorchFunctionMode):
         if func is F.batch_norm and args[0] is output and consumer.batchnorm is not None:
             here.awaited.output = result = func(*args, **kwargs)
             return result
-        if is_sum(getattr(func, "__name__", ""), args, kwargs) and (args[0] is output or args[1] is output):
+        if is_sum(name, args, kwargs) and (args[0] is output or args[1] is output):
             self.points.at_sum(here, args[1] if args[0] is output else args[0])
         return func(*args, **kwargs)
-
-
-def _reads(x: Tensor, args: Any, kwargs: Any) -> bool:
-    return any(leaf is x for leaf in tree_leaves((args, kwargs)))

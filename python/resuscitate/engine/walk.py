@@ -1,173 +1,148 @@
-"""Chooses the walk: the graph walk where torch.fx traces the network correctly, else the suspended walk."""
+"""What both walks share: networks, images and requests, and how a statistic is collected over the batches."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
-from torch import fx
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from ..data.batches import Batches
-from ..network.layers import LAYERS
-from ..network.runner import Network, has_hooks
-from ..network.wiring import ReluConsumer, Wiring, observe, same_output, trace
+from ..network.runner import Network
+from ..network.wiring import ReluConsumer, Wiring, observe
 from ..runtime.activations import Store
-from ..runtime.heap import heap
+from ..statistics.base import Place
+from ..statistics.outputs import Calls, OutputMoments, pool_checked
 from ..utils.nested import count_images
 from ..utils.progress import Bar
-from .collect import complete
-from .graph_walk import GraphPasses, graph_walk
-from .measure import measure_apart
+from .measure import measure
 from .probes import Measurement, Request
-from .relu_targets import added_node, usable
-from .segments import follow
-from .suspended_walk import peak_memory, suspended_walk
-
-log = logging.getLogger("resuscitate")
-
-
-class _NoGraphError(Exception):
-    """Says why a network has no correct torch.fx graph."""
+from .relu_targets import Seen, relu_equivalent_products, usable
 
 
 @dataclass
-class Walker:
-    """Walks a pruned network, and the dense one if there is one, over batches of images.
+class Walk:
+    """A walk of the pruned network, and of the dense one if `nets` has one, over batches of images.
 
-    `example`: a small batch to check a trace on. `taken` becomes "graph" or "suspended"; the log says why.
+    `wiring` is that of the pruned network, `example` a small batch to try the networks with. `requests` are put into
+    the order of execution, without modules that a forward pass does not call. `taken` becomes "graph" or "suspended".
+    `dense` is the dense network where it runs beside the pruned one. `consumers`, of either network, are the ReLU
+    consumers of the layers to replay.
     """
 
-    pruned: Network
-    dense: Network | None
+    nets: Sequence[Network]
     wiring: Wiring
     store: Store
     example: Any
-    taken: str = "none"
+    batches: Batches
+    requests: Sequence[Request]
+    title: str = ""
+    progress: bool | None = False
+    taken: str = field(default="none", init=False)
 
-    def walk(
-        self, batches: Batches, requests: Sequence[Request], title: str = "", progress: bool | None = False
-    ) -> Generator[Measurement]:
-        """Measure at each requested module that a forward pass calls, in the order of execution.
+    def __post_init__(self) -> None:
+        asked = {each.name: each for each in self.requests}
+        self.requests = [asked[name] for name in self.wiring.calls if name in asked]
+        # how many times as many images the largest batch has as the example
+        self.scale = max(self.batches.counts, default=0) / count_images(self.example)
+        self.counts = {each.name: each.batches for each in self.requests}
+        self.bar = Bar(self.title, list(self.counts), self.batches.images(), self.progress)
+        beside = len(self.nets) > 1 and any(each.probe.side_by_side for each in self.requests)
+        self.pruned, self.dense = self.nets[0], self.nets[1] if beside else None
+        self.consumers = self._consumers()
+        self.apart: dict[str, Calls] = {}  # moments of a dense network that does not run beside the pruned one
+        self.inputs: dict[str, Calls] = {}  # moments of the inputs of BatchNorms, batch by batch or pooled
 
-        A measurement is made after the updates of all earlier modules. Close the generator to end the walk early.
-        """
-        order = {name: place for place, name in enumerate(self.wiring.calls)}
-        requests = sorted((each for each in requests if each.name in order), key=lambda each: order[each.name])
-        if not requests:
-            return
-        consumers = self._consumers([each.name for each in requests if each.probe.replay])
-        with Bar(title, [each.name for each in requests], batches.images(), progress) as bar:
-            try:
-                found = self._by_graph(batches, requests, consumers, bar)
-                self.taken = "graph"
-            except _NoGraphError as cause:
-                log.info("taking the suspended walk, not the graph walk: %s", cause)
-                nets = self.pruned, self.dense
-                found = suspended_walk(*nets, batches, requests, self.wiring, consumers, self.store, self.example, bar)
-                self.taken = "suspended"
-            yield from found
-
-    def _consumers(self, names: Sequence[str]) -> dict[str, tuple[ReluConsumer, ReluConsumer]]:
-        """Of the layers that have the same kind of ReLU consumer in both networks: the two consumers."""
-        if not names or self.dense is None:
-            return {}
-        dense = self.dense
-        pairs = observe(dense.model, lambda: dense.run(self.example)).relu_consumers
-        return {
-            name: (self.wiring.relu_consumers[name], pairs[name])
+    def _consumers(self) -> list[dict[str, ReluConsumer]]:
+        """Of the layers to replay that have the same kind of ReLU consumer in both networks."""
+        names, dense = [each.name for each in self.requests if each.probe.replay], self.dense
+        if not names or dense is None:
+            return [{}, {}]
+        ours, theirs = self.wiring.relu_consumers, observe(dense.model, lambda: dense.run(self.example)).relu_consumers
+        alike = [
+            name
             for name in names
-            if usable(self.wiring.relu_consumers.get(name), self.pruned)
-            and usable(pairs.get(name), dense)
-            and pairs[name].adds == self.wiring.relu_consumers[name].adds
-        }
+            if usable(ours, name, self.pruned) and usable(theirs, name, dense) and ours[name].adds == theirs[name].adds
+        ]
+        return [{name: found[name] for name in alike} for found in (ours, theirs)]
 
-    def _by_graph(
-        self,
-        batches: Batches,
-        requests: Sequence[Request],
-        consumers: Mapping[str, tuple[ReluConsumer, ReluConsumer]],
-        bar: Bar,
-    ) -> Iterator[Measurement]:
-        of_pruned, of_dense = ({name: pair[side] for name, pair in consumers.items()} for side in (0, 1))
-        graph, peak, added = _graph(self.pruned, self.example, requests, self.wiring, of_pruned)
-        beside = any(each.probe.side_by_side for each in requests)
-        largest = max(batches.counts, default=0) / count_images(self.example)
-        self.store.set_aside(int(2 * peak * largest))
-        within = heap((2 if beside else 1) * peak * largest * len(batches), self.store.budget)
-        pruned = GraphPasses(self.pruned, graph, requests, self.store, added)
-        if self.dense is None or not any(each.probe.dense for each in requests):
-            return _within(within, graph_walk(pruned, None, batches, requests, self.wiring, {}, bar))
-        if not beside:
-            return _within(within, self._with_dense_apart(pruned, batches, requests, bar))
-        try:
-            original, _, added = _graph(self.dense, self.example, requests, self.wiring, of_dense)
-        except _NoGraphError as cause:
-            raise _NoGraphError(f"the dense model: {cause}") from None
-        dense = GraphPasses(self.dense, original, requests, self.store, added, is_dense=True)
-        return _within(within, graph_walk(pruned, dense, batches, requests, self.wiring, consumers, bar))
+    def measure_apart(self) -> None:
+        """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""
+        if self.dense is not None or len(self.nets) == 1:
+            return
+        asked = {each.name: each.batches for each in self.requests if each.probe.dense and each.batches}
 
-    def _with_dense_apart(
-        self, pruned: GraphPasses, batches: Batches, requests: Sequence[Request], bar: Bar
-    ) -> Iterator[Measurement]:
-        assert self.dense is not None
+        def passing() -> Iterator[Any]:
+            for batch in self.batches.head(max(asked.values(), default=0)):
+                yield batch
+                self.bar.advance("dense network", count_images(batch))
+
         largest = self.wiring.largest_bytes / count_images(self.example)
-        found = measure_apart(self.dense, batches, requests, self.store, bar, largest)
-        for measurement in graph_walk(pruned, None, batches, requests, self.wiring, {}, bar):
-            yield complete(measurement, found)
+        self.apart = measure(self.nets[1], passing(), asked, largest, self.store.tidy)
 
 
-def _within(context: AbstractContextManager[None], found: Iterator[Measurement]) -> Iterator[Measurement]:
-    """The measurements, made in this context."""
-    with context:
-        yield from found
+class Collector:
+    """Collects the statistic of one request over the batches.
 
-
-def most_waiting(net: Network, batch: Any) -> int:
-    """The most bytes of activations that a walk keeps of a batch; 0 where the model raises an error."""
-    with suppress(Exception):  # the walk will raise it
-        if net.forward_fn is None:
-            with suppress(Exception):
-                return follow(net, trace(net.model), batch)[1]
-        return peak_memory(net, batch)
-    return 0
-
-
-def _graph(
-    net: Network, batch: Any, requests: Sequence[Request], wiring: Wiring, consumers: Mapping[str, ReluConsumer]
-) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
-    """The graph for `graph_walk`, the peak bytes of activations of `batch` in it, and by layer what its consumer adds.
-
-    Raises _NoGraphError where the trace does not give the model's own output on `batch`.
+    `measured` and `dense_measured`: how many batches of the pruned and of the dense network. `behind` is the requested
+    BatchNorm that alone reads the layer. The moments of its inputs follow from those of the layer and its correction:
+    gain * mean + shift and gain^2 * m2. So no batch is measured twice.
     """
-    if net.forward_fn is not None:
-        raise _NoGraphError("a forward_fn hides the network's input")
-    for each in requests:
-        if wiring.calls[each.name] > 1:
-            raise _NoGraphError(f"{each.name} is called {wiring.calls[each.name]} times in a forward pass")
-    for name, module in net.modules.items():
-        if has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
-            raise _NoGraphError(f"{name or 'the model'} carries a forward hook")
-    try:
-        graph = trace(net.model)
-        called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-        added = {name: added_node(graph, consumer, name) for name, consumer in consumers.items()}
-        output, peak = follow(net, graph, batch)
-        same = same_output(output, net.run(batch))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise _NoGraphError(f"torch.fx cannot trace it ({type(error).__name__}: {error})") from error
-    for each in requests:
-        if called.count(each.name) != 1:
-            raise _NoGraphError(f"{each.name or 'the model itself'} does not show in the trace")
-    names = {each.name for each in requests}
-    if [name for name in called if name in names] != [each.name for each in requests]:
-        raise _NoGraphError("the trace runs its layers in another order")
-    if not same:
-        raise _NoGraphError("the traced network's output differs from the model's")
-    return graph, peak, added
+
+    def __init__(self, request: Request, walk: Walk) -> None:
+        self.request, self.walk = request, walk
+        name, probe, batches = request.name, request.probe, walk.batches
+        dense = None if walk.dense is None else walk.dense.modules.get(name)
+        rows_of = (lambda batch, rows: batches.folds(batch, probe.folds, rows)) if probe.folds > 1 else Place.folds
+        self.found = probe.statistic(Place(name, walk.pruned.modules[name], dense, rows_of))
+        follows = probe.pruned == "output" and issubclass(probe.statistic, OutputMoments)
+        behind = walk.wiring.batchnorm_of.get(name) if follows else None
+        self.behind = behind if behind in walk.counts else None
+        self.known = walk.inputs.pop(name, None)
+        extra = 0 if self.behind is None else walk.counts[self.behind]
+        self.measured = 0 if self.known is not None else max(request.batches, extra)
+        self.dense_measured = request.batches if probe.dense is not None else 0
+
+    def calls(self, index: int) -> int:
+        """At how many calls of the module this batch has been measured."""
+        return len(self.found.by_batch.get(index, [])) if isinstance(self.found, OutputMoments) else 0
+
+    def add(self, index: int, pruned: Any, dense: Any = None) -> None:
+        """Add what one batch has in the pruned network, and in the dense one; None where the layer was not reached."""
+        x, y = pruned if index < self.measured else None, dense if index < self.dense_measured else None
+        if x is not None or y is not None:
+            self.found.update(index, x, y)
+
+    def finish(self, corrected: Callable[[Tensor, Tensor], None], seen: Callable[[], Iterable[Seen]]) -> Measurement:
+        """The measurement over all batches.
+
+        `corrected(gain, shift)` tells the walk of a correction; `seen()` gives what was measured, once more.
+        """
+        name, found, walk = self.request.name, self.found, self.walk
+        if self.known is not None and isinstance(found, OutputMoments):
+            found.by_batch = {index: [each] for index, each in enumerate(self.known)}
+        found.finish(self.request.batches)
+        if isinstance(found, OutputMoments):
+            found.dense_calls = found.dense_calls or walk.apart.get(name, [])
+            if self.behind is not None:
+                walk.inputs[self.behind] = self._inputs_of(self.behind, found)
+        if walk.dense is not None and name in walk.consumers[0]:
+            layer = walk.pruned, walk.dense, name, [each[name] for each in walk.consumers]
+            found.replay = partial(relu_equivalent_products, *layer, seen)
+
+        def correct(gain: Tensor, shift: Tensor) -> None:
+            corrected(gain, shift)
+            if self.behind is not None:
+                walk.inputs[self.behind] = [each.affine(gain, shift) for each in walk.inputs[self.behind]]
+
+        return Measurement(name, found, correct)
+
+    def _inputs_of(self, batchnorm: str, found: OutputMoments) -> Calls:
+        """The moments of the layer's outputs, batch by batch; pooled where the BatchNorm is to have those of all."""
+        moments = [found.by_batch[index][0] for index in sorted(found.by_batch)]
+        if not self.walk.counts[batchnorm] == len(moments) > 0:
+            return moments
+        few = len(moments) <= self.request.batches
+        return found.calls if few else pool_checked(self.request.name, dict(enumerate(moments)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
@@ -39,14 +39,8 @@ from ..statistics.outputs import OutputMoments
 from .probes import Layer, Measurement
 
 log = logging.getLogger("resuscitate")
+Solve = Callable[[Layer, Any], Update]  # the update of a layer from what was measured; it writes nothing
 UNREACHED = Unchanged("these images never reach it")
-
-
-class Solver(Protocol):
-    """Solves for the update of a layer; it must not write anything."""
-
-    def solve(self, layer: Layer, found: Any) -> Update:
-        """The update that follows from what was measured."""
 
 
 @dataclass
@@ -65,10 +59,10 @@ class Writer:
     compares: bool
     _means: dict[int, Tensor] = field(default_factory=dict)  # by shared weight, the means that its layers share
 
-    def update(self, measurement: Measurement, solver: Solver) -> None:
-        """Have the solver find the update of one layer or BatchNorm, unless the journal has it, and write it."""
+    def update(self, measurement: Measurement, solve: Solve) -> None:
+        """Solve for the update of one layer or BatchNorm, unless the journal has it, and write it."""
         known = measurement.name in self.journal.entries
-        self.write(measurement, UNREACHED if known else self._solve(measurement, solver))
+        self.write(measurement, UNREACHED if known else self._solve(measurement, solve))
 
     def write(self, measurement: Measurement, update: Update) -> None:
         """Write an update, or the one that the journal has in its place."""
@@ -95,19 +89,17 @@ class Writer:
         """Report one BatchNorm whose statistics were re-estimated otherwise."""
         self.report.layers.append(self._blank(name, "re-estimated"))
 
-    def _solve(self, measurement: Measurement, solver: Solver) -> Update:
+    def _solve(self, measurement: Measurement, solve: Solve) -> Update:
         name, found = measurement.name, measurement.found
-        if name not in self.layers:  # a BatchNorm
-            plain = self.net.modules[name]
-            layer = Layer(name, plain, None, torch.empty(0), False, self.ranks)
-            return UNREACHED if found.empty else solver.solve(layer, found)
-        layer = self.layers[name]
-        if isinstance(found, OutputMoments):
+        layer = self.layers.get(name)
+        if layer is None:  # a BatchNorm
+            layer = Layer(name, self.net.modules[name], None, torch.empty(0), False, self.ranks)
+        elif isinstance(found, OutputMoments):
             calls, dense = len(found.calls), len(found.dense_calls)
             if self.compares and calls != dense:
                 raise ModelMismatchError(f"{called(name)} runs {calls} times in the model, {dense} in the dense one")
             found.dead = layer.dead
-        return UNREACHED if found.empty else solver.solve(layer, found)
+        return UNREACHED if found.empty else solve(layer, found)
 
     def _row(self, name: str, update: Update, found: Statistic) -> LayerReport:
         """The row of the report, with what the statistic says of the update."""
@@ -129,21 +121,19 @@ class Writer:
     def _blank(self, name: str, status: str, reason: str = "") -> LayerReport:
         module = self.net.modules[name]
         channels = module.num_features if isinstance(module, _BatchNorm) else out_channels(module)
-        row = LayerReport(name, type(module).__name__, channels, status, reason)
-        row.dead = int(self.layers[name].dead.sum()) if name in self.layers else 0
-        return row
+        dead = int(self.layers[name].dead.sum()) if name in self.layers else 0
+        return LayerReport(name, type(module).__name__, channels, status, reason, dead)
 
     def _write(self, name: str, update: Update) -> str | None:
         """Write the update into the network; returns what took the shift."""
-        module: nn.Module = self.net.modules[name]
-        if isinstance(update, BatchNormStatistics):
-            write_statistics(name, module, update.moments)
-            return None
+        module = self.net.modules[name]
         behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
         batchnorm = behind if isinstance(behind, _BatchNorm) else None
-        if isinstance(update, Gain):
+        if isinstance(update, BatchNormStatistics):
+            write_statistics(name, module, update.moments)
+        elif isinstance(update, Gain):
             return write_gain(name, module, update, batchnorm)
-        if isinstance(update, Weights):
+        elif isinstance(update, Weights):
             took = write_weights(name, module, update, self.layers[name].in_use, batchnorm)
             if update.means is not None:
                 shared = id(module._parameters.get("weight", module._parameters.get("weight_orig")))
@@ -156,13 +146,14 @@ class Writer:
 def _describe_gain(row: LayerReport, gain: Tensor, found: OutputMoments) -> None:
     """Note the variances before and after a gain, and refuse it where several calls of the layer disagree about it."""
     dense, pruned = found.dense, found.pruned
-    varies = float(dense.m2.sum()) > 0
-    row.variance_before = row.variance_after = variance_ratio(pruned, dense) if varies else None
-    row.explained = found.explained if varies else None
+    if not float(dense.m2.sum()) > 0:
+        return
+    row.variance_before = row.variance_after = variance_ratio(pruned, dense)
+    row.explained = found.explained
     calls = list(zip(found.calls, found.dense_calls, strict=True))
-    if len(calls) > 1 and varies and not all(_nearer(gain, p, d) for p, d in calls):
+    if len(calls) > 1 and not all(_nearer(gain, p, d) for p, d in calls):
         row.status, row.reason, row.gain = "unchanged", f"called {len(calls)} times with incompatible statistics", None
-    elif varies:
+    else:
         row.variance_after = variance_ratio(pruned, dense, gain)
 
 

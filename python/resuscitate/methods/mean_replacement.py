@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..engine.probes import WITHOUT_IMAGES, Layer, Probe
+from ..engine.probes import Layer, Probe
 from ..network.layers import effective_weight, refuse_means
 from ..network.mean_layers import can_have_means, means_of_pruned
 from ..network.updates import Unchanged, Weights
@@ -44,7 +44,7 @@ class MeanReplacement(Method):
         refuse_means({name: layer.module for name, layer in layers.items()})
 
     def probe(self, layer: Layer) -> Probe:
-        return WITHOUT_IMAGES
+        return Probe(Statistic, dense=None)
 
     def solve(self, layer: Layer, found: Statistic) -> Weights | Unchanged:
         pruned, weight = ~layer.in_use, layer.weight

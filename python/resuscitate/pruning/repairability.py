@@ -85,7 +85,7 @@ class Repairability:
                 seen += count_images(batch)
                 bar.advance("all layers", count_images(batch))
             (seen,) = session.ranks.total(seen)
-            merged = {name: session.merged(name, statistic) for name, statistic in found.items()}
+            merged = {name: session.merged(statistic) for name, statistic in found.items()}
         if not seen:
             raise CalibrationError("there are no images to measure repairability on")
         return cls({name: _residuals(statistic.pairs, grid) for name, statistic in merged.items()}, seen)

@@ -278,7 +278,7 @@ def _update(
         for name, statistic in found.items():
             measurement = Measurement(name, statistic)
             fill_reference(measurement, target, session.net, session.wiring)
-            writer.update(measurement, method)
+            writer.update(measurement, method.solve)
     else:
         requests += [Request(name, probes[name], images.gains) for name in measured]
     requests = [replace(each, batches=0) if each.name in known else each for each in requests]
@@ -286,9 +286,9 @@ def _update(
         for measurement in walk:
             if measurement.name in probes:
                 fill_reference(measurement, target, session.net, session.wiring)
-                writer.update(measurement, method)
+                writer.update(measurement, method.solve)
             elif plan.exact:
-                writer.update(measurement, plan.exact)
+                writer.update(measurement, plan.exact.solve)
 
 
 def recalibrate_batchnorm(

@@ -10,7 +10,8 @@ import resuscitate
 from resuscitate.data.batches import Batches
 from resuscitate.engine.measure import measure
 from resuscitate.engine.probes import Probe, Request
-from resuscitate.engine.walk import Walker
+from resuscitate.engine.session import measurements
+from resuscitate.engine.walk import Walk
 from resuscitate.network.runner import Network
 from resuscitate.network.wiring import observe
 from resuscitate.runtime.activations import Store
@@ -106,10 +107,10 @@ def input_of(name, batches):
 
 def test_values_are_dropped_after_their_last_reader():
     model = seeded(Residual)
-    walk = walker(model)
     requests = [output_of(name, 2) for name in ("stem", "conv1", "conv2")] + [input_of("bn2", 2)]
+    walk = walk_of(model, images().split(12), requests)
     with torch.no_grad():
-        for measurement in walk.walk(Batches(images().split(12)), requests):
+        for measurement in measurements(walk):
             held = 24 * 8 * 9 * 9 * 4  # one activation of every image
             # a layer's output and, within the block, the shortcut; nothing is read after the last request
             assert walk.store.resident == {"stem": 1, "conv1": 2, "conv2": 2, "bn2": 0}[measurement.name] * held
@@ -156,18 +157,18 @@ def test_the_fallback_is_logged_once_with_its_cause(build, cause, caplog):
     assert [cause in message for message in said] == [True]
 
 
-def walker(model, dense=None, example=None, budget=1 << 30):
-    net, x = Network(model), images() if example is None else example
-    wiring = observe(model, lambda: net.run(x))
-    return Walker(net, dense and Network(dense), wiring, Store(budget, net.device), x[:2])
+def walk_of(model, batches, requests):
+    net = Network(model)
+    wiring = observe(model, lambda: net.run(images()))
+    return Walk([net], wiring, Store(1 << 30, net.device), images()[:2], Batches(batches), requests)
 
 
 def test_a_hook_on_a_container_needs_the_suspended_walk():
     model = seeded(Residual)
     for expected in ("graph", "suspended"):
-        walk = walker(model)
+        walk = walk_of(model, [images()], [output_of("conv1", 1)])
         with torch.no_grad():
-            assert len(list(walk.walk(Batches([images()]), [output_of("conv1", 1)]))) == 1
+            assert len(list(measurements(walk))) == 1
         assert walk.taken == expected
         model.register_forward_hook(lambda module, args, output: output * 2)
 
@@ -177,11 +178,10 @@ def test_both_walks_stop_in_order_and_early():
     requests = [input_of("bn2", 2), output_of("conv1", 1), input_of("bn0", 2)]
     ran = []
     model.head.register_forward_hook(lambda *_: ran.append(1))
-    batches = Batches(images().split(12))
     with torch.no_grad():
-        graph = list(walker(model).walk(batches, requests))
+        graph = list(measurements(walk_of(model, images().split(12), requests)))
         model.register_forward_hook(lambda module, args, output: None)
-        suspended = list(walker(model).walk(batches, requests))
+        suspended = list(measurements(walk_of(model, images().split(12), requests)))
     assert [each.name for each in suspended] == [each.name for each in graph] == ["bn0", "conv1", "bn2"]
     for a, b in zip(suspended, graph, strict=True):
         assert a.found.pruned.count == b.found.pruned.count

@@ -95,12 +95,12 @@ def test_solving_leaves_the_moments_of_the_walk_as_they_were(monkeypatch):
         [m for m in model.modules() if isinstance(m, nn.Conv2d)][1].weight[1] = 0
     solve, compared = Writer._solve, []
 
-    def watched(self, measurement, solver):
+    def watched(self, measurement, solve_layer):
         # as rounding would leave it
         for moments in measurement.found.calls:
             moments.m2 = moments.m2 + 1e-12
         before = [moments.m2.clone() for moments in measurement.found.calls]
-        update = solve(self, measurement, solver)
+        update = solve(self, measurement, solve_layer)
         compared.extend(torch.equal(a, moments.m2) for a, moments in zip(before, measurement.found.calls, strict=True))
         return update
 
