@@ -17,8 +17,9 @@ from ..engine.room import in_memory
 from ..errors import did_you_mean
 from ..methods.base import DenseAccess, Method, check_number, registered
 from ..network.layers import unwrap
-from ..pruning.allocation import Selection, check_method, check_sparsity, listed
-from ..pruning.patterns import NofM, parse_pattern
+from ..pruning.allocation import check_method, check_sparsity
+from ..pruning.sparsify import NofM, parse_pattern
+from ..pruning.units import Selection, listed
 from ..reports.recoverability import Cell, RecoverabilityMap
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal, fingerprints
