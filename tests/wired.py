@@ -9,7 +9,8 @@ pytest.importorskip("torch_pruning")
 
 from benchmarks.networks.resnet import resnet18
 from resuscitate import Masks, models
-from resuscitate.pruning.structured import channel_groups, channel_masks
+from resuscitate.pruning.coupling import channel_groups
+from resuscitate.pruning.structured import channel_masks
 from tests.networks import (
     Dense,
     Excited,

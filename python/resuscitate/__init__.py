@@ -32,7 +32,7 @@ from .methods.refit import Refit
 from .network.masks import Masks
 from .network.mean_layers import densify, replace_by_means
 from .network.updates import Gain, Unchanged, Weights
-from .pruning.densities import allocate
+from .pruning.allocation import allocate
 from .pruning.repairability import Repairability
 from .pruning.sparsify import sparsify
 from .pruning.structured import Shrinkage, shrink

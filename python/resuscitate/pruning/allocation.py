@@ -2,27 +2,99 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from functools import partial
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from ..errors import LayerError, called, did_you_mean
-from ..network.layer_checks import split_by_objections
-from ..network.layers import Selection as Selection
-from ..network.layers import Selector, matching, select_layers, unwrap
-from ..network.masks import tied_layers
-from .units import Units
+from ..errors import CalibrationError, called, did_you_mean
+from ..network.layers import Selection, matching
+from ..runtime.options import RunOptions, run_options
+from .repairability import Repairability, by_repairability
+from .units import Units, check_floors, listed, prunable_layers, units_of
 
-log = logging.getLogger("resuscitate")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # (units of each layer, number of weights to remove in all) -> number of units to remove from each layer
 Allocation = Callable[[Mapping[str, Units], int], dict[str, int]]
-Curve = list[tuple[float, float]]  # (fraction removed, residual), from (0, 0) to (1, 1)
+
+
+def allocate(
+    model: nn.Module,
+    sparsity: float | None = None,
+    method: str = "global",
+    *,
+    calibration: Any = None,
+    densities: Mapping[str, float] | None = None,
+    min_per_layer: int = 1,
+    min_per_channel: int = 0,
+    include: Selection = None,
+    exclude: Selection = None,
+    **options: Unpack[RunOptions],
+) -> dict[str, float]:
+    """Density (fraction of weights kept) of each selected layer, {layer name: density}, for one sparsity over all.
+
+    The densities are exact counts divided by layer sizes: exactly round(sparsity * total) weights are removed. A weight
+    shared by several layers counts once, and these layers have one density. The model is not changed.
+
+    sparsity: a float in [0, 1), of the original weights; None: only the layers named in `densities` lose weights.
+    method:
+        "global": one ranking of all weights by magnitude (global L1).
+        "uniform": the same density everywhere.
+        "erk": density proportional to (sum of the weight's dimensions) / (their product), at most 1 (Erdos-Renyi
+            kernel, arXiv 1911.11134, section 3): small layers keep more.
+        "lamp": one ranking by w^2 / (sum of the squares of all weights of its layer that are no smaller)
+            (arXiv 2010.07611, equation 1).
+        "rr": relative repairability, **our reading** of arXiv 2605.25508: weights are removed where they add least to
+            the part of a layer's output that no gain and shift per channel can restore; see `Repairability`.
+    calibration: for "rr" only: calibration images, as for `repair`, or a `Repairability` measured on this model.
+    densities: {glob over layer names: density in (0, 1]} of layers with a fixed density, such as {"conv1": 1.0}; a
+        later glob overrides an earlier one. The rest of the budget is removed from the other layers.
+    min_per_layer, min_per_channel: least number of weights kept in each layer and in each output channel.
+    options: of the measurement for "rr", see `RunOptions`.
+
+    Raises ValueError for an unknown method, for `calibration` or an option of a measurement if nothing is measured, for
+    a sparsity outside [0, 1), and for floors or densities that do not admit it; TypeError for a sparsity that is not a
+    float; LayerError for a weight that is not finite.
+    """
+    check_method(method)
+    check_measurement(method, calibration, options)
+    check_floors(min_per_layer, min_per_channel)
+    include, exclude = listed(include), listed(exclude)
+    layers, first_of = prunable_layers(model, include, exclude)
+    floors = min_per_layer, min_per_channel
+    units = {name: units_of(name, layers[name], *floors) for name in dict.fromkeys(first_of.values())}
+    fixed = fixed_densities(layers, first_of, densities)
+    allocation = choose_allocation(method, model, calibration, include=include, exclude=exclude, **options)
+    removed = removal_counts(units, sparsity, allocation, fixed)
+    kept = {name: (each.count - removed[name]) / each.count for name, each in units.items()}
+    return {name: kept[first] for name, first in first_of.items()}
+
+
+def check_measurement(method: str, calibration: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for calibration images, or a run-time option, where nothing is measured."""
+    run_options("the measurement for allocation 'rr'", options)
+    if method != "rr" and calibration is not None:
+        raise ValueError(f"allocation {method!r} measures nothing: leave calibration out, or choose allocation 'rr'")
+    if options and (method != "rr" or isinstance(calibration, Repairability)):
+        option, reason = next(iter(options)), "is of the measurement for allocation 'rr', and nothing is measured here"
+        raise ValueError(f"{option} {reason}; leave {option} out")
+
+
+def choose_allocation(method: str, model: nn.Module, calibration: Any, **measuring: Any) -> Allocation:
+    """The allocation of this name. "rr" measures when called, after sparsity, floors and densities are checked."""
+    if method != "rr":
+        return ALLOCATIONS[method]
+    if calibration is None:
+        raise CalibrationError("allocation 'rr' measures the model: pass calibration, unlabelled images as for repair")
+    if isinstance(calibration, Repairability):
+        return partial(by_repairability, measured=calibration)
+    return lambda units, budget: by_repairability(units, budget, Repairability.measure(model, calibration, **measuring))
 
 
 def removal_counts(
@@ -34,10 +106,16 @@ def removal_counts(
     """
     if sparsity is None and not fixed:
         raise ValueError('sparsity is missing: give one, such as 0.9, or densities; only "n:m" implies it')
-    removed = {name: _removed_at(name, units[name], density) for name, density in fixed.items()}
-    free = {name: layer for name, layer in units.items() if name not in fixed}
+    removed: dict[str, int] = {}
+    for name, density in fixed.items():
+        layer = units[name]
+        removed[name] = layer.count - round(density * layer.count)
+        if removed[name] > layer.removable:
+            floor = (layer.count - layer.removable) / layer.count
+            raise ValueError(f"densities: {called(name)} must keep at least {floor:.6g} of its weights, not {density}")
     if sparsity is None:
-        return {name: removed.get(name, 0) for name in units}
+        return dict.fromkeys(units, 0) | removed
+    free = {name: layer for name, layer in units.items() if name not in fixed}
     total = sum(layer.count * layer.size for layer in units.values())
     budget = round(check_sparsity(sparsity) * total)
     least = sum(units[name].size * count for name, count in removed.items())
@@ -47,13 +125,12 @@ def removal_counts(
         upper = f"at most {most} can be removed, a sparsity of {math.floor(most / total * 1e6) / 1e6:.6g}"
         kept = f"with the weights that must be kept in {len(units)} layers"
         raise ValueError(f"sparsity={sparsity} removes {budget} of {total} weights; {kept} {lower}{upper}")
-    removed |= method(free, budget - least) if free else {}
-    return {name: removed[name] for name in units}
+    return removed | (method(free, budget - least) if free else {})
 
 
 def by_magnitude(units: Mapping[str, Units], budget: int) -> dict[str, int]:
     """One ranking by magnitude over all layers (global L1)."""
-    ranked = {name: np.sort(layer.removable_scores().numpy()) for name, layer in units.items()}
+    ranked = {name: np.sort(layer.scores[~layer.protected].numpy()) for name, layer in units.items()}
     return _by_rank(ranked, units, budget)
 
 
@@ -67,8 +144,8 @@ def by_lamp(units: Mapping[str, Units], budget: int) -> dict[str, int]:
 
 def lamp_scores(layer: Units) -> np.ndarray:
     """LAMP scores of a layer's removable units, ascending; the score of a zero weight is 0."""
-    squares = np.sort(layer.removable_scores().numpy()).astype(np.float64) ** 2
-    protected = 0.0 if layer.protected is None else float(layer.scores[layer.protected].double().square().sum())
+    squares = np.sort(layer.scores[~layer.protected].numpy()).astype(np.float64) ** 2
+    protected = float(layer.scores[layer.protected].double().square().sum())
     left = protected + squares[::-1].cumsum()[::-1]
     return np.divide(squares, left, out=np.zeros_like(squares), where=squares > 0)
 
@@ -84,25 +161,6 @@ def by_erk(units: Mapping[str, Units], budget: int) -> dict[str, int]:
     return _by_density(raw, units, budget)
 
 
-def by_repairability(units: Mapping[str, Units], budget: int, curves: Mapping[str, Curve]) -> dict[str, int]:
-    """Remove weights greedily where they add least to the residual of their layer; see `Repairability`.
-
-    Greedy on the lower convex hull of each curve: the least sum of residuals for this budget.
-    """
-    steps = []
-    for name, layer in units.items():
-        weights = max(layer.count * layer.size, 1)
-        for (r0, e0), (r1, e1) in pairwise(_lower_hull(curves[name])):
-            steps.append(((e1 - e0) / ((r1 - r0) * weights), name, round(r1 * layer.count)))
-    removed = dict.fromkeys(units, 0)
-    for _, name, upto in sorted(steps, key=lambda step: step[0]):
-        size = units[name].size
-        more = min(max(min(upto, units[name].removable) - removed[name], 0), budget // max(size, 1))
-        removed[name] += more
-        budget -= more * size
-    return removed
-
-
 ALLOCATIONS: dict[str, Allocation] = {"global": by_magnitude, "uniform": by_size, "erk": by_erk, "lamp": by_lamp}
 METHODS = (*ALLOCATIONS, "rr")
 
@@ -114,53 +172,17 @@ def check_method(method: str) -> None:
         raise ValueError(f"unknown allocation {method!r}; choose from {', '.join(METHODS)}{hint}")
 
 
-def listed(selectors: Selection) -> list[Selector] | Selector | None:
-    """Selectors that can be iterated more than once."""
-    return selectors if selectors is None or isinstance(selectors, str | type) else list(selectors)
-
-
 def fixed_densities(
-    layers: Mapping[str, nn.Module], ties: Mapping[str, list[str]], densities: Mapping[str, float] | None
+    layers: Mapping[str, nn.Module], first_of: Mapping[str, str], densities: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Densities by layer, from densities by glob; of layers that share a weight the first. Raises ValueError.
-
-    layers: by name. ties: first layer with a weight -> all layers that share the weight.
-    """
+    """Densities by the first layer that has a weight, from densities by glob. Raises ValueError."""
     fixed: dict[str, float] = {}
-    first_of = {name: first for first, names in ties.items() for name in names}
     for pattern, density in (densities or {}).items():
         if not isinstance(density, float) or not 0.0 < density <= 1.0:
             raise ValueError(f"densities: {pattern!r}: {density!r} is not a float in (0, 1], the fraction that is kept")
         for name in matching(layers, pattern, "densities"):
             fixed[first_of[name]] = density
     return fixed
-
-
-def prunable_layers(
-    model: nn.Module, include: Selection, exclude: Selection
-) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The selected layers, and which of them share a weight (see `tied_layers`).
-
-    Not returned, with a warning: layers that change their weight before use, so that a zero would not stay zero.
-    Raises ValueError if no layer is selected, LayerError if all selected layers change their weight, or if a selected
-    layer shares its weight with a layer that is not selected.
-    """
-    model = unwrap(model)
-    layers = select_layers(model, include, exclude)
-    if not layers:
-        raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
-    selected = len(layers)
-    layers, found = split_by_objections(layers, "pruned")
-    if found:
-        reasons = [f"{name!r}: {objection}" for name, objection in found.items()]
-        shown = ", ".join([*reasons[:3], *["..."] * (len(reasons) > 3)])
-        log.warning("%d of %d layers are left dense: %s", len(found), selected, shown)
-    owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
-    for name, module in select_layers(model).items():
-        weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
-        if name not in layers and id(weight) in owners:
-            raise LayerError(owners[id(weight)], f"shares its weight with {name!r}, which is not selected; select both")
-    return layers, tied_layers(layers)
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -173,14 +195,6 @@ def check_sparsity(sparsity: float) -> float:
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity={sparsity} is not in [0, 1), {meaning}")
     return sparsity
-
-
-def _removed_at(name: str, layer: Units, density: float) -> int:
-    removed = layer.count - round(density * layer.count)
-    if removed > layer.removable:
-        least = (layer.count - layer.removable) / layer.count
-        raise ValueError(f"densities: {called(name)} must keep at least {least:.6g} of its weights, not {density}")
-    return removed
 
 
 def _by_rank(ranked: Mapping[str, np.ndarray], units: Mapping[str, Units], budget: int) -> dict[str, int]:
@@ -213,41 +227,50 @@ def _by_rank(ranked: Mapping[str, np.ndarray], units: Mapping[str, Units], budge
 def _by_density(raw: Mapping[str, float], units: Mapping[str, Units], budget: int) -> dict[str, int]:
     """Density scale * raw in each layer, between its floor and 1, with the scale that meets the budget.
 
-    The number of weights kept is piecewise linear in the scale, so the scale is found by interpolation between
-    breakpoints. This is the fixed point of capping densities above 1 and solving again for the rest. Fractions of units
-    are rounded by largest remainder.
+    This is the fixed point of capping densities above 1 and solving again for the rest.
     """
     layers = {name: layer for name, layer in units.items() if layer.count}
-    if not layers:
-        return dict.fromkeys(units, 0)
     n = np.array([layer.count * layer.size for layer in layers.values()], np.float64)
     floor = n - [layer.removable * layer.size for layer in layers.values()]
-    slope = n * [raw[name] for name in layers]
-    ends = np.unique(np.concatenate([[0.0], floor / slope, n / slope]))
-    kept = np.array([np.clip(scale * slope, floor, n).sum() for scale in ends])
-    scale = np.interp(n.sum() - budget, kept, ends)
-    share = (n - np.clip(scale * slope, floor, n)) / [layer.size for layer in layers.values()]
+    kept = _fill(n.sum() - budget, floor, n, n * [raw[name] for name in layers])
+    share = (n - kept) / [layer.size for layer in layers.values()]
+    return dict.fromkeys(units, 0) | _whole_units(share, layers, budget)
+
+
+def by_priority(units: Mapping[str, Units], budget: int, priorities: Mapping[str, float]) -> dict[str, int]:
+    """For regrowth: restore units of one weight in each layer in proportion to its priority, at most all pruned ones.
+
+    Layers of priority 0 come last: they share the rest in proportion to their number of pruned units.
+    """
+    pruned = np.array([layer.removable for layer in units.values()], np.float64)
+    priority = np.array([max(priorities[name], 0.0) for name in units])
+    positive, none, regrown = priority > 0, np.zeros_like(pruned), pruned.sum() - budget
+    share = _fill(min(regrown, pruned[positive].sum()), none, pruned, priority)
+    share += _fill(regrown - share.sum(), none, np.where(positive, 0.0, pruned), pruned)
+    return {name: units[name].removable - count for name, count in _whole_units(share, units, regrown).items()}
+
+
+def _fill(total: float, least: np.ndarray, most: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """Entries scale * slope, each between its least and its most, with the scale at which their sum is `total`.
+
+    The sum is piecewise linear in the scale, so the scale is found by interpolation between breakpoints.
+    """
+    bounds = [np.divide(bound, slope, out=np.zeros_like(slope), where=slope > 0) for bound in (least, most)]
+    ends = np.unique(np.concatenate([[0.0], *bounds]))
+    sums = np.array([np.clip(scale * slope, least, most).sum() for scale in ends])
+    return np.clip(np.interp(total, sums, ends) * slope, least, most)
+
+
+def _whole_units(share: np.ndarray, units: Mapping[str, Units], budget: float) -> dict[str, int]:
+    """Shares of a budget of weights in whole units, by largest remainder, at most the removable ones of each layer."""
     whole = np.floor(share)
-    removed, names = dict.fromkeys(units, 0), list(layers)
-    removed |= {name: min(int(count), units[name].removable) for name, count in zip(names, whole, strict=True)}
+    counts = {n: min(int(count), units[n].removable) for n, count in zip(units, whole, strict=True)}
+    names = list(units)
     order = [names[index] for index in np.argsort(whole - share, kind="stable")]
-    left = budget - sum(units[name].size * count for name, count in removed.items())
-    while fits := [name for name in order if removed[name] < units[name].removable and units[name].size <= left]:
+    left = budget - sum(units[name].size * count for name, count in counts.items())
+    while fits := [name for name in order if counts[name] < units[name].removable and units[name].size <= left]:
         for name in fits:
             if units[name].size <= left:
-                removed[name] += 1
+                counts[name] += 1
                 left -= units[name].size
-    return removed
-
-
-def _lower_hull(curve: Curve) -> Curve:
-    """The lower convex hull of a curve, left to right (Andrew's monotone chain)."""
-    hull: Curve = []
-    for x, y in sorted(curve):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
+    return counts

@@ -1,7 +1,6 @@
-"""Groups of coupled channels, found by Torch-Pruning and verified numerically.
+"""Groups of coupled channels, found by Torch-Pruning (Fang et al. 2023, "DepGraph: Towards any structural pruning").
 
-Torch-Pruning finds the dependencies and removes the channels (Fang et al. 2023, "DepGraph: Towards any structural
-pruning"). A group is accepted only if the network without it computes what it should: see `_mismatch`.
+A group is accepted only if the network without it computes what it should: see `_mismatch`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from ..network.comparison import (
 )
 from ..network.layers import (
     LAYERS,
-    Selector,
+    Selection,
     along_inputs,
     along_weight,
     find_layers,
@@ -83,27 +82,16 @@ class _Part(NamedTuple):
     roots: Tensor
 
 
-class _Index(NamedTuple):
-    """A channel of a module and the root's channel coupled with it, in the form of torch-pruning's index mappings."""
-
-    idx: int
-    root_idx: int
+_Index = namedtuple("_Index", "idx root_idx")  # a module's and the root's channel, as torch-pruning's mappings need it
 
 
 def channel_groups(
-    model: nn.Module,
-    example: Example,
-    include: Iterable[Selector] | Selector | None = None,
-    exclude: Iterable[Selector] | Selector | None = None,
+    model: nn.Module, example: Example, include: Selection = None, exclude: Selection = None
 ) -> list[ChannelGroup]:
-    """Groups of coupled channels that can be removed, in model order. The model is not changed.
+    """Groups of coupled channels that can be removed, in model order, if all their producers are selected.
 
-    example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough.
-    include, exclude: as for `select_layers`; a group is returned if all its producers are selected.
-
-    Not returned: channels of the model's output, channels of layers that run twice, channels coupled with a parameter
-    outside of any layer, and channels that torch-pruning removes wrongly. The log gives each reason at level INFO.
-    Raises ResuscitateError if torch-pruning is missing or cannot trace the model.
+    example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough. The log says at level
+    INFO why other channels are kept. Raises ResuscitateError if torch-pruning is missing or cannot trace the model.
     """
     model = unwrap(model)
     selected = select_layers(model, include, exclude)
@@ -135,47 +123,39 @@ def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[Channe
             graph = trace(copied, few)
         except Exception as error:
             raise ResuscitateError(f"torch-pruning cannot trace this network; {describe_error(error)}") from error
-        groups, refused = _candidates(graph, reused)
+        candidates, refused, seen = list[ChannelGroup](), dict[str, str](), set[str]()
+        for name, layer in find_layers(copied).items():
+            if layer not in graph.module2node:
+                refused[name] = "torch-pruning does not see a path from this layer to the output"
+            elif name not in seen:
+                try:
+                    candidates.append(_group(graph, name, reused, seen))
+                except Exception as error:
+                    refused[name] = describe_error(error)
         randomise_weights(copied)
-        if _mismatch(copied, few, groups):
-            candidates, groups = groups, []
-            for group in candidates:
-                if reason := _mismatch(copied, few, [*groups, group]):
-                    refused[group.name] = reason
-                else:
-                    groups.append(group)
-    return groups, refused
+        if not _mismatch(copied, few, candidates):
+            return candidates, refused
+        groups = list[ChannelGroup]()
+        for group in candidates:
+            if reason := _mismatch(copied, few, [*groups, group]):
+                refused[group.name] = reason
+            else:
+                groups.append(group)
+        return groups, refused
 
 
 def trace(model: nn.Module, inputs: list[Tensor]) -> Any:
     """Torch-Pruning's dependency graph. Each model output is a node, so a group with output channels contains one."""
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return (
-            torch_pruning()
-            .DependencyGraph()
-            .build_dependency(
-                model,
-                example_inputs=to_model(model, (x[:2] for x in inputs)),
-                forward_fn=lambda model, inputs: model(*inputs),
-                output_transform=lambda out: [leaf * 1 for leaf in output_tensors(out) if leaf.requires_grad],
-                verbose=False,
-            )
+        graph = torch_pruning().DependencyGraph()
+        return graph.build_dependency(
+            model,
+            example_inputs=to_model(model, (x[:2] for x in inputs)),
+            forward_fn=lambda model, inputs: model(*inputs),
+            output_transform=lambda out: [leaf * 1 for leaf in output_tensors(out) if leaf.requires_grad],
+            verbose=False,
         )
-
-
-def _candidates(graph: Any, reused: Mapping[nn.Module, str]) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Torch-Pruning's groups that are consistent, and the reason against each other one."""
-    groups, refused, seen = list[ChannelGroup](), dict[str, str](), set[str]()
-    for name, layer in find_layers(graph.model).items():
-        if layer not in graph.module2node:
-            refused[name] = "torch-pruning does not see a path from this layer to the output"
-        elif name not in seen:
-            try:
-                groups.append(_group(graph, name, reused, seen))
-            except Exception as error:
-                refused[name] = describe_error(error)
-    return groups, refused
 
 
 def _group(graph: Any, name: str, reused: Mapping[nn.Module, str], seen: set[str]) -> ChannelGroup:
@@ -212,7 +192,7 @@ def _group(graph: Any, name: str, reused: Mapping[nn.Module, str], seen: set[str
 def _coupled_channels(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, int]]:
     """Channels coupled with the `count` outputs of layer `name`: (node, pruning function) -> channel -> output channel.
 
-    Torch-Pruning's own traversal does not terminate if its index mappings are cyclic. This one raises there.
+    Raises where torch-pruning's own traversal does not terminate, because its index mappings are cyclic.
     """
     root = graph.module2node[graph.model.get_submodule(name)]
     start = (root, graph.get_pruner_of_module(root.module).prune_out_channels)
@@ -303,16 +283,16 @@ def _reused_modules(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, s
 def _mismatch(model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup]) -> str:
     """Reason why these groups are wrong, or the empty string.
 
-    A random half of the units is removed from one copy. In another copy the consumers' weights on these units are
-    zero. The outputs differ if the units reach the output by another path, or if an index is wrong.
+    A random half of the units is removed from one copy; in another, the consumers' weights on these units are zero. The
+    outputs differ if the units reach the output by another path, or if an index is wrong.
     """
     dropped = {group.name: torch.randperm(group.units) < group.units // 2 for group in groups}
     unconnected, small = trial_copy(model), trial_copy(model)
     for group in groups:
         for name, table in group.consumers.items():
-            weight = unconnected.get_parameter(f"{name}.weight")
-            mask = mask_channels(name, unconnected.get_submodule(name), "consumers", table[dropped[group.name]])
-            weight.masked_fill_(~mask, 0)
+            layer = unconnected.get_submodule(name)
+            kept = mask_channels(name, layer, "consumers", table[dropped[group.name]])
+            stored_weight(name, layer).masked_fill_(~kept, 0)
     try:
         error = remove_units(small, inputs, groups, dropped, unconnected)
     except Exception as problem:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ import asr_kernels as ak
 
 from ..engine.session import Session
 from ..errors import CalibrationError, ModelMismatchError, called
-from ..network.layers import channel_dim, effective_weight, unwrap, with_weight
+from ..network.layers import Selection, channel_dim, effective_weight, unwrap, with_weight
 from ..network.runner import check_finite, check_tensors
 from ..runtime.options import RunOptions, run_options
 from ..statistics.base import merge_calls
@@ -23,13 +24,13 @@ from ..statistics.outputs import OutputCovariances, explained
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.nested import count_images
 from ..utils.progress import Bar
-from .allocation import Curve, Selection, prunable_layers
-from .units import units_of
+from .units import Units, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
+Curve = list[tuple[float, float]]  # (fraction removed, residual), from (0, 0) to (1, 1)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Repairability:
         For each batch, each layer runs once more per density, with its largest weights only. Raises CalibrationError,
         LayerError, NonFiniteError; ValueError for a density outside (0, 1).
         """
-        call = "Repairability.measure(model, images)"
-        check_places(call, model=(model, NETWORK), calibration=(calibration, IMAGES))
+        check_places("Repairability.measure(model, images)", model=(model, NETWORK), calibration=(calibration, IMAGES))
         grid = sorted(set(densities), reverse=True)
         if not grid or not all(0 < density < 1 for density in grid):
             raise ValueError(f"densities={grid} must lie between 0 and 1")
@@ -80,15 +80,15 @@ class Repairability:
                 with ExitStack() as hooks:
                     for name, times in times_kept.items():
                         hook = partial(_compare, found[name], times, index)
-                        hooks.callback(session.net.modules[name].register_forward_hook(hook).remove)
+                        hooks.enter_context(session.net.modules[name].register_forward_hook(hook))
                     session.net.run(batch)
                 seen += count_images(batch)
                 bar.advance("all layers", count_images(batch))
             (seen,) = session.ranks.total(seen)
-            merged = {name: session.merged(statistic) for name, statistic in found.items()}
+            residuals = {name: _residuals(session.merged(each).pairs, grid) for name, each in found.items()}
         if not seen:
             raise CalibrationError("there are no images to measure repairability on")
-        return cls({name: _residuals(statistic.pairs, grid) for name, statistic in merged.items()}, seen)
+        return cls(residuals, seen)
 
     def curve(self, name: str) -> Curve:
         """[(fraction removed, residual)] from (0, 0) to (1, 1); a straight line for a layer not run or constant.
@@ -101,6 +101,35 @@ class Repairability:
         return [(0.0, 0.0), *sorted(between), (1.0, 1.0)]
 
 
+def by_repairability(units: Mapping[str, Units], budget: int, measured: Repairability) -> dict[str, int]:
+    """An allocation: the least sum of residuals for this budget. Greedy on the lower convex hull of each curve."""
+    steps = []
+    for name, layer in units.items():
+        weights = max(layer.count * layer.size, 1)
+        for (r0, e0), (r1, e1) in pairwise(_lower_hull(measured.curve(name))):
+            steps.append(((e1 - e0) / ((r1 - r0) * weights), name, round(r1 * layer.count)))
+    removed = dict.fromkeys(units, 0)
+    for _, name, upto in sorted(steps, key=lambda step: step[0]):
+        size = units[name].size
+        more = min(max(min(upto, units[name].removable) - removed[name], 0), budget // max(size, 1))
+        removed[name] += more
+        budget -= more * size
+    return removed
+
+
+def _lower_hull(curve: Curve) -> Curve:
+    """The lower convex hull of a curve, left to right (Andrew's monotone chain)."""
+    hull: Curve = []
+    for x, y in sorted(curve):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
 @torch.no_grad()
 def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
     """int8, weight's shape: the number of densities of `grid`, which descends, at which each weight is kept."""
@@ -111,9 +140,7 @@ def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
     return times_kept.view(units.shape).to(effective_weight(name, layer).device)
 
 
-def _compare(
-    found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: tuple[Any, ...], out: Any
-) -> None:
+def _compare(found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: Any, out: Any) -> None:
     """A forward hook that compares a layer's output with its output at each density; `pairs` has one for each."""
     name, weight, pairs = found.place.name, effective_weight(found.place.name, layer), []
     check_tensors(name, out)
@@ -126,7 +153,5 @@ def _compare(
 
 def _residuals(pairs: list[ak.PairedMoments], grid: list[float]) -> dict[float, float]:
     """By density, the part of the output's variance that is lost; empty for a layer not run, or a constant one."""
-    if not pairs or not pairs[0].dense.m2.any():
-        return {}
-    shares = [explained([pair]) for pair in pairs]
-    return {density: 1 - share for density, share in zip(grid, shares, strict=True) if share is not None}
+    shares = [(density, explained([pair])) for density, pair in zip(grid, pairs, strict=False)]
+    return {density: 1 - share for density, share in shares if share is not None}

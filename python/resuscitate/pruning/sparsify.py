@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..errors import LayerError, called
-from ..network.layers import effective_weight, find_layers, out_channels, rows_of, unwrap
+from ..errors import LayerError, called, did_you_mean
+from ..network.layers import Selection, along_weight, effective_weight, find_layers, out_channels, rows_of, unwrap
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot
 from ..runtime.options import RunOptions, check_choice
-from .allocation import ALLOCATIONS, Selection, check_method, fixed_densities, listed, prunable_layers, removal_counts
-from .densities import check_measurement, choose_allocation
-from .patterns import Indivisible, NofM, check_nm_sparsity, input_channels, nm_mask, parse_pattern, unit_mask
-from .structured import channel_groups, channel_masks, shrink
-from .units import check_floors, magnitude, units_of, units_of_channels
+from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
+from .coupling import channel_groups
+from .structured import channel_masks, shrink, units_of_channels
+from .units import Units, check_floors, listed, magnitude, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
+NAMES = ("unstructured", "filter", "channels")
+Indivisible = Literal["dense", "pad", "raise"]
+
+
+class NofM(NamedTuple):
+    """N weights kept of every M consecutive ones."""
+
+    n: int
+    m: int
+
+
+def parse_pattern(pattern: str) -> str | NofM:
+    """The pattern itself if it is in `NAMES`, (n, m) for "n:m" with 0 < n < m. Raises ValueError for anything else."""
+    if pattern in NAMES:
+        return pattern
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if found and 0 < int(found[1]) < int(found[2]):
+        return NofM(int(found[1]), int(found[2]))
+    known = '"unstructured", "filter", "channels", or "n:m" for n kept of m, such as "2:4"'
+    raise ValueError(f"unknown pattern {pattern!r}; choose {known}{did_you_mean(str(pattern), NAMES)}")
 
 
 def sparsify(
@@ -55,13 +77,11 @@ def sparsify(
         "n:m": n weights *kept* of every m consecutive input channels (of one group) at each kernel position. The
             sparsity is 1 - n/m; allocation, calibration and densities are refused.
         "filter": whole filters, ranked by their mean magnitude: all weights of an output channel, not its bias and
-            BatchNorm. Removes the budget or less, short of it by less than one filter. ("rr" uses the curves of
-            single weights here too.)
-        "channels": whole channels, ranked by the mean magnitude of the weights of all layers that produce and consume
-            them (rows and columns); channels coupled by residual sums and concatenations are one unit. `sparsity` is
-            then the fraction of the *channels* that can be removed ("global", exact), or of each group of coupled
-            channels ("uniform", "lamp", within one channel). Needs `example`, an image batch to trace the model with,
-            and Torch-Pruning.
+            BatchNorm. Removes up to one filter less than the budget. ("rr" uses the curves of single weights.)
+        "channels": whole channels, ranked by the mean magnitude of their weights in all layers that produce and consume
+            them; channels coupled by residual sums and concatenations are one unit. `sparsity` is the fraction of the
+            *channels* that can be removed ("global", exact), or of each group of coupled channels ("uniform", "lamp",
+            within one channel). Needs `example`, an image batch to trace the model with, and Torch-Pruning.
     indivisible: for "n:m", layers whose input channels m does not divide (a stem, a depthwise convolution): "dense"
         leaves them unchanged, "pad" pads the last group with channels of zeros, "raise" refuses. The masks note them.
     remove: for "channels": remove the channels from the model, which becomes smaller and faster and computes the same.
@@ -94,51 +114,49 @@ def sparsify(
     if indivisible != "dense" and not isinstance(kind, NofM):
         raise ValueError(f"indivisible={indivisible!r} is for patterns n:m, not {pattern!r}")
     include, exclude = listed(include), listed(exclude)
-    layers, ties = prunable_layers(model, include, exclude)
+    layers, first_of = prunable_layers(model, include, exclude)
+    first = {name: layers[name] for name in dict.fromkeys(first_of.values())}  # a shared weight once
     if kind == "channels":
         if densities:
             raise ValueError('densities are for weights: leave densities out with pattern "channels"')
         return _channels(unwrap(model), sparsity, allocation, example, remove, include, exclude)
     if isinstance(kind, NofM):
-        check_nm_sparsity(sparsity, kind)
+        n, m = kind
+        if sparsity is not None and not math.isclose(sparsity, 1 - n / m, rel_tol=1e-9):
+            remedy = f"leave sparsity out instead of asking for {sparsity!r}"
+            raise ValueError(f"pattern {n}:{m} keeps {n} of {m}, a sparsity of {1 - n / m:.6g}; {remedy}")
         if densities:
             raise ValueError(f"pattern {pattern} fixes every density; leave densities out, and use exclude")
-        chosen, notes = _n_of_m({first: layers[first] for first in ties}, kind, indivisible)
-        _check_kept(chosen, layers, *floors)
+        chosen, notes = _n_of_m(first, kind, indivisible, *floors)
     else:
-        units = {first: units_of(first, layers[first], *floors, filters=kind == "filter") for first in ties}
+        units = {name: units_of(name, layer, *floors, filters=kind == "filter") for name, layer in first.items()}
         method = choose_allocation(allocation, model, calibration, include=include, exclude=exclude, **options)
-        removed = removal_counts(units, sparsity, method, fixed_densities(layers, ties, densities))
+        removed = removal_counts(units, sparsity, method, fixed_densities(layers, first_of, densities))
         zeros = sum(int((each.scores == 0).sum()) for each in units.values())
         if zeros > sum(removed.values()):
             logger.warning("%d weights are zero already, more than a sparsity of %s requires", zeros, sparsity)
-        chosen, notes = {first: unit_mask(each, layers[first], removed[first]) for first, each in units.items()}, {}
-    placed = {first: mask.to(effective_weight(first, layers[first]).device) for first, mask in chosen.items()}
-    by_name = {name: placed[first] for first, names in ties.items() for name in names}
-    masks = Masks({name: by_name[name] for name in layers}, _with_dead(notes, layers, by_name))
+        chosen, notes = {name: _unit_mask(each, first[name], removed[name]) for name, each in units.items()}, {}
+    placed = {name: mask.to(effective_weight(name, first[name]).device) for name, mask in chosen.items()}
+    by_layer = {name: placed[owner] for name, owner in first_of.items()}
+    masks = Masks(by_layer, notes | _dead_channels(layers, by_layer))
     masks.apply_(model)
     return masks
 
 
-def _with_dead(
-    notes: Mapping[str, str], layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """The notes, with the number of output channels of each layer that have no weight left."""
-    dead = {name: int((~rows_of(layer, masks[name]).any(1)).sum()) for name, layer in layers.items()}
-    counts = {name: (count, out_channels(layers[name])) for name, count in dead.items() if count}
-    return {**notes, **{name: f"{count} of {total} channels dead" for name, (count, total) in counts.items()}}
+def _dead_channels(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """A note for each layer with output channels that have no weight left."""
+    dead = {name: int((~rows_of(layers[name], mask).any(1)).sum()) for name, mask in masks.items()}
+    return {name: f"{n} of {out_channels(layers[name])} channels dead" for name, n in dead.items() if n}
 
 
 def _n_of_m(
-    layers: Mapping[str, nn.Module], pattern: NofM, indivisible: Indivisible
+    layers: Mapping[str, nn.Module], pattern: NofM, indivisible: Indivisible, *floors: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The masks, and a note on each layer whose input channels M does not divide."""
-    odd = {name: channels for name, each in layers.items() if (channels := input_channels(each)) % pattern.m}
+    """The masks, and a note on each layer whose input channels M does not divide. Raises ValueError, LayerError."""
+    odd = {name: channels for name, each in layers.items() if (channels := _input_channels(each)) % pattern.m}
     if len(odd) == len(layers) and indivisible != "pad":
-        raise ValueError(
-            f"no selected layer has input channels in whole groups of {pattern.m}, so none can be pruned; choose "
-            "another pattern, or indivisible='pad'"
-        )
+        problem = f"no selected layer has input channels in whole groups of {pattern.m}, so none can be pruned"
+        raise ValueError(f"{problem}; choose another pattern, or indivisible='pad'")
     if odd and indivisible == "raise":
         name, channels = next(iter(odd.items()))
         fitting = next((f", or groups of {m}" for m in range(pattern.m, 1, -1) if channels % m == 0), "")
@@ -148,33 +166,52 @@ def _n_of_m(
     notes = {name: f"{what}: {channels} input channels, groups of {pattern.m}" for name, channels in odd.items()}
     for name, note in notes.items():
         logger.info("%s: %s", name, note)
-    masks = {name: nm_mask(magnitude(name, layer), layer, pattern) for name, layer in layers.items()}
+    masks = {name: _nm_mask(magnitude(name, layer), layer, pattern) for name, layer in layers.items()}
     if indivisible == "dense":
         masks |= {name: torch.ones_like(masks[name]) for name in odd}
+    for name, mask in masks.items():
+        if mask.numel():
+            rows = rows_of(layers[name], mask).sum(1)
+            options = ("min_per_layer", int(rows.sum())), ("min_per_channel", int(rows.min()))
+            for (option, kept), floor in zip(options, floors, strict=True):
+                if kept < floor:
+                    problem = f"this pattern keeps {kept} in {called(name)}; lower it, or exclude"
+                    raise ValueError(f"{option}={floor}: {problem}")
     return masks, notes
 
 
-def _check_kept(
-    masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], min_per_layer: int, min_per_channel: int
-) -> None:
-    """Raise ValueError if an n:m pattern keeps fewer weights than the floors require."""
-    for name, mask in masks.items():
-        if not mask.numel():
-            continue
-        rows = rows_of(layers[name], mask).sum(1)
-        kept_of = {"min_per_layer": int(rows.sum()), "min_per_channel": int(rows.min())}
-        for (option, kept), floor in zip(kept_of.items(), (min_per_layer, min_per_channel), strict=True):
-            if kept < floor:
-                raise ValueError(f"{option}={floor}: this pattern keeps {kept} in {called(name)}; lower it, or exclude")
+def _unit_mask(units: Units, module: nn.Module, removed: int) -> Tensor:
+    """Boolean mask, weight's shape: False at the `removed` units of smallest score, among equals the earlier ones."""
+    kept = ~units.smallest(removed)
+    if units.count == math.prod(units.shape):
+        return kept.view(units.shape)
+    return along_weight(module, kept).expand(units.shape).contiguous()
+
+
+def _nm_mask(scores: Tensor, module: nn.Module, pattern: NofM) -> Tensor:
+    """Boolean mask that keeps the N largest scores of every M consecutive input channels, at each kernel position.
+
+    Among equals the later channel is kept. In a last group of fewer than M channels N are kept, or all.
+    """
+    # a transposed convolution has its input channels on axis 0, group after group
+    axis, groups = (0, module.groups) if isinstance(module, _ConvTransposeNd) else (1, 1)
+    channels = _input_channels(module)
+    by_group = scores.movedim(axis, 0).unflatten(0, (groups, channels))
+    # smaller than any |w|, so that padding is never kept in place of a weight
+    padding = by_group.new_full((groups, -channels % pattern.m, *by_group.shape[2:]), -1.0)
+    grouped = torch.cat([by_group, padding], 1).unflatten(1, (-1, pattern.m))
+    kept: Tensor = grouped.argsort(dim=2, stable=True).argsort(2) >= pattern.m - pattern.n
+    return kept.flatten(1, 2)[:, :channels].flatten(0, 1).movedim(0, axis).contiguous()
+
+
+def _input_channels(module: nn.Module) -> int:
+    """Number of input channels per output channel."""
+    channels: Any = module.in_channels // module.groups if isinstance(module, _ConvNd) else module.in_features
+    return int(channels)
 
 
 def _channels(
-    model: nn.Module,
-    sparsity: float | None,
-    allocation: str,
-    example: Any,
-    remove: bool,
-    *selectors: Selection,
+    model: nn.Module, sparsity: float | None, allocation: str, example: Any, remove: bool, *selectors: Selection
 ) -> Masks:
     """Pattern "channels": prune whole channels in the layers that produce and consume them."""
     if sparsity is None:
@@ -192,7 +229,7 @@ def _channels(
     removed = removal_counts(units, sparsity, ALLOCATIONS[allocation], {})
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)
-    masks = Masks(chosen, _with_dead({}, {name: layers[name] for name in chosen}, chosen))
+    masks = Masks(chosen, _dead_channels(layers, chosen))
     with Snapshot(model) as snapshot, snapshot.defer_interrupts():
         masks.apply_(model)
         if remove:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,20 +23,10 @@ from ..network.layers import columns_of, find_layers, rows_of, unwrap
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot, evaluation_mode
 from ..reports.base import Report
-from .coupling import (
-    AGREEMENT,
-    WIDTHS,
-    ChannelGroup,
-    channel_groups,
-    mask_channels,
-    remove_units,
-    verified_groups,
-    width_of,
-)
+from .coupling import AGREEMENT, WIDTHS, ChannelGroup, mask_channels, remove_units, verified_groups, width_of
+from .units import Units, smallest
 
-__all__ = ["ChannelGroup", "Shrinkage", "channel_groups", "channel_masks", "shrink"]
-
-SIZES = {*itertools.chain(*WIDTHS.values()), "groups", "num_parameters"}
+SIZES = {"groups", "num_parameters"}.union(*WIDTHS.values())
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,6 @@ class Shrinkage(Report):
     """Result of `shrink`."""
 
     columns: ClassVar = ("group", "removed")
-
     removed: dict[str, int]  # group -> number of units removed
     kept: dict[str, Tensor]  # layer or BatchNorm -> int64, original output channels kept, if some were removed
     kept_inputs: dict[str, Tensor]  # layer -> int64, original input channels kept, if some were removed
@@ -59,12 +47,23 @@ class Shrinkage(Report):
         return [{"group": group, "removed": count} for group, count in self.removed.items()]
 
 
-def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks that prune the rows and columns of dropped units: layer -> boolean, weight's shape, True = kept.
+@torch.no_grad()
+def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module], saliency: Mapping[str, Tensor]) -> Units:
+    """Units of a group; score: mean saliency of the weights of its producers and consumers. The best unit is kept."""
+    sums, weights = torch.zeros(group.units, dtype=torch.float64), 0
+    for parts, view in ((group.producers, rows_of), (group.consumers, columns_of)):
+        for name, indices in parts.items():
+            by_channel = view(layers[name], saliency[name])
+            sums += by_channel.sum(1, dtype=torch.float64)[indices].sum(1)
+            weights += by_channel.shape[1] * indices.shape[1]
+    scores = sums / max(weights, 1)
+    return Units(scores, 1, (group.units,), ~smallest(scores, group.units - 1))
 
-    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped.
-    There is a mask for every producer and consumer of the groups. Raises ValueError for a name that is not among
-    `groups`, and for a tensor that is not boolean (units,).
+
+def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A mask for each producer and consumer of the groups, without the rows and columns of dropped units.
+
+    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped. Raises ValueError.
     """
     layers, by_name = find_layers(unwrap(model)), {group.name: group for group in groups}
     for name, chosen in dropped.items():
@@ -76,8 +75,8 @@ def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Map
     masks: dict[str, Tensor] = {}
     for group in by_name.values():
         chosen = dropped.get(group.name, torch.zeros(group.units, dtype=torch.bool)).cpu()
-        for role, tables in (("producers", group.producers), ("consumers", group.consumers)):
-            for layer, table in tables.items():
+        for role in ("producers", "consumers"):
+            for layer, table in getattr(group, role).items():
                 mask = mask_channels(layer, layers[layer], role, table[chosen])
                 masks[layer] = masks[layer] & mask if layer in masks else mask
     return {name: masks[name] for name in layers if name in masks}
@@ -92,11 +91,10 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     tolerance: the largest difference in output to accept, relative to the largest output.
 
     Modules and state-dict keys are kept. Parameters that shrink are new tensors, so create optimizers anew. A unit that
-    is masked in its producers only is kept, because its output may be a constant. The last unit of a group is kept.
-    The notes count both. All or nothing: on an error the model is unchanged.
-    Raises MaskError if a mask does not fit, LayerError for a layer with `torch.nn.utils.prune` masks or with a weight
-    that is recomputed in each forward pass, ResuscitateError if torch-pruning is missing or fails, or the outputs
-    differ.
+    is masked in its producers only is kept, because its output may be a constant, and so is the last unit of a group;
+    the notes count both. All or nothing: on an error the model is unchanged. Raises MaskError if a mask does not fit,
+    LayerError for a layer with `torch.nn.utils.prune` masks or a weight that is recomputed in each forward pass,
+    ResuscitateError if torch-pruning is missing or fails, or the outputs differ.
     """
     model, inputs = unwrap(model), input_tensors(example)
     for name, layer in find_layers(model).items():
@@ -106,7 +104,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     masks = Masks(masks)
     masks.check(model)
     groups, refused = verified_groups(model, inputs)
-    dropped, notes = _removable_units(model, groups, masks)
+    dropped, notes = dropped_units(model, groups, masks)
     masked = {name for name in refused if _masked_channels(model, masks, name, "producers").any()}
     notes += [f"channels of {name!r} are kept: {why}" for name, why in refused.items() if name in masked]
     if not dropped:
@@ -115,13 +113,11 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     with evaluation_mode([dense, small], 0):
         try:
             error = remove_units(small, inputs, groups, dropped, dense)
-        except Exception as problem:
-            raise ResuscitateError(f"channels of {which} cannot be removed; {describe_error(problem)}") from problem
+        except Exception as cause:
+            raise ResuscitateError(f"channels of {which} cannot be removed; {describe_error(cause)}") from cause
         if not error <= tolerance:
-            raise ResuscitateError(
-                f"without the masked channels of {which} the output differs by {error:.3g} of its largest value, more "
-                f"than tolerance={tolerance:g}; the model is as it was"
-            )
+            problem = f"without the masked channels of {which} the output differs by {error:.3g} of its largest value"
+            raise ResuscitateError(f"{problem}, more than tolerance={tolerance:g}; the model is as it was")
         flops = count_flops(dense, inputs), count_flops(small, inputs)
     parameters = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in small.parameters())
     kept, kept_inputs = _remaining_channels(dense, groups, dropped)
@@ -134,15 +130,14 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
     """Undo `shrink`, in place: put the removed units back, masked. Returns whether any were missing.
 
     masks: those given to `shrink`, in the shapes of `dense`, the network before it. A restored unit has weights of
-    zero and the bias and BatchNorm of `dense`; the model's outputs are unchanged.
-    Raises MaskError if a layer's size does not match the masks, ResuscitateError as `shrink` does.
+    zero and the bias and BatchNorm of `dense`. Raises MaskError for other masks, ResuscitateError as `shrink` does.
     """
     model, dense, inputs = unwrap(model), unwrap(dense), input_tensors(example)
     layers, originals = find_layers(model), find_layers(dense)
     if all(layers[n].weight.shape == originals[n].weight.shape for n in layers if n in originals):
         return False
     groups, _ = verified_groups(dense, inputs)
-    dropped = dropped_units(dense, groups, Masks(masks))
+    dropped, _ = dropped_units(dense, groups, Masks(masks))
     kept, _ = _remaining_channels(dense, groups, dropped)
     regions = channel_masks(dense, groups, dropped)
     tensors: dict[str, Tensor] = {}
@@ -151,12 +146,12 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
         small = getattr(model.get_submodule(owner), key, None)
         if not isinstance(small, Tensor) or small.shape == original.shape:
             continue
-        where = regions[owner] if key == "weight" and owner in regions else kept.get(owner)
-        expected = None if where is None else (int(where.sum()) if where.dtype == torch.bool else len(where))
-        if where is None or small.numel() != expected:
+        masked = key == "weight" and owner in regions
+        full = torch.zeros_like(original) if masked else original.detach().clone()
+        where = regions[owner] if masked else kept.get(owner, torch.empty(0, dtype=torch.int64))
+        if small.numel() != full[where.to(full.device)].numel():
             problem = f"its {key} is {tuple(small.shape)}, not what these masks leave of the dense one"
             raise MaskError(owner, f"{problem}; pass the masks that shrink was given")
-        full = torch.zeros_like(original) if where.dtype == torch.bool else original.detach().clone()
         full[where.to(full.device)] = small.detach().to(full).flatten()
         tensors[name] = full.to(small)
     with evaluation_mode([], 0), Snapshot(model):
@@ -164,35 +159,23 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
         _install(model, tensors, dense)
         error = relative_difference(before, compute_outputs(trial_copy(model), inputs))
         if not error <= AGREEMENT:
-            raise ResuscitateError(
-                f"with the removed channels restored and masked, the output differs by {error:.3g} of its largest "
-                "value; pass the masks that shrink was given"
-            )
+            problem = f"with the removed channels restored and masked, the output differs by {error:.3g}"
+            raise ResuscitateError(f"{problem} of its largest value; pass the masks that shrink was given")
     return True
 
 
-def dropped_units(model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Group -> boolean (units,): units that the masks prune in all their producers and consumers."""
-    return _removable_units(model, groups, masks)[0]
-
-
-def _removable_units(
-    model: nn.Module, groups: Iterable[ChannelGroup], masks: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def dropped_units(model: nn.Module, groups: list[ChannelGroup], masks: Masks) -> tuple[dict[str, Tensor], list[str]]:
     """Group -> boolean (units,): units masked in all producers and consumers; and notes on units masked in part."""
     dropped, notes = dict[str, Tensor](), list[str]()
     for group in groups:
-        sides = ("producers", group.producers), ("consumers", group.consumers)
         unproduced, unconsumed = (
             torch.stack([_masked_channels(model, masks, n, role)[table].all(1) for n, table in tables.items()]).all(0)
-            for role, tables in sides
+            for role, tables in (("producers", group.producers), ("consumers", group.consumers))
         )
         removable = unproduced & unconsumed
         if count := int((unproduced & ~unconsumed).sum()):
-            notes.append(
-                f"{count} units of {group.name!r} are masked in their producers only; they are kept, because their "
-                "output may be a constant"
-            )
+            reason = "because their output may be a constant"
+            notes.append(f"{count} units of {group.name!r} are masked in their producers only; they are kept, {reason}")
         if removable.all():
             removable[0] = False
             notes.append(f"all units of {group.name!r} are masked; one is kept")

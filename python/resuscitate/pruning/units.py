@@ -1,31 +1,67 @@
-"""Units that pruning removes from a layer (weights, filters or channels): scores, and the units that must be kept."""
+"""Layers that can be pruned, and the units that pruning removes from them: weights, filters or channels."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError, called
-from ..network.layers import columns_of, effective_weight, rows_of
+from ..network.layer_checks import split_by_objections
+from ..network.layers import Selection, Selector, effective_weight, find_layers, rows_of, select_layers, unwrap
+from ..network.masks import tied_layers
 
-if TYPE_CHECKING:
-    from .coupling import ChannelGroup
+log = logging.getLogger("resuscitate")
+
+
+def listed(selectors: Selection) -> list[Selector] | Selector | None:
+    """Selectors that can be iterated more than once."""
+    return selectors if selectors is None or isinstance(selectors, str | type) else list(selectors)
+
+
+def prunable_layers(
+    model: nn.Module, include: Selection, exclude: Selection
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The selected layers, and for each of them the first layer that has its weight (see `tied_layers`).
+
+    Not returned, with a warning: layers that change their weight before use, so that a zero would not stay zero.
+    Raises ValueError if no layer is selected, LayerError if all change their weight, or one is tied to another layer.
+    """
+    selected = select_layers(unwrap(model), include, exclude)
+    if not selected:
+        raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
+    layers, found = split_by_objections(selected, "pruned")
+    if found:
+        reasons = [f"{name!r}: {objection}" for name, objection in found.items()]
+        shown = ", ".join(reasons[:3] + ["..."] * (len(reasons) > 3))
+        log.warning("%d of %d layers are left dense: %s", len(found), len(selected), shown)
+    owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
+    for name, module in find_layers(unwrap(model)).items():
+        weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
+        if name not in layers and id(weight) in owners:
+            raise LayerError(owners[id(weight)], f"shares its weight with {name!r}, which is not selected; select both")
+    return layers, first_layers(layers)
+
+
+def first_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer -> the first layer that has the same weight, in the order of the layers."""
+    first_of = {name: first for first, names in tied_layers(layers).items() for name in names}
+    return {name: first_of[name] for name in layers}
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """The units of one layer, in the order of its weight tensor."""
 
-    scores: Tensor  # (units,) float32 or float64, on the CPU: |w|, or the mean |w| of a filter
+    scores: Tensor  # (units,) float32 or float64, finite, on the CPU: |w|, or the mean |w| of a filter
     size: int  # weights per unit
     shape: tuple[int, ...]  # of the layer's weight
-    protected: Tensor | None = None  # boolean (units,): units that must be kept; None: none
+    protected: Tensor  # boolean (units,): units that must be kept
 
     @property
     def count(self) -> int:
@@ -34,55 +70,30 @@ class Units:
     @cached_property
     def removable(self) -> int:
         """Number of units that may be removed."""
-        return self.count - (0 if self.protected is None else int(self.protected.sum()))
-
-    def removable_scores(self) -> Tensor:
-        """Scores of the units that may be removed, in the order of the units."""
-        return self.scores if self.protected is None else self.scores[~self.protected]
+        return self.count - int(self.protected.sum())
 
     def smallest(self, count: int) -> Tensor:
-        """Boolean (units,), True at the `count` removable units of smallest score; among equals the earlier ones.
-
-        These are the first `count` of a stable ascending sort. Selection is many times faster than sorting.
-        """
-        if not count:
-            return torch.zeros(self.count, dtype=torch.bool)
-        flat = self.scores if self.protected is None else self.scores.masked_fill(self.protected, torch.inf)
-        last = float(np.partition(flat.numpy(), count - 1)[count - 1])
-        chosen = flat < last
-        ties = (flat == last).nonzero().flatten()
-        if self.protected is not None:
-            ties = ties[~self.protected[ties]]
-        chosen[ties[: count - int(chosen.sum())]] = True
-        return chosen
+        """Boolean (units,), True at the `count` removable units of smallest score; among equals the earlier ones."""
+        return smallest(self.scores.masked_fill(self.protected, torch.inf), count)
 
 
-@torch.no_grad()
-def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module], scores: Mapping[str, Tensor]) -> Units:
-    """Units of a group of coupled channels; score: mean over the weights of producers and consumers. The best is kept.
-
-    scores: layer -> non-negative, weight's shape, on the CPU.
-    """
-    sums, weights = torch.zeros(group.units, dtype=torch.float64), 0
-    for parts, view in ((group.producers, rows_of), (group.consumers, columns_of)):
-        for name, indices in parts.items():
-            by_channel = view(layers[name], scores[name])
-            sums += by_channel.sum(1, dtype=torch.float64)[indices].sum(1)
-            weights += by_channel.shape[1] * indices.shape[1]
-    units = Units(sums / max(weights, 1), 1, (group.units,))
-    return replace(units, protected=~units.smallest(group.units - 1))
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Boolean, True where a stable sort puts the first `count` scores. Selection is many times faster than sorting."""
+    if not count:
+        return torch.zeros(len(scores), dtype=torch.bool)
+    last = float(np.partition(scores.numpy(), count - 1)[count - 1])
+    chosen = scores < last
+    ties = (scores == last).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen
 
 
 @torch.no_grad()
 def magnitude(name: str, module: nn.Module) -> Tensor:
-    """|w| of the layer's effective weight, on the CPU, float32 (float64 if the weight is).
-
-    Raises LayerError if a weight is NaN or infinite, or recomputed in each forward pass.
-    """
+    """|w| of the layer's effective weight, on the CPU, float32 (float64 if the weight is). Raises LayerError."""
     weight = effective_weight(name, module)
     scores = weight.abs().to("cpu", torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    if not bool(scores.isfinite().all()):
-        count = int((~scores.isfinite()).sum())
+    if count := int((~scores.isfinite()).sum()):
         raise LayerError(name, f"{count} of its weights are NaN or infinite, so they cannot be ranked")
     return scores
 
@@ -95,29 +106,20 @@ def check_floors(min_per_layer: int, min_per_channel: int) -> None:
 
 
 @torch.no_grad()
-def units_of(
-    name: str, module: nn.Module, min_per_layer: int = 1, min_per_channel: int = 0, filters: bool = False
-) -> Units:
-    """The weights of a layer, or its filters, as units; the largest are protected, as many as the floors require.
-
-    Raises LayerError as `magnitude` does, ValueError for a floor above the layer's number of weights.
-    """
-    scores = magnitude(name, module)
-    rows = rows_of(module, scores)
-    per_channel = "min_per_channel", min_per_channel, rows.shape[1], "each of its output channels"
-    for option, floor, weights, of in (("min_per_layer", min_per_layer, scores.numel(), "it"), per_channel):
-        if floor > weights > 0:
-            remedy = f"lower the floor to {weights} at most, or exclude the layer"
-            raise ValueError(f"{option}={floor} cannot be met in {called(name)}: {of} has {weights} weights; {remedy}")
-    shape = tuple(scores.shape)
-    if filters:
-        if min_per_channel:
-            raise ValueError("min_per_channel forbids every removal of a whole filter; leave it out with this pattern")
-        units = Units(rows.mean(1, dtype=torch.float64), rows.shape[1], shape)
-    else:
-        units = Units(scores.flatten(), 1, shape)
-    protected = ~units.smallest(max(units.count - -(-min_per_layer // max(units.size, 1)), 0))
-    if min_per_channel:
-        place = rows_of(module, torch.arange(units.count).view(shape))
-        protected[place.gather(1, rows.argsort(dim=1, stable=True)[:, -min_per_channel:]).flatten()] = True
-    return Units(units.scores, units.size, shape, protected)
+def units_of(name: str, module: nn.Module, per_layer: int = 1, per_channel: int = 0, filters: bool = False) -> Units:
+    """The weights of a layer, or its filters, as units; the largest are protected, as many as the floors require."""
+    weights = magnitude(name, module)
+    rows, shape = rows_of(module, weights), tuple(weights.shape)
+    channels = "min_per_channel", per_channel, rows.shape[1], "each of its output channels"
+    for option, floor, most, of in (("min_per_layer", per_layer, weights.numel(), "it"), channels):
+        if floor > most > 0:
+            remedy = f"lower the floor to {most} at most, or exclude the layer"
+            raise ValueError(f"{option}={floor} cannot be met in {called(name)}: {of} has {most} weights; {remedy}")
+    if filters and per_channel:
+        raise ValueError("min_per_channel forbids every removal of a whole filter; leave it out with this pattern")
+    scores, size = (rows.mean(1, dtype=torch.float64), rows.shape[1]) if filters else (weights.flatten(), 1)
+    protected = ~smallest(scores, max(len(scores) - -(-per_layer // max(size, 1)), 0))
+    if per_channel:
+        place = rows_of(module, torch.arange(len(scores)).view(shape))
+        protected[place.gather(1, rows.argsort(dim=1, stable=True)[:, -per_channel:]).flatten()] = True
+    return Units(scores, size, shape, protected)

@@ -1,8 +1,7 @@
 """Training before pruning: filters on the unit sphere, and a penalty on weights near the pruning threshold.
 
-After "Pruning on the fly" (arXiv 2212.12651): hyperspherical learning, and a penalty that moves each weight either far
-from zero or to zero, so that the small weights can be pruned at once. Only the abstract of that paper was available;
-the formulas are this project's reading of the abstract.
+After "Pruning on the fly" (arXiv 2212.12651), of which only the abstract was available: the formulas are this project's
+reading of the abstract.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError
-from ..network.layers import find_layers, refuse_means, select_layers, stored_weight, unwrap
-from ..pruning.allocation import Selection, check_sparsity
+from ..network.layers import Selection, find_layers, refuse_means, select_layers, stored_weight, unwrap
+from ..pruning.allocation import check_sparsity
 
 SMALLEST = 1e-12  # lower bound of divisors
 
@@ -36,22 +35,25 @@ class Hypersphere(nn.Module):
         self.offset = nn.Parameter(weight.new_zeros(shape), requires_grad=keep)
 
     def forward(self, v: Tensor) -> Tensor:
-        return self.gain * _normalised(v) + self.offset
+        return self.gain * _decompose(v)[2] + self.offset
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The directions of a weight's filters; with `keep`, their norms and means are stored in gain and offset."""
+        mean, norm, direction = _decompose(weight)
         if self.keep:
-            axes = tuple(range(1, weight.dim()))
-            self.offset.copy_(weight.mean(axes, keepdim=True))
-            self.gain.copy_(torch.linalg.vector_norm(weight - self.offset, dim=axes, keepdim=True))
-        return _normalised(weight)
+            self.offset.copy_(mean)
+            self.gain.copy_(norm)
+        return direction
 
 
-def _normalised(v: Tensor) -> Tensor:
+def _decompose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, norm and direction of each filter: v = mean + norm * direction."""
     axes = tuple(range(1, v.dim()))
-    u = v - v.mean(axes, keepdim=True)
-    return u / torch.linalg.vector_norm(u, dim=axes, keepdim=True).clamp(min=SMALLEST)
+    mean = v.mean(axes, keepdim=True)
+    u = v - mean
+    norm = torch.linalg.vector_norm(u, dim=axes, keepdim=True)
+    return mean, norm, u / norm.clamp(min=SMALLEST)
 
 
 def to_hyperspherical(
@@ -60,9 +62,9 @@ def to_hyperspherical(
     """Parametrize convolutions and linear layers by a `Hypersphere`, in place; returns their names.
 
     keep: the outputs are unchanged up to rounding. False: the filters stay normalised, for training from the start.
-    Uses `torch.nn.utils.parametrize`: `layer.weight` is recomputed from `layer.parametrizations.weight`, whose
-    parameters are new, so make the optimizer afterwards. Transposed convolutions are unchanged. Call `to_plain` before
-    pruning or repair. Raises LayerError for a layer whose weight is already recomputed in each forward pass.
+    Uses `torch.nn.utils.parametrize`: the parameters are new, so make the optimizer afterwards. Transposed convolutions
+    are unchanged. Call `to_plain` before pruning or repair. Raises LayerError for a layer whose weight is already
+    recomputed in each forward pass.
     """
     selected = select_layers(unwrap(model), include, exclude)
     layers = {name: layer for name, layer in selected.items() if not isinstance(layer, _ConvTransposeNd)}
@@ -72,21 +74,19 @@ def to_hyperspherical(
         if "weight_mask" in layer._buffers:
             raise LayerError(name, "its weight is under torch.nn.utils.prune; prune.remove(layer, 'weight') first")
     for layer in layers.values():
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        parametrize.register_parametrization(layer, "weight", Hypersphere(weight.detach(), keep))
+        weight = layer.get_parameter("weight").detach()
+        parametrize.register_parametrization(layer, "weight", Hypersphere(weight, keep))
     return list(layers)
 
 
 def to_plain(model: nn.Module) -> list[str]:
     """Undo `to_hyperspherical`, in place, with the current weights bit for bit; returns the names of the layers."""
-    changed = []
-    for name, layer in find_layers(unwrap(model)).items():
-        if is_hyperspherical(layer):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            for key in [key for key in layer._parameters if key != "weight"]:  # as before: weight first
-                layer._parameters[key] = layer._parameters.pop(key)
-            changed.append(name)
-    return changed
+    layers = {name: layer for name, layer in find_layers(unwrap(model)).items() if is_hyperspherical(layer)}
+    for layer in layers.values():
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        for key in [key for key in layer._parameters if key != "weight"]:  # as before: weight first
+            layer._parameters[key] = layer._parameters.pop(key)
+    return list(layers)
 
 
 def is_hyperspherical(layer: nn.Module) -> bool:
@@ -106,10 +106,8 @@ class PruningPenalty:
     magnitude below t. Each layer has its own r and t, as in "uniform" pruning; with `across=True` all layers share
     them, as in "global" pruning. No gradient flows through r and t. The gradient moves a weight below t towards zero,
     and a weight above t up to 2 t, where the penalty is zero. ramp grows from 0 to 1 over the fraction `warmup` of the
-    training, so that the loss alone orders the weights first. The formula is this project's reading of the abstract
-    of arXiv 2212.12651.
-
-    For a hyperspherical layer, |w| is the weight on the sphere, without gain and offset.
+    training, so that the loss alone orders the weights first. For a hyperspherical layer, |w| is the weight on the
+    sphere, without gain and offset. The formula is this project's reading of the abstract of arXiv 2212.12651.
     """
 
     def __init__(
@@ -124,12 +122,12 @@ class PruningPenalty:
         exclude: Selection = None,
     ) -> None:
         self.layers = select_layers(unwrap(model), include, exclude)
-        self.sparsity, self.strength, self.across = check_sparsity(sparsity), strength, across
+        self.sparsity, self.strength = check_sparsity(sparsity), strength
+        self.warmup, self.across = warmup, across
         if not self.layers:
             raise ValueError("nothing to penalise: include and exclude select no layer of the model")
         if not strength >= 0 or not 0 <= warmup <= 1:
             raise ValueError(f"strength={strength} must be at least 0, and warmup={warmup} must be between 0 and 1")
-        self.warmup = warmup
 
     def __call__(self, progress: float = 1.0) -> Tensor:
         """The penalty, to be added to the loss; `progress` is the fraction of the training that is done, 0 to 1."""
@@ -144,9 +142,8 @@ class PruningPenalty:
 
 def _penalised_weight(layer: nn.Module) -> Tensor:
     if is_hyperspherical(layer):
-        return _normalised(layer.get_parameter("parametrizations.weight.original"))
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight
+        return _decompose(layer.get_parameter("parametrizations.weight.original"))[2]
+    return layer.weight  # type: ignore[return-value]
 
 
 def _penalty_sum(magnitude: Tensor, sparsity: float) -> Tensor:

@@ -14,11 +14,10 @@ from torch import nn
 
 from ..engine.session import Session
 from ..methods.base import Method
-from ..network.layers import unwrap
-from ..pruning.allocation import Selection, check_method, check_sparsity, listed
-from ..pruning.patterns import parse_pattern
-from ..pruning.sparsify import sparsify
-from ..pruning.units import check_floors
+from ..network.layers import Selection, unwrap
+from ..pruning.allocation import check_method, check_sparsity
+from ..pruning.sparsify import parse_pattern, sparsify
+from ..pruning.units import check_floors, listed
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places

@@ -16,9 +16,8 @@ from ..errors import ModelMismatchError, ResuscitateError, called
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
 from ..network.layer_checks import same_layers, split_by_objections
-from ..network.layers import effective_weight, out_channels, select_layers, stored_bias
+from ..network.layers import Selection, effective_weight, out_channels, select_layers, stored_bias
 from ..network.wiring import Wiring
-from ..pruning.allocation import Selection
 from ..reports.repair import LayerReport, RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice, check_count, run_options

@@ -16,9 +16,10 @@ from ..data.calibration import hold, read_batches
 from ..engine.room import in_memory
 from ..errors import did_you_mean
 from ..methods.base import DenseAccess, Method, check_number, registered
-from ..network.layers import unwrap
-from ..pruning.allocation import Selection, check_method, check_sparsity, listed
-from ..pruning.patterns import NofM, parse_pattern
+from ..network.layers import Selection, unwrap
+from ..pruning.allocation import check_method, check_sparsity
+from ..pruning.sparsify import NofM, parse_pattern
+from ..pruning.units import listed
 from ..reports.recoverability import Cell, RecoverabilityMap
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal, fingerprints

@@ -184,7 +184,7 @@ def regrow(
         for index, goal in enumerate(track(goals, "regrow", len(goals), session.show), 1):
             journal = steps.journal(f"round-{index}-importance")
             grown, regrown, damage = selector.select(model, masks, goal, journal)
-            space.initialise_weights(model, dense, masks, grown, initial == "dense")
+            space.initialise_weights(model, masks, grown, initial == "dense")
             masks, report = grown, None
             if method is not None:
                 more = {"masks": masks} if plan.method.changes_layers else {}

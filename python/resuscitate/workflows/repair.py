@@ -21,10 +21,9 @@ from ..engine.writer import Writer
 from ..errors import CalibrationError, ModelMismatchError, ResuscitateError
 from ..methods.base import DenseAccess, Method, Schedule
 from ..methods.batchnorm import EMA, Exact, batchnorms_to_estimate
-from ..network.layers import running_statistics, unwrap
+from ..network.layers import Selection, running_statistics, unwrap
 from ..network.masks import in_use
 from ..network.runner import first_images
-from ..pruning.allocation import Selection
 from ..reports.repair import RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal

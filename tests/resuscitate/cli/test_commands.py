@@ -16,7 +16,7 @@ from resuscitate import cli
 from resuscitate.methods.base import registered
 from resuscitate.methods.batchnorm import RECALIBRATIONS
 from resuscitate.pruning.allocation import METHODS as ALLOCATIONS
-from resuscitate.pruning.patterns import Indivisible
+from resuscitate.pruning.sparsify import Indivisible
 from resuscitate.runtime.options import DEFAULTS
 from resuscitate.workflows.recoverability import presets
 from tests.networks import chain

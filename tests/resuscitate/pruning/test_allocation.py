@@ -140,7 +140,7 @@ def iterated(units, kept):
 
 class TestLamp:
     def test_a_score_is_the_share_of_what_is_left_when_all_smaller_are_gone(self):
-        layer = Units(torch.tensor([3.0, 1.0, 2.0]), 1, (1, 3))
+        layer = Units(torch.tensor([3.0, 1.0, 2.0]), 1, (1, 3), torch.zeros(3, dtype=torch.bool))
         assert lamp_scores(layer).tolist() == pytest.approx([1 / 14, 4 / 13, 9 / 9])
 
     def test_two_layers_worked_by_hand(self):
@@ -152,7 +152,8 @@ class TestLamp:
 
     @given(scores=st.lists(st.floats(2**-20, 2**20, width=32), min_size=1, max_size=60))
     def test_scores_rise_with_the_weight_and_end_at_one(self, scores):
-        found = lamp_scores(Units(torch.tensor(scores), 1, (1, len(scores))))
+        none = torch.zeros(len(scores), dtype=torch.bool)
+        found = lamp_scores(Units(torch.tensor(scores), 1, (1, len(scores)), none))
         assert (np.diff(found) >= 0).all()
         assert found[-1] == 1
         assert (found > 0).all()

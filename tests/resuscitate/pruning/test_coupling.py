@@ -10,7 +10,8 @@ pytest.importorskip("torch_pruning")
 
 from resuscitate import Masks, models
 from resuscitate.errors import ResuscitateError
-from resuscitate.pruning.structured import channel_groups, channel_masks, shrink
+from resuscitate.pruning.coupling import channel_groups
+from resuscitate.pruning.structured import channel_masks, shrink
 from tests.networks import (
     Dense,
     Excited,

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from resuscitate import Masks, allocate, sparsify
 from resuscitate.errors import LayerError
-from resuscitate.pruning.units import Units
+from resuscitate.pruning.units import smallest
 from tests.networks import Residual, Shared, Zoo, chain, images, linears, seeded
 
 ALLOCATIONS = ["global", "uniform", "erk", "lamp"]
@@ -52,8 +52,7 @@ class TestBudget:
     @given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=60), data=st.data())
     def test_the_smallest_are_those_a_stable_sort_puts_first(self, scores, data):
         count = data.draw(st.integers(0, len(scores)))
-        units = Units(torch.tensor(scores, dtype=torch.float32), 1, (len(scores),))
-        chosen = units.smallest(count).nonzero().flatten().tolist()
+        chosen = smallest(torch.tensor(scores, dtype=torch.float32), count).nonzero().flatten().tolist()
         assert chosen == sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)

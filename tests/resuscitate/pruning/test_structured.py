@@ -14,7 +14,8 @@ pytest.importorskip("torch_pruning")
 from resuscitate import Masks, models, repair, sparsify
 from resuscitate.errors import LayerError, MaskError, ResuscitateError
 from resuscitate.pruning import structured
-from resuscitate.pruning.structured import channel_groups, channel_masks, shrink
+from resuscitate.pruning.coupling import channel_groups
+from resuscitate.pruning.structured import channel_masks, shrink
 from tests.networks import (
     Residual,
     Zoo,

@@ -10,7 +10,8 @@ from torch import nn
 
 import resuscitate
 from resuscitate import Masks, RecoverabilityMap, SemiStructured
-from resuscitate.pruning.structured import channel_groups, channel_masks
+from resuscitate.pruning.coupling import channel_groups
+from resuscitate.pruning.structured import channel_masks
 from resuscitate.reports.recoverability import Cell
 from tests.networks import chain, images, pruned_copy, seeded
 

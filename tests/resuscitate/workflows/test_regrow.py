@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import resuscitate
 from resuscitate import ASR, Masks, Refit, regrow, repair, sparsify
 from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
-from resuscitate.pruning.regrowth import by_priority
+from resuscitate.pruning.allocation import by_priority
 from resuscitate.pruning.units import Units
 from resuscitate.statistics.fitting import single_weight_error_reduction
 from tests.networks import Residual, chain, images, linears, seeded
