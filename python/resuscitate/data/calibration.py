@@ -1,9 +1,10 @@
-"""Reads batches of images of any usual kind."""
+"""Reads batches of images of any usual kind, as many as limits on their number and on memory allow."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,42 @@ from ..errors import CalibrationError
 from ..runtime.options import check_count
 from ..utils.nested import first_tensor
 from .checks import ClassOrder
-from .room import Room
+
+log = logging.getLogger("resuscitate")
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
 
 Limits = tuple[int | None, int | None]  # max_samples, max_batches
 
 INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
+MANY = 10_000  # images of a loader, of which a user may want fewer
+
+
+class Room:
+    """Bytes that all batches together may take; reading stops at the first batch that takes more than is left.
+
+    limits: pairs of a number of bytes, and of a function from a batch to the number that it takes of them.
+    lacking, remedy: for the log, what has no room for more, and the remedy.
+    """
+
+    def __init__(self, limits: Sequence[tuple[int, Callable[[Any], int]]], lacking: str, remedy: str) -> None:
+        self.left, self.costs = [size for size, _ in limits], [cost for _, cost in limits]
+        self.lacking, self.remedy = lacking, remedy
+
+    def take(self, batch: Any) -> bool:
+        """Take the bytes of a batch, if so many are left."""
+        left = [size - cost(batch) for size, cost in zip(self.left, self.costs, strict=True)]
+        if fits := min(left) >= 0:
+            self.left = left
+        return fits
+
+    def warn(self, used: int, total: int | None) -> None:
+        """Warn that reading ends after `used` images of `total`, which is None where it is unknown."""
+        count = f"{used:,}" if total is None else f"{used:,} of {total:,}"
+        log.warning(
+            "only the first %s images are used: there is no room for more in %s; %smax_samples= says how many to take",
+            *(count, self.lacking, self.remedy),
+        )
 
 
 def read_batches(
@@ -85,7 +115,10 @@ def _read(
             )
         if room is not None and index == 0:
             total = _total(source, count, limits)
-            room.hint(total if limits == (None, None) else None)
+            if limits == (None, None) and total is not None and total > MANY:
+                log.info(
+                    "all %s images of the loader are read, if there is room; max_samples= takes fewer", f"{total:,}"
+                )
         left = count if max_samples is None else max_samples - samples
         part = batch if raw else images if images is None or count <= left else images[:left]
         if room is not None and not room.take(part) and index:
@@ -99,12 +132,10 @@ def _read(
             order.warn()
             return
     if not dimensions and not allow_empty:
-        used_up = "the iterator is used up, as a generator is after one pass; pass a list, a DataLoader, or a function"
-        cause = (
-            f"{used_up} that returns a new iterator"
-            if isinstance(source, Iterator)
-            else "the calibration data is empty"
-        )
+        cause = "the calibration data is empty"
+        if isinstance(source, Iterator):
+            remedy = "pass a list, a DataLoader, or a function that returns a new iterator"
+            cause = f"the iterator is used up, as a generator is after one pass; {remedy}"
         raise CalibrationError(f"no batches: {cause}")
 
 

@@ -59,26 +59,25 @@ class ClassOrder:
 def warn_of_padding(loader: Any) -> None:
     """Warn if a DataLoader's DistributedSampler repeats images, so that all ranks have as many."""
     sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
-        if repeated > 0:
-            log.warning(
-                "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
-                "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
-                "does with shard=(rank, ranks)",
-                repeated,
-            )
+    repeated = sampler.total_size - len(sampler.dataset) if isinstance(sampler, DistributedSampler) else 0  # type: ignore[arg-type]
+    if repeated > 0:
+        log.warning(
+            "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
+            "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
+            "does with shard=(rank, ranks)",
+            repeated,
+        )
 
 
 @torch.no_grad()
 def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
     """Warn if the inputs of the dense network's first BatchNorm have far other statistics than in training.
 
-    `run` is a forward pass of the network over one of the `batches`. Each runs up to that BatchNorm only, and no more
-    are taken after `NORMALISED_FROM` images. Fewer than `ENOUGH_IMAGES` images, or a BatchNorm that was never trained,
-    give no warning. With the variance ratio r = sum now_var / sum var and the squared offset
-    d2 = sum (now_mean - mean)^2 / sum var, both over all channels, so that near-dead channels have no weight, far is
-    Jeffreys' divergence of two normal distributions, (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
+    `run` is a forward pass of the network over one of the `batches`, which ends at that BatchNorm; `NORMALISED_FROM`
+    images are enough. Fewer than `ENOUGH_IMAGES`, or a BatchNorm that was never trained, give no warning. With the
+    variance ratio r = sum now_var / sum var and the squared offset d2 = sum (now_mean - mean)^2 / sum var, both over
+    all channels, so that near-dead channels have no weight, far is Jeffreys' divergence of two normal distributions,
+    (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
     """
     if dense in told:
         return

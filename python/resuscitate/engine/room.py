@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.room import Room
+from ..data.calibration import Room
 from ..network.runner import Network
 from ..runtime.activations import Store, parse_memory
 from ..utils.nested import bytes_of, count_images
