@@ -23,8 +23,6 @@ log = logging.getLogger("resuscitate")
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
 
-Limits = tuple[int | None, int | None]  # max_samples, max_batches
-
 INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
 MANY = 10_000  # images of a loader, of which a user may want fewer
 
@@ -79,11 +77,51 @@ def read_batches(
         tensor, array, list or tuple, which the caller holds anyway: no such limit.
     Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
-    for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
-        check_count(option, limit)
+    for option, given in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
+        check_count(option, given)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
     batches = _iterate(source, batch_size, max_samples)
-    return _read(source, batches, (max_samples, max_batches), raw, allow_empty, None if is_held(source) else room)
+    limit = None if is_held(source) else room
+
+    def read() -> Iterator[Any]:
+        samples, total, dimensions, order = 0, None, set[int](), ClassOrder()
+        for index, batch in enumerate(batches):
+            try:
+                images = first_tensor(batch) if raw else input_of(batch)
+                count = 0 if images is None else _count(images)
+            except CalibrationError as error:
+                raise CalibrationError(f"batch {index}: {error}") from None
+            dimensions.add(0 if images is None else images.ndim)
+            if not raw and len(dimensions) > 1:
+                raise CalibrationError(
+                    f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
+                    "an (images, labels) pair is one batch: put it in a list"
+                )
+            if limit is not None and index == 0:
+                total = _total(source, count, max_samples, max_batches)
+                if max_samples is None and max_batches is None and total is not None and total > MANY:
+                    hint = "all %s images of the loader are read, if there is room; max_samples= takes fewer"
+                    log.info(hint, f"{total:,}")
+            left = count if max_samples is None else max_samples - samples
+            part = batch if raw else images if images is None or count <= left else images[:left]
+            if limit is not None and not limit.take(part) and index:
+                order.warn()
+                limit.warn(samples, total)
+                return
+            order.see(batch, count)
+            yield part
+            samples += count
+            if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
+                order.warn()
+                return
+        if not dimensions and not allow_empty:
+            cause = "the calibration data is empty"
+            if isinstance(source, Iterator):
+                remedy = "pass a list, a DataLoader, or a function that returns a new iterator"
+                cause = f"the iterator is used up, as a generator is after one pass; {remedy}"
+            raise CalibrationError(f"no batches: {cause}")
+
+    return read()
 
 
 def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
@@ -95,48 +133,6 @@ def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
 def is_held(calibration: Any) -> bool:
     """Does the caller hold the batches, so that keeping them takes no memory?"""
     return isinstance(calibration, Tensor | np.ndarray | list | tuple)
-
-
-def _read(
-    source: Any, batches: Iterator[Any], limits: Limits, raw: bool, allow_empty: bool, room: Room | None
-) -> Iterator[Any]:
-    (max_samples, max_batches), samples, total, dimensions, order = limits, 0, None, set(), ClassOrder()
-    for index, batch in enumerate(batches):
-        try:
-            images = first_tensor(batch) if raw else input_of(batch)
-            count = 0 if images is None else _count(images)
-        except CalibrationError as error:
-            raise CalibrationError(f"batch {index}: {error}") from None
-        dimensions.add(0 if images is None else images.ndim)
-        if not raw and len(dimensions) > 1:
-            raise CalibrationError(
-                f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
-                "an (images, labels) pair is one batch: put it in a list"
-            )
-        if room is not None and index == 0:
-            total = _total(source, count, limits)
-            if limits == (None, None) and total is not None and total > MANY:
-                log.info(
-                    "all %s images of the loader are read, if there is room; max_samples= takes fewer", f"{total:,}"
-                )
-        left = count if max_samples is None else max_samples - samples
-        part = batch if raw else images if images is None or count <= left else images[:left]
-        if room is not None and not room.take(part) and index:
-            order.warn()
-            room.warn(samples, total)
-            return
-        order.see(batch, count)
-        yield part
-        samples += count
-        if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
-            order.warn()
-            return
-    if not dimensions and not allow_empty:
-        cause = "the calibration data is empty"
-        if isinstance(source, Iterator):
-            remedy = "pass a list, a DataLoader, or a function that returns a new iterator"
-            cause = f"the iterator is used up, as a generator is after one pass; {remedy}"
-        raise CalibrationError(f"no batches: {cause}")
 
 
 def input_of(batch: Any) -> Tensor:
@@ -175,9 +171,9 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     return iter(source)
 
 
-def _total(source: Any, batch: int, limits: Limits) -> int | None:
+def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | None) -> int | None:
     """How many images there are to read, in batches of so many; None where that is unknown."""
-    known = [limit * size for limit, size in zip(limits, (1, batch), strict=True) if limit is not None]
+    known = [most for most in (max_samples, max_batches and max_batches * batch) if most is not None]
     with suppress(TypeError, NotImplementedError):  # of a loader without a length
         known.append(len(source) * batch)
         if getattr(source, "batch_sampler", None) is not None:  # the last batch may be short

@@ -18,7 +18,7 @@ from ..errors import ModelMismatchError, called
 from ..network.runner import Network, check_tensor
 from ..network.snapshot import Snapshot, evaluation_mode, moved_to
 from ..network.wiring import Wiring, observe
-from ..runtime.activations import Store, parse_memory
+from ..runtime.activations import Store
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
@@ -84,9 +84,9 @@ class Session:
         self.dense = others[0] if others else None
         self.nets = [self.net, *others]
         device, scratch = self.net.device, self.run["scratch"]
-        self.store = stack.enter_context(Store(parse_memory(self.run["memory"], device), device, scratch))
-        on_host = device.type == "cpu"
-        self.image_store = self.store if on_host else stack.enter_context(Store.on_host(scratch))
+        self.store = self.image_store = stack.enter_context(Store(self.run["memory"], device, scratch))
+        if device.type != "cpu":
+            self.image_store = stack.enter_context(Store(None, torch.device("cpu"), scratch))
 
     @property
     def show(self) -> bool | None:

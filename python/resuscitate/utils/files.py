@@ -24,8 +24,7 @@ from torch import Tensor
 def atomic(path: str | Path) -> Iterator[Path]:
     """A context with a temporary path beside `path`; that file replaces `path` if the block ends without an error.
 
-    Otherwise it is removed, and `path` stays as it was. Temporary files that killed processes of this machine left are
-    removed too. Raises OSError as `check_writable` does.
+    Temporary files that killed processes of this machine left are removed too. Raises OSError as `check_writable` does.
     """
     check_writable(path)
     target, machine = Path(path).resolve(), re.sub(r"\W", "", platform.node())
@@ -123,10 +122,9 @@ def open_locked(path: Path) -> IO[bytes]:
 
 
 def _runs(process: int) -> bool:
-    if os.name == "nt":
-        return True  # there, to ask is to send a Ctrl-C
     try:
-        os.kill(process, 0)
+        if os.name != "nt":  # there, to ask is to send a Ctrl-C
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's process

@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Bar:
-    """Progress on standard error: which layer of how many, which image of how many, images per second, time left.
+    """A context that shows which layer of how many, which image of how many, images per second and the time left.
 
-    `show=None`: only where standard error is a terminal. A context manager; without output it costs nothing.
+    `show=None`: only where standard error is a terminal. Without output it costs nothing.
     """
 
     def __init__(self, title: str, names: Sequence[str], images: int, show: bool | None = None) -> None:
