@@ -105,10 +105,9 @@ def cut(batches: Iterable[Any], marks: Iterable[int | None]) -> Iterator[Any]:
 
 
 def rebatch(batches: Batches, size: int, count: int | None = None) -> Iterator[Tensor]:
-    """The same images in the same order, cut again into exactly `count` batches of `size` (None: all whole batches).
+    """The same images in the same order, in exactly `count` batches of `size` (None: in all that are whole).
 
-    What is left over is unused. Raises CalibrationError, before the first, if there are too few images, and when images
-    of different shapes would have to share a batch.
+    Raises CalibrationError, at once, if there are too few images; later, if images of two shapes share a batch.
     """
     available, least = batches.images(), count or 1
     if available < size * least:

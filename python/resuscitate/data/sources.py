@@ -83,18 +83,16 @@ class _Array:
             raise CalibrationError(f"{path}: images must be uint8 or floating point, not {array.dtype}")
         first, last = (array.ndim == 4 and array.shape[axis] in CHANNELS for axis in (1, -1))
         if array.ndim != 3 and first == last:
-            raise CalibrationError(
-                f"{path}: cannot tell the channels of an array of shape {array.shape}; pass a tensor"
-            )
-        self.array, self.labels = array[:, None] if array.ndim == 3 else array, labels
-        self.channels_last = array.ndim == 4 and last
+            problem = f"cannot tell the channels of an array of shape {array.shape}; pass a tensor"
+            raise CalibrationError(f"{path}: {problem}")
+        self.array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2) if last else array
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.array)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        images = self.array[rows]
-        return images.transpose(0, 3, 1, 2) if self.channels_last else images
+        return self.array[rows]
 
 
 class _Files:

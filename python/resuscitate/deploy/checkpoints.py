@@ -36,7 +36,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Nothing is ever unpickled.
 
     A .safetensors file is read as such, any other (.pt, .pth) with `torch.load(weights_only=True)`: a state dict, at
-    the top or under "state_dict" or "model". Raises OSError where it cannot be opened, CheckpointError where it is not.
+    the top or under "state_dict" or "model". Raises OSError; CheckpointError for a file with other content.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -80,18 +80,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
     state = _bake_masks(path, state, wanted)
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
-    stored = {wanted[key].data_ptr() for key in state if key in wanted and not is_lazy(wanted[key])}
-    missing = [
-        key
-        for key, value in wanted.items()
-        if key not in state and not key.endswith("num_batches_tracked")  # which older files do not have
-        if is_lazy(value) or value.data_ptr() not in stored
-    ]
+    both = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
+    stored = {wanted[key].data_ptr() for key in both}
+    absent = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in absent if is_lazy(wanted[key]) or wanted[key].data_ptr() not in stored]
     unexpected = [key for key in state if key not in wanted and key not in added]
     reshaped = [
         f"{key} ({tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model)"
-        for key, value in state.items()
-        if key in wanted and not is_lazy(wanted[key]) and value.shape != wanted[key].shape
+        for key, value in both.items()
+        if value.shape != wanted[key].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:

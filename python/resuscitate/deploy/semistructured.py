@@ -18,10 +18,7 @@ from ..reports.base import Report
 
 @dataclass(frozen=True)
 class SemiStructured(Report):
-    """The `converted` layers, the reason for each `unchanged` layer, and the largest `error` of the outputs.
-
-    The error is relative to the largest output, and 0 where no layer was converted.
-    """
+    """The `converted` layers, the reason for each `unchanged` one, and the `error` relative to the largest output."""
 
     columns: ClassVar = ("name", "status", "reason")
 

@@ -113,9 +113,9 @@ class Store(AbstractContextManager["Store"]):
 
 
 class Frame:
-    """Values by key, such as the activations of one batch. Between `close` and `open` a `Store` may spill the tensors.
+    """Values by key, any nests of tuples, lists and dicts, such as the activations of one batch.
 
-    A value is any nest of tuples, lists and dicts. Between `open` and `close` it may be changed.
+    Between `close` and `open` a `Store` may spill the tensors; between `open` and `close` they may be changed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -196,10 +196,7 @@ class _Away:
 
 
 def parse_memory(memory: int | str | None, device: torch.device) -> int:
-    """A budget in bytes: as given, or written as "4GiB", "500MB", "2G"; None is half of what is free on the device.
-
-    Raises ValueError for anything else.
-    """
+    """A budget in bytes: a number, or such as "4GiB", "500MB", "2G" (else ValueError); None: half of what is free."""
     if memory is None:
         return free_memory(device) // 2
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(\w*)\s*", str(memory).lower())

@@ -59,10 +59,7 @@ class Ranks:
             raise
 
     def gather(self, vector: Tensor) -> list[Tensor]:
-        """Every rank's vector, in the order of the ranks: one dtype, any lengths. On the CPU.
-
-        Raises DistributedError when a rank has failed or does not answer.
-        """
+        """Every rank's vector (one dtype, any lengths), on the CPU. Raises DistributedError if a rank has failed."""
         if self.size == 1:
             return [vector.cpu()]
         lengths = [(int(failed), int(length)) for failed, length in self._all_gather(torch.tensor([0, len(vector)]))]
@@ -101,9 +98,8 @@ class Ranks:
             return example
         given = [part for part in self.gather(_bytes(b"") if example is None else _packed(example)) if len(part)]
         if len(given) == self.size and self.rank == 0 and all(torch.equal(part, given[0]) for part in given):
-            log.warning(
-                "all %d ranks begin with the same images; that harms no result, but each should have its own", self.size
-            )
+            problem = "all %d ranks begin with the same images; that harms no result, but each should have its own"
+            log.warning(problem, self.size)
         return _unpacked(given[0]) if example is None and given else example
 
     def check_same(self, what: str, digest: str) -> None:

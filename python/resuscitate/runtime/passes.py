@@ -163,17 +163,17 @@ def end(passes: Iterable[Pass]) -> None:
 
 
 class PassRunner:
-    """Runs chains of passes, `size` chains at a time. It waits without using a core.
+    """Runs chains of passes, `size` chains at a time; it waits without using a core.
 
-    A chain is an iterator of passes: each is resumed, and when it is suspended or has ended, the chain is asked for the
-    next, in the thread of that pass. So the code of a chain between two passes runs beside the other chains.
+    A chain is an iterator of passes. It is asked for the next one in the thread of the last one, when that is suspended
+    or has ended. So the code of a chain between two passes runs beside the other chains.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def run(self, chains: Iterable[Chain]) -> None:
-        """Run all chains to their ends. Raises the first error of a pass or of a chain; no pass is resumed after it.
+        """Run all chains to their ends. Raises the first error of a pass or a chain; no pass is resumed after it.
 
         After an interrupt some passes may still run: the caller cancels and joins them.
         """

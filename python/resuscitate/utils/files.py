@@ -50,10 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors as .safetensors, whole or not at all, with metadata: strings as they are, all else as JSON.
-
-    Raises OSError; ValueError for another ending.
-    """
+    """Write .safetensors, whole or not at all, with metadata as strings or JSON. Raises as `write_rows` does."""
     check_ending(path, ".safetensors")
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic(path) as temporary:
