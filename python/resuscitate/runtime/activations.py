@@ -5,8 +5,6 @@ whatever ends the process, nothing remains. It is read and written, never mapped
 memory in use.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

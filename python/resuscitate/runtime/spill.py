@@ -3,8 +3,6 @@
 A place writes bytes, uint8 (n,), into a new region or over one of the same size, and reads them back onto their device.
 """
 
-from __future__ import annotations
-
 import bisect
 import os
 import shutil
