@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import CalibrationError
 from ..runtime.options import check_count
 from ..utils.nested import first_tensor
-from .checks import ClassOrder
+from .checks import labels_of, warn_of_class_order
 
 log = logging.getLogger("resuscitate")
 
@@ -82,7 +82,7 @@ def read_batches(
     limit = None if is_held(source) else room
 
     def read() -> Iterator[Any]:
-        samples, total, dimensions, order = 0, None, set[int](), ClassOrder()
+        samples, total, dimensions, labels = 0, None, set[int](), list[np.ndarray]()
         for index, batch in enumerate(batches):
             try:
                 images = first_tensor(batch) if raw else input_of(batch)
@@ -103,14 +103,14 @@ def read_batches(
             left = count if max_samples is None else max_samples - samples
             part = batch if raw else images if images is None or count <= left else images[:left]
             if limit is not None and not limit.take(part) and index:
-                order.warn()
+                warn_of_class_order(labels)
                 limit.warn(samples, total)
                 return
-            order.see(batch, count)
+            labels.append(labels_of(batch, count))
             yield part
             samples += count
             if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
-                order.warn()
+                warn_of_class_order(labels)
                 return
         if not dimensions and not allow_empty:
             cause = "the calibration data is empty"

@@ -83,11 +83,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     absent = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     missing = [key for key in absent if is_lazy(wanted[key]) or wanted[key].data_ptr() not in stored]
     unexpected = [key for key in state if key not in wanted and key not in added]
-    reshaped = [
-        f"{key} ({tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model)"
-        for key, value in both.items()
-        if value.shape != wanted[key].shape
-    ]
+    shapes = {key: (tuple(value.shape), tuple(wanted[key].shape)) for key, value in both.items()}
+    reshaped = [f"{key} ({a} in the file, {b} in the model)" for key, (a, b) in shapes.items() if a != b]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
         remedy = "build the very model that the file was saved from"

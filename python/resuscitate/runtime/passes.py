@@ -127,7 +127,9 @@ class Pass:
     `finish`. A pass that is dropped is cancelled. `again` tells that it ended by RestartError.
     """
 
-    ended, error, again = (property(attrgetter(f"_control.{name}")) for name in ("ended", "error", "again"))
+    ended = property(attrgetter("_control.ended"))
+    error = property(attrgetter("_control.error"))
+    again = property(attrgetter("_control.again"))
 
     def __init__(self, run: Run, state: object = None, threads: int | None = None, finish: Run | None = None) -> None:
         self._control = control = _Control(run, state, threads, finish or _nothing)

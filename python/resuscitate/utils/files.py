@@ -97,21 +97,19 @@ def check_writable(path: str | Path) -> None:
 
 
 def open_locked(path: Path) -> IO[bytes]:
-    """Open a file to read and write, created if missing, and lock it until it is closed.
+    """Open a file to read and write, created if missing, and lock it, where there are locks, until it is closed.
 
-    Raises BlockingIOError if another process holds the lock. Where there are no such locks (Windows), none is taken.
+    Raises BlockingIOError if another process holds the lock.
     """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     try:
         import fcntl
-    except ImportError:
-        return file
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return file
 
