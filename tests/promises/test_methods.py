@@ -223,6 +223,7 @@ def test_an_option_of_another_method_is_refused_before_anything_is_read(method):
         lambda: resuscitate.ChannelWise(eps=-1),
         lambda: resuscitate.MeanReplacement(means="row"),
         lambda: EMA(batches=0),
+        lambda: EMA(batch_size=0),
         lambda: EMA(momentum=1.5),
         lambda: Exact(samples=0),
         lambda: Exact(frozen="maybe"),

@@ -1,7 +1,5 @@
 """Batches of images: kept between passes, counted, cut where a step ends, cut again into batches of another size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any
@@ -48,7 +46,7 @@ class Batches:
 
     def head(self, batches: int | None = None) -> Iterator[Any]:
         """The first so many batches, one after the other; None for all."""
-        return (self[index] for index in range(len(self) if batches is None else min(batches, len(self))))
+        return (self[index] for index in range(len(self))[:batches])
 
     def images(self, batches: int | None = None) -> int:
         """How many images the first so many batches hold; None for all."""
@@ -60,10 +58,9 @@ class Batches:
         self._turns = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts)
 
     def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
-        """Which of a batch's rows, int64, belong to each fold of the images.
+        """Which of a batch's rows, int64, belong to each fold: image number i is in fold i modulo `folds`.
 
-        Image number i, as `number_images` counts, is in fold i modulo `folds`. The rows follow one another as the
-        images do, as many to each: they may be windows, or positions.
+        The rows follow one another as the images do, as many to each: they may be windows, or positions.
         """
         turns = self._turns[index]
         fold = turns[torch.arange(rows) * len(turns) // max(rows, 1)] % folds
@@ -73,7 +70,7 @@ class Batches:
         """How many whole batches hold the first `images` images, or at least so many; None for all."""
         if images is None:
             return len(self)
-        return min(sum(seen < images for seen in accumulate([0, *self.counts[:-1]])), len(self))
+        return min(sum(before < images for before in accumulate(self.counts, initial=0)), len(self))
 
 
 def read_share(calibration: Any, ranks: Ranks, *, max_samples: int | None, **options: Any) -> Iterable[Any]:
@@ -106,18 +103,14 @@ def cut(batches: Iterable[Any], marks: Iterable[int | None]) -> Iterator[Any]:
 
 
 def rebatch(batches: Batches, size: int, count: int | None = None) -> Iterator[Tensor]:
-    """The same images in the same order, cut again into exactly `count` batches of `size` (None: all whole batches).
+    """The same images in the same order, in exactly `count` batches of `size` (None: in all that are whole).
 
-    For what depends on its batches, such as a momentum (EMA) recalibration. What is left over is unused. Raises
-    CalibrationError, before the first, if there are too few images, and when images of different shapes would have to
-    share a batch.
+    Raises CalibrationError, at once, if there are too few images; later, if images of two shapes share a batch.
     """
-    available = batches.images()
-    if size < 1 or (count is not None and count < 1):
-        raise CalibrationError(f"a number of batches and their size must be at least 1, not {count} of {size}")
-    if available < size * (count or 1):
+    available, least = batches.images(), count or 1
+    if available < size * least:
         raise CalibrationError(
-            f"{count or 1} batches of {size} need {size * (count or 1)} images and there are {available}; "
+            f"{least} batches of {size} need {size * least} images and there are {available}; "
             "pass more calibration images, fewer batches or a smaller batch size"
         )
     return islice(_rebatch(cut(batches.head(), range(size, available + 1, size)), size), count)
@@ -131,8 +124,7 @@ def _rebatch(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         if sum(map(len, held)) == size:
             if len({each.shape[1:] for each in held}) > 1:
                 shapes = " and ".join(str(tuple(each.shape[1:])) for each in held)
-                raise CalibrationError(
-                    f"images of shapes {shapes} cannot share a batch of {size}; bring them to one size"
-                )
+                problem = f"images of shapes {shapes} cannot share a batch of {size}"
+                raise CalibrationError(f"{problem}; bring them to one size")
             yield held[0] if len(held) == 1 else torch.cat(held)
             held = []

@@ -1,9 +1,8 @@
-"""Reads batches of images of any usual kind."""
-
-from __future__ import annotations
+"""Reads batches of images of any usual kind, as many as limits on their number and on memory allow."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,41 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import CalibrationError
 from ..runtime.options import check_count
 from ..utils.nested import first_tensor
-from .checks import ClassOrder
-from .room import Room
+from .checks import labels_of, warn_of_class_order
+
+log = logging.getLogger("resuscitate")
 
 Calibration = Tensor | np.ndarray | Iterable[Any] | Callable[[], Iterable[Any]]
 
-Limits = tuple[int | None, int | None]  # max_samples, max_batches
-
 INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
+MANY = 10_000  # images of a loader, of which a user may want fewer
+
+
+class Room:
+    """Bytes that all batches together may take; reading stops at the first batch that takes more than is left.
+
+    limits: pairs of a number of bytes, and of a function from a batch to the number that it takes of them.
+    lacking, remedy: for the log, what has no room for more, and the remedy.
+    """
+
+    def __init__(self, limits: Sequence[tuple[int, Callable[[Any], int]]], lacking: str, remedy: str) -> None:
+        self.left, self.costs = [size for size, _ in limits], [cost for _, cost in limits]
+        self.lacking, self.remedy = lacking, remedy
+
+    def take(self, batch: Any) -> bool:
+        """Take the bytes of a batch, if so many are left."""
+        left = [size - cost(batch) for size, cost in zip(self.left, self.costs, strict=True)]
+        if fits := min(left) >= 0:
+            self.left = left
+        return fits
+
+    def warn(self, used: int, total: int | None) -> None:
+        """Warn that reading ends after `used` images of `total`, which is None where it is unknown."""
+        count = f"{used:,}" if total is None else f"{used:,} of {total:,}"
+        log.warning(
+            "only the first %s images are used: there is no room for more in %s; %smax_samples= says how many to take",
+            *(count, self.lacking, self.remedy),
+        )
 
 
 def read_batches(
@@ -49,11 +75,51 @@ def read_batches(
         tensor, array, list or tuple, which the caller holds anyway: no such limit.
     Raises CalibrationError: a limit below 1 (at once); no batches, a batch of an unknown kind or without images.
     """
-    for option, limit in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
-        check_count(option, limit)
+    for option, given in (("max_samples", max_samples), ("max_batches", max_batches), ("batch_size", batch_size)):
+        check_count(option, given)
     source = calibration() if callable(calibration) and not isinstance(calibration, Iterable) else calibration
     batches = _iterate(source, batch_size, max_samples)
-    return _read(source, batches, (max_samples, max_batches), raw, allow_empty, None if is_held(source) else room)
+    limit = None if is_held(source) else room
+
+    def read() -> Iterator[Any]:
+        samples, total, dimensions, labels = 0, None, set[int](), list[np.ndarray]()
+        for index, batch in enumerate(batches):
+            try:
+                images = first_tensor(batch) if raw else input_of(batch)
+                count = 0 if images is None else _count(images)
+            except CalibrationError as error:
+                raise CalibrationError(f"batch {index}: {error}") from None
+            dimensions.add(0 if images is None else images.ndim)
+            if not raw and len(dimensions) > 1:
+                raise CalibrationError(
+                    f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
+                    "an (images, labels) pair is one batch: put it in a list"
+                )
+            if limit is not None and index == 0:
+                total = _total(source, count, max_samples, max_batches)
+                if max_samples is None and max_batches is None and total is not None and total > MANY:
+                    hint = "all %s images of the loader are read, if there is room; max_samples= takes fewer"
+                    log.info(hint, f"{total:,}")
+            left = count if max_samples is None else max_samples - samples
+            part = batch if raw else images if images is None or count <= left else images[:left]
+            if limit is not None and not limit.take(part) and index:
+                warn_of_class_order(labels)
+                limit.warn(samples, total)
+                return
+            labels.append(labels_of(batch, count))
+            yield part
+            samples += count
+            if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
+                warn_of_class_order(labels)
+                return
+        if not dimensions and not allow_empty:
+            cause = "the calibration data is empty"
+            if isinstance(source, Iterator):
+                remedy = "pass a list, a DataLoader, or a function that returns a new iterator"
+                cause = f"the iterator is used up, as a generator is after one pass; {remedy}"
+            raise CalibrationError(f"no batches: {cause}")
+
+    return read()
 
 
 def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
@@ -65,47 +131,6 @@ def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
 def is_held(calibration: Any) -> bool:
     """Does the caller hold the batches, so that keeping them takes no memory?"""
     return isinstance(calibration, Tensor | np.ndarray | list | tuple)
-
-
-def _read(
-    source: Any, batches: Iterator[Any], limits: Limits, raw: bool, allow_empty: bool, room: Room | None
-) -> Iterator[Any]:
-    (max_samples, max_batches), samples, total, dimensions, order = limits, 0, None, set(), ClassOrder()
-    for index, batch in enumerate(batches):
-        try:
-            images = first_tensor(batch) if raw else input_of(batch)
-            count = 0 if images is None else _count(images)
-        except CalibrationError as error:
-            raise CalibrationError(f"batch {index}: {error}") from None
-        dimensions.add(0 if images is None else images.ndim)
-        if not raw and len(dimensions) > 1:
-            raise CalibrationError(
-                f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
-                "an (images, labels) pair is one batch: put it in a list"
-            )
-        if room is not None and index == 0:
-            total = _total(source, count, limits)
-            room.hint(total if limits == (None, None) else None)
-        left = count if max_samples is None else max_samples - samples
-        part = batch if raw else images if images is None or count <= left else images[:left]
-        if room is not None and not room.take(part) and index:
-            order.warn()
-            room.warn(samples, total)
-            return
-        order.see(batch, count)
-        yield part
-        samples += count
-        if index + 1 == max_batches or (max_samples is not None and samples >= max_samples):
-            order.warn()
-            return
-    if not dimensions and not allow_empty:
-        used_up = "the iterator is used up, as a generator is after one pass; pass a list, a DataLoader, or a function"
-        cause = (
-            f"{used_up} that returns a new iterator"
-            if isinstance(source, Iterator)
-            else "the calibration data is empty"
-        )
-        raise CalibrationError(f"no batches: {cause}")
 
 
 def input_of(batch: Any) -> Tensor:
@@ -144,9 +169,9 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     return iter(source)
 
 
-def _total(source: Any, batch: int, limits: Limits) -> int | None:
+def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | None) -> int | None:
     """How many images there are to read, in batches of so many; None where that is unknown."""
-    known = [limit * size for limit, size in zip(limits, (1, batch), strict=True) if limit is not None]
+    known = [most for most in (max_samples, max_batches and max_batches * batch) if most is not None]
     with suppress(TypeError, NotImplementedError):  # of a loader without a length
         known.append(len(source) * batch)
         if getattr(source, "batch_sampler", None) is not None:  # the last batch may be short

@@ -1,11 +1,9 @@
 """Are these images a fair sample? Sorted classes, samplers that pad, another normalisation: no error shows them."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 from weakref import WeakSet
@@ -28,57 +26,54 @@ FAR = 0.4  # Jeffreys' divergence: a variance 3.3 times off, or a mean 0.9 stand
 told: WeakSet[nn.Module] = WeakSet()  # networks about whose images a warning was given
 
 
-class ClassOrder:
-    """Finds out from the labels of batches, if they have them, whether the images are sorted by class."""
+def warn_of_class_order(labels: Sequence[np.ndarray]) -> None:
+    """Warn if the labels of the batches are sorted. Call this where a limit leaves the other images unread."""
+    found = np.concatenate(labels)
+    if len(found) >= ENOUGH and (np.diff(found) >= 0).all():
+        counts = Counter(found.tolist())
+        seen = ", ".join(f"{label}: {count}" for label, count in [*counts.items()][:5])
+        log.warning(
+            "the images come sorted by class, and only the first %d are used (class: images: %s); shuffle them, "
+            "or the statistics are those of these classes alone",
+            *(len(found), seen + (", ..." if len(counts) > 5 else "")),
+        )
 
-    def __init__(self) -> None:
-        self.counts = Counter[int]()
-        self.last, self.ordered = 0, True
 
-    def see(self, batch: Any, images: int) -> None:
-        """Note the labels of a batch."""
-        labels = _labels_of(batch, images)
-        if labels is not None:
-            steps = np.diff(labels, prepend=self.last if self.counts else labels[0])
-            self.ordered &= bool((steps >= 0).all())
-            self.last = int(labels[-1])
-            self.counts.update(labels.tolist())
-
-    def warn(self) -> None:
-        """Warn if the labels were sorted. Call this where a limit leaves the other images unread."""
-        if self.ordered and self.counts.total() >= ENOUGH:
-            seen = ", ".join(f"{label}: {count}" for label, count in [*self.counts.items()][:5])
-            seen += ", ..." if len(self.counts) > 5 else ""
-            log.warning(
-                "the images come sorted by class, and only the first %d are used (class: images: %s); shuffle them, "
-                "or the statistics are those of these classes alone",
-                *(self.counts.total(), seen),
-            )
+def labels_of(batch: Any, images: int) -> np.ndarray:
+    """One whole number for each image of the batch, int64; empty if it has none."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if isinstance(found, Tensor | np.ndarray) and found.shape == (images,):
+        labels = found.cpu().numpy() if isinstance(found, Tensor) else found
+        if labels.dtype.kind in "iu":
+            return labels.astype(np.int64)
+    return np.empty(0, np.int64)
 
 
 def warn_of_padding(loader: Any) -> None:
     """Warn if a DataLoader's DistributedSampler repeats images, so that all ranks have as many."""
     sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
-        if repeated > 0:
-            log.warning(
-                "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
-                "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
-                "does with shard=(rank, ranks)",
-                repeated,
-            )
+    repeated = sampler.total_size - len(sampler.dataset) if isinstance(sampler, DistributedSampler) else 0  # type: ignore[arg-type]
+    if repeated > 0:
+        log.warning(
+            "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
+            "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
+            "does with shard=(rank, ranks)",
+            repeated,
+        )
 
 
 @torch.no_grad()
 def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
     """Warn if the inputs of the dense network's first BatchNorm have far other statistics than in training.
 
-    `run` is a forward pass of the network over one of the `batches`. Each runs up to that BatchNorm only, and no more
-    are taken after `NORMALISED_FROM` images. Fewer than `ENOUGH_IMAGES` images, or a BatchNorm that was never trained,
-    give no warning. With the variance ratio r = sum now_var / sum var and the squared offset
-    d2 = sum (now_mean - mean)^2 / sum var, both over all channels, so that near-dead channels have no weight, far is
-    Jeffreys' divergence of two normal distributions, (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
+    `run` is a forward pass of the network over one of the `batches`, which ends at that BatchNorm; `NORMALISED_FROM`
+    images are enough. Fewer than `ENOUGH_IMAGES`, or a BatchNorm that was never trained, give no warning. With the
+    variance ratio r = sum now_var / sum var and the squared offset d2 = sum (now_mean - mean)^2 / sum var, both over
+    all channels, so that near-dead channels have no weight, far is Jeffreys' divergence of two normal distributions,
+    (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
     """
     if dense in told:
         return
@@ -127,15 +122,3 @@ def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callabl
 
 class _SeenError(BaseException):
     """Ends a forward pass. Not an Exception, so that no handler of the model takes it."""
-
-
-def _labels_of(batch: Any, images: int) -> np.ndarray | None:
-    """One whole number for each image, if the batch has them."""
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    else:
-        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    if not isinstance(found, Tensor | np.ndarray) or found.ndim != 1 or len(found) != images:
-        return None
-    labels = found.cpu().numpy() if isinstance(found, Tensor) else found
-    return labels.astype(np.int64) if labels.dtype.kind in "iu" else None

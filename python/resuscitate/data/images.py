@@ -1,7 +1,5 @@
 """Images on disk, and their labels, as tensors: all at once, or batch by batch. Nothing is unpickled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +59,8 @@ def load_labels(path: str | Path, *, max_samples: int | None = None, seed: int |
 class ImageStream(IterableDataset[Tensor]):
     """The images of `load_images` in batches, float32 (n, C, H, W), each read when it is asked for.
 
-    For more images than memory holds. To read in several processes: `DataLoader(stream, batch_size=None,
-    num_workers=4)`. Each worker reads other batches, and the order stays the same. Neither ranks (`shard`) nor workers
-    read an image twice, or pad. Encoded files stay encoded; an .npz is held in memory, an .npy stays on disk.
+    Encoded files stay encoded; an .npz is held in memory, an .npy stays on disk. `DataLoader(stream, batch_size=None,
+    num_workers=4)` reads in several processes, in the same order; neither they nor ranks (`shard`) repeat an image.
     """
 
     def __init__(
@@ -106,10 +103,12 @@ class ImageStream(IterableDataset[Tensor]):
         scaled = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32)
         if pixels.dtype == np.uint8:
             scaled /= 255
-        wanted = f"must be one number, or one for each of {scaled.shape[1]} channels"
+        channels = scaled.shape[1]
         for name, value in (("mean", self.mean), ("std", self.std)):
-            if len(value) not in (1, scaled.shape[1]):
-                raise CalibrationError(f"{self.path}: {name} {wanted}")
+            if len(value) not in (1, channels):
+                raise CalibrationError(
+                    f"{self.path}: {name} must be one number, or one for each of {channels} channels"
+                )
         return scaled.sub_(self.mean).div_(self.std)
 
 

@@ -1,12 +1,10 @@
 """Where images lie: arrays, JPEG files end to end, folders, parquet tables, tar shards. Nothing is unpickled."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +19,15 @@ LABELS = ("labels", "y")  # names of arrays in an .npz
 IMAGES = ("images", "x", "data")
 
 Size = int | tuple[int, int] | None
+Labels = np.ndarray | None  # int (N,)
 
 
-class Source(Protocol):
-    """Images that can be read by number, and their labels, int (N,), if there are any."""
-
-    labels: np.ndarray | None
-
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """These images, (n, C, H, W), uint8 or floating point. Raises CalibrationError, naming the file."""
-
-
-def open_source(path: str | Path, size: Size = None) -> Source:
+def open_source(path: str | Path, size: Size = None) -> "_Array | _Files":
     """The images at `path`, whose kind a word before a colon says, or its ending, or the files of a folder.
 
     size: image files are resized and cropped about their centre to this height and width; None: they must agree.
-    Raises CalibrationError, naming the file, where none can be read.
+    Of the result `read(rows)` gives the images of these numbers, (n, C, H, W), uint8 or floating point, and `labels`
+    those of all, int (N,), or None. Both raise CalibrationError, naming the file, where none can be read.
     """
     path, kind = _kind(path)
     if kind in READERS:
@@ -88,43 +76,61 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 class _Array:
     """An array (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1, 3 or 4."""
 
-    def __init__(self, path: Path, array: np.ndarray, labels: np.ndarray | None) -> None:
+    def __init__(self, path: Path, array: np.ndarray, labels: Labels) -> None:
         if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
             raise CalibrationError(f"{path}: images must be uint8 or floating point, not {array.dtype}")
         first, last = (array.ndim == 4 and array.shape[axis] in CHANNELS for axis in (1, -1))
         if array.ndim != 3 and first == last:
-            raise CalibrationError(
-                f"{path}: cannot tell the channels of an array of shape {array.shape}; pass a tensor"
-            )
-        self.array, self.labels = array[:, None] if array.ndim == 3 else array, labels
-        self.channels_last = array.ndim == 4 and last
+            problem = f"cannot tell the channels of an array of shape {array.shape}; pass a tensor"
+            raise CalibrationError(f"{path}: {problem}")
+        self.array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2) if last else array
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.array)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        images = self.array[rows]
-        return images.transpose(0, 3, 1, 2) if self.channels_last else images
+        return self.array[rows]
 
 
 class _Files:
     """Encoded image files. A subclass says what its `items` are, and opens one."""
 
-    def __init__(self, path: Path, size: Size, items: Sequence[Any], labels: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path, size: Size, items: Sequence[Any], labels: Labels = None) -> None:
         self.path, self.size, self.items, self.labels = path, size, items, labels
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def open(self, row: int) -> Any:
-        """A path, or an open file."""
+    def open(self, row: int) -> tuple[str, Any]:
+        """The name of an image for messages, and its path or an open file."""
         raise NotImplementedError
 
-    def name(self, row: int) -> str:
-        return f"{self.path}, image {row}"
-
     def read(self, rows: np.ndarray) -> np.ndarray:
-        return decode([(self.name(row), self.open(row)) for row in rows.tolist()], self.size)
+        """RGB images (n, 3, H, W), uint8."""
+        files = [self.open(row) for row in rows.tolist()]
+        try:
+            from PIL import Image, ImageOps
+        except ImportError:
+            raise CalibrationError("reading image files needs Pillow: pip install 'resuscitate[images]'") from None
+        images: list[np.ndarray] = []
+        for name, file in files:
+            try:
+                with Image.open(file) as opened:
+                    image = opened.convert("RGB")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise CalibrationError(f"{name}: not a readable image ({error})") from error
+            if self.size is not None:
+                height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+                image = ImageOps.fit(image, (width, height))
+            images.append(np.asarray(image))
+            if images[-1].shape != images[0].shape:
+                height, width = images[0].shape[:2]
+                raise CalibrationError(
+                    f"{name}: {image.height}x{image.width} pixels, but {files[0][0]} has {height}x{width}; "
+                    "pass size= to bring all images to one size"
+                )
+        return np.stack(images).transpose(0, 3, 1, 2) if images else np.empty((0, 3, 1, 1), dtype=np.uint8)
 
 
 class _Folder(_Files):
@@ -134,26 +140,21 @@ class _Folder(_Files):
         found = (f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         super().__init__(path, size, sorted(found))
 
-    def open(self, row: int) -> Any:
-        return self.items[row]
-
-    def name(self, row: int) -> str:
-        return str(self.items[row])
+    def open(self, row: int) -> tuple[str, Any]:
+        return str(self.items[row]), self.items[row]
 
 
 class _Jpegs(_Files):
     """JPEG files end to end in one array of bytes; file i lies from offset i to offset i + 1."""
 
-    def __init__(
-        self, path: Path, data: np.ndarray, offsets: np.ndarray, labels: np.ndarray | None, size: Size
-    ) -> None:
+    def __init__(self, path: Path, data: np.ndarray, offsets: np.ndarray, labels: Labels, size: Size) -> None:
         if data.dtype != np.uint8 or data.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
             raise CalibrationError(f"{path}: jpeg must be bytes, uint8 (B,), and offsets whole numbers (N + 1,)")
         super().__init__(path, size, np.stack([offsets[:-1], offsets[1:]], 1), labels)  # type: ignore[arg-type]
         self.data = data
 
-    def open(self, row: int) -> Any:
-        return io.BytesIO(self.data[slice(*self.items[row])].tobytes())
+    def open(self, row: int) -> tuple[str, Any]:
+        return f"{self.path}, image {row}", io.BytesIO(self.data[slice(*self.items[row])].tobytes())
 
 
 class _Parquet(_Files):
@@ -178,15 +179,12 @@ class _Parquet(_Files):
             raise CalibrationError(f"{path}: not readable parquet ({error})") from error
         super().__init__(path, size, table[named[0]], table[labelled].to_numpy() if labelled else None)
 
-    def open(self, row: int) -> Any:
-        value = self.items[row].as_py()
+    def open(self, row: int) -> tuple[str, Any]:
+        name, value = f"{self.path}, row {row}", self.items[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise CalibrationError(f"{self.name(row)}: holds no bytes of an image")
-        return io.BytesIO(content)
-
-    def name(self, row: int) -> str:
-        return f"{self.path}, row {row}"
+            raise CalibrationError(f"{name}: holds no bytes of an image")
+        return name, io.BytesIO(content)
 
 
 class _Shards(_Files):
@@ -209,39 +207,11 @@ class _Shards(_Files):
         labels = [classes[name] for name, *_ in images if name in classes]
         super().__init__(path, size, images, np.array(labels) if images and len(labels) == len(images) else None)
 
-    def open(self, row: int) -> Any:
-        _, shard, offset, size = self.items[row]
+    def open(self, row: int) -> tuple[str, Any]:
+        name, shard, offset, size = self.items[row]
         with open(shard, "rb") as file:
             file.seek(offset)
-            return io.BytesIO(file.read(size))
-
-    def name(self, row: int) -> str:
-        return self.items[row][0]
+            return name, io.BytesIO(file.read(size))
 
 
-READERS: dict[str, Callable[[Path, Any], Source]] = {"folder": _Folder, "parquet": _Parquet, "wds": _Shards}
-
-
-def decode(files: Sequence[tuple[str, Any]], size: Size) -> np.ndarray:
-    """RGB images (N, 3, H, W), uint8, of (name, path or open file) pairs. Raises CalibrationError, naming the file."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise CalibrationError("reading image files needs Pillow: pip install 'resuscitate[images]'") from None
-    images: list[np.ndarray] = []
-    for name, file in files:
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CalibrationError(f"{name}: not a readable image ({error})") from error
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            image = ImageOps.fit(image, (width, height))
-        images.append(np.asarray(image))
-        if images[-1].shape != images[0].shape:
-            raise CalibrationError(
-                f"{name}: {image.height}x{image.width} pixels, but {files[0][0]} has {images[0].shape[0]}x"
-                f"{images[0].shape[1]}; pass size= to bring all images to one size"
-            )
-    return np.stack(images).transpose(0, 3, 1, 2) if images else np.empty((0, 3, 1, 1), dtype=np.uint8)
+READERS: dict[str, Callable[[Path, Any], _Files]] = {"folder": _Folder, "parquet": _Parquet, "wds": _Shards}

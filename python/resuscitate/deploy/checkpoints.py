@@ -1,7 +1,5 @@
 """State dicts on disk: read without unpickling, loaded strictly, written as safetensors, whole or not at all."""
 
-from __future__ import annotations
-
 import logging
 import platform
 import re
@@ -28,8 +26,7 @@ from ..version import __version__
 
 log = logging.getLogger("resuscitate")
 
-# keys under which training scripts store the state dict in a larger checkpoint
-NESTED_UNDER = ("state_dict", "model")
+NESTED_UNDER = ("state_dict", "model")  # keys of the state dict in the checkpoints of training scripts
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -37,8 +34,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Nothing is ever unpickled.
 
     A .safetensors file is read as such, any other (.pt, .pth) with `torch.load(weights_only=True)`: a state dict, at
-    the top or under "state_dict" or "model".
-    Raises OSError for a file that cannot be opened, CheckpointError for one with other content.
+    the top or under "state_dict" or "model". Raises OSError; CheckpointError for a file with other content.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -82,22 +78,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
     state = _bake_masks(path, state, wanted)
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
-    stored = {wanted[key].data_ptr() for key in state if key in wanted and not is_lazy(wanted[key])}
-    missing = [
-        key
-        for key, value in wanted.items()
-        if key not in state and not key.endswith("num_batches_tracked")  # which older files do not have
-        if is_lazy(value) or value.data_ptr() not in stored
-    ]
+    both = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
+    stored = {wanted[key].data_ptr() for key in both}
+    absent = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in absent if is_lazy(wanted[key]) or wanted[key].data_ptr() not in stored]
     unexpected = [key for key in state if key not in wanted and key not in added]
-    reshaped = [
-        f"{key} ({tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model)"
-        for key, value in state.items()
-        if key in wanted and not is_lazy(wanted[key]) and value.shape != wanted[key].shape
-    ]
+    shapes = {key: (tuple(value.shape), tuple(wanted[key].shape)) for key, value in both.items()}
+    reshaped = [f"{key} ({a} in the file, {b} in the model)" for key, (a, b) in shapes.items() if a != b]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    found = [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]
-    if found:
+    if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
         remedy = "build the very model that the file was saved from"
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
     for key in added:
@@ -124,11 +113,11 @@ def write_state_dict(path: str | Path, state: Mapping[str, Tensor], provenance: 
 
 def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata on how a file was made: method, options, versions, the command line and the date."""
-    versions = {"resuscitate": __version__, "python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "numpy", "safetensors")}
     return {
         "method": method,
         "options": dict(options),
-        "versions": versions | {name: version(name) for name in ("torch", "numpy", "safetensors")},
+        "versions": {"resuscitate": __version__, "python": platform.python_version(), **versions},
         "command": shlex.join(["resuscitate", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -177,6 +166,5 @@ def _fits(value: Tensor, layers: Mapping[str, Any], key: str) -> bool:
     return layers[name].bias is None and value.shape == (out_channels(layers[name]),)
 
 
-def _abbreviated(keys: list[str], most: int = 3) -> str:
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
+def _abbreviated(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,7 +1,5 @@
 """Export: weights with their provenance, a torch.export program, or ONNX; each file is read again and compared."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging
@@ -31,8 +29,8 @@ from .fold import fold_batchnorm
 class Exported(Report):
     """The file that `export` wrote.
 
-    `error` is the largest difference of its outputs from those of the model, relative to the largest output.
-    `sparsity` is the fraction of zeros in the written weights, `folded` the number of folded BatchNorms.
+    `error` is the largest difference of its outputs from the model's, relative to the largest output, `sparsity` the
+    fraction of zeros in the written weights, and `folded` the number of folded BatchNorms.
     """
 
     columns: ClassVar = ("path", "format", "error", "sparsity", "folded")

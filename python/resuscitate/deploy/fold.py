@@ -1,7 +1,5 @@
 """Fold each BatchNorm into the layer that it alone reads, and compare the outputs on an example."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,8 +24,7 @@ FOLDABLE_LAYERS = (*CONVOLUTIONS, nn.Linear)
 class FoldReport(Report):
     """`folded` maps each folded BatchNorm to its layer; `unchanged` maps each other BatchNorm to the reason.
 
-    `error` is the largest difference of the outputs on the example, relative to the largest output; None without an
-    example.
+    `error` is the largest difference of the outputs on the example, relative to the largest; None without an example.
     """
 
     columns: ClassVar = ("name", "status", "layer", "reason")
@@ -59,13 +56,17 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
     """
     folded, report = plain_copy(model), FoldReport()
     modules = dict(folded.named_modules())
+
+    def outputs() -> list[Tensor]:
+        return [x for x in output_tensors(folded(example)) if x.is_floating_point()]
+
     if example is None:
         try:
             wiring = wiring_of(trace(folded), folded)
         except Exception as error:
             raise ValueError(f"torch.fx cannot trace this model ({error}); pass example=, an input for it") from error
     else:
-        before = _float_outputs(folded(example))
+        before = outputs()
         wiring = observe(folded, lambda: folded(example))
     layer_of = {batchnorm: layer for layer, batchnorm in wiring.batchnorm_of.items()}
     for name, batchnorm in modules.items():
@@ -73,36 +74,30 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
             continue
         layer = layer_of.get(name)
         reason = "no layer is read by it alone" if layer is None else _obstacle(modules[layer], batchnorm)
-        if reason and strict:
-            raise LayerError(name, f"cannot be folded: {reason}")
-        if reason:
+        if layer is None or reason:
+            if strict:
+                raise LayerError(name, f"cannot be folded: {reason}")
             report.unchanged[name] = reason
             log.warning("%s is not folded: %s", called(name, "BatchNorm"), reason)
-        elif layer is not None:
+        else:
             _fold(layer, modules[layer], batchnorm)
             folded.set_submodule(name, nn.Identity())
             report.folded[name] = layer
     if example is not None:
-        report.error = relative_difference(before, _float_outputs(folded(example)))
+        report.error = relative_difference(before, outputs())
         if not report.error <= 1e-3:
             raise LayerError("", f"folding changed its output by {report.error:.3g} of the largest value")
     folded.fold_report = report  # type: ignore[assignment]
     return folded
 
 
-def _float_outputs(out: Any) -> list[Tensor]:
-    return [x for x in output_tensors(out) if x.is_floating_point()]
-
-
-def _obstacle(layer: nn.Module, batchnorm: _BatchNorm) -> str | None:
-    """The reason why this BatchNorm cannot be folded into this layer, if there is one."""
+def _obstacle(layer: nn.Module, batchnorm: _BatchNorm) -> str:
+    """The reason why this BatchNorm cannot be folded into this layer; empty if there is none."""
     if type(batchnorm) not in FOLDABLE_BATCHNORMS:
         return f"{type(batchnorm).__name__} may do more than normalise"
     if type(layer) not in FOLDABLE_LAYERS or "weight" not in layer._parameters:
         return f"{type(layer).__name__} may compute its weight"
-    if batchnorm.running_mean is None:
-        return "it keeps no running statistics"
-    return None
+    return "it keeps no running statistics" if batchnorm.running_mean is None else ""
 
 
 def _fold(name: str, layer: nn.Module, batchnorm: _BatchNorm) -> None:

@@ -1,7 +1,5 @@
 """Convert 2:4 sparse linear layers to torch's semi-structured tensors, and compare the outputs on an example."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,15 +13,10 @@ from ..network.layers import unwrap
 from ..network.runner import Network
 from ..reports.base import Report
 
-CAPABILITY = (8, 0)  # the first GPUs with 2:4 sparse matrix multiplication
-
 
 @dataclass(frozen=True)
 class SemiStructured(Report):
-    """The `converted` layers, the reason for each `unchanged` layer, and the `error` of the outputs.
-
-    `error` is the largest difference relative to the largest output, and 0 where no layer was converted.
-    """
+    """The `converted` layers, the reason for each `unchanged` one, and the `error` relative to the largest output."""
 
     columns: ClassVar = ("name", "status", "reason")
 
@@ -41,9 +34,9 @@ class SemiStructured(Report):
 def to_semi_structured(model: nn.Module, example: Tensor, *, tolerance: float = 1e-2) -> SemiStructured:
     """Convert the 2:4 sparse weights of linear layers to torch's semi-structured tensors, in place.
 
-    Needs a GPU of compute capability 8.0 or newer, and weights of float16 or bfloat16 in sizes that torch supports.
-    Torch has these tensors for linear layers only. All other layers are unchanged, with the reason in the result.
-    Semi-structured tensors are not stored in files: load the weights (`export` writes zeros as zeros), then convert.
+    Needs a GPU of compute capability 8.0 or newer, and weights of float16 or bfloat16 in sizes that torch supports. All
+    other layers are unchanged, with the reason in the result. Semi-structured tensors are not stored in files: load the
+    weights (`export` writes zeros as zeros), then convert.
 
     example: an input batch, for which the model runs in eval mode. tolerance: the largest accepted difference, relative
         to the largest output; in float16 another order of the sums rounds differently.
@@ -81,9 +74,8 @@ def _obstacle(module: nn.Module, weight: Tensor) -> str | None:
         return f"a {type(module).__name__}; torch has semi-structured tensors for linear layers only"
     if not is_two_of_four(weight):
         return "not 2:4 sparse"
-    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < CAPABILITY:
-        needed = ".".join(map(str, CAPABILITY))
-        return f"on {weight.device}; 2:4 sparsity needs a GPU of compute capability {needed} or newer"
+    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return f"on {weight.device}; 2:4 sparsity needs a GPU of compute capability 8.0 or newer"
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{weight.dtype}; 2:4 sparsity needs float16 or bfloat16"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.room import Room
+from ..data.calibration import Room
 from ..network.runner import Network
 from ..network.wiring import trace
 from ..runtime.activations import Store, parse_memory

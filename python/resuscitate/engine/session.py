@@ -18,7 +18,7 @@ from ..errors import ModelMismatchError, called
 from ..network.runner import Network, check_tensors
 from ..network.snapshot import Snapshot, evaluation_mode, moved_to
 from ..network.wiring import Wiring, observe
-from ..runtime.activations import Store, parse_memory
+from ..runtime.activations import Store
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
@@ -83,9 +83,9 @@ class Session:
         self.nets = [Network(model, self.run["forward_fn"], precision) for model in self.models]
         self.net, self.dense = self.nets[0], self.nets[1] if len(self.nets) > 1 else None
         device, scratch = self.net.device, self.run["scratch"]
-        self.store = stack.enter_context(Store(parse_memory(self.run["memory"], device), device, scratch))
-        on_host = device.type == "cpu"
-        self.image_store = self.store if on_host else stack.enter_context(Store.on_host(scratch))
+        self.store = self.image_store = stack.enter_context(Store(self.run["memory"], device, scratch))
+        if device.type != "cpu":
+            self.image_store = stack.enter_context(Store(None, torch.device("cpu"), scratch))
 
     @property
     def show(self) -> bool | None:

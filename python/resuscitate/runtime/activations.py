@@ -5,8 +5,6 @@ whatever ends the process, nothing remains. It is read and written, never mapped
 memory in use.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -36,21 +34,17 @@ CHECKS = 64  # resident memory is read each time 1 / CHECKS of a budget has been
 class Store(AbstractContextManager["Store"]):
     """A budget of bytes, and a place for spilled bytes. A context: leaving it frees that place.
 
-    `bytes_spilled` is their number so far. Several threads may use it, each with its own `Frame`s.
+    memory: the budget, as `parse_memory` reads it. `bytes_spilled` is their number so far. Several threads may use it,
+    each with its own `Frame`s.
     """
 
-    def __init__(self, budget: int, device: torch.device, scratch: str | Path | None = None) -> None:
-        self.budget, self.reserve = budget, budget // 2  # until `set_aside`
+    def __init__(self, memory: int | str | None, device: torch.device, scratch: str | Path | None = None) -> None:
+        self.budget = parse_memory(memory, device)
+        self.reserve = self.budget // 2  # until `set_aside`
         self.resident, self.bytes_spilled, self._passed = 0, 0, 0
         self.before = resident_memory()
         self.lock = threading.RLock()
         self._place = HostMemory() if device.type == "cuda" else ScratchFile(scratch)
-
-    @classmethod
-    def on_host(cls, scratch: str | Path | None) -> Store:
-        """A store in host memory, of half of what is free."""
-        host = torch.device("cpu")
-        return cls(parse_memory(None, host), host, scratch)
 
     def __exit__(self, *_: object) -> None:
         self._place.close()
@@ -65,13 +59,13 @@ class Store(AbstractContextManager["Store"]):
         """Reserve so many bytes of the budget for forward passes, and a share for the holes between values."""
         self.reserve = size + self.budget // HOLES
         if size > self.budget:
-            needs = f"one batch alone needs about {size >> 20} MiB, the budget is {self.budget >> 20} MiB"
-            log.warning("memory: %s; use smaller batches", needs)
+            needs = "memory: one batch alone needs about %d MiB, the budget is %d MiB; use smaller batches"
+            log.warning(needs, size >> 20, self.budget >> 20)
 
     def tidy(self) -> None:
         """Give freed pages back if the process has grown by a host budget, less the part for the holes."""
-        in_host_memory = isinstance(self._place, ScratchFile)
-        if in_host_memory and resident_memory() - self.before > self.budget - self.budget // HOLES:
+        limit = self.before + self.budget - self.budget // HOLES
+        if isinstance(self._place, ScratchFile) and resident_memory() > limit:
             give_back_freed()
 
     def admit(self, size: int) -> bool:
@@ -117,9 +111,9 @@ class Store(AbstractContextManager["Store"]):
 
 
 class Frame:
-    """Values by key, such as the activations of one batch. Between `close` and `open` a `Store` may spill the tensors.
+    """Values by key, any nests of tuples, lists and dicts, such as the activations of one batch.
 
-    A value is any nest of tuples, lists and dicts. Between `open` and `close` it may be changed.
+    Between `close` and `open` a `Store` may spill the tensors; between `open` and `close` they may be changed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -200,10 +194,7 @@ class _Away:
 
 
 def parse_memory(memory: int | str | None, device: torch.device) -> int:
-    """A budget in bytes: as given, or written as "4GiB", "500MB", "2G"; None is half of what is free on the device.
-
-    Raises ValueError for anything else.
-    """
+    """A budget in bytes: a number, or such as "4GiB", "500MB", "2G" (else ValueError); None: half of what is free."""
     if memory is None:
         return free_memory(device) // 2
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(\w*)\s*", str(memory).lower())
@@ -218,16 +209,12 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on the device; on the host, those available without swapping, within the limit of the cgroup."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = int(available[1]) * 1024 if available else 0
-    except OSError:
-        free = 0
-    if not free:  # not Linux: half of all memory
-        try:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        except (AttributeError, ValueError, OSError):
-            free = 4 << 30
+    free = 4 << 30
+    with suppress(AttributeError, ValueError, OSError):  # half of all memory, where Linux says no more
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError):
+        if available := re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            free = int(available[1]) * 1024
     with suppress(OSError, ValueError):  # no such files, or no limit
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, max(limit - used, 0))

@@ -4,16 +4,13 @@ Every collective is preceded by a status message. If a rank reports a failure, a
 rank waits for another that has failed.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,24 +23,21 @@ from ..errors import DistributedError
 log = logging.getLogger("resuscitate")
 
 
-@dataclass
 class Ranks:
     """The processes of a `torch.distributed` group; without a group this process alone."""
 
-    group: Any = None
-    rank: int = field(init=False, default=0)
-    size: int = field(init=False, default=1)
-    failures: ClassVar[int] = 0  # failures that all ranks know of, in this process
+    failures = 0  # failures that all ranks know of, in this process
 
-    def __post_init__(self) -> None:
-        if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            log.warning("torch.distributed has %d ranks and group is None: this one works alone", dist.get_world_size())
-        if self.group is not None:
-            self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             if self.rank < 0:
                 raise DistributedError("this process is no member of the group; only its members may call")
-            on_gpu = dist.get_backend(self.group) == "nccl"
+            on_gpu = dist.get_backend(group) == "nccl"
             self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            log.warning("torch.distributed has %d ranks and group is None: this one works alone", dist.get_world_size())
 
     def share(self, images: int | None) -> int | None:
         """This rank's part of a number of images, image i to rank i modulo the ranks; None, for all, stays None."""
@@ -65,10 +59,7 @@ class Ranks:
             raise
 
     def gather(self, vector: Tensor) -> list[Tensor]:
-        """Every rank's vector, in the order of the ranks: one dtype, any lengths. On the CPU.
-
-        Raises DistributedError when a rank has failed or does not answer.
-        """
+        """Every rank's vector (one dtype, any lengths), on the CPU. Raises DistributedError if a rank has failed."""
         if self.size == 1:
             return [vector.cpu()]
         lengths = [(int(failed), int(length)) for failed, length in self._all_gather(torch.tensor([0, len(vector)]))]
@@ -83,15 +74,11 @@ class Ranks:
 
     def exchange(self, value: Any, device: torch.device | None = None) -> list[Any]:
         """Every rank's value, in the order of the ranks: moments, tensors and numbers in tuples, lists and dicts."""
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        parts = (io.BytesIO(part.numpy().tobytes()) for part in self.gather(_bytes(buffer.getvalue())))
-        with torch.serialization.safe_globals([ak.ChannelMoments, ak.PairedMoments, ak.PatchMoments]):
-            return [torch.load(part, map_location=device, weights_only=True) for part in parts]
+        return [_unpacked(part, device) for part in self.gather(_packed(value))]
 
     def total(self, *numbers: int) -> list[int]:
         """Sums over the ranks."""
-        return torch.stack(self.gather(torch.tensor(numbers))).sum(0).tolist()
+        return self.add(torch.tensor(numbers)).tolist()
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, added up in the order of the ranks."""
@@ -99,27 +86,21 @@ class Ranks:
             return tensor
         return torch.stack(self.gather(tensor.flatten())).sum(0).view(tensor.shape).to(tensor.device)
 
-    def broadcast(self, content: bytes, source: int = 0) -> bytes:
-        """One rank's bytes, on all of them."""
+    def broadcast(self, content: bytes) -> bytes:
+        """The bytes of rank 0, on all ranks."""
         if self.size == 1:
             return content
-        return self.gather(_bytes(content if self.rank == source else b""))[source].numpy().tobytes()
+        return self.gather(_bytes(b"" if self.rank else content))[0].numpy().tobytes()
 
     def lend(self, example: Any) -> Any:
         """The small batch of this rank; where that is None, the one of the first rank that has one."""
         if self.size == 1:
             return example
-        buffer = io.BytesIO()
-        if example is not None:
-            torch.save(example, buffer)
-        given = [part for part in self.gather(_bytes(buffer.getvalue())) if len(part)]
+        given = [part for part in self.gather(_bytes(b"") if example is None else _packed(example)) if len(part)]
         if len(given) == self.size and self.rank == 0 and all(torch.equal(part, given[0]) for part in given):
-            log.warning(
-                "all %d ranks begin with the same images; that harms no result, but each should have its own", self.size
-            )
-        if example is not None or not given:
-            return example
-        return torch.load(io.BytesIO(given[0].numpy().tobytes()), weights_only=True)
+            problem = "all %d ranks begin with the same images; that harms no result, but each should have its own"
+            log.warning(problem, self.size)
+        return _unpacked(given[0]) if example is None and given else example
 
     def check_same(self, what: str, digest: str) -> None:
         """Raise DistributedError where the ranks do not hold the same."""
@@ -156,6 +137,17 @@ def launched(timeout: float) -> Iterator[Any]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _packed(value: Any) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return _bytes(buffer.getvalue())
+
+
+def _unpacked(content: Tensor, device: torch.device | None = None) -> Any:
+    with torch.serialization.safe_globals([ak.ChannelMoments, ak.PairedMoments, ak.PatchMoments]):
+        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location=device, weights_only=True)
 
 
 def _bytes(content: bytes) -> Tensor:

@@ -4,14 +4,12 @@ A file of records, each with its length and checksum before it; the first says w
 belong to. A record that a kill left half written is cut off. Nothing is pickled: records are safetensors.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +32,7 @@ def fingerprints(values: Mapping[str, Any]) -> dict[str, object]:
     return {name: fingerprint(value) for name, value in values.items()}
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """What is known of a run: entries by the name of the layer or BatchNorm. Without a path, for this run only.
 
     Rank 0 reads and writes the file; the others know what it knows. Raises JournalError for a file that is no journal,
@@ -48,15 +46,21 @@ class Journal:
         if path is None:
             return
         if ranks.rank == 0:
-            self._file = _open(Path(path))
+            try:
+                self._file = open_locked(Path(path))
+            except BlockingIOError as error:
+                raise JournalError(f"{path} is another run's, which still goes on; name another file") from error
         try:
             content = ranks.broadcast(b"" if self._file is None else self._file.read())
             wanted = ranks.broadcast(json.dumps(identity).encode())
             records = list(_records(path, content))
-            if records:
-                _check_identity(path, json.loads(records[0]), json.loads(wanted))
+            if records and (differ := _differing(json.loads(records[0]), json.loads(wanted))):
+                problem = f"{path} is the journal of another run: {', '.join(differ)} differ"
+                raise JournalError(f"{problem}; give the same again, or name another")
             for record in records[1:]:
-                self._remember(record)
+                length = int.from_bytes(record[:8], "little")  # of the header of safetensors
+                metadata = json.loads(record[8 : 8 + length])["__metadata__"]
+                self.entries[metadata["name"]] = decode(record), json.loads(metadata["row"])
             if self._file is not None:
                 self._file.truncate(len(MAGIC) + sum(HEAD.size + len(record) for record in records) if records else 0)
                 self._file.seek(0, os.SEEK_END)
@@ -66,9 +70,6 @@ class Journal:
         except BaseException:
             self.__exit__()
             raise
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
@@ -90,18 +91,6 @@ class Journal:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
-    def _remember(self, record: bytes) -> None:
-        length = int.from_bytes(record[:8], "little")
-        metadata = json.loads(record[8 : 8 + length])["__metadata__"]
-        self.entries[metadata["name"]] = decode(record), json.loads(metadata["row"])
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        return open_locked(path)
-    except BlockingIOError as error:
-        raise JournalError(f"{path} is another run's, which still goes on; name another file") from error
-
 
 def _records(path: str | Path, content: bytes) -> Iterator[bytes]:
     """The whole records, up to the first that a kill cut short or that does not match its checksum."""
@@ -115,13 +104,6 @@ def _records(path: str | Path, content: bytes) -> Iterator[bytes]:
             return
         yield record
         at += HEAD.size + length
-
-
-def _check_identity(path: str | Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    if differ := _differing(found, wanted):
-        raise JournalError(
-            f"{path} is the journal of another run: {', '.join(differ)} differ; give the same again, or name another"
-        )
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,5 @@
 """How a measurement runs: the options that every function which measures takes, defined here alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
@@ -51,19 +49,9 @@ class RunOptions(TypedDict, total=False):
     progress: bool | None
 
 
-DEFAULTS = RunOptions(
-    max_samples=None,
-    max_batches=None,
-    batch_size=128,
-    forward_fn=None,
-    dtype=None,
-    device=None,
-    memory=None,
-    scratch=None,
-    group=None,
-    on_nonfinite="raise",
-    seed=0,
-    progress=None,
+# None where nothing else is said
+DEFAULTS = cast(
+    RunOptions, dict.fromkeys(RunOptions.__annotations__) | {"batch_size": 128, "on_nonfinite": "raise", "seed": 0}
 )
 
 

@@ -4,8 +4,6 @@ The Python frames of a suspended pass hold its activations. So it needs no graph
 control flow. Threads, not coroutines: gradient mode, autocast and function modes are states of a thread.
 """
 
-from __future__ import annotations
-
 import contextvars
 import queue
 import threading
@@ -13,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -46,10 +45,7 @@ def _nothing() -> None:
 
 
 class _Control:
-    """The state that a pass and its thread share. The thread does not refer to the `Pass`, so that this can be dropped.
-
-    ended: the forward pass has returned or raised; error: what it raised; again: it ended by RestartError.
-    """
+    """What a pass and its thread share. The thread does not refer to the `Pass`, so that this can be dropped."""
 
     def __init__(self, run: Run, state: object, threads: int | None, finish: Run) -> None:
         self.run, self.state, self.threads, self.finish = run, state, threads, finish
@@ -63,10 +59,12 @@ class _Control:
     def resume(self, then: Callable[[], None]) -> None:
         """Let the pass run, and return at once. It calls `then` in its thread when it is suspended or has ended."""
         self.then = then
-        if not self.begun and self.cancelled:
+        if self.begun:
+            self.go.release()
+        elif self.cancelled:
             self.ended = True
             then()
-        elif not self.begun:
+        else:
             context = contextvars.copy_context()
             thread = threading.Thread(target=context.run, args=(self.body,), name="forward pass", daemon=True)
             self.begun = True  # beforehand: the pass may be resumed again before `start` returns
@@ -79,8 +77,6 @@ class _Control:
                     cause = f"{error}: each batch needs its own thread; use larger batches"
                     raise ResuscitateError(cause) from error
                 raise
-        else:
-            self.go.release()
 
     def cancel(self) -> None:
         """Unwind the pass from where it is suspended; one that runs, from where it is suspended next."""
@@ -92,13 +88,6 @@ class _Control:
         """Wait until its thread has ended."""
         while self.begun and not self.over.wait(WAIT):
             pass
-
-    def suspend(self) -> None:
-        self.hand_on()
-        if not self.cancelled:
-            self.go.acquire()
-        if self.cancelled:
-            raise _CancelledError
 
     def body(self) -> None:
         _thread.control, _thread.state = self, self.state
@@ -131,31 +120,20 @@ class _Control:
 
 
 class Pass:
-    """One forward pass. It runs from `resume` until it calls `suspend`, or ends.
+    """One forward pass. It runs from `resume` until it calls `suspend`, or ends: returns, or raises an `error`.
 
     run: the forward pass. state: what `current` returns in its thread. The thread begins with the first `resume`, with
     gradients off and `threads` intra-op threads; None leaves their number. At its end, however it comes, it calls
-    `finish`. A pass that is dropped is cancelled. `resume`, `cancel` and `join` are those of `_Control`.
+    `finish`. A pass that is dropped is cancelled. `again` tells that it ended by RestartError.
     """
+
+    ended = property(attrgetter("_control.ended"))
+    error = property(attrgetter("_control.error"))
+    again = property(attrgetter("_control.again"))
 
     def __init__(self, run: Run, state: object = None, threads: int | None = None, finish: Run | None = None) -> None:
         self._control = control = _Control(run, state, threads, finish or _nothing)
         self.resume, self.cancel, self.join = control.resume, control.cancel, control.join
-
-    @property
-    def ended(self) -> bool:
-        """Whether the forward pass has returned or has raised an error."""
-        return self._control.ended
-
-    @property
-    def error(self) -> BaseException | None:
-        """What the forward pass raised."""
-        return self._control.error
-
-    @property
-    def again(self) -> bool:
-        """Whether the forward pass has ended by RestartError."""
-        return self._control.again
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # an interrupt came before it had one
@@ -167,7 +145,12 @@ class Pass:
 
 def suspend() -> None:
     """Suspend the pass of this thread until it is resumed. Raises the error that unwinds it, if it is cancelled."""
-    _thread.control.suspend()
+    control: _Control = _thread.control
+    control.hand_on()
+    if not control.cancelled:
+        control.go.acquire()
+    if control.cancelled:
+        raise _CancelledError
 
 
 def end(passes: Iterable[Pass]) -> None:
@@ -180,17 +163,17 @@ def end(passes: Iterable[Pass]) -> None:
 
 
 class PassRunner:
-    """Runs chains of passes, `size` chains at a time. It waits without using a core.
+    """Runs chains of passes, `size` chains at a time; it waits without using a core.
 
-    A chain is an iterator of passes: each is resumed, and when it is suspended or has ended, the chain is asked for the
-    next, in the thread of that pass. So the code of a chain between two passes runs beside the other chains.
+    A chain is an iterator of passes. It is asked for the next one in the thread of the last one, when that is suspended
+    or has ended. So the code of a chain between two passes runs beside the other chains.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def run(self, chains: Iterable[Chain]) -> None:
-        """Run all chains to their ends. Raises the first error of a pass or of a chain; no pass is resumed after it.
+        """Run all chains to their ends. Raises the first error of a pass or a chain; no pass is resumed after it.
 
         After an interrupt some passes may still run: the caller cancels and joins them.
         """

@@ -3,8 +3,6 @@
 A place writes bytes, uint8 (n,), into a new region or over one of the same size, and reads them back onto their device.
 """
 
-from __future__ import annotations
-
 import bisect
 import os
 import shutil
@@ -50,10 +48,8 @@ class ScratchFile:
             while left:
                 left = left[self.file.write(left) :]
         except OSError as error:
-            raise ResuscitateError(
-                f"scratch folder {self.folder}: {error.strerror}; free some space there, name another with scratch=, "
-                "or give more memory="
-            ) from error
+            remedy = "free some space there, name another with scratch=, or give more memory="
+            raise ResuscitateError(f"scratch folder {self.folder}: {error.strerror}; {remedy}") from error
         return region
 
     def read(self, region: Region, data: Tensor) -> None:

@@ -1,10 +1,9 @@
 """Digests of models, images and options: are they those that a journal, a file or another rank refers to?"""
 
-from __future__ import annotations
-
 import dis
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import getattr_static
@@ -50,10 +49,7 @@ def digest_images(batches: Iterable[Any]) -> int:
 
 def digest_in_order(batches: Iterable[Any]) -> str:
     """The same of a sequence of images, whose order matters, but not their split into batches of tensors."""
-    found = hashlib.sha256()
-    for digest in _each_image(batches):
-        found.update(digest)
-    return found.hexdigest()[:32]
+    return hashlib.sha256(b"".join(_each_image(batches))).hexdigest()[:32]
 
 
 def _each_image(batches: Iterable[Any]) -> Iterator[bytes]:
@@ -76,9 +72,8 @@ def fingerprint(value: Any) -> object:
     Containers, tensors, arrays, networks (their tensors and their `repr`) and dataclasses are digested in full. A
     function is known by its name, its code (the same in one version of Python), its defaults and the values in its
     closure, in its `partial` and of the global names that it reads; so are the functions of its own module that it
-    calls. Of another object count its class, its `__call__`, and its attributes that are plain or tensors. What cannot
-    be known: what functions of other modules do, what deeper objects hold, files. A function that counts its calls, in
-    a closure or a global name, is another one each time.
+    calls. Of another object count its class, its `__call__`, and its attributes that are plain or tensors. Functions of
+    other modules, deeper objects and files are not looked into.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -89,10 +84,7 @@ def fingerprint(value: Any) -> object:
 
 
 def _feed(update: Callable[[Any], object], value: Any, seen: dict[int, Any] | None = None) -> None:
-    """Give `update` the contents of a value, the same in every process.
-
-    seen: the values that contain this one, and the functions that are done already.
-    """
+    """Give `update` the contents of a value, the same in every process. seen: what contains it, and functions done."""
     seen = {} if seen is None else seen
     if id(value) in seen:
         update(b"seen;")
@@ -149,10 +141,8 @@ def _name(value: Any) -> str:
 
 
 def _held(cell: CellType) -> Any:
-    try:
+    with suppress(ValueError):  # empty as yet
         return cell.cell_contents
-    except ValueError:  # empty as yet
-        return None
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, Any]]:

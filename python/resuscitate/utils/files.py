@@ -1,7 +1,5 @@
 """Files that are written completely or not at all, and a lock for files that grow."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import glob
@@ -24,8 +22,7 @@ from torch import Tensor
 def atomic(path: str | Path) -> Iterator[Path]:
     """A context with a temporary path beside `path`; that file replaces `path` if the block ends without an error.
 
-    Otherwise it is removed, and `path` stays as it was. Temporary files that killed processes of this machine left are
-    removed too. Raises OSError as `check_writable` does.
+    Temporary files that killed processes of this machine left are removed too. Raises OSError as `check_writable` does.
     """
     check_writable(path)
     target, machine = Path(path).resolve(), re.sub(r"\W", "", platform.node())
@@ -51,10 +48,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors as .safetensors, whole or not at all, with metadata: strings as they are, all else as JSON.
-
-    Raises OSError; ValueError for another ending.
-    """
+    """Write .safetensors, whole or not at all, with metadata as strings or JSON. Raises as `write_rows` does."""
     check_ending(path, ".safetensors")
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic(path) as temporary:
@@ -103,30 +97,27 @@ def check_writable(path: str | Path) -> None:
 
 
 def open_locked(path: Path) -> IO[bytes]:
-    """Open a file to read and write, created if missing, and lock it until it is closed.
+    """Open a file to read and write, created if missing, and lock it, where there are locks, until it is closed.
 
-    Raises BlockingIOError if another process holds the lock. Where there are no such locks (Windows), none is taken.
+    Raises BlockingIOError if another process holds the lock.
     """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     try:
         import fcntl
-    except ImportError:
-        return file
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return file
 
 
 def _runs(process: int) -> bool:
-    if os.name == "nt":
-        return True  # there, to ask is to send a Ctrl-C
     try:
-        os.kill(process, 0)
+        if os.name != "nt":  # there, to ask is to send a Ctrl-C
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's process

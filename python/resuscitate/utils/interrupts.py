@@ -1,7 +1,5 @@
 """Delays an interrupt (SIGINT) until a model is restored."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable
@@ -9,10 +7,7 @@ from typing import Any
 
 
 class Interrupts:
-    """After `begin` an interrupt raises KeyboardInterrupt as usual; between `hold` and `release` it is delayed.
-
-    Python interrupts the main thread only; in another thread there is nothing to do.
-    """
+    """After `begin` an interrupt raises KeyboardInterrupt as usual; between `hold` and `release` it is delayed."""
 
     def __init__(self) -> None:
         self._came = self._held = False
@@ -23,7 +18,7 @@ class Interrupts:
         self._held = True
 
     def begin(self) -> None:
-        """Install the signal handler."""
+        """Install the signal handler, in the main thread: Python interrupts no other."""
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self._before = signal.signal(signal.SIGINT, self._take)
 

@@ -1,7 +1,5 @@
 """A progress bar where standard error is a terminal, and a stopwatch: seconds by stage."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +9,9 @@ T = TypeVar("T")
 
 
 class Bar:
-    """Progress on standard error: which layer of how many, which image of how many, images per second, time left.
+    """A context that shows which layer of how many, which image of how many, images per second and the time left.
 
-    `show=None`: only where standard error is a terminal. A context manager; without output it costs nothing.
+    `show=None`: only where standard error is a terminal. Without output it costs nothing.
     """
 
     def __init__(self, title: str, names: Sequence[str], images: int, show: bool | None = None) -> None:
@@ -22,7 +20,7 @@ class Bar:
         self.at, self.here, self.seen, self.started = "", 0, 0, time.perf_counter()
         self._progress: Any = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> "Bar":
         if _shown(self.show):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,9 +40,7 @@ class Bar:
         """So many more images have reached this layer, or passed the step of this name."""
         if self._progress is None:
             return
-        if name != self.at:
-            self.at, self.here = name, 0
-        self.here += images
+        self.at, self.here = name, (self.here if name == self.at else 0) + images
         self.seen += images
         rate = self.seen / max(time.perf_counter() - self.started, 1e-9)
         before = self.place.get(name, 0)

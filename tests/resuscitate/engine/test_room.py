@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import resuscitate
-from resuscitate.data.calibration import read_batches
-from resuscitate.data.room import Room
+from resuscitate.data.calibration import Room, read_batches
 from resuscitate.engine.room import in_memory, in_stores
 from resuscitate.network.runner import Network
 from resuscitate.runtime import activations as storage

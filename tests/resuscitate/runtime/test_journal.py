@@ -212,7 +212,7 @@ def test_rank_0_says_whose_journal_it_is(tmp_path):
             super().__init__()
             self.rank, self.sent = 1, []
 
-        def broadcast(self, content, source=0):
+        def broadcast(self, content):
             return self.sent.pop(0)
 
     with Journal(tmp_path / "journal", {"forward_fn": "on cuda:0"}, Ranks()) as first:
