@@ -32,8 +32,8 @@ class RegrowableWeights:
         for name in masks:
             if name not in self.layers:
                 raise MaskError(name, "the dense model has no convolution or linear layer of this name; drop the mask")
-        self.first_of = first_layers({name: self.layers[name] for name in masks})
-        self.names = list(dict.fromkeys(self.first_of.values()))
+        self.unit_of = first_layers({name: self.layers[name] for name in masks})  # name of a layer -> of `units`
+        self.names = list(dict.fromkeys(self.unit_of.values()))
         self.producers = {name: [name] for name in self.names}  # name of `units` -> layers whose damage counts
 
     def units(self, masks: Masks, importance: Mapping[str, Tensor]) -> dict[str, Units]:
@@ -48,7 +48,7 @@ class RegrowableWeights:
     def new_masks(self, before: Masks, pruned: Mapping[str, Tensor]) -> Masks:
         """Masks in which exactly these units, boolean by name, are pruned; weights in no unit stay as in `before`."""
         kept = {name: ~pruned[name].view(before[name].shape).to(before[name].device) for name in self.names}
-        return Masks({name: kept[first] for name, first in self.first_of.items()}, before.notes)
+        return Masks({name: kept[first] for name, first in self.unit_of.items()}, before.notes)
 
     @torch.no_grad()
     def initialise_weights(self, model: nn.Module, before: Masks, grown: Masks, from_dense: bool) -> None:
@@ -75,6 +75,7 @@ class RegrowableChannels(RegrowableWeights):
             raise ValueError(f"{problem}; use those that sparsify returned")
         self.names = list(dict.fromkeys(name for group in self.groups for name in (*group.producers, *group.consumers)))
         self.producers = {group.name: list(group.producers) for group in self.groups}
+        self.unit_of = {name: group for group, names in self.producers.items() for name in names}
 
     def units(self, masks: Masks, importance: Mapping[str, Tensor]) -> dict[str, Units]:
         units = {group.name: units_of_channels(group, self.layers, importance) for group in self.groups}
@@ -140,7 +141,8 @@ class RegrowthSelector:
         if self.budget == "ssim":
             damage = self.estimator.dissimilarity(model, names)
         units = self.space.units(masks, importance or self._dense_importance())
-        fixed = fixed_densities(self.space.layers, {name: name for name in units}, self.densities)
+        layers = {name: self.space.layers[name] for name in self.space.unit_of}
+        fixed = fixed_densities(layers, self.space.unit_of, self.densities)
         removed = removal_counts(units, sparsity, self._allocation(units, damage), fixed)
         pruned = {name: each.smallest(removed[name]) for name, each in units.items()}
         regrown = {name: each.removable - removed[name] for name, each in units.items()}

@@ -103,6 +103,30 @@ class TestBudget:
         assert grown["3"].float().mean() == 0.5
         assert grown.sparsity == pytest.approx(0.7, abs=1e-3)
 
+    def test_a_glob_of_the_densities_selects_among_the_layers_with_a_mask(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        some = Masks({name: masks[name] for name in ("0", "3")})
+        grown = regrow(copy.deepcopy(model), dense, some, 0.2, images(), densities={"*": 0.8})
+        assert {name: round(mask.float().mean().item(), 2) for name, mask in grown.items()} == {"0": 0.8, "3": 0.8}
+        with pytest.raises(ValueError, match="selects no layer"):
+            regrow(model, dense, some, 0.1, images(), densities={"6": 0.9})
+
+    def test_the_density_of_any_layer_that_shares_a_weight_is_that_of_all(self):
+        dense = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(48, 4))
+        dense[2].weight = dense[0].weight
+        model, masks = pruned(dense)
+        grown = regrow(model, dense, masks, 0.5, images(), densities={"2": 0.8}, method=None)
+        assert grown["0"].equal(grown["2"])
+        assert grown["2"].sum() == round(0.8 * 81)
+
+    def test_the_density_of_a_producer_is_that_of_its_channels(self):
+        dense = seeded(chain)
+        model, masks = pruned(dense, 0.5, pattern="channels", allocation="uniform", example=images(2))
+        options = {"pattern": "channels", "densities": {"*": 0.75}, "method": None}
+        grown = regrow(model, dense, masks, 0.25, images(), **options)
+        assert set(grown.regrown.values()) == {2, 4}  # of the 8 and the 16 channels of a layer
+
     def test_only_layers_with_a_mask_are_given_weights(self):
         dense = seeded(chain)
         model, masks = pruned(dense, 0.9)
