@@ -1,5 +1,7 @@
 """Batches of images: kept between passes, counted, cut where a step ends, cut again into batches of another size."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any

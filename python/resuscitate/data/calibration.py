@@ -1,5 +1,7 @@
 """Reads batches of images of any usual kind, as many as limits on their number and on memory allow."""
 
+from __future__ import annotations
+
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

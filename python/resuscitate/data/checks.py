@@ -1,5 +1,7 @@
 """Are these images a fair sample? Sorted classes, samplers that pad, another normalisation: no error shows them."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections import Counter

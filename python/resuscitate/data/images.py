@@ -1,5 +1,7 @@
 """Images on disk, and their labels, as tensors: all at once, or batch by batch. Nothing is unpickled."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Where images lie: arrays, JPEG files end to end, folders, parquet tables, tar shards. Nothing is unpickled."""
 
+from __future__ import annotations
+
 import io
 import tarfile
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ Size = int | tuple[int, int] | None
 Labels = np.ndarray | None  # int (N,)
 
 
-def open_source(path: str | Path, size: Size = None) -> "_Array | _Files":
+def open_source(path: str | Path, size: Size = None) -> _Array | _Files:
     """The images at `path`, whose kind a word before a colon says, or its ending, or the files of a folder.
 
     size: image files are resized and cropped about their centre to this height and width; None: they must agree.

@@ -1,5 +1,7 @@
 """State dicts on disk: read without unpickling, loaded strictly, written as safetensors, whole or not at all."""
 
+from __future__ import annotations
+
 import logging
 import platform
 import re

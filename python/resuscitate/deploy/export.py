@@ -1,5 +1,7 @@
 """Export: weights with their provenance, a torch.export program, or ONNX; each file is read again and compared."""
 
+from __future__ import annotations
+
 import copy
 import io
 import logging

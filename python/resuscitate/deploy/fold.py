@@ -1,5 +1,7 @@
 """Fold each BatchNorm into the layer that it alone reads, and compare the outputs on an example."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

@@ -1,5 +1,7 @@
 """Convert 2:4 sparse linear layers to torch's semi-structured tensors, and compare the outputs on an example."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

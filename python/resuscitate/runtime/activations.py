@@ -5,6 +5,8 @@ whatever ends the process, nothing remains. It is read and written, never mapped
 memory in use.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re

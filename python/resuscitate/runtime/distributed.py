@@ -4,6 +4,8 @@ Every collective is preceded by a status message. If a rank reports a failure, a
 rank waits for another that has failed.
 """
 
+from __future__ import annotations
+
 import io
 import logging
 import os

@@ -4,6 +4,8 @@ A file of records, each with its length and checksum before it; the first says w
 belong to. A record that a kill left half written is cut off. Nothing is pickled: records are safetensors.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import struct

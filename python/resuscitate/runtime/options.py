@@ -1,5 +1,7 @@
 """How a measurement runs: the options that every function which measures takes, defined here alone."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args

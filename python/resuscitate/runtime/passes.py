@@ -4,6 +4,8 @@ The Python frames of a suspended pass hold its activations. So it needs no graph
 control flow. Threads, not coroutines: gradient mode, autocast and function modes are states of a thread.
 """
 
+from __future__ import annotations
+
 import contextvars
 import queue
 import threading

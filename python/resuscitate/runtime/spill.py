@@ -3,6 +3,8 @@
 A place writes bytes, uint8 (n,), into a new region or over one of the same size, and reads them back onto their device.
 """
 
+from __future__ import annotations
+
 import bisect
 import os
 import shutil

@@ -1,5 +1,7 @@
 """Type checks of arguments that are easily swapped; the error shows the correct call."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any

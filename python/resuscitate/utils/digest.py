@@ -1,5 +1,7 @@
 """Digests of models, images and options: are they those that a journal, a file or another rank refers to?"""
 
+from __future__ import annotations
+
 import dis
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,5 +1,7 @@
 """Files that are written completely or not at all, and a lock for files that grow."""
 
+from __future__ import annotations
+
 import csv
 import errno
 import glob

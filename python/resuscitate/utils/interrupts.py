@@ -1,5 +1,7 @@
 """Delays an interrupt (SIGINT) until a model is restored."""
 
+from __future__ import annotations
+
 import signal
 import threading
 from collections.abc import Callable

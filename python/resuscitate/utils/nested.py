@@ -1,5 +1,7 @@
 """Tensors in a nest of tuples, lists and dicts: the first one, their total bytes, and the number of images."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from typing import Any
 

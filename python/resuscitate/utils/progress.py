@@ -1,5 +1,7 @@
 """A progress bar where standard error is a terminal, and a stopwatch: seconds by stage."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +22,7 @@ class Bar:
         self.at, self.here, self.seen, self.started = "", 0, 0, time.perf_counter()
         self._progress: Any = None
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Bar:
         if _shown(self.show):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

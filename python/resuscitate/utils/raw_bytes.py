@@ -1,5 +1,7 @@
 """The memory of a tensor as bytes, without a copy."""
 
+from __future__ import annotations
+
 import ctypes
 from typing import Any
 
