@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -126,16 +125,27 @@ class Pass:
 
     run: the forward pass. state: what `current` returns in its thread. The thread begins with the first `resume`, with
     gradients off and `threads` intra-op threads; None leaves their number. At its end, however it comes, it calls
-    `finish`. A pass that is dropped is cancelled. `again` tells that it ended by RestartError.
+    `finish`. A pass that is dropped is cancelled.
     """
-
-    ended = property(attrgetter("_control.ended"))
-    error = property(attrgetter("_control.error"))
-    again = property(attrgetter("_control.again"))
 
     def __init__(self, run: Run, state: object = None, threads: int | None = None, finish: Run | None = None) -> None:
         self._control = control = _Control(run, state, threads, finish or _nothing)
         self.resume, self.cancel, self.join = control.resume, control.cancel, control.join
+
+    @property
+    def ended(self) -> bool:
+        """Whether the forward pass has returned or has raised an error."""
+        return self._control.ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the forward pass raised."""
+        return self._control.error
+
+    @property
+    def again(self) -> bool:
+        """Whether the forward pass has ended by RestartError."""
+        return self._control.again
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # an interrupt came before it had one

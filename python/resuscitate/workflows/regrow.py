@@ -163,6 +163,7 @@ def regrow(
     with Session([model], plan.run, writes=True, measures=False) as session:
         choices |= {"pattern": pattern, "densities": densities, "finetune": finetune}
         choices |= {"dense": dense, "masks": masks, "sparsity": sparsity}
+        choices |= {"method": None} if method is None else {}  # the plan has method "bn" for it
         steps, ranks = Steps(session, plan, calibration, resume, choices), session.ranks
         example = None
         if pattern == "channels":

@@ -58,7 +58,7 @@ class Steps:
         self.batches = session.hold(calibration)
         if self.folder is not None:
             (images,) = session.ranks.total(digest_images(self.batches))
-            options = {**fingerprints(choices), **plan.identity(), **run_identity(plan.run)}
+            options = {**plan.identity(), **run_identity(plan.run), **fingerprints(choices)}
             identity = {"model": digest_model(session.models[0]), "images": images % MODULUS, "options": options}
             session.stack.enter_context(Journal(self.folder / "run.journal", identity, session.ranks))
 

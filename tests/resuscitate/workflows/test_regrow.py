@@ -365,6 +365,13 @@ class TestRounds:
         grown = regrow(model, dense, masks, **given, evaluate=lambda model: 50.0, accuracy=40.0)
         assert [each.report.resumed for each in grown.rounds] == [4]
 
+    def test_to_re_estimate_batchnorm_is_another_regrowth_than_to_repair_nothing(self, tmp_path):
+        dense = seeded(chain)
+        model, masks = pruned(dense)
+        regrow(copy.deepcopy(model), dense, masks, 0.7, images(), resume=tmp_path, method="bn")
+        with pytest.raises(JournalError, match=r"another run: options \(method\) differ"):
+            regrow(model, dense, masks, 0.7, images(), resume=tmp_path, method=None)
+
     def test_a_small_memory_makes_no_difference(self, tmp_path):
         dense, results = seeded(Residual), []
         for memory in (None, 200_000):
