@@ -69,7 +69,7 @@ def fit(
         for _ in range(PASSES):
             found = replay(ahead, problem.bias(ahead, targets))
             targets = problem.targets(found.xy, found.yy, found.y)
-            last, w = w, problem.solve(targets)
+            last, w = w, problem.solve(targets, w)
             ahead = w + EXTRAPOLATION * (w - last)
     varies = problem.variance(w)
     gain = torch.where((varies > 0) & (targets.variance > 0), (targets.variance / varies).sqrt().clamp(max=most), 1.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor
 from asr_kernels import PatchMoments
 
 from ..runtime.distributed import Ranks
+from .conjugate_gradients import RidgeSystems
+
+# Conjugate gradients: up to this excess of the residual's variance over its least value, as a part of the variance of
+# the targets; with this ridge or more, which bounds the number of steps; for layers with this many weights per channel
+# or more. On a CPU the steps of a channel take as long as its factorisation at about this density of the support. ROWS
+# channels at a time, so that the solution does not depend on the number of ranks.
+EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS = 1e-9, 1e-3, 256, 0.14, 64
+KEPT_BYTES = 256 << 20  # the most memory for factors that are kept
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Problem:
         self.group = torch.arange(channels, device=weight.device) // (channels // len(self.c))
         diagonal = self.c.diagonal(dim1=1, dim2=2)
         self.rho, self.varies = ridge * diagonal.mean(1), (diagonal != 0).any(1)
+        self.can_iterate = ridge >= LEAST_RIDGE and weight.shape[1] >= LEAST_VALUES
+        self._kept: list[_Factored] = []
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> Targets:
         """Targets from sums over the samples of deviations, of the outputs from `moments.target`; y None: 0."""
@@ -48,44 +59,89 @@ class Problem:
         """The targets in the moments."""
         return self.targets(self.moments.xy, self.moments.yy)
 
-    def solve(self, targets: Targets) -> Tensor:
-        """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies."""
+    def solve(self, targets: Targets, start: Tensor | None = None) -> Tensor:
+        """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies.
+
+        start: the solution for similar targets, from which conjugate gradients take fewer steps.
+        """
         right = targets.cross + self.rho[self.group, None] * self.present
-        w, sizes = torch.zeros_like(right), self.support.sum(1)
-        supports = (row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1))
-        same_matrix: dict[tuple[int, bytes], list[int]] = {}
-        for channel, key in enumerate(zip(self.group.tolist(), supports, strict=True)):
-            same_matrix.setdefault(key, []).append(channel)
-        assigned = list(same_matrix.values())[self.ranks.rank :: self.ranks.size]
-        for channels in assigned:
-            if len(channels) > 1:
-                self._solve_same_matrix(channels, right, w)
-        single = [channels[0] for channels in assigned if len(channels) == 1]
-        for batch in _batches(sorted(single, key=sizes.tolist().__getitem__), sizes.tolist()):
-            self._solve_padded(torch.tensor(batch, device=w.device), int(sizes[batch[-1]]), right, w)
+        w, start = torch.zeros_like(right), self.present if start is None else start
+        excess = EXCESS * torch.maximum(targets.variance, self.variance(self.present))
+        for rows in self._iterative[self.ranks.rank :: self.ranks.size]:
+            group = int(self.group[rows.start])
+            systems = RidgeSystems(self.c[group], self.rho[group], self.support[rows])
+            found = systems.solve(right[rows], start[rows], excess[rows])
+            if found is not None:
+                w[rows] = found
+            else:
+                for channel in range(rows.start, rows.stop):
+                    self._factor([[channel]]).solve(right, w)
+        for factored in self._factored():
+            factored.solve(right, w)
         return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
 
-    def _solve_same_matrix(self, channels: list[int], right: Tensor, w: Tensor) -> None:
-        """Solve (c + rho I) w = right for channels of one group with the same support: one factorisation."""
-        group, places = self.group[channels[0]], self.support[channels[0]].nonzero().flatten()
-        matrix = self.c[group][places[:, None], places]
-        matrix.diagonal().add_(self.rho[group])
-        rows = torch.tensor(channels, device=w.device)[:, None]
-        w[rows, places] = _cholesky_solve(matrix[None], right[rows, places].mT[None])[0].mT
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return self.support.sum(1).tolist()
 
-    def _solve_padded(self, channels: Tensor, size: int, right: Tensor, w: Tensor) -> None:
-        """The same for supports of up to `size` places, in one batch padded with the equations 1 x = 0."""
-        if not size:
-            return
-        support, group = self.support[channels], self.group[channels]
+    @cached_property
+    def _same_matrix(self) -> list[dict[bytes, list[int]]]:
+        """For each group its channels by support: those of one list share a matrix."""
+        supports = [row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1)]
+        found: list[dict[bytes, list[int]]] = [{} for _ in self.c]
+        for channel, group in enumerate(self.group.tolist()):
+            found[group].setdefault(supports[channel], []).append(channel)
+        return found
+
+    @cached_property
+    def _iterative(self) -> list[slice]:
+        """The channels to solve for by conjugate gradients, some of one group at a time."""
+        if not self.can_iterate:
+            return []
+        blocks, width = list[slice](), len(self.present) // len(self.c)
+        least = width * (LEAST_DENSITY * self.support.shape[1]) ** 2  # squares of sizes, as the time to factor goes
+        for group, (channels, varies) in enumerate(zip(self._same_matrix, self.varies.tolist(), strict=True)):
+            if varies and sum(self._sizes[same[0]] ** 2 for same in channels.values()) > least:
+                end = (group + 1) * width
+                blocks += [slice(at, min(at + ROWS, end)) for at in range(group * width, end, ROWS)]
+        return blocks
+
+    def _factored(self) -> Iterator[_Factored]:
+        """Factors for this rank's share of all other channels; the first of them are kept for the next targets."""
+        yield from self._kept
+        for index, channels in enumerate(self._unfactored[len(self._kept) :], len(self._kept)):
+            factored = self._factor(channels)
+            if len(self._kept) == index and sum(each.bytes for each in (*self._kept, factored)) <= KEPT_BYTES:
+                self._kept.append(factored)
+            yield factored
+
+    @cached_property
+    def _unfactored(self) -> list[list[list[int]]]:
+        """The channels to solve for directly: batches of systems, each of the channels that share its matrix."""
+        iterative = {int(self.group[rows.start]) for rows in self._iterative}
+        systems = [
+            each for group, found in enumerate(self._same_matrix) if group not in iterative for each in found.values()
+        ]
+        assigned = [each for each in systems[self.ranks.rank :: self.ranks.size] if self._sizes[each[0]]]
+        single = sorted((each[0] for each in assigned if len(each) == 1), key=self._sizes.__getitem__)
+        shared = [[each] for each in assigned if len(each) > 1]
+        return shared + [[[channel] for channel in batch] for batch in _batches(single, self._sizes)]
+
+    def _factor(self, channels: Sequence[Sequence[int]]) -> _Factored:
+        """Factor c + rho I on the supports of these channels; those of one inner list have the same."""
+        rows = torch.tensor(channels, device=self.c.device)
+        first, size = rows[:, 0], max(self._sizes[each[0]] for each in channels)
+        support, group = self.support[first], self.group[first]
         # the places of each support, in order, then padding from outside of it
         places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
         inside = support.gather(1, places)
         matrix = self.c[group[:, None, None], places[:, :, None], places[:, None, :]]
         matrix *= inside[:, :, None] & inside[:, None, :]
         matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[group, None], 1.0))
-        padded = right[channels].gather(1, places) * inside
-        w[channels[:, None], places] = _cholesky_solve(matrix, padded[:, :, None])[:, :, 0] * inside
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        indefinite = failed.nonzero().flatten().tolist()
+        inverses = {index: torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) for index in indefinite}
+        return _Factored(rows, places, inside, factor, inverses)
 
     def variance(self, w: Tensor) -> Tensor:
         """The variance of the outputs with the weights w, (O,)."""
@@ -100,13 +156,33 @@ class Problem:
         return targets.mean - (w * self.moments.mean[self.group]).sum(1)
 
 
-def _cholesky_solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution of each system; by the pseudo-inverse (minimum norm) if rounding made the matrix indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(right, factor)
-    for index in failed.nonzero().flatten().tolist():
-        solution[index] = torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) @ right[index]
-    return solution
+@dataclass
+class _Factored:
+    """Cholesky factors (B, n, n) of B systems of up to n equations, each for R channels, the rows (B, R).
+
+    places, inside (B, n): the support, padded with equations 1 x = 0. inverses: by index, the pseudo-inverse (for the
+    solution of minimum norm) of a matrix that rounding made indefinite.
+    """
+
+    rows: Tensor
+    places: Tensor
+    inside: Tensor
+    factor: Tensor
+    inverses: dict[int, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """The size of the factors."""
+        return self.factor.nbytes
+
+    def solve(self, right: Tensor, w: Tensor) -> None:
+        """Write the solutions for right (O, K) into the rows of w (O, K)."""
+        index, inside = (self.rows[:, :, None], self.places[:, None, :]), self.inside[:, None, :]
+        padded = (right[index] * inside).mT
+        found = torch.cholesky_solve(padded, self.factor)
+        for system, inverse in self.inverses.items():
+            found[system] = inverse @ padded[system]
+        w[index] = found.mT * inside
 
 
 def _batches(channels: list[int], sizes: list[int]) -> Iterator[list[int]]:

@@ -1,0 +1,151 @@
+"""Ridge regressions with a support for each channel: every way to solve them gives the solution."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import asr_kernels as ak
+from resuscitate.runtime.distributed import Ranks
+from resuscitate.statistics import conjugate_gradients, least_squares
+from resuscitate.statistics.least_squares import Problem
+
+DENSITIES = {"iterative": 0.4, "direct": 0.05}
+
+
+def problem(way="iterative", groups=1, channels=100, values=256, ridge=0.01, seed=0, ranks=None, **changes):
+    """Correlated inputs that are not negative, and targets that depend on all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    count, dtype = 3 * values, torch.float64
+    mixed = torch.randn(groups, count, values // 4, generator=generator, dtype=dtype)
+    mixing = torch.randn(groups, values // 4, values, generator=generator, dtype=dtype) / values**0.5
+    x = (mixed @ mixing + 0.1 * torch.randn(groups, count, values, generator=generator, dtype=dtype)).relu()
+    x[changes.get("constant", [])] = 0
+    x = x - x.mean(1, keepdim=True)
+    weight = torch.randn(channels, values, generator=generator, dtype=dtype) / values**0.5
+    y = x @ weight.view(groups, -1, values).mT
+    y = y - y.mean(1, keepdim=True)
+    y.view(groups, count, -1)[0, :, changes.get("dead", [])] = 0
+    zeros = x.new_zeros(groups, values), y.new_zeros(groups, channels // groups)
+    moments = ak.PatchMoments(count, *zeros, x.mT @ x, x.mT @ y, y.square().sum(1))
+    support = torch.rand(channels, values, generator=generator) < DENSITIES[way]
+    support[changes.get("alike", [])] = support[0].clone()
+    return Problem(moments, weight * support, support, ridge, ranks or Ranks())
+
+
+def exact(problem, targets):
+    """By one dense solution for each channel."""
+    w = torch.zeros_like(problem.present)
+    for channel, (group, places) in enumerate(zip(problem.group, problem.support, strict=True)):
+        matrix = problem.c[group][places][:, places] + problem.rho[group] * torch.eye(int(places.sum()))
+        right = targets.cross[channel, places] + problem.rho[group] * problem.present[channel, places]
+        w[channel, places] = torch.linalg.solve(matrix, right)
+    return w
+
+
+def excess(problem, targets, w):
+    """By how much the objective exceeds its least value, as a part of the targets' variance."""
+    error = w - exact(problem, targets)
+    rises = problem.variance(error) + problem.rho[problem.group] * error.square().sum(1)
+    return float((rises / targets.variance).max())
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The number of rows that were solved for by conjugate gradients, and of factors."""
+    found = SimpleNamespace(rows=0, factors=0)
+    solve, factor = conjugate_gradients.RidgeSystems.solve, Problem._factor
+
+    def counted(self, right, *rest):
+        found.rows += len(right)
+        return solve(self, right, *rest)
+
+    def counted_factor(self, channels):
+        found.factors += len(channels)
+        return factor(self, channels)
+
+    monkeypatch.setattr(conjugate_gradients.RidgeSystems, "solve", counted)
+    monkeypatch.setattr(Problem, "_factor", counted_factor)
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("ridge", [0.001, 0.01, 1.0])
+def test_conjugate_gradients_find_the_solution_to_the_stated_excess(groups, ridge, ways):
+    given = problem(groups=groups, ridge=ridge)
+    targets = given.own_targets()
+    w = given.solve(targets)
+    assert (ways.rows, ways.factors) == (100, 0)
+    assert excess(given, targets, w) < 10 * least_squares.EXCESS  # which the residual estimates
+    assert not w[~given.support].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "factors"),
+    [
+        ({"way": "direct"}, 100),
+        ({"values": 128}, 100),
+        ({"ridge": 1e-4}, 100),
+        ({"alike": slice(None)}, 1),
+        ({"way": "direct", "alike": slice(40)}, 61),
+    ],
+    ids=["sparse", "narrow", "little ridge", "one support", "some alike"],
+)
+def test_otherwise_a_factor_for_each_support_is_kept_for_the_next_targets(changes, factors, ways):
+    given = problem(**changes)
+    targets = given.own_targets()
+    for _ in range(3):
+        assert given.solve(targets) == pytest.approx(exact(given, targets), abs=1e-9)
+    assert (ways.rows, ways.factors) == (0, factors)
+
+
+def test_factors_that_do_not_fit_are_made_again(ways, monkeypatch):
+    first = problem("direct", alike=slice(40))
+    kept = first.solve(first.own_targets())
+    monkeypatch.setattr(least_squares, "KEPT_BYTES", first._kept[0].bytes)  # that of the channels alike
+    given = problem("direct", alike=slice(40))
+    for factors in (61, 60):
+        ways.factors = 0
+        assert torch.equal(given.solve(given.own_targets()), kept)
+        assert ways.factors == factors
+
+
+def test_a_block_that_takes_too_many_steps_is_solved_directly(ways, monkeypatch):
+    monkeypatch.setattr(conjugate_gradients, "STEPS", 2)
+    given = problem()
+    targets = given.own_targets()
+    assert given.solve(targets) == pytest.approx(exact(given, targets), abs=1e-9)
+    assert ways.factors == 100
+
+
+def test_a_start_near_the_solution_takes_fewer_steps(monkeypatch):
+    given, steps = problem(), []
+    targets = given.own_targets()
+    descend = conjugate_gradients._descend
+    monkeypatch.setattr(conjugate_gradients, "_descend", lambda *parts: steps.append(1) or descend(*parts))
+    w = given.solve(targets)
+    assert steps
+    steps.clear()
+    assert torch.equal(given.solve(targets, w), w)
+    assert not steps
+
+
+@pytest.mark.parametrize("way", ["iterative", "direct"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_ranks_parts_add_up_to_the_solution_of_one_process(way, size):
+    def part(rank, size):
+        given = problem(way, ranks=SimpleNamespace(rank=rank, size=size, add=lambda w: w))
+        return given.solve(given.own_targets())
+
+    tolerance = 0 if way == "iterative" else 1e-12  # the padding of the systems depends on the ranks
+    assert sum(part(rank, size) for rank in range(size)) == pytest.approx(part(0, 1), abs=tolerance, rel=0)
+
+
+def test_channels_without_a_target_and_groups_without_an_input_that_varies(ways):
+    given = problem(groups=2, dead=[3], constant=[1])
+    given.present[3] = 0
+    targets = given.own_targets()
+    w = given.solve(targets)
+    assert not w[3].any()
+    assert torch.equal(w[50:], given.present[50:])
+    assert ways.rows == 50
