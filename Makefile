@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 ARGS :=
 # the tests, a file at a time, on as many processes as there are cores, at most four; ARGS='-n 0' for one
-SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
+SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

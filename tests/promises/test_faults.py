@@ -128,18 +128,19 @@ class TestInTheProcess:
             unchanged(model, before)
 
     # Python ignores an interrupt within a `__del__`, with this warning
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
-        """What SIGINT does, at sixty points of a repair: the model is as it was, or wholly repaired."""
+        """What SIGINT does, at forty points of a repair: the model is as it was, or wholly repaired."""
         dense = seeded(chain)
         model = pruned_copy(dense)
         before, repaired = state(model), copy.deepcopy(model)
         repair(copy.deepcopy(model), dense, images(), **options)  # the first time has one look more at the images
         total = traced(partial(repair, repaired, dense, images(), **options), None)
         after = state(repaired)
-        for at in range(1, total, max(1, total // 60)):
+        for at in range(1, total, max(1, total // 40)):
             report = None
             with contextlib.suppress(KeyboardInterrupt):
                 traced(partial(repair, model, dense, images(), **options), at)
@@ -213,6 +214,7 @@ def traced(run, at):
     return next(lines) - 1
 
 
+@pytest.mark.slow
 def test_a_hundred_repairs_in_one_process_leave_memory_flat():
     """Tensors, open files and threads, which are counted exactly, and resident memory to 16 MiB."""
     program = """
