@@ -17,7 +17,8 @@ from .least_squares import Problem
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
-RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
+# cross-validation: ridges to choose from, number of channels that judge them, and the excess of their solutions
+RIDGES, JUDGES, JUDGED_EXCESS = (0.01, 0.05, 0.25, 1.25), 16, 1e-6
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -73,7 +74,7 @@ def fit(
             ahead = w + EXTRAPOLATION * (w - last)
     varies = problem.variance(w)
     gain = torch.where((varies > 0) & (targets.variance > 0), (targets.variance / varies).sqrt().clamp(max=most), 1.0)
-    before, after = problem.variance(problem.present).sum(), (varies * gain.square()).sum()
+    before, after = problem.present_variance.sum(), (varies * gain.square()).sum()
     shares = before, after, total - problem.unexplained(w, targets).sum()
     w = w * gain[:, None]
     bias = problem.bias(w, targets)
@@ -97,6 +98,8 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
     if len(folds) < 2:
         return RIDGE
 
+    solutions = dict[int, Tensor]()  # with the ridge tried last
+
     def unexplained(ridge: float) -> float:
         covariance = varies = total = torch.zeros((), dtype=torch.float64)
         for fold in folds:
@@ -104,7 +107,7 @@ def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Ten
             # computed again for each ridge: second moments are large
             parts = (_some_channels(moments, weight, support) for moments in (others, folds[fold]))
             seen, left_out = (Problem(*part, ridge, ranks) for part in parts)
-            w = seen.solve(seen.own_targets())
+            w = solutions[fold] = seen.solve(seen.own_targets(), solutions.get(fold), JUDGED_EXCESS)
             wanted = left_out.own_targets()
             covariance = covariance + left_out.count * (w * wanted.cross).sum(1)
             varies = varies + left_out.count * left_out.variance(w)
@@ -179,7 +182,7 @@ def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: 
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()
-    total, varies = targets.variance.sum(), problem.variance(problem.present)
+    total, varies = targets.variance.sum(), problem.present_variance
     if not total:
         return torch.zeros_like(problem.present), None
     slope = targets.cross - (problem.present.view(len(problem.c), -1, weight.shape[1]) @ problem.c).view(weight.shape)

@@ -59,18 +59,18 @@ class Problem:
         """The targets in the moments."""
         return self.targets(self.moments.xy, self.moments.yy)
 
-    def solve(self, targets: Targets, start: Tensor | None = None) -> Tensor:
+    def solve(self, targets: Targets, start: Tensor | None = None, excess: float = EXCESS) -> Tensor:
         """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies.
 
-        start: the solution for similar targets, from which conjugate gradients take fewer steps.
+        start: the solution of a similar problem. excess: see `EXCESS`. Both are for conjugate gradients alone.
         """
         right = targets.cross + self.rho[self.group, None] * self.present
         w, start = torch.zeros_like(right), self.present if start is None else start
-        excess = EXCESS * torch.maximum(targets.variance, self.variance(self.present))
+        allowed = excess * torch.maximum(targets.variance, self.present_variance)
         for rows in self._iterative[self.ranks.rank :: self.ranks.size]:
             group = int(self.group[rows.start])
             systems = RidgeSystems(self.c[group], self.rho[group], self.support[rows])
-            found = systems.solve(right[rows], start[rows], excess[rows])
+            found = systems.solve(right[rows], start[rows], allowed[rows])
             if found is not None:
                 w[rows] = found
             else:
@@ -79,6 +79,11 @@ class Problem:
         for factored in self._factored():
             factored.solve(right, w)
         return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
+
+    @cached_property
+    def present_variance(self) -> Tensor:
+        """The variance of the outputs with the present weights, (O,)."""
+        return self.variance(self.present)
 
     @cached_property
     def _sizes(self) -> list[int]:
