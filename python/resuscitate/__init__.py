@@ -36,8 +36,9 @@ from .pruning.allocation import allocate
 from .pruning.repairability import Repairability
 from .pruning.sparsify import sparsify
 from .pruning.structured import Shrinkage, shrink
+from .reports.damage import LayerDamage
 from .reports.recoverability import RecoverabilityMap
-from .reports.repair import LayerDamage, LayerReport, RepairReport
+from .reports.repair import LayerReport, RepairReport
 from .statistics.outputs import OutputCovariances, OutputMoments
 from .statistics.patches import PatchCovariances
 from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain

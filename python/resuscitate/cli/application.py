@@ -85,7 +85,11 @@ def _main(
 
 
 def options_of(found: Mapping[str, Any]) -> Options:
-    """The options of a command by name, from its `locals()`; None for a repeatable option that is not given."""
+    """The options of a command by name.
+
+    found: its `locals()`, before it assigns a variable. The empty list of a repeatable option that is not given is
+    None.
+    """
     options = {**found, **found["given"]}
     return {name: None if value == [] else value for name, value in options.items() if name != "given"}
 

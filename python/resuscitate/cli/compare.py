@@ -16,8 +16,8 @@ from ..workflows.damage import damage
 class Comparison:
     """Scores and variances by channel, of the dense network and of another one at each `add`.
 
-    score: a function of a model, or None. dense: the dense network, if any. images: to measure variances on; None: do
-    not. running: run-time options.
+    score: a function of a model, or None. dense: the dense network, if any, which is scored at once. images: those to
+    measure the variances on, or None for no variances. running: run-time options, among them `device`.
     """
 
     score: Callable[[nn.Module], float] | None

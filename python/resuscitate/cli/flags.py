@@ -51,8 +51,8 @@ def parse_densities(given: list[str] | None) -> dict[str, float] | None:
     return found or None
 
 
-def check_suffix(path: Path | None) -> Path | None:
-    """Refuse another ending than that of safetensors, and a folder where no file can be written."""
+def check_safetensors(path: Path | None) -> Path | None:
+    """Refuse an ending other than .safetensors, and a place where no file can be written."""
     if path is not None:
         if path.suffix != ".safetensors":
             raise typer.BadParameter(f"it is written as safetensors: name it {path.with_suffix('.safetensors')}")
@@ -80,8 +80,8 @@ Dense = Annotated[Path, opt("The weights before pruning: .safetensors, .pt or .p
 Pruned = Annotated[Path, opt("The pruned weights: .safetensors, .pt or .pth.")]
 Calibration = Annotated[Path, opt(f"Unlabelled images: {SOURCES}.", "--calibration", "-c")]
 MaxSamples = Annotated[int | None, opt("Read at most so many images.", min=1)]
-Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_suffix)]
-WrittenMasks = Annotated[Path | None, opt("Write the masks to this .safetensors file too.", callback=check_suffix)]
+Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_safetensors)]
+WrittenMasks = Annotated[Path | None, opt("Write the masks to this .safetensors file too.", callback=check_safetensors)]
 Report = Annotated[Path | None, opt("Write the report to this .json or .csv file.", callback=check_report)]
 Journals = Annotated[Path | None, opt("Folder of journals: a killed run continues from it.")]
 Densities = Annotated[list[str] | None, opt("Layers with a fixed density: GLOB=DENSITY; repeatable.")]

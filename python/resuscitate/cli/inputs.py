@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import asr_kernels as ak
 
-from ..data import images as library
+from ..data import images as image_files
 from ..data.calibration import read_batches
 from ..data.sources import KINDS
 from ..deploy.checkpoints import load_weights
@@ -127,17 +127,21 @@ def read_images(options: Options, shard: tuple[int, int] = (0, 1), workers: int 
             raise typer.BadParameter(f"{path} gives images as they are: leave --mean, --std and --size out")
         dealt = Dealt(module, loader, options["max_samples"], shard)
         parts = list(read_batches(dealt, max_samples=None if workers is None else HEAD, allow_empty=True))
-        head = torch.cat(parts) if parts else torch.empty(0, 0)
+        alike = [part for part in parts if part.shape[1:] == parts[0].shape[1:]]
+        if workers is None and len(alike) < len(parts):
+            raise CalibrationError(f"{path}: its images have different sizes; bring them to one size")
+        head = torch.cat(alike) if alike else torch.empty(0, 0)
         measured = dealt.counts = _measure(options, head)
         return Images(head if workers is None else dealt, head[:HEAD], measured)
-    stream = library.ImageStream(path, **_reading(options), shard=shard, batch_size=options.get("batch_size", HEAD))
-    head = stream.head(HEAD)
-    fills = len(head) > 0 and stream.images * head[0].nbytes > activations.free_memory(head.device) // 4
-    if workers is None or not (workers or fills):
-        images = stream.head(stream.images)
-        return Images(images, images[:HEAD], _measure(options, images))
-    batches = DataLoader(stream, batch_size=None, num_workers=workers)
-    return Images(batches, head, _measure(options, head) | {"images": stream.images})
+    stream = image_files.ImageStream(path, **_reading(options), shard=shard, batch_size=options.get("batch_size", HEAD))
+    head = stream.head(stream.images if workers is None else HEAD)
+    if workers is not None:
+        size = head[:1].nbytes  # 0 where this rank has no image
+        if workers or stream.images * size > activations.free_memory(head.device) // 4:
+            batches = DataLoader(stream, batch_size=None, num_workers=workers)
+            return Images(batches, head, _measure(options, head) | {"images": stream.images})
+    images = head if len(head) == stream.images else stream.head(stream.images)
+    return Images(images, images[:HEAD], _measure(options, images))
 
 
 def _reading(options: Options) -> dict[str, Any]:
@@ -182,8 +186,8 @@ def _measure(options: Options, images: Tensor) -> dict[str, Any]:
 
 def read_labelled(path: Path, options: Options, limit: int | None = None) -> Accuracy:
     """Images and labels of one .npz. Raises ResuscitateError where their numbers differ."""
-    images = library.load_images(path, **_reading({**options, "max_samples": limit}))
-    labels = library.load_labels(path, max_samples=limit, seed=options["seed"])
+    images = image_files.load_images(path, **_reading({**options, "max_samples": limit}))
+    labels = image_files.load_labels(path, max_samples=limit, seed=options["seed"])
     if len(labels) != len(images):
         raise ResuscitateError(f"{path}: {len(images)} images and {len(labels)} labels")
     return Accuracy(images, labels)

@@ -66,7 +66,7 @@ def map_(
             written.append(output / f"map-{method}.svg")
             draw_map(found, written[-1], [method])
         running = run_time_options(options)
-        for allocation in () if damage is None else found.allocations:
+        for allocation in found.allocations if damage is not None else ():
             pruned = copy.deepcopy(network)
             chosen = {name: options[name] for name in ("pattern", "include", "exclude")}
             chosen |= {"calibration": images, **running} if allocation == "rr" else {}

@@ -45,8 +45,9 @@ def load_methods(words: list[str]) -> None:
         if option in ("--method", "--methods"):
             for name in (value if equals else after).split(","):
                 method_name(name)
+    asked = next((word for word in words if not word.startswith("-")), None)  # flags before the command have no value
     for command, others in _commands:
-        if command.__name__ in words and (taken := option_names() & others):
+        if command.__name__ == asked and (taken := option_names() & others):
             raise ResuscitateError(f"rename the field {min(taken)!r}: `{command.__name__}` has an option of that name")
         takes(_of_methods())(command)
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..deploy.checkpoints import write_state_dict
-from ..pruning.sparsify import sparsify
+from ..pruning.sparsify import Indivisible, sparsify
+from ..runtime.options import DEFAULTS
 from . import flags
 from .application import app, made_by, options_of, run_time_options, show
 from .flags import opt
 from .inputs import load_model, read_images
 
 Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
-Indivisible = Literal["dense", "pad", "raise"]
 
 
 @app.command()
@@ -26,7 +26,9 @@ def prune(
     output: flags.Output,
     sparsity: Annotated[float | None, opt("Fraction of the weights that is pruned, such as 0.9.")] = None,
     allocation: Annotated[Allocation, opt("How it is distributed; rr reads --calibration.")] = "global",
-    pattern: Annotated[str, opt("unstructured, filter, channels, or n:m: 2:4 keeps 2 of 4.")] = "unstructured",
+    pattern: Annotated[
+        str, opt("unstructured, filter, channels, or n:m, such as 2:4, which keeps 2 of 4.")
+    ] = "unstructured",
     densities: flags.Densities = None,
     indivisible: Annotated[Indivisible, opt("Of n:m, layers that m does not divide.")] = "dense",
     calibration: Annotated[Path | None, opt("Unlabelled images, to measure on.", "--calibration", "-c")] = None,
@@ -46,7 +48,11 @@ def prune(
     names = ["allocation", "pattern", "indivisible", *flags.FLOORS, *flags.LAYERS]
     chosen = {name: options[name] for name in names} | {"densities": flags.parse_densities(densities)}
     chosen["example" if pattern == "channels" else "calibration"] = images
-    pruned = sparsify(network, sparsity, **chosen, **(run_time_options(options) if allocation == "rr" else {}))
+    running = run_time_options(options)
+    if allocation != "rr":  # nothing is measured: sparsify refuses what is given, but for the choice of the images
+        unsaid = {**DEFAULTS, "max_samples": max_samples, "seed": options["seed"]}
+        running = {name: value for name, value in running.items() if value != unsaid[name]}
+    pruned = sparsify(network, sparsity, **chosen, **running)
     about = made_by("prune", options)
     if masks is not None:
         pruned.save(masks, about)

@@ -39,7 +39,7 @@ def repair(
     method: Annotated[str, opt(METHODS)] = AUTO,
     schedule: Annotated[Schedule, opt("Measure each layer on repaired ones, or all unrepaired.")] = "sequential",
     recalibrate: Annotated[Recalibrate, opt("BatchNorm; auto: exact for bn, else none (dense statistics).")] = "auto",
-    gain_samples: Annotated[int | None, opt("Images for the layers, at most.", min=1)] = None,
+    gain_samples: Annotated[int | None, opt("Measure the layers on at most so many images.", min=1)] = None,
     masks: Annotated[Path | None, opt("Weights in use, by `prune --masks`; default: those not zero.")] = None,
     fill: Annotated[bool, opt("Write mean layers as plain dense weights.")] = False,
     skip_first: Annotated[bool | None, opt("Leave the first layer unchanged; default: unless refitted.")] = None,
@@ -102,5 +102,5 @@ def stats(
         found = DenseStatistics.measure(network, images.all, group=ranks.group, **run_time_options(options))
         if ranks.rank:
             return
-        found.save(output, made_by("stats", options))
+    found.save(output, made_by("stats", options))
     show(images.describe(), f"{len(found.layers)} layers over {found.images} images; written to {output}")

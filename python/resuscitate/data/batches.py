@@ -105,9 +105,10 @@ def cut(batches: Iterable[Any], marks: Iterable[int | None]) -> Iterator[Any]:
 
 
 def rebatch(batches: Batches, size: int, count: int | None = None) -> Iterator[Tensor]:
-    """The same images in the same order, in exactly `count` batches of `size` (None: in all that are whole).
+    """The same images in the same order, in `count` batches of exactly `size` images (None: as many as there are).
 
-    Raises CalibrationError, at once, if there are too few images; later, if images of two shapes share a batch.
+    Images left over are not used. Raises CalibrationError, at once, if there are too few images; later, if images of
+    two shapes share a batch.
     """
     available, least = batches.images(), count or 1
     if available < size * least:

@@ -71,11 +71,11 @@ def warn_of_padding(loader: Any) -> None:
 def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
     """Warn if the inputs of the dense network's first BatchNorm have far other statistics than in training.
 
-    `run` is a forward pass of the network over one of the `batches`, which ends at that BatchNorm; `NORMALISED_FROM`
-    images are enough. Fewer than `ENOUGH_IMAGES`, or a BatchNorm that was never trained, give no warning. With the
-    variance ratio r = sum now_var / sum var and the squared offset d2 = sum (now_mean - mean)^2 / sum var, both over
-    all channels, so that near-dead channels have no weight, far is Jeffreys' divergence of two normal distributions,
-    (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
+    `run(batch)` is a forward pass of the network. It is ended at that BatchNorm, and no batch is taken after
+    `NORMALISED_FROM` images. Fewer than `ENOUGH_IMAGES`, or a BatchNorm that was never trained, give no warning. With
+    the variance ratio r = sum now_var / sum var and the squared offset d2 = sum (now_mean - mean)^2 / sum var, both
+    over all channels, so that near-dead channels have no weight, far is Jeffreys' divergence of two normal
+    distributions, (r + 1/r - 2 + d2 (1 + 1/r)) / 4, above `FAR`.
     """
     if dense in told:
         return

@@ -62,7 +62,8 @@ class ImageStream(IterableDataset[Tensor]):
     """The images of `load_images` in batches, float32 (n, C, H, W), each read when it is asked for.
 
     Encoded files stay encoded; an .npz is held in memory, an .npy stays on disk. `DataLoader(stream, batch_size=None,
-    num_workers=4)` reads in several processes, in the same order; neither they nor ranks (`shard`) repeat an image.
+    num_workers=4)` reads in several processes, in the same order. Neither processes nor ranks (`shard`) read an image
+    twice.
     """
 
     def __init__(

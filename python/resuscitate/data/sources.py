@@ -29,7 +29,7 @@ def open_source(path: str | Path, size: Size = None) -> _Array | _Files:
 
     size: image files are resized and cropped about their centre to this height and width; None: they must agree.
     Of the result `read(rows)` gives the images of these numbers, (n, C, H, W), uint8 or floating point, and `labels`
-    those of all, int (N,), or None. Both raise CalibrationError, naming the file, where none can be read.
+    those of all, int (N,), or None. `open_source` and `read` raise CalibrationError, naming a file that cannot be read.
     """
     path, kind = _kind(path)
     if kind in READERS:

@@ -80,13 +80,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
     state = _bake_masks(path, state, wanted)
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
-    both = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
-    stored = {wanted[key].data_ptr() for key in both}
+    common = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
+    stored_memory = {wanted[key].data_ptr() for key in common}
     absent = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    missing = [key for key in absent if is_lazy(wanted[key]) or wanted[key].data_ptr() not in stored]
+    missing = [key for key in absent if is_lazy(wanted[key]) or wanted[key].data_ptr() not in stored_memory]
     unexpected = [key for key in state if key not in wanted and key not in added]
-    shapes = {key: (tuple(value.shape), tuple(wanted[key].shape)) for key, value in both.items()}
-    reshaped = [f"{key} ({a} in the file, {b} in the model)" for key, (a, b) in shapes.items() if a != b]
+    shapes = {key: (tuple(value.shape), tuple(wanted[key].shape)) for key, value in common.items()}
+    reshaped = [
+        f"{key} ({stored} in the file, {own} in the model)" for key, (stored, own) in shapes.items() if stored != own
+    ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
         remedy = "build the very model that the file was saved from"

@@ -143,8 +143,10 @@ def _write_onnx(model: nn.Module, path: Path, batch: Tensor, provenance: Mapping
         level = exporter_log.level
         exporter_log.setLevel(logging.ERROR)
         options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-        torch.onnx.export(model, (batch.cpu(),), path, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
-        exporter_log.setLevel(level)
+        try:
+            torch.onnx.export(model, (batch.cpu(),), path, dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+        finally:
+            exporter_log.setLevel(level)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: [torch.from_numpy(y).to(x.device) for y in session.run(None, {name: x.cpu().numpy()})]

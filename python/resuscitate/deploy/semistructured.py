@@ -13,12 +13,16 @@ from ..errors import ResuscitateError
 from ..network.comparison import describe_error, output_tensors, relative_difference
 from ..network.layers import unwrap
 from ..network.runner import Network
+from ..network.snapshot import evaluation_mode
 from ..reports.base import Report
 
 
 @dataclass(frozen=True)
 class SemiStructured(Report):
-    """The `converted` layers, the reason for each `unchanged` one, and the `error` relative to the largest output."""
+    """The `converted` layers, and the reason for each `unchanged` one.
+
+    `error` is the largest difference of the outputs, relative to the largest output; 0 where no layer was converted.
+    """
 
     columns: ClassVar = ("name", "status", "reason")
 
@@ -42,12 +46,28 @@ def to_semi_structured(model: nn.Module, example: Tensor, *, tolerance: float = 
 
     example: an input batch, for which the model runs in eval mode. tolerance: the largest accepted difference, relative
         to the largest output; in float16 another order of the sums rounds differently.
-    Raises ResuscitateError, with the model unchanged, where the outputs differ by more.
+    Raises ResuscitateError where the outputs differ by more. On an error the model is unchanged.
     """
     model = unwrap(model)
-    net = Network(model)
-    expected = output_tensors(net.run(example))
     kept: dict[str, nn.Parameter] = {}
+    try:
+        with evaluation_mode([model], 0):
+            net = Network(model)
+            expected = output_tensors(net.run(example))
+            unchanged = _convert(model, kept)
+            error = relative_difference(expected, output_tensors(net.run(example))) if kept else 0.0
+        if not error <= tolerance:
+            differ = f"differ by {error:.3g} of the largest, more than tolerance={tolerance:g}"
+            raise ResuscitateError(f"with semi-structured tensors the outputs {differ}; the model is unchanged")
+    except BaseException:
+        for name, weight in kept.items():
+            model.get_submodule(name).weight = weight
+        raise
+    return SemiStructured(list(kept), unchanged, error)
+
+
+def _convert(model: nn.Module, kept: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Convert all layers that can be, and add their weights to `kept`; the reason for each other layer."""
     unchanged: dict[str, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -57,17 +77,13 @@ def to_semi_structured(model: nn.Module, example: Tensor, *, tolerance: float = 
             unchanged[name] = reason
             continue
         try:
-            module.weight = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
-            kept[name] = weight  # type: ignore[assignment]
+            converted = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
         except (RuntimeError, ValueError, NotImplementedError) as problem:
             unchanged[name] = f"torch does not support it: {describe_error(problem)}"
-    error = relative_difference(expected, output_tensors(net.run(example))) if kept else 0.0
-    if not error <= tolerance:
-        for name, weight in kept.items():
-            model.get_submodule(name).weight = weight
-        differ = f"differ by {error:.3g} of the largest, more than tolerance={tolerance:g}"
-        raise ResuscitateError(f"with semi-structured tensors the outputs {differ}; the model is unchanged")
-    return SemiStructured(list(kept), unchanged, error)
+        else:
+            kept[name] = weight  # type: ignore[assignment]
+            module.weight = converted
+    return unchanged
 
 
 def _obstacle(module: nn.Module, weight: Tensor) -> str | None:

@@ -24,11 +24,12 @@ def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     return module.running_mean is not None and not module.training and not has_hooks(module)
 
 
-def gain_and_shift(module: _BatchNorm, before: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm with running statistics does to its inputs plus `before`: a gain and a shift, float64 (C,)."""
+@torch.no_grad()
+def gain_and_shift(module: _BatchNorm, offset: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Gain and shift, float64 (C,), of a BatchNorm in eval mode: batchnorm(x + offset) = gain * x + shift."""
     mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
     gain = (var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
-    return gain, (before - mean) * gain + (0.0 if module.bias is None else module.bias)
+    return gain, (offset - mean) * gain + (0.0 if module.bias is None else module.bias)
 
 
 @dataclass

@@ -25,7 +25,7 @@ LARGE = 16 << 20
 
 
 class _Worker:
-    """Passes that run one after the other, `after` is called behind each. `calls`: the moments of the present batch."""
+    """Runs passes one after the other, and calls `after` after each. `calls`: the moments of the present batch."""
 
     def __init__(self, names: Iterable[str], after: Callable[[], object]) -> None:
         self.names, self.after = list(names), after

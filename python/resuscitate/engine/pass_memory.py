@@ -41,7 +41,7 @@ def identities(values: Iterable[Any]) -> set[int]:
     return {storage._cdata for storage in storages(values)}
 
 
-def storages_of(model: nn.Module) -> set[int]:
+def model_identities(model: nn.Module) -> set[int]:
     """The identities of the storages of a model's parameters and buffers."""
     return identities([*model.parameters(), *model.buffers()])
 
@@ -202,12 +202,12 @@ class PassStorages(Made):
         self.freed.discard(key)
         self.pinned.discard(key)
 
-    def put(self, stop: str, used: Iterable[Any]) -> None:
+    def put(self, name: str, used: Iterable[Any]) -> None:
         """The pass is suspended: free what is unread, count what the store admits, spill the rest.
 
         used: values that are not unread, whatever the trial says.
         """
-        known, used = self.unread.get(stop), identities(used)
+        known, used = self.unread.get(name), identities(used)
         unread = known.numbers if known is not None and known.operator_hash == self.operator_hash else frozenset()
         with self.shared.store.lock:
             if self.at_rest:

@@ -44,7 +44,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Request:
-    """A probe at a layer or BatchNorm over the first `batches` batches; 0: a known update is written there."""
+    """A probe at a layer or BatchNorm over the first `batches` batches.
+
+    0 batches: nothing is measured, but the walk comes to the layer, so that a known update is written.
+    """
 
     name: str
     probe: Probe

@@ -14,7 +14,7 @@ from ..network.runner import Network
 from ..network.wiring import trace
 from ..runtime.activations import Store, parse_memory
 from ..utils.nested import bytes_of, count_images
-from .pass_memory import TrialPass, storages_of
+from .pass_memory import TrialPass, model_identities
 from .segments import follow
 
 
@@ -52,7 +52,7 @@ def _most_waiting(net: Network, batch: Any) -> int:
         if net.forward_fn is None:
             with suppress(Exception):
                 return follow(net, trace(net.model), batch)[1]
-        with TrialPass(storages_of(net.model)) as trial:
+        with TrialPass(model_identities(net.model)) as trial:
             net.run(batch)
         return trial.peak
     return 0

@@ -39,10 +39,11 @@ class Session:
     """A context in which networks are measured: on the device, in eval mode, from a fixed random state.
 
     Leaving it puts all of that back. `writes`: the first network is changed; an error or an interrupt restores it, on
-    all ranks. `measures=False`: only that, for a function that calls others which measure. `ranks`: those of the group
-    of the options, if they are made already. `store` is the memory budget, `skipped` counts images left out for
-    non-finite activations. After `look`, `wiring` and `example` are the wiring of the first network and a small batch;
-    after a walk, `walk_taken` is its kind.
+    all ranks, and `snapshot` is its copy. `measures=False`: only that, for a function that calls others which measure.
+    `ranks`: those of the group of the options, if they are made already. `store` is the memory budget, `skipped` counts
+    images left out for non-finite activations. `nets` are the networks, `net` the first of them, `dense` the second, if
+    any. After `look`, `wiring` and `example` are the wiring of the first network and a small batch; after a walk,
+    `walk_taken` is its kind.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Session:
                 stack.enter_context(moved_to(self.run["device"], self.models))
                 stack.enter_context(evaluation_mode(self.models, self.run["seed"]))
             if self.writes:
-                stack.enter_context(self.snapshot.defer_interrupts())
+                stack.enter_context(self.snapshot.defer_interrupts_at_end())
             stack.enter_context(self.ranks.together())
             if self.measures:
                 self._prepare(stack)
@@ -211,7 +212,7 @@ def measurements(walk: Walk) -> Generator[Measurement]:
         return
     with walk.bar:
         try:
-            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.dense else [False])]
+            passes = [GraphPasses(walk, is_dense) for is_dense in ([False, True] if walk.beside else [False])]
             found, walk.taken = graph_walk(walk, *passes), "graph"
         except NoGraphError as cause:
             log.info("taking the suspended walk, not the graph walk: %s", cause)

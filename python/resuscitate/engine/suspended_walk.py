@@ -17,7 +17,7 @@ from ..errors import ModelMismatchError, called
 from ..network.wiring import observe, same_output
 from ..runtime.heap import heap
 from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
-from .pass_memory import PassStorages, SharedStore, TrialPass, Unread, storages_of
+from .pass_memory import PassStorages, SharedStore, TrialPass, Unread, model_identities
 from .probes import Measurement, Request
 from .relu_targets import Seen
 from .suspension import Position, SuspensionPoints
@@ -44,7 +44,7 @@ class SuspendedPasses:
 
         A second pass tries this: it overwrites each such value, and its output must be the same.
         """
-        self.shared, self.foreign = shared, storages_of(self.points.net.model)
+        self.shared, self.foreign = shared, model_identities(self.points.net.model)
         trial = TrialPass(self.foreign)
         expected = self._trial(example, trial)
         self.unread = trial.unread()
@@ -112,7 +112,7 @@ class SuspendedWalk:
 
     def __init__(self, walk: Walk, networks: Sequence[SuspendedPasses], runner: PassRunner) -> None:
         self.walk, self.networks, self.runner = walk, networks, runner
-        self.pruned, self.dense = networks[0], networks[1] if walk.dense else None
+        self.pruned, self.dense = networks[0], networks[1] if walk.beside else None
         # behind a module that is called several times in a forward pass the passes begin anew
         self.repeated = {name for name, calls in walk.wiring.calls.items() if calls > 1}
 
@@ -210,7 +210,7 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
     to the end; then the passes start again. A batch whose pass does not call a requested module, or calls it after a
     later one, is not measured there.
     """
-    store, batches, dense = walk.store, walk.batches, walk.dense
+    store, batches, dense = walk.store, walk.batches, walk.beside
     with ExitStack() as stack, threads_kept():
         networks = [SuspendedPasses(walk, is_dense) for is_dense in ([False, True] if dense else [False])]
         for passes in networks:

@@ -239,7 +239,7 @@ class _Watch(TorchFunctionMode):
             if func is F.batch_norm and args[0] is output:
                 del here.due[layer]
                 with here.untracked():
-                    _ = correction.factors
+                    _ = correction.factors  # computed here: its operators are not the pass's own
                 return correction.through_batchnorm(output)
             if name not in DESCRIPTIONS and any(leaf is output for leaf in tree_leaves((args, kwargs))):
                 del here.due[layer]

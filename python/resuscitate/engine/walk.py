@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,8 @@ class Walk:
 
     `wiring` is that of the pruned network, `example` a small batch to try the networks with. `requests` are put into
     the order of execution, without modules that a forward pass does not call. `taken` becomes "graph" or "suspended".
-    `dense` is the dense network where it runs beside the pruned one. `consumers`, of either network, are the ReLU
-    consumers of the layers to replay.
+    `beside` is the dense network where it runs beside the pruned one. `counts` are the batches of each request.
+    `consumers` has for the pruned and for the dense network, by layer, the ReLU consumer of each layer to replay.
     """
 
     nets: Sequence[Network]
@@ -50,14 +50,14 @@ class Walk:
         self.counts = {each.name: each.batches for each in self.requests}
         self.bar = Bar(self.title, list(self.counts), self.batches.images(), self.progress)
         beside = len(self.nets) > 1 and any(each.probe.side_by_side for each in self.requests)
-        self.pruned, self.dense = self.nets[0], self.nets[1] if beside else None
+        self.pruned, self.beside = self.nets[0], self.nets[1] if beside else None
         self.consumers = self._consumers()
         self.apart: dict[str, Calls] = {}  # moments of a dense network that does not run beside the pruned one
         self.inputs: dict[str, Calls] = {}  # moments of the inputs of BatchNorms, batch by batch or pooled
 
     def _consumers(self) -> list[dict[str, ReluConsumer]]:
         """Of the layers to replay that have the same kind of ReLU consumer in both networks."""
-        names, dense = [each.name for each in self.requests if each.probe.replay], self.dense
+        names, dense = [each.name for each in self.requests if each.probe.replay], self.beside
         if not names or dense is None:
             return [{}, {}]
         ours, theirs = self.wiring.relu_consumers, observe(dense.model, lambda: dense.run(self.example)).relu_consumers
@@ -70,7 +70,7 @@ class Walk:
 
     def measure_apart(self) -> None:
         """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""
-        if self.dense is not None or len(self.nets) == 1:
+        if self.beside is not None or len(self.nets) == 1:
             return
         asked = {each.name: each.batches for each in self.requests if each.probe.dense and each.batches}
 
@@ -94,9 +94,11 @@ class Collector:
     def __init__(self, request: Request, walk: Walk) -> None:
         self.request, self.walk = request, walk
         name, probe, batches = request.name, request.probe, walk.batches
-        dense = None if walk.dense is None else walk.dense.modules.get(name)
-        rows_of = (lambda batch, rows: batches.folds(batch, probe.folds, rows)) if probe.folds > 1 else Place.folds
-        self.found = probe.statistic(Place(name, walk.pruned.modules[name], dense, rows_of))
+        dense = None if walk.beside is None else walk.beside.modules.get(name)
+        place = Place(name, walk.pruned.modules[name], dense)
+        if probe.folds > 1:
+            place = replace(place, folds=lambda batch, rows: batches.folds(batch, probe.folds, rows))
+        self.found = probe.statistic(place)
         follows = probe.pruned == "output" and issubclass(probe.statistic, OutputMoments)
         behind = walk.wiring.batchnorm_of.get(name) if follows else None
         self.behind = behind if behind in walk.counts else None
@@ -128,8 +130,8 @@ class Collector:
             found.dense_calls = found.dense_calls or walk.apart.get(name, [])
             if self.behind is not None:
                 walk.inputs[self.behind] = self._inputs_of(self.behind, found)
-        if walk.dense is not None and name in walk.consumers[0]:
-            layer = walk.pruned, walk.dense, name, [each[name] for each in walk.consumers]
+        if walk.beside is not None and name in walk.consumers[0]:
+            layer = walk.pruned, walk.beside, name, [each[name] for each in walk.consumers]
             found.replay = partial(relu_equivalent_products, *layer, seen)
 
         def correct(gain: Tensor, shift: Tensor) -> None:
@@ -142,7 +144,8 @@ class Collector:
     def _inputs_of(self, batchnorm: str, found: OutputMoments) -> Calls:
         """The moments of the layer's outputs, batch by batch; pooled where the BatchNorm is to have those of all."""
         moments = [found.by_batch[index][0] for index in sorted(found.by_batch)]
-        if not self.walk.counts[batchnorm] == len(moments) > 0:
+        if not moments or self.walk.counts[batchnorm] != len(moments):
             return moments
+        # the BatchNorm is to have the moments of all batches: a correction changes the pooled ones once
         few = len(moments) <= self.request.batches
         return found.calls if few else pool_checked(self.request.name, dict(enumerate(moments)))

@@ -30,9 +30,9 @@ class DenseAccess(Enum):
 class Method(ABC):
     """A repair method: what to measure at each layer, and the update that follows. Its fields are its options.
 
-    A subclass is a frozen dataclass with a `name` and a default for each field, which `__post_init__` checks.
-    `schedules`: "sequential" measures a layer when all earlier ones are corrected, "parallel" measures all on the
-    unrepaired network.
+    A subclass is a frozen dataclass with a `name` and a default for each field; it checks its fields in
+    `__post_init__`. `schedules`: "sequential" measures a layer when all earlier ones are corrected, "parallel" measures
+    all on the unrepaired network.
     """
 
     name: ClassVar[str]
@@ -89,7 +89,8 @@ AUTO = "auto"
 def register(method: M) -> M:
     """Make a class of methods known by its name, to `repair`, the command line and the recoverability map.
 
-    ValueError for a name that another class or a run-time option has; TypeError for a field without a default.
+    Raises ValueError for a name that another class has, or a field named like a run-time option; TypeError for a field
+    without a default.
     """
     known = _METHODS.get(method.name)
     if method.name == AUTO or (known is not None and known.__qualname__ != method.__qualname__):
@@ -150,7 +151,10 @@ def listed(noun: str, names: Collection[str]) -> str:
 def check_number(
     option: str, value: Any, least: float, *, most: float = inf, whole: bool = False, above: bool = False
 ) -> None:
-    """ValueError unless it is finite, at least (`above`: above) `least`, at most `most`; TypeError for no number."""
+    """Raise ValueError unless the value is finite, at least `least` (with `above`: above it) and at most `most`.
+
+    TypeError unless it is a number, with `whole` a whole number.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(f"{option}={value!r} must be a {'whole ' if whole else ''}number")
     number = float(value)

@@ -63,7 +63,7 @@ class Exact(Recalibration):
         return Probe(OutputMoments, pruned="input", dense=None)
 
     def solve(self, layer: Layer, found: OutputMoments) -> BatchNormStatistics:
-        """The update that follows, as of a method."""
+        """The statistics of the BatchNorm: the moments of its inputs. As `Method.solve`."""
         return BatchNormStatistics(found.pruned)
 
 
@@ -71,7 +71,7 @@ class Exact(Recalibration):
 class EMA(Recalibration):
     """The published protocol (arXiv 2605.21426): reset, then training-mode batches, after all layers are corrected.
 
-    batches, batch_size: exactly so many batches of so many images. momentum: of the running averages. A share
+    batches: the number of batches, exactly. batch_size: of images in each. momentum: of the running averages. A share
     (1 - momentum)^batches of the initial mean 0 and variance 1 remains.
     """
 

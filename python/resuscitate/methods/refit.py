@@ -13,6 +13,7 @@ from asr_kernels import CrossProducts, PatchMoments
 from ..engine.probes import Layer, Probe
 from ..network.mean_layers import can_have_means
 from ..network.updates import Gain, Weights
+from ..runtime.distributed import Ranks
 from ..runtime.options import check_choice
 from ..statistics.fitting import choose_ridge, fit, fit_with_means
 from ..statistics.outputs import OutputMoments
@@ -52,7 +53,7 @@ class Refit(Method):
         check_choice("means", self.means, ("filter", "kernel", None))
 
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
-        # the classifier is fitted to the inputs that it then has
+        # an EMA changes the inputs of the classifier after it was fitted to them; within the walk they are final
         return recalibration is not None and not recalibration.in_walk
 
     def probe(self, layer: Layer) -> Probe:
@@ -73,7 +74,7 @@ class Refit(Method):
         ridge = choose_ridge(found.folds, rows, support, layer.ranks) if self.ridge is None else self.ridge
         moments = reduce(PatchMoments.merge, found.folds.values())
         found.folds.clear()  # they are large
-        replay = None if found.replay is None else partial(_replay, layer, moments, found.replay)
+        replay = None if found.replay is None else partial(_replay, layer.ranks, weight, moments, found.replay)
         options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
         notes = [f"{count} blocks of inputs"] if count > 1 else []
         if self.means is not None and count == 1 and can_have_means(layer.module) and not support.all():
@@ -86,8 +87,7 @@ class Refit(Method):
         return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": ridge, **shares})
 
 
-def _replay(layer: Layer, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
-    """The walk's `replay` for the weights of `fit`, added up over the ranks."""
-    weight = layer.weight
+def _replay(ranks: Ranks, weight: Tensor, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
+    """The walk's `replay` for the weights w (O, K) of `fit`, in the shape and dtype of `weight`; summed over ranks."""
     products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
-    return CrossProducts(*(layer.ranks.add(part) for part in (products.xy, products.y, products.yy)))
+    return CrossProducts(*(ranks.add(part) for part in (products.xy, products.y, products.yy)))

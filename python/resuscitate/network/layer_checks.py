@@ -1,4 +1,4 @@
-"""Checks of layers: has the dense model the same ones, and do their outputs follow a change of weight or bias?
+"""Checks of layers: does the dense model have the same, and do their outputs follow a change of weight or bias?
 
 A layer whose class has a `forward` of its own is tested on random inputs. A weight-standardised convolution cancels any
 gain and replaces zeros by minus the mean; a layer with a built-in activation does not add its bias last.
@@ -46,7 +46,7 @@ def split_by_objections(layers: Mapping[str, nn.Module], act: str) -> tuple[dict
 
 
 def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
-    """Are all weights equal? Raises ModelMismatchError unless the dense model has these layers, in its own memory."""
+    """Are all weights equal? ModelMismatchError unless the dense model has these layers, in memory of its own."""
     originals, same = dict(dense.named_modules()), True
     for name, layer in layers.items():
         if name not in originals:

@@ -50,6 +50,11 @@ def running_statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (each.get_buffer("running_mean"), each.get_buffer("running_var")) for name, each in found}
 
 
+def reusable(selection: Selection) -> list[Selector] | Selector | None:
+    """The selection, its selectors in a list, which can be iterated more than once."""
+    return selection if selection is None or isinstance(selection, str | type) else list(selection)
+
+
 def select_layers(model: nn.Module, include: Selection = None, exclude: Selection = None) -> dict[str, nn.Module]:
     """The layers that `include` names (all when None) without those that `exclude` names.
 
@@ -129,7 +134,7 @@ def out_channels(module: nn.Module) -> int:
 
 
 def channel_dim(module: nn.Module) -> int:
-    """Axis of the channels in a BatchNorm's input, or in a layer's output, there from the end: it may be unbatched."""
+    """Axis of the channels: 1 in a BatchNorm's input, counted from the end in a layer's output (may be unbatched)."""
     if isinstance(module, _BatchNorm):
         return 1
     return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1

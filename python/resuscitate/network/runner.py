@@ -41,8 +41,8 @@ class Network:
     def precision(self) -> Iterator[None]:
         """The context of each part of a forward pass: autocast to `autocast`, or none, instead of the caller's.
 
-        Weights change between passes, so no cast of a weight is kept: PyTorch caches those of an autocast in the model
-        until the caller's autocast ends.
+        Weights change between passes, so the cache of casts is cleared at its end. PyTorch would keep the casts of an
+        autocast within the model until the caller's autocast ends.
         """
         with autocast(self.device.type, self.autocast):
             try:

@@ -52,8 +52,11 @@ class Snapshot:
             self.restore()
         self._interrupts.release(self.restore)
 
-    def defer_interrupts(self) -> ExitStack:
-        """A context inside this one: from its end to the end of this one interrupts wait, so that flags are reset."""
+    def defer_interrupts_at_end(self) -> ExitStack:
+        """A context to open inside the snapshot's: from its end to the end of the snapshot, interrupts wait.
+
+        So the code between the two ends, such as the reset of flags, runs to its end.
+        """
         stack = ExitStack()
         stack.callback(self._interrupts.hold)
         return stack
@@ -106,8 +109,9 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
 def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then restore all settings.
 
-    Full precision: without the caller's autocast, and without TF32. Compiled code, which does not support suspended
-    forward passes, runs in eager mode. Restored too: train/eval flags, forward hooks, random states.
+    Full precision: without the caller's autocast, and without TF32. cuDNN is deterministic. Compiled code, which does
+    not support suspended forward passes, runs in eager mode. Restored too: train/eval flags, forward hooks, random
+    states.
     """
     devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:

@@ -41,7 +41,7 @@ class Wiring:
 
     calls: Counter[str] = field(default_factory=Counter)  # of each module that ran, in the order of first calls
     layers: dict[str, type[nn.Module]] = field(default_factory=dict)  # types of the layers among these modules
-    # for a layer, the BatchNorm that alone reads its output, where both are called once; to return it is to read it
+    # for a layer, the BatchNorm that alone reads its output, where both are called once; the model's output is read too
     batchnorm_of: dict[str, str] = field(default_factory=dict)
     # for a layer, the ReLU that alone reads its output, directly or after that BatchNorm or a sum
     relu_consumers: dict[str, ReluConsumer] = field(default_factory=dict)

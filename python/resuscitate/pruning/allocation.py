@@ -12,10 +12,10 @@ import numpy as np
 from torch import nn
 
 from ..errors import CalibrationError, called, did_you_mean
-from ..network.layers import Selection, matching
+from ..network.layers import Selection, matching, reusable
 from ..runtime.options import RunOptions, run_options
 from .repairability import Repairability, by_repairability
-from .units import Units, check_floors, listed, prunable_layers, units_of
+from .units import Units, check_floors, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +65,7 @@ def allocate(
     check_method(method)
     check_measurement(method, calibration, options)
     check_floors(min_per_layer, min_per_channel)
-    include, exclude = listed(include), listed(exclude)
+    include, exclude = reusable(include), reusable(exclude)
     layers, first_of = prunable_layers(model, include, exclude)
     floors = min_per_layer, min_per_channel
     units = {name: units_of(name, layers[name], *floors) for name in dict.fromkeys(first_of.values())}
@@ -238,9 +238,10 @@ def _by_density(raw: Mapping[str, float], units: Mapping[str, Units], budget: in
 
 
 def by_priority(units: Mapping[str, Units], budget: int, priorities: Mapping[str, float]) -> dict[str, int]:
-    """For regrowth: restore units of one weight in each layer in proportion to its priority, at most all pruned ones.
+    """An allocation for regrowth: restore units of one weight in each layer in proportion to its priority.
 
-    Layers of priority 0 come last: they share the rest in proportion to their number of pruned units.
+    At most all pruned ones are restored, and the budget is met exactly. Layers of priority 0 come last: they share the
+    rest in proportion to their number of pruned units.
     """
     pruned = np.array([layer.removable for layer in units.values()], np.float64)
     priority = np.array([max(priorities[name], 0.0) for name in units])

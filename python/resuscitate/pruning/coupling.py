@@ -90,8 +90,10 @@ def channel_groups(
 ) -> list[ChannelGroup]:
     """Groups of coupled channels that can be removed, in model order, if all their producers are selected.
 
-    example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough. The log says at level
-    INFO why other channels are kept. Raises ResuscitateError if torch-pruning is missing or cannot trace the model.
+    example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough. Channels of the model's
+    output are not among them, nor those of layers that run twice or share a parameter, those coupled with a parameter
+    outside of any layer, and those that torch-pruning removes wrongly; the log gives the reasons at level INFO. Raises
+    ResuscitateError if torch-pruning is missing or cannot trace the model.
     """
     model = unwrap(model)
     selected = select_layers(model, include, exclude)

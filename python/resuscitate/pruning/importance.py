@@ -69,8 +69,8 @@ class ImportanceEstimator:
                     known[each.name] = _lost(layers[each.name], each.name, each.found)
                     journal.add(each.name, *known[each.name])
         damage, importance = dict[str, float](), dict[str, Tensor]()
-        for name in dict.fromkeys([*known, *layers]):
-            tensors, row = known.get(name, ({}, {"damage": None}))  # the default where these images do not reach
+        for name in layers:
+            tensors, row = known.get(name, ({}, {"damage": None}))  # not known: these images do not reach the layer
             lost: Any = row["damage"]
             damage[name] = 0.0 if lost is None else min(max(lost, 0.0), 1.0)
             if per_weight:
@@ -96,7 +96,7 @@ class ImportanceEstimator:
             leaves = {n: stored_weight(n, layer).detach().clone().requires_grad_() for n, layer in layers.items()}
             places = {f"model.{name}.weight": leaf for name, leaf in leaves.items()}
             squares = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
-            batches, runner = 0, nn.Module()  # a module, for `functional_call`, that runs the network
+            batches, runner = 0, nn.Module()  # functional_call needs a module: this one runs the network
             runner.model, runner.forward = net.model, net.run
             for batch in labelled:
                 if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):

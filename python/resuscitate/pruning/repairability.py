@@ -132,9 +132,9 @@ def _lower_hull(curve: Curve) -> Curve:
 
 @torch.no_grad()
 def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
-    """int8, weight's shape: the number of densities of `grid`, which descends, at which each weight is kept."""
+    """int32, weight's shape: the number of densities of `grid`, which descends, at which each weight is kept."""
     units = units_of(name, layer)
-    times_kept = torch.zeros(units.count, dtype=torch.int8)
+    times_kept = torch.zeros(units.count, dtype=torch.int32)
     for density in grid:
         times_kept += ~units.smallest(min(units.count - round(density * units.count), units.removable))
     return times_kept.view(units.shape).to(effective_weight(name, layer).device)
@@ -153,5 +153,7 @@ def _compare(found: OutputCovariances, times: Tensor, batch: int, layer: nn.Modu
 
 def _residuals(pairs: list[ak.PairedMoments], grid: list[float]) -> dict[float, float]:
     """By density, the part of the output's variance that is lost; empty for a layer not run, or a constant one."""
-    shares = [(density, explained([pair])) for density, pair in zip(grid, pairs, strict=False)]
+    if not pairs:
+        return {}
+    shares = [(density, explained([pair])) for density, pair in zip(grid, pairs, strict=True)]
     return {density: 1 - share for density, share in shares if share is not None}

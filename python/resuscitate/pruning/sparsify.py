@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import LayerError, called, did_you_mean
-from ..network.layers import Selection, along_weight, effective_weight, find_layers, out_channels, rows_of, unwrap
+from ..network.layers import (
+    Selection,
+    along_weight,
+    effective_weight,
+    find_layers,
+    out_channels,
+    reusable,
+    rows_of,
+    unwrap,
+)
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot
 from ..runtime.options import RunOptions, check_choice
 from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
 from .coupling import channel_groups
 from .structured import channel_masks, shrink, units_of_channels
-from .units import Units, check_floors, listed, magnitude, prunable_layers, units_of
+from .units import Units, check_floors, magnitude, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,7 +86,8 @@ def sparsify(
         "n:m": n weights *kept* of every m consecutive input channels (of one group) at each kernel position. The
             sparsity is 1 - n/m; allocation, calibration and densities are refused.
         "filter": whole filters, ranked by their mean magnitude: all weights of an output channel, not its bias and
-            BatchNorm. Removes up to one filter less than the budget. ("rr" uses the curves of single weights.)
+            BatchNorm. Removes the budget, or less than one filter short of it. ("rr" uses the curves of single
+            weights.)
         "channels": whole channels, ranked by the mean magnitude of their weights in all layers that produce and consume
             them; channels coupled by residual sums and concatenations are one unit. `sparsity` is the fraction of the
             *channels* that can be removed ("global", exact), or of each group of coupled channels ("uniform", "lamp",
@@ -113,7 +123,7 @@ def sparsify(
         raise ValueError('min_per_layer and min_per_channel count weights; pattern "channels" has no such floor')
     if indivisible != "dense" and not isinstance(kind, NofM):
         raise ValueError(f"indivisible={indivisible!r} is for patterns n:m, not {pattern!r}")
-    include, exclude = listed(include), listed(exclude)
+    include, exclude = reusable(include), reusable(exclude)
     layers, first_of = prunable_layers(model, include, exclude)
     first = {name: layers[name] for name in dict.fromkeys(first_of.values())}  # a shared weight once
     if kind == "channels":
@@ -127,7 +137,8 @@ def sparsify(
             raise ValueError(f"pattern {n}:{m} keeps {n} of {m}, a sparsity of {1 - n / m:.6g}; {remedy}")
         if densities:
             raise ValueError(f"pattern {pattern} fixes every density; leave densities out, and use exclude")
-        chosen, notes = _n_of_m(first, kind, indivisible, *floors)
+        chosen, notes = _n_of_m(first, kind, indivisible)
+        _check_floors_met(chosen, first, min_per_layer, min_per_channel)
     else:
         units = {name: units_of(name, layer, *floors, filters=kind == "filter") for name, layer in first.items()}
         method = choose_allocation(allocation, model, calibration, include=include, exclude=exclude, **options)
@@ -138,19 +149,19 @@ def sparsify(
         chosen, notes = {name: _unit_mask(each, first[name], removed[name]) for name, each in units.items()}, {}
     placed = {name: mask.to(effective_weight(name, first[name]).device) for name, mask in chosen.items()}
     by_layer = {name: placed[owner] for name, owner in first_of.items()}
-    masks = Masks(by_layer, notes | _dead_channels(layers, by_layer))
+    masks = Masks(by_layer, notes | _notes_on_dead_channels(layers, by_layer))
     masks.apply_(model)
     return masks
 
 
-def _dead_channels(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> dict[str, str]:
+def _notes_on_dead_channels(layers: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> dict[str, str]:
     """A note for each layer with output channels that have no weight left."""
     dead = {name: int((~rows_of(layers[name], mask).any(1)).sum()) for name, mask in masks.items()}
     return {name: f"{n} of {out_channels(layers[name])} channels dead" for name, n in dead.items() if n}
 
 
 def _n_of_m(
-    layers: Mapping[str, nn.Module], pattern: NofM, indivisible: Indivisible, *floors: int
+    layers: Mapping[str, nn.Module], pattern: NofM, indivisible: Indivisible
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The masks, and a note on each layer whose input channels M does not divide. Raises ValueError, LayerError."""
     odd = {name: channels for name, each in layers.items() if (channels := _input_channels(each)) % pattern.m}
@@ -169,15 +180,21 @@ def _n_of_m(
     masks = {name: _nm_mask(magnitude(name, layer), layer, pattern) for name, layer in layers.items()}
     if indivisible == "dense":
         masks |= {name: torch.ones_like(masks[name]) for name in odd}
+    return masks, notes
+
+
+def _check_floors_met(
+    masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], per_layer: int, per_channel: int
+) -> None:
+    """Raise ValueError where masks keep fewer weights than a floor requires."""
     for name, mask in masks.items():
         if mask.numel():
             rows = rows_of(layers[name], mask).sum(1)
-            options = ("min_per_layer", int(rows.sum())), ("min_per_channel", int(rows.min()))
-            for (option, kept), floor in zip(options, floors, strict=True):
+            found = ("min_per_layer", per_layer, rows.sum()), ("min_per_channel", per_channel, rows.min())
+            for option, floor, kept in found:
                 if kept < floor:
                     problem = f"this pattern keeps {kept} in {called(name)}; lower it, or exclude"
                     raise ValueError(f"{option}={floor}: {problem}")
-    return masks, notes
 
 
 def _unit_mask(units: Units, module: nn.Module, removed: int) -> Tensor:
@@ -229,8 +246,8 @@ def _channels(
     removed = removal_counts(units, sparsity, ALLOCATIONS[allocation], {})
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)
-    masks = Masks(chosen, _dead_channels(layers, chosen))
-    with Snapshot(model) as snapshot, snapshot.defer_interrupts():
+    masks = Masks(chosen, _notes_on_dead_channels(layers, chosen))
+    with Snapshot(model) as snapshot, snapshot.defer_interrupts_at_end():
         masks.apply_(model)
         if remove:
             shrink(model, masks, example)

@@ -61,9 +61,11 @@ def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module], sali
 
 
 def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A mask for each producer and consumer of the groups, without the rows and columns of dropped units.
+    """Layer -> boolean, in its weight's shape: False in the rows and columns of dropped units.
 
-    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped. Raises ValueError.
+    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped. The layers are the
+    producers and consumers of the groups. Raises ValueError for an unknown group, or a tensor of another dtype or
+    shape.
     """
     layers, by_name = find_layers(unwrap(model)), {group.name: group for group in groups}
     for name, chosen in dropped.items():
@@ -148,8 +150,8 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
             continue
         masked = key == "weight" and owner in regions
         full = torch.zeros_like(original) if masked else original.detach().clone()
-        where = regions[owner] if masked else kept.get(owner, torch.empty(0, dtype=torch.int64))
-        if small.numel() != full[where.to(full.device)].numel():
+        where = regions[owner] if masked else kept.get(owner)
+        if where is None or small.numel() != full[where.to(full.device)].numel():
             problem = f"its {key} is {tuple(small.shape)}, not what these masks leave of the dense one"
             raise MaskError(owner, f"{problem}; pass the masks that shrink was given")
         full[where.to(full.device)] = small.detach().to(full).flatten()

@@ -13,15 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import LayerError, called
 from ..network.layer_checks import split_by_objections
-from ..network.layers import Selection, Selector, effective_weight, find_layers, rows_of, select_layers, unwrap
+from ..network.layers import Selection, effective_weight, find_layers, rows_of, select_layers, unwrap
 from ..network.masks import tied_layers
 
 log = logging.getLogger("resuscitate")
-
-
-def listed(selectors: Selection) -> list[Selector] | Selector | None:
-    """Selectors that can be iterated more than once."""
-    return selectors if selectors is None or isinstance(selectors, str | type) else list(selectors)
 
 
 def prunable_layers(
@@ -90,7 +85,10 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def magnitude(name: str, module: nn.Module) -> Tensor:
-    """|w| of the layer's effective weight, on the CPU, float32 (float64 if the weight is). Raises LayerError."""
+    """|w| of the layer's effective weight, on the CPU, float32 (float64 if the weight is).
+
+    Raises LayerError if a weight is NaN or infinite, or recomputed in each forward pass.
+    """
     weight = effective_weight(name, module)
     scores = weight.abs().to("cpu", torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if count := int((~scores.isfinite()).sum()):
@@ -107,7 +105,10 @@ def check_floors(min_per_layer: int, min_per_channel: int) -> None:
 
 @torch.no_grad()
 def units_of(name: str, module: nn.Module, per_layer: int = 1, per_channel: int = 0, filters: bool = False) -> Units:
-    """The weights of a layer, or its filters, as units; the largest are protected, as many as the floors require."""
+    """The weights of a layer, or its filters, as units; the largest are protected, as many as the floors require.
+
+    Raises LayerError as `magnitude`, ValueError for a floor above the number of weights.
+    """
     weights = magnitude(name, module)
     rows, shape = rows_of(module, weights), tuple(weights.shape)
     channels = "min_per_channel", per_channel, rows.shape[1], "each of its output channels"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Report(ABC):
-    """A report, a dataclass: a subclass gives the `columns` and the `rows` of its table."""
+    """A report. A subclass is a dataclass, and gives the `columns` and the `rows` of its table."""
 
     columns: ClassVar[Sequence[str]]
 

@@ -13,8 +13,8 @@ import torch
 
 from ..errors import ResuscitateError
 from ..utils.files import atomic
+from .damage import LayerDamage
 from .recoverability import RecoverabilityMap
-from .repair import LayerDamage
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for the dense network
 COLOURS = {

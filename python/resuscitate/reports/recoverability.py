@@ -22,7 +22,7 @@ class Cell:
     method: str
     score: float  # of `evaluate`
     pruned: float  # the sparsity that was reached
-    seconds: float  # of the repair
+    seconds: float  # of the repair; of a regrowth with the pruning before it
 
 
 class Transition(NamedTuple):
@@ -46,7 +46,7 @@ class RecoverabilityMap(Report):
     dense: float  # the score of the dense network
     chance: float  # the score of guessing
     pattern: str
-    images: int  # how many each repair had
+    images: int  # how many were read; a column may use fewer
 
     @property
     def sparsities(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""What is reported layer by layer: a repair, and the damage of pruning."""
+"""The report of a repair, layer by layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
-
-from torch import Tensor
 
 from ..errors import MODEL
 from .base import UndoableReport, terminal_table
@@ -22,7 +20,8 @@ class LayerReport:
     both summed over channels, before and after the correction (1 is ideal; None for a BatchNorm, and where the dense
     outputs are constant). `gain` is the least and the greatest gain, None for a refit. `shift_into` says what took the
     shift. `explained`, with diagnostics, is the part of the dense variance that a gain and a shift for each channel can
-    restore (the squared correlation, weighted by the dense variance); of a refit with its `ridge`, what it explains.
+    restore (the squared correlation before it, weighted by the dense variance). Of a refit it is the part that the
+    refit explains, and `ridge` is the ridge of the refit.
     """
 
     name: str
@@ -44,7 +43,8 @@ class LayerReport:
         return cls(**{**plain, "gain": plain["gain"] and tuple(plain["gain"])})
 
 
-# given a gain, new weights, means of pruned weights; a BatchNorm; not changed though selected; not selected by default
+# given a gain; new weights; means of pruned weights; a BatchNorm with new statistics; not changed though selected; not
+# selected by default
 STATUSES = ("repaired", "refitted", "replaced", "re-estimated", "unchanged", "skipped")
 COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"), "gain_least", "gain_greatest"]
 
@@ -55,8 +55,9 @@ class RepairReport(UndoableReport):
 
     `options` are the fields of the method. `images` counts the images behind the gains, `batchnorm_images` those behind
     the BatchNorm statistics, `skipped` those left out for non-finite activations, each over all ranks. `target` says
-    what the outputs were matched to. `walk` is "graph", "suspended" or "none"; `bytes_spilled` did not fit the memory
-    budget; `resumed` updates came from a journal; `stages` are in seconds.
+    what the outputs were matched to. `walk` is "graph", "suspended" or "none". `bytes_spilled` counts the bytes that
+    did not fit the memory budget, `resumed` the updates that came from a journal. `stages` has the seconds of each
+    stage.
     """
 
     work: ClassVar = "repair"
@@ -112,16 +113,3 @@ class RepairReport(UndoableReport):
 
 def _refuse(whole: str) -> None:
     raise RuntimeError(f"this repair is one step of {whole}, and a step is not undone alone: call undo() of the whole")
-
-
-@dataclass(frozen=True)
-class LayerDamage:
-    """For each output channel of one layer, float64 (C,): dense variance, pruned over dense variance, correlation.
-
-    Ratio and correlation are 1 where nothing was lost. A gain can restore the variance, not the correlation. The ratio
-    is NaN where the dense channel is constant.
-    """
-
-    variance: Tensor
-    ratio: Tensor
-    correlation: Tensor

@@ -36,8 +36,8 @@ CHECKS = 64  # resident memory is read each time 1 / CHECKS of a budget has been
 class Store(AbstractContextManager["Store"]):
     """A budget of bytes, and a place for spilled bytes. A context: leaving it frees that place.
 
-    memory: the budget, as `parse_memory` reads it. `bytes_spilled` is their number so far. Several threads may use it,
-    each with its own `Frame`s.
+    memory: the budget, as `parse_memory` reads it. `bytes_spilled`: how many bytes were spilled so far. Several threads
+    may use it, each with its own `Frame`s.
     """
 
     def __init__(self, memory: int | str | None, device: torch.device, scratch: str | Path | None = None) -> None:
@@ -196,7 +196,10 @@ class _Away:
 
 
 def parse_memory(memory: int | str | None, device: torch.device) -> int:
-    """A budget in bytes: a number, or such as "4GiB", "500MB", "2G" (else ValueError); None: half of what is free."""
+    """A budget in bytes, from a number or text such as "4GiB", "500MB", "2G"; None: half of what is free on the device.
+
+    Raises ValueError for anything else.
+    """
     if memory is None:
         return free_memory(device) // 2
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(\w*)\s*", str(memory).lower())
@@ -212,7 +215,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = 4 << 30
-    with suppress(AttributeError, ValueError, OSError):  # half of all memory, where Linux says no more
+    with suppress(AttributeError, ValueError, OSError):  # not Linux: half of all memory
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with suppress(OSError):
         if available := re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):

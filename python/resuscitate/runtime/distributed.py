@@ -61,7 +61,10 @@ class Ranks:
             raise
 
     def gather(self, vector: Tensor) -> list[Tensor]:
-        """Every rank's vector (one dtype, any lengths), on the CPU. Raises DistributedError if a rank has failed."""
+        """Every rank's vector (one dtype, any lengths), in the order of the ranks, on the CPU.
+
+        Raises DistributedError if a rank has failed or does not answer.
+        """
         if self.size == 1:
             return [vector.cpu()]
         lengths = [(int(failed), int(length)) for failed, length in self._all_gather(torch.tensor([0, len(vector)]))]

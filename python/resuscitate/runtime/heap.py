@@ -19,7 +19,7 @@ class _Owner:
     """Lives as long as the context that configures malloc."""
 
 
-# weak references: an interrupt at any line of `heap` frees the place for the next walk
+# weak references: after an interrupt at any line of `heap` the next walk configures malloc, once the traceback is gone
 _owners: weakref.WeakSet[_Owner] = weakref.WeakSet()
 
 
@@ -61,20 +61,21 @@ def heap(needed: float, budget: int) -> Iterator[None]:
     unused ends of the heaps of all threads are returned to the system, which `give_back_freed` does not do.
 
     On exit freed memory is returned and the thresholds are set to the values that malloc reaches by itself in a process
-    that frees large blocks. A nested context does nothing.
+    that frees large blocks. A nested context does nothing. Walks of two threads that begin at once may both configure
+    malloc: this costs time only.
     """
     library = _glibc()
     if library is None or _owners:
         yield
         return
-    owner = _Owner()
-    _owners.add(owner)
-    keep = 2 * needed <= budget
+    owner, keep = _Owner(), 2 * needed <= budget
     try:
+        _owners.add(owner)
         library.mallopt(MMAP_THRESHOLD, 1 << 30 if keep else LARGEST_MMAP)
         library.mallopt(TRIM_THRESHOLD, (1 << 31) - 1 if keep else LARGEST_END)
         yield
     finally:
+        _owners.discard(owner)
         library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP)
         library.mallopt(TRIM_THRESHOLD, LARGEST_TRIM)
         library.malloc_trim(0)

@@ -51,9 +51,19 @@ class RunOptions(TypedDict, total=False):
     progress: bool | None
 
 
-# None where nothing else is said
-DEFAULTS = cast(
-    RunOptions, dict.fromkeys(RunOptions.__annotations__) | {"batch_size": 128, "on_nonfinite": "raise", "seed": 0}
+DEFAULTS = RunOptions(
+    max_samples=None,
+    max_batches=None,
+    batch_size=128,
+    forward_fn=None,
+    dtype=None,
+    device=None,
+    memory=None,
+    scratch=None,
+    group=None,
+    on_nonfinite="raise",
+    seed=0,
+    progress=None,
 )
 
 

@@ -192,21 +192,21 @@ class PassRunner:
         waiting, failed = iter(list(chains)), list[BaseException]()  # `next` of a list's iterator is atomic
         idle = queue.SimpleQueue[None]()
 
-        def go_on(chained: Chain) -> None:
-            """Resume the next pass of a chain, or of the next waiting chain when that one has ended."""
+        def go_on(stream: Chain) -> None:
+            """Resume the next pass of a stream: the passes of one chain, and then of the next waiting chain."""
             try:
-                each = None if failed else next(chained, None)
+                each = None if failed else next(stream, None)
                 if each is not None:
-                    each.resume(partial(came, chained, each))
+                    each.resume(partial(came, stream, each))
                     return
             except BaseException as error:
                 failed.append(error)
             idle.put(None)
 
-        def came(chained: Chain, each: Pass) -> None:
+        def came(stream: Chain, each: Pass) -> None:
             if each.error is not None:
                 failed.append(each.error)
-            go_on(chained)
+            go_on(stream)
 
         try:
             for _ in range(self.size):

@@ -28,10 +28,11 @@ class Place:
 
 
 class Statistic:
-    """What is measured at one place. A subclass says how values are added; this one is empty.
+    """What is measured at one place. A subclass says how values are added; this one measures nothing.
 
     `measured`: the attributes that are sent to other ranks and merged: moments by call in a list, or by key in a dict,
-    or sums. The walk sets `replay` where the probe asks for it and a ReLU alone reads the layer.
+    or sums. A subclass with other contents overrides `merge`, `state` and `of_state`. The walk sets `replay` where the
+    probe asks for it and a ReLU alone reads the layer.
     """
 
     large: ClassVar[bool] = False  # `update` multiplies large matrices on all cores: for one batch at a time
@@ -56,7 +57,9 @@ class Statistic:
         return self.of_state(self.place, {name: _merged(each, theirs[name]) for name, each in self.state().items()})
 
     def state(self) -> Any:
-        """All that is sent to other ranks."""
+        """All that is sent to other ranks. Raises TypeError for a statistic that does not say what that is."""
+        if not self.measured and type(self).update is not Statistic.update:
+            raise TypeError(f"{type(self).__name__} has no `measured`: name the attributes that ranks exchange")
         return {name: getattr(self, name) for name in self.measured}
 
     @classmethod

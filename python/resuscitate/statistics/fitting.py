@@ -27,14 +27,14 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    The others are parts of the targets' variance, summed over channels, and None where the targets are constant.
+    The others are variances over that of the targets, summed over channels, and None where the targets are constant.
     """
 
     weight: Tensor
     bias: Tensor
     before: float | None  # the variance of the layer's outputs before the refit
     after: float | None  # and after it
-    explained: float | None
+    explained: float | None  # the part of the targets' variance that the weights explain
 
 
 def fit(
@@ -178,7 +178,8 @@ def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: 
 
         drop = (Cov(x, y) - C w)^2 / (diag C + rho),   over sum var y,
 
-    and the part of it that no gain and shift per channel can restore, 1 - corr^2; None where the targets are constant.
+    and the part of that variance that no gain and shift for each channel can restore, 1 - corr^2 weighted by variance
+    (None where the targets are constant).
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()

@@ -50,7 +50,11 @@ class Problem:
         self._kept: list[_Factored] = []
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> Targets:
-        """Targets from sums over the samples of deviations, of the outputs from `moments.target`; y None: 0."""
+        """Targets from sums over the samples.
+
+        xy, yy: sums of products of the inputs less their means, and of the outputs less `moments.target`.
+        y: sum of the outputs less `moments.target`; None: 0.
+        """
         offset = torch.zeros_like(yy) if y is None else y / self.count
         variance, mean = yy / self.count - offset.square(), self.moments.target + offset
         return Targets((xy / self.count).mT.reshape(self.present.shape), variance.view(-1), mean.view(-1))

@@ -75,7 +75,8 @@ def fingerprint(value: Any) -> object:
     function is known by its name, its code (the same in one version of Python), its defaults and the values in its
     closure, in its `partial` and of the global names that it reads; so are the functions of its own module that it
     calls. Of another object count its class, its `__call__`, and its attributes that are plain or tensors. Functions of
-    other modules, deeper objects and files are not looked into.
+    other modules, deeper objects and files are not looked into. A function that counts its calls, in a closure or a
+    global name, is another one each time.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -24,7 +24,8 @@ from torch import Tensor
 def atomic(path: str | Path) -> Iterator[Path]:
     """A context with a temporary path beside `path`; that file replaces `path` if the block ends without an error.
 
-    Temporary files that killed processes of this machine left are removed too. Raises OSError as `check_writable` does.
+    Otherwise it is removed, and `path` stays as it was. Temporary files that killed processes of this machine left are
+    removed too. Raises OSError as `check_writable` does.
     """
     check_writable(path)
     target, machine = Path(path).resolve(), re.sub(r"\W", "", platform.node())
@@ -50,7 +51,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write .safetensors, whole or not at all, with metadata as strings or JSON. Raises as `write_rows` does."""
+    """Write .safetensors, whole or not at all, with metadata as strings or JSON.
+
+    Raises OSError; ValueError for another ending.
+    """
     check_ending(path, ".safetensors")
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic(path) as temporary:
@@ -117,9 +121,10 @@ def open_locked(path: Path) -> IO[bytes]:
 
 
 def _runs(process: int) -> bool:
+    if os.name == "nt":
+        return True  # on Windows os.kill(process, 0) sends a Ctrl-C
     try:
-        if os.name != "nt":  # there, to ask is to send a Ctrl-C
-            os.kill(process, 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's process

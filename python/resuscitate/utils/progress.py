@@ -42,7 +42,9 @@ class Bar:
         """So many more images have reached this layer, or passed the step of this name."""
         if self._progress is None:
             return
-        self.at, self.here = name, (self.here if name == self.at else 0) + images
+        if name != self.at:
+            self.at, self.here = name, 0
+        self.here += images
         self.seen += images
         rate = self.seen / max(time.perf_counter() - self.started, 1e-9)
         before = self.place.get(name, 0)

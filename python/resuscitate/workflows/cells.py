@@ -113,9 +113,9 @@ class Cells:
 
     def fill_in_processes(self, jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, Cell]]:
         """Fill cells in `workers` processes, in order of completion; an error or leaving the loop cancels the rest."""
-        names = {(job.options or {}).get("method") for job in jobs.values()}
+        used = [(job.options or {}).get("method") for job in jobs.values()]
         try:
-            payload = pickle.dumps((self, [method for name, method in registered().items() if name in names]))
+            payload = pickle.dumps((self, [method for name, method in registered().items() if name in used]))
         except Exception as error:
             sent = f"workers={workers} sends evaluate, the model and the methods to other processes"
             remedy = "use a function or class at the top of a module, or workers=1"

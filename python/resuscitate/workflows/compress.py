@@ -14,10 +14,10 @@ from torch import nn
 
 from ..engine.session import Session
 from ..methods.base import Method
-from ..network.layers import Selection, unwrap
+from ..network.layers import Selection, reusable, unwrap
 from ..pruning.allocation import check_method, check_sparsity
 from ..pruning.sparsify import parse_pattern, sparsify
-from ..pruning.units import check_floors, listed
+from ..pruning.units import check_floors
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
@@ -70,9 +70,10 @@ def compress(
     resume: str | Path | None = None,
     **options: Unpack[RunOptions],
 ) -> CompressReport:
-    """Prune `model` to a sparsity in steps, in place, and repair it after each step; as given it is the dense network.
+    """Prune `model` to a sparsity in steps, in place, and repair it after each step.
 
-    No labels, no gradients. All or nothing: on an error every tensor is unchanged.
+    The model as given is the dense network. No labels, no gradients. All or nothing: on an error every tensor is
+    unchanged.
 
     Args:
         sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
@@ -99,7 +100,7 @@ def compress(
     plan = plan_of_steps("compress()", dense, method, options)
     pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
-    pruning |= {"include": listed(include), "exclude": listed(exclude)}
+    pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session:
         choices = {**pruning, "sparsity": sparsity, "steps": stops}
         each = Steps(session, plan, calibration, resume, choices)

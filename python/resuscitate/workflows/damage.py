@@ -13,7 +13,7 @@ import asr_kernels as ak
 from ..engine.session import Session
 from ..network.layer_checks import same_layers
 from ..network.layers import find_layers, unwrap
-from ..reports.repair import LayerDamage
+from ..reports.damage import LayerDamage
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import OutputCovariances
 from ..utils.arguments import IMAGES, NETWORK, check_places
@@ -27,8 +27,9 @@ def damage(
 ) -> dict[str, LayerDamage]:
     """Compare the outputs of each layer in a pruned, or repaired, network with those in the dense one.
 
-    Each runs as it is, on its own activations; the dense activations of one batch are held at a time. By layer, over
-    all its calls. options: see `RunOptions`. Raises ModelMismatchError, CalibrationError, LayerError, NonFiniteError.
+    Each network runs as it is, on its own activations; the dense activations of one batch are held at a time. The
+    result is by layer, over all calls of a layer. options: see `RunOptions`. Raises ModelMismatchError,
+    CalibrationError, LayerError, NonFiniteError.
     """
     places: dict[str, Any] = {"model": (model, NETWORK), "dense": (dense, NETWORK)}
     check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))

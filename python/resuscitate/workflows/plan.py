@@ -151,8 +151,9 @@ def matching_layers(
         for name, layer in layers.items():
             if name not in dense.layers:
                 raise ModelMismatchError(f"{dense.path}: nothing is known of {called(name)}; measure its dense model")
+            has = out_channels(layer)
             for had in (moments.channels for moments in dense.layers[name]):
-                if had != (has := out_channels(layer)):
+                if had != has:
                     problem = f"{called(name)} had {had} channels, the model has {has}"
                     raise ModelMismatchError(f"{dense.path}: {problem}; measure the dense model of this very network")
     return layers

@@ -16,10 +16,9 @@ from ..data.calibration import hold, read_batches
 from ..engine.room import in_memory
 from ..errors import did_you_mean
 from ..methods.base import DenseAccess, Method, check_number, registered
-from ..network.layers import Selection, unwrap
+from ..network.layers import Selection, reusable, unwrap
 from ..pruning.allocation import check_method, check_sparsity
 from ..pruning.sparsify import NofM, parse_pattern
-from ..pruning.units import listed
 from ..reports.recoverability import Cell, RecoverabilityMap
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal, fingerprints
@@ -29,7 +28,7 @@ from ..utils.digest import digest_in_order, digest_model, fingerprint
 from ..utils.nested import count_images
 from ..utils.progress import track
 from .cells import Cells, Job
-from .plan import make_plan
+from .plan import check_read, make_plan
 from .regrow import plan_of_growth
 from .steps import options_of_steps, run_identity
 
@@ -103,7 +102,8 @@ def recoverability(
         options: see `RunOptions`, without `group`.
 
     Raises ValueError or TypeError for an unknown choice, before any work; JournalError where `resume` is of another
-    model, score, option, or other images; ResuscitateError, naming the cell, where one fails.
+    model, score, option, or other images; ResuscitateError, naming the cell, where one fails, as for a glob of a column
+    that selects no layer.
     """
     places: dict[str, Any] = {"dense": (dense, NETWORK), "calibration": (calibration, IMAGES)}
     check_places("recoverability(dense, images, evaluate)", **places, evaluate=(evaluate, FUNCTION))
@@ -120,7 +120,7 @@ def recoverability(
     limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}
     raw = run["forward_fn"] is not None
     batches = hold(calibration, read_batches(calibration, **limits, raw=raw, room=room))
-    pruning = {"pattern": pattern, "include": listed(include), "exclude": listed(exclude)}
+    pruning = {"pattern": pattern, "include": reusable(include), "exclude": reusable(exclude)}
     cells = Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:
@@ -149,14 +149,14 @@ def _jobs(
     if isinstance(methods, Mapping):
         columns = {label: {"method": each} if isinstance(each, Method) else each for label, each in methods.items()}
     else:
-        known, names = presets(), _listed("methods", methods)
+        known, names = presets(), _several("methods", methods)
         for name in names:
             if name not in known:
                 raise ValueError(f"unknown method {name!r}; choose from {', '.join(known)}{did_you_mean(name, known)}")
         columns = {name: known[name] for name in names}
-    statistics = {label: _needs_statistics_alone(label, each, dense, common) for label, each in columns.items()}
+    statistics = {label: _check_column(label, each, dense, common) for label, each in columns.items()}
     jobs = {}
-    for sparsity, allocation in product(sorted(set(sparsities)), _listed("allocations", allocations)):
+    for sparsity, allocation in product(sorted(set(sparsities)), _several("allocations", allocations)):
         check_sparsity(sparsity)
         check_method(allocation)
         for label, options in columns.items():
@@ -167,10 +167,11 @@ def _jobs(
     return jobs
 
 
-def _needs_statistics_alone(
-    label: str, options: Mapping[str, Any] | None, dense: nn.Module, common: RunOptions
-) -> bool:
-    """Are the dense statistics enough for this column? Raises for options that `repair` or `regrow` would refuse."""
+def _check_column(label: str, options: Mapping[str, Any] | None, dense: nn.Module, common: RunOptions) -> bool:
+    """Check the options of a column as `repair` or `regrow` would; are the dense statistics enough for it?
+
+    Raises TypeError or ValueError, naming the column.
+    """
     if options is None:
         return False
     regrows = "past" in options
@@ -183,12 +184,13 @@ def _needs_statistics_alone(
             return False
         plan = make_plan("repair()", dense, **chosen)
         plan.check_dense(dense)
+        check_read(plan.method, **{name: options.get(name) for name in others})
     except (TypeError, ValueError) as error:
         raise type(error)(f"method {label!r}: {error}") from error
     return plan.method.dense is DenseAccess.STATISTICS and not plan.diagnostics
 
 
-def _listed(option: str, names: Iterable[str]) -> list[str]:
+def _several(option: str, names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise ValueError(f"{option}={names!r} is one name; give several, such as [{names!r}]")
     return list(dict.fromkeys(names))

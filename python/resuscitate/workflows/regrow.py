@@ -115,7 +115,7 @@ def regrow(
     """Regrow the most important pruned weights of a model until it has a lower sparsity, and repair it, in place.
 
     Exactly round(sparsity * total) weights of the masked layers stay pruned. All or nothing: on an error nothing is
-    changed.
+    changed. Returns the new masks and a report of each round.
 
     Args:
         dense: the network before pruning, with the layers of the masks.
@@ -163,7 +163,8 @@ def regrow(
     with Session([model], plan.run, writes=True, measures=False) as session:
         choices |= {"pattern": pattern, "densities": densities, "finetune": finetune}
         choices |= {"dense": dense, "masks": masks, "sparsity": sparsity}
-        choices |= {"method": None} if method is None else {}  # the plan has method "bn" for it
+        if method is None:  # the plan has method "bn" in its place
+            choices["method"] = None
         steps, ranks = Steps(session, plan, calibration, resume, choices), session.ranks
         example = None
         if pattern == "channels":
@@ -225,8 +226,8 @@ def plan_of_growth(
 ) -> Plan:
     """The plan of the repairs in a `regrow` with these choices, and with options of the method and of the run.
 
-    `pattern` is no option of a map's column, so it has no name here. Raises ValueError for a choice that there is not,
-    or that contradicts another.
+    `pattern` is positional-only, so that a column of a map that names it is refused. Raises ValueError for a choice
+    that there is not, or that contradicts another.
     """
     check_number("rounds", rounds, 1, whole=True)
     check_choice("pattern", pattern, get_args(Pattern))

@@ -67,8 +67,8 @@ def repair(
     Args:
         dense: the network before pruning, with the same layers. Or `DenseStatistics` or their file: many prunings then
             need one run of the dense network. Or "running": outputs are matched to the running statistics of the
-            BatchNorm behind the layer: **exact recalibration by another name**, and no stronger, with "channelwise" and
-            skip_first=False. Method "bn" needs none of them, and takes the images in this place too.
+            BatchNorm behind the layer, without a dense network. With "channelwise" and skip_first=False this is **exact
+            recalibration by another name**, and no stronger. Method "bn" takes None, or the images in this place.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
             function that returns such an iterable. Read once. No labels are used. Under ranks, this rank's own share.
         method: a `Method` such as `Refit(ridge=0.1)`, or its name, with its options as further keywords. "refit": new
@@ -86,10 +86,10 @@ def repair(
         include, exclude: layers to repair, as globs over their names or as module types.
         masks: which weights are in use, as `Masks` or {layer: boolean tensor}; a refit then finds values also for
             weights that are in use but zero. None, or a layer without a mask: the weights that are not zero.
-        skip_first, skip_last: leave unchanged the first convolution, as published; the last layer where no BatchNorm
-            reads it (the classifier). None: as the method says (`skips_first`, `skips_last`).
-        diagnostics: report which part of each layer's dense variance a gain can restore; no weight depends on it.
-            Needs the dense network itself and the sequential schedule.
+        skip_first: leave the first convolution unchanged, as published. skip_last: leave the last layer unchanged where
+            no BatchNorm reads it (the classifier). None: as the method says (`skips_first`, `skips_last`).
+        diagnostics: report which part of each layer's dense variance a gain can restore. It changes no weight. Needs
+            the dense network itself and the sequential schedule.
         resume: a journal file to which each update is appended. A killed run goes on from it; a run that differs in
             models, images or an option that changes the result is refused. Delete it once the result is saved.
         options: see `RunOptions`.
@@ -222,7 +222,8 @@ def _match_reference(
     if not selected:
         return
     report.notes += [f"{n} calls of functional {name} run unrepaired" for name, n in session.wiring.functional.items()]
-    report.target = "dense model" if isinstance(target, nn.Module) else "running statistics"
+    if target is not None:
+        report.target = "dense model" if isinstance(target, nn.Module) else "running statistics"
     if isinstance(target, DenseStatistics):
         report.target = f"dense statistics ({target.path})"
         (digest,) = session.ranks.total(digest_images(images.batches.head(images.gains)))

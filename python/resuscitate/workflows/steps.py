@@ -44,8 +44,8 @@ def run_identity(run: RunOptions) -> dict[str, object]:
 class Steps:
     """Repairs by one plan, on `batches` of images held in host memory; `run` are the options of each step.
 
-    resume: a folder for the journals of the steps, and one of the run, which refuses another model, plan, other images
-    or `choices`.
+    resume: a folder for the journals of the steps, and for one of the run, which refuses another model or plan, other
+    images, or other `choices`.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Steps:
         self.batches = session.hold(calibration)
         if self.folder is not None:
             (images,) = session.ranks.total(digest_images(self.batches))
+            # choices last: a `regrow` without repairs has no method, though its plan has one
             options = {**plan.identity(), **run_identity(plan.run), **fingerprints(choices)}
             identity = {"model": digest_model(session.models[0]), "images": images % MODULUS, "options": options}
             session.stack.enter_context(Journal(self.folder / "run.journal", identity, session.ranks))
@@ -67,7 +68,7 @@ class Steps:
         return None if self.folder is None else self.folder / f"{step}.journal"
 
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
-        """Repair the model in a step of what the function `whole` does, which alone can be undone."""
+        """Repair the model as one step of the function `whole`. Only the whole can be undone, not the step."""
         options |= {"method": self.plan.method, "resume": self.journal(step), **self.run}
         report = repair(model, dense, self.batches, **options)
         report.belongs_to(f"what {whole} returned")

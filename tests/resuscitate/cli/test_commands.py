@@ -16,7 +16,6 @@ from resuscitate import cli
 from resuscitate.methods.base import registered
 from resuscitate.methods.batchnorm import RECALIBRATIONS
 from resuscitate.pruning.allocation import METHODS as ALLOCATIONS
-from resuscitate.pruning.sparsify import Indivisible
 from resuscitate.runtime.options import DEFAULTS
 from resuscitate.workflows.recoverability import presets
 from tests.networks import chain
@@ -41,6 +40,7 @@ USAGE = [
     ),
     (["--method", "asr", "--no-relu-aware"], "method 'asr' has no option 'relu_aware'; it is for method 'refit'"),
     (["--recalibrate", "exact", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
+    (["--exact-samples", "8", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
     (["--report", "report.txt"], "a report is written as .json or .csv"),
     (["--method", "refit", "--ridge", "-5"], "ridge=-5 must be at least 0"),
     (["--method", "asr", "--eps", "small"], "eps='small' must be a number"),
@@ -116,7 +116,6 @@ class TestFailing:
 def test_the_command_line_has_the_choices_of_the_library():
     assert set(get_args(cli.repair.Recalibrate)) == {"auto", *RECALIBRATIONS, "none"}
     assert set(get_args(cli.prune.Allocation)) == set(ALLOCATIONS)
-    assert set(get_args(cli.prune.Indivisible)) == set(get_args(Indivisible))
     assert ", ".join(presets()) in unframed(invoke("map", "--help").stdout)
 
 
@@ -187,6 +186,7 @@ def test_help_and_version():
         assert "Usage" in invoke(*words).stdout
     for name in ("demo", "prune", "repair", "compress", "regrow", "stats", "map", "report", "export", "doctor"):
         assert name in invoke("--help").stdout
+    assert "or n:m, such as 2:4, which" in unframed(invoke("prune", "--help").stdout)
 
 
 @pytest.mark.parametrize("method", registered())

@@ -89,7 +89,8 @@ def test_map_has_a_column_for_it(test_images, workers):
     ],
 )
 def test_what_cannot_be_loaded_is_1_and_one_line(user, name, source, message):
-    (user / f"{name.partition(':')[0]}.py").write_text(source) if source else None
+    if source:
+        (user / f"{name.partition(':')[0]}.py").write_text(source)
     done = command("repair", *FILES, *OUTPUTS, "--method", name, code=1)
     assert message in done.stderr
     assert done.stderr.startswith("Error: ")
@@ -101,7 +102,7 @@ def test_a_field_named_like_an_option_of_the_command_is_refused(user):
     (user / "users_methods.py").write_text(source)
     said = command("compress", *DENSE, "--sparsity", 0.5, *OUTPUTS, *METHOD, code=1).stderr
     assert said == "Error: rename the field 'steps': `compress` has an option of that name\n"
-    command("repair", *FILES, *OUTPUTS, *METHOD, "--steps", 0.001)
+    command("repair", *FILES, *OUTPUTS, *METHOD, "--steps", 0.001, "--resume", "compress")
     assert written()["options"]["steps"] == 0.001
 
 

@@ -67,10 +67,20 @@ class TestPrune:
             resuscitate.Repairability, "measure", lambda *a, **given: seen.update(given) or measure(*a, **given)
         )
         words = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", "--sparsity", 0.6]
-        words += ["-c", "images.npz", "--dtype", "bf16", "--device", "cpu", "-b", 7]
-        invoke(*words, "--allocation", "rr", "--seed", 3)
-        assert {"dtype": "bf16", "device": "cpu", "batch_size": 7, "seed": 3}.items() <= seen.items()
-        assert "'global' measures nothing: leave calibration out" in unframed(invoke(*words, code=2).stderr)
+        given = [*words, "-c", "images.npz"]
+        running = ["--dtype", "bf16", "--device", "cpu", "-b", 7, "--memory", "1GiB", "--on-nonfinite", "skip"]
+        invoke(*given, *running, "--allocation", "rr", "--seed", 3)
+        wanted = {
+            "dtype": "bf16",
+            "device": "cpu",
+            "batch_size": 7,
+            "memory": "1GiB",
+            "on_nonfinite": "skip",
+            "seed": 3,
+        }
+        assert wanted.items() <= seen.items()
+        assert "'global' measures nothing: leave calibration out" in unframed(invoke(*given, code=2).stderr)
+        assert "leave memory out" in unframed(invoke(*words, "--memory", "1GiB", code=2).stderr)
 
     @pytest.mark.parametrize("words", [["--pattern", "2:4"], ["--sparsity", 0.6, "--pattern", "filter"]])
     def test_images_that_nothing_reads_are_2(self, user, words):

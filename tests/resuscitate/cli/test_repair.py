@@ -55,11 +55,6 @@ class TestRepair:
         resuscitate.repair(expected, loaded("dense.safetensors"), load_images("images.npz"), **keywords)
         assert same(load_file("repaired.safetensors"), expected.state_dict())
 
-    def test_none_is_a_value_of_a_flag(self, user):
-        repair("--ridge", "none", "--means", "None", "--report", "run.json")
-        options = json.loads(Path("run.json").read_text())["options"]
-        assert options == {"ridge": None, "relu_aware": True, "means": None}
-
     def test_a_report_is_written_as_csv_too(self, user):
         repair("--report", "run.csv")
         with Path("run.csv").open() as file:

@@ -1,5 +1,7 @@
 """2:4 sparse layers are converted where torch can, and unchanged, with a reason, where it cannot."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,31 @@ def test_a_wrong_output_is_refused_and_the_model_unchanged(monkeypatch):
     with pytest.raises(ResuscitateError, match="the model is unchanged"):
         to_semi_structured(model, x)
     assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_of_the_second_pass_leaves_the_model_unchanged(monkeypatch):
+    model = wide()
+    resuscitate.sparsify(model, pattern="2:4")
+    fake_conversion(monkeypatch)
+    before, calls = list(model.parameters()), itertools.count(1)
+
+    def fail(module, args):
+        if next(calls) == 2:
+            raise RuntimeError("the kernel refuses this input")
+
+    model[4].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="the kernel refuses"):
+        to_semi_structured(model, torch.rand(4, 128))
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_passes_are_in_eval_mode(monkeypatch):
+    model = nn.Sequential(nn.Linear(128, 64), nn.BatchNorm1d(64), nn.Dropout(0.5))
+    resuscitate.sparsify(model, pattern="2:4")
+    fake_conversion(monkeypatch)
+    assert to_semi_structured(model, torch.rand(4, 128)).error == 0.0
+    assert all(module.training for module in model.modules())
+    assert model[1].num_batches_tracked == 0
 
 
 @pytest.mark.gpu

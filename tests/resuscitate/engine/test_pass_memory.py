@@ -84,7 +84,7 @@ class TestLive:
                 with pytest.raises(RestartError):
                     x + 1
 
-    def test_what_is_used_at_a_stop_is_not_freed_whatever_the_rehearsal_says(self):
+    def test_what_is_used_at_a_stop_is_not_freed_whatever_the_trial_says(self):
         with Store(1 << 20, CPU) as store, PassStorages(set(), SharedStore(store), {}) as live:
             x, y = torch.ones(SIZE) * 3, torch.ones(SIZE) * 4
             live.unread = {"stop": Unread(live.operator_hash, set(range(live.count)))}
@@ -169,7 +169,7 @@ class TestLive:
             assert not list(made.alive())
 
 
-def test_a_rehearsal_tells_what_is_read_no_more():
+def test_a_trial_tells_what_is_read_no_more():
     with TrialPass(set()) as trial:
         a = torch.ones(4)
         b = a + 1

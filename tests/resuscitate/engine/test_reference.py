@@ -133,9 +133,8 @@ class TestRunningStatistics:
         )
 
     def test_the_docstring_says_that_it_is_no_stronger(self):
-        assert "**exact recalibration by another name**, and no stronger" in resuscitate.repair.__doc__.replace(
-            "\n", " "
-        )
+        docstring = " ".join(resuscitate.repair.__doc__.split())
+        assert "**exact recalibration by another name**, and no stronger" in docstring
 
 
 @pytest.mark.parametrize("limit", [0, -1, True])

@@ -91,7 +91,7 @@ def test_residual_sums(how, options):
     both_walks(lambda: Block(how), options)
 
 
-def test_the_gate_behind_a_sum_is_used():
+def test_the_relu_consumer_behind_a_sum_is_used():
     """What is added to a layer's output is known to its refit: without it the result is another."""
     dense = seeded(Block)
     results = [repaired(dense, forward_fn=run_batch, relu_aware=aware)[0].conv2.weight for aware in (False, True)]

@@ -1,5 +1,6 @@
 """`allocate`: each allocation by hand, by its formula and by its invariants; floors and fixed densities."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -222,6 +223,13 @@ class TestRepairability:
             float(1 - (corr**2 * variance).sum() / variance.sum()), rel=1e-4
         )
 
+    def test_a_fine_grid_has_the_residuals_of_its_densities(self):
+        grid = [i / 200 for i in range(1, 200)]
+        fine, coarse = (Repairability.measure(seeded(chain), images(8), densities=d) for d in (grid, [0.3, 0.7]))
+        for name, residuals in fine.residuals.items():
+            assert len(residuals) == 199
+            assert {density: residuals[density] for density in (0.3, 0.7)} == pytest.approx(coarse.residuals[name])
+
     def test_the_curves_fall_with_density_and_do_not_depend_on_the_batches(self):
         model = seeded(chain)
         one, many = (Repairability.measure(model, images(16), batch_size=size) for size in (16, 3))
@@ -295,7 +303,10 @@ class TestRepairability:
         before = {key: value.clone() for key, value in model.state_dict().items()}
         measured = Repairability.measure(model, images(6))
         assert measured.images == 6
-        assert sum(allocate(model, 0.6, "rr", calibration=measured).values()) > 0
+        if build is Zoo:  # no image reaches it
+            assert measured.curve("unused") == [(0.0, 0.0), (1.0, 1.0)]
+        masks = sparsify(copy.deepcopy(model), 0.6, allocation="rr", calibration=measured)
+        assert masks.sparsity == pytest.approx(0.6, abs=1e-3)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
 

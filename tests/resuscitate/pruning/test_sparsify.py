@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from resuscitate import Masks, allocate, sparsify
 from resuscitate.errors import LayerError
-from resuscitate.pruning.units import smallest
+from resuscitate.pruning.units import Units, smallest
 from tests.networks import Residual, Shared, Zoo, chain, images, linears, seeded
 
 ALLOCATIONS = ["global", "uniform", "erk", "lamp"]
@@ -54,6 +54,15 @@ class TestBudget:
         count = data.draw(st.integers(0, len(scores)))
         chosen = smallest(torch.tensor(scores, dtype=torch.float32), count).nonzero().flatten().tolist()
         assert chosen == sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
+
+    @given(layer=st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=60), data=st.data())
+    def test_protected_units_are_never_among_the_smallest(self, layer, data):
+        scores, protected = (torch.tensor(part) for part in zip(*layer, strict=True))
+        units = Units(scores.float(), 1, (len(layer),), protected)
+        count = data.draw(st.integers(0, units.removable))
+        free = [index for index, (_, kept) in enumerate(layer) if not kept]
+        wanted = sorted(sorted(free, key=lambda index: layer[index][0])[:count])
+        assert units.smallest(count).nonzero().flatten().tolist() == wanted
 
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     @pytest.mark.parametrize("build", [chain, Residual, Shared, Zoo], ids=lambda b: b.__name__)

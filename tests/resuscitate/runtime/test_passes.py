@@ -196,7 +196,7 @@ class TestPass:
 
 
 class TestCrew:
-    def test_a_crew_of_one_runs_the_chains_one_after_the_other(self):
+    def test_a_runner_of_one_runs_the_chains_one_after_the_other(self):
         events = []
         PassRunner(1).run([again(Pass(stepping(events, name, 1)), 2) for name in "abc"])
         assert events == [f"{name}{what}" for name in "abc" for what in ("0", " ends", " left")]

@@ -3,7 +3,7 @@
 import copy
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -47,6 +47,15 @@ class Likeness:
         assert not any(module.training for module in model.modules())
         with torch.no_grad():
             return 100 - float((model(self.inputs) - self.wanted).abs().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing(ChannelWise):
+    """The gains and shifts of `ChannelWise`; a list is among its options."""
+
+    items: list = field(default_factory=list)
+
+    name = "listing"
 
 
 def scaled(model, batch, by):
@@ -126,6 +135,11 @@ class TestCells:
         assert alone.curve("erk", "channelwise")[0.7] == named.curve("erk", "half")[0.7]
         with pytest.raises(ValueError, match=r"cannot be pickled .*Half"):
             recoverability(dense, images(), score, **grid, methods=["half"], workers=2)
+
+    def test_workers_take_a_method_whose_options_cannot_be_hashed(self):
+        dense, given = seeded(chain), {"sparsities": [0.7, 0.8], "allocations": ["erk"], "methods": {"m": Listing()}}
+        alone, shared = (recoverability(dense, images(), Likeness(dense), **given, workers=n) for n in (1, 2))
+        assert alone.curve("erk", "m") == shared.curve("erk", "m")
 
     def test_regrowing_and_means_are_methods_too(self):
         dense = seeded(chain)
@@ -345,6 +359,7 @@ class TestRefusals:
                 {"methods": {"mine": {"past": 0.3, "schedule": "parallel"}}},
                 r"mine': regrow\(\) has no option 'schedule'",
             ),
+            ({"methods": {"mine": {"method": "bn", "skip_first": True}}}, "skip_first is for methods that change"),
             ({"max_batches": 0}, "max_batches must be"),
             ({"pattern": "2:4"}, "has no sparsity to vary"),
             ({"workers": 0}, "must be at least 1"),
