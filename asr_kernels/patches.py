@@ -87,6 +87,23 @@ class PatchMoments:
             self.yy + other.yy + dy.square() * weight,
         )
 
+    def without(self, other: PatchMoments) -> PatchMoments:
+        """The inverse of `merge`: moments of these patches without the others, which must be some of them."""
+        if not other.count:
+            return self
+        count = self.count - other.count
+        share = other.count / count if count else 0.0
+        dx, dy = self.mean - other.mean, self.target - other.target
+        weight = share * self.count
+        return PatchMoments(
+            count,
+            self.mean + dx * share,
+            self.target + dy * share,
+            torch.baddbmm(self.xx - other.xx, dx[:, :, None], dx[:, None, :], alpha=-weight),
+            torch.baddbmm(self.xy - other.xy, dx[:, :, None], dy[:, None, :], alpha=-weight),
+            (self.yy - other.yy - dy.square() * weight).clamp(min=0),
+        )
+
 
 def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 20) -> PatchMoments:
     """The patch moments of one batch of inputs x and target outputs y.

@@ -71,8 +71,8 @@ class Refit(Method):
             return ChannelWise().solve(layer, found)
         weight, count, means = layer.weight, input_blocks(layer.module), None
         rows, support = (split_input_blocks(each, count).flatten(1) for each in (weight, layer.in_use))
-        ridge = choose_ridge(found.folds, rows, support, layer.ranks) if self.ridge is None else self.ridge
         moments = reduce(PatchMoments.merge, found.folds.values())
+        ridge = choose_ridge(found.folds, moments, rows, support, layer.ranks) if self.ridge is None else self.ridge
         found.folds.clear()  # they are large
         replay = None if found.replay is None else partial(_replay, layer.ranks, weight, moments, found.replay)
         options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
@@ -84,7 +84,7 @@ class Refit(Method):
             fitted = fit(moments, rows, support, **options)
         new, bias = merge_input_blocks(fitted.weight, weight.shape, count), fitted.bias.view(count, -1).sum(0)
         shares = {"variance_before": fitted.before, "variance_after": fitted.after, "explained": fitted.explained}
-        return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": ridge, **shares})
+        return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": fitted.ridge, **shares})
 
 
 def _replay(ranks: Ranks, weight: Tensor, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:

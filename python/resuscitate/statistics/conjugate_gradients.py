@@ -1,7 +1,7 @@
 """Conjugate gradients for many ridge regressions with one matrix, where each has its own support.
 
 Preconditioned by the diagonal (Hestenes and Stiefel 1952). All rows take their steps together: a step is one product of
-(rows, K) with (K, K), in float32 with a correction of the residual in float64, where Cholesky would factor a matrix for
+(rows, K) with (K, K), in float32 with corrections of the residual in float64, where Cholesky would factor a matrix for
 each row.
 """
 
@@ -12,48 +12,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CORRECTIONS, STEPS, LOOK_EVERY = 4, 120, 4  # the most residuals in float64, steps for each, steps between two looks
+from asr_kernels.precision import full_precision
+
+# the most steps between two residuals in float64, with a look at the residual after each few steps and without one
+STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (60, 30), 4
 
 
 @dataclass(frozen=True)
 class RidgeSystems:
-    """(c + rho I) w = right on the support of each row: c (K, K), rho a scalar tensor, float64; support (O, K)."""
+    """(xx + rho I) w = right on the support of each row, for G groups of R rows of K values.
 
-    c: Tensor
+    xx (G, K, K), rho (G, R, 1), float64; single (G, K, K): xx in float32; support (G, R, K).
+    """
+
+    xx: Tensor
+    single: Tensor
     rho: Tensor
     support: Tensor
 
-    def solve(self, right: Tensor, start: Tensor, allowed: Tensor) -> Tensor | None:
-        """The solution w (O, K) float64, zero outside of the supports, from right (O, K) and a start (O, K).
+    def solve(self, right: Tensor, start: Tensor, allowed: Tensor, look: bool) -> tuple[Tensor, Tensor]:
+        """The solution w (G, R, K) float64, zero outside of the supports, from right and a start of the same shape.
 
-        allowed (O,): the most by which the objective w' (c + rho I) w - 2 w' right of a row may exceed its least value,
-        estimated by the residual r' D^-1 r, D the diagonal of c + rho I. None: not reached within `STEPS`.
+        allowed (G, R): the most by which the objective w' (xx + rho I) w - 2 w' right of a row may exceed its least
+        value, estimated by the residual r' D^-1 r, D the diagonal of xx + rho I. Also returns the number of rows that
+        did not reach it, a tensor. look: end as soon as all have; otherwise take a fixed number of steps.
         """
-        inside = self.support.double()
-        inverse = inside / (self.c.diagonal() + self.rho)
-        single = self.c.float(), self.rho.float(), inside.float(), inverse.float(), allowed.float()
+        inside, diagonal = self.support.double(), self.xx.diagonal(dim1=1, dim2=2)[:, None] + self.rho
+        inverse = torch.where(diagonal > 0, inside / diagonal, 0.0)
+        single = (self.single, self.rho.float(), inside.float(), inverse.float(), allowed.float())
         w = start * inside
-        for _ in range(CORRECTIONS):
-            residual = (right - w @ self.c - self.rho * w) * inside
-            if bool(((residual.square() * inverse).sum(1) <= allowed).all()):
-                return w
-            w = w + _descend(*single, residual.float()).double()
-        return None
+
+        def missed() -> tuple[Tensor, Tensor]:
+            residual = (right - w @ self.xx - self.rho * w) * inside
+            return residual, (~((residual.square() * inverse).sum(2) <= allowed)).sum()
+
+        residual, count = missed()
+        for steps in STEPS if look else STEPS_WITHOUT_LOOK:
+            if look and not count:
+                break
+            with full_precision(right.device):
+                w = w + _descend(*single, residual.float(), steps, look).double()
+            residual, count = missed()
+        return w, count
 
 
-def _descend(c: Tensor, rho: Tensor, inside: Tensor, inverse: Tensor, allowed: Tensor, residual: Tensor) -> Tensor:
+def _descend(
+    xx: Tensor, rho: Tensor, inside: Tensor, inverse: Tensor, allowed: Tensor, residual: Tensor, steps: int, look: bool
+) -> Tensor:
     """The change of w that takes this residual to the allowed one, or near it."""
     w, direction = torch.zeros_like(residual), inverse * residual
-    energy = (residual * direction).sum(1)
-    for step in range(STEPS):
-        if step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
+    energy = (residual * direction).sum(2)
+    for step in range(steps):
+        if look and step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
             break
-        product = torch.addmm(rho * direction, direction, c) * inside
-        curvature = (direction * product).sum(1)
-        length = torch.where(curvature > 0, energy / curvature, 0.0)[:, None]
+        product = torch.baddbmm(rho * direction, direction, xx) * inside
+        curvature = (direction * product).sum(2)
+        length = torch.where(curvature > 0, energy / curvature, 0.0)[..., None]
         w.addcmul_(length, direction)
         residual = torch.addcmul(residual, length, product, value=-1)
         scaled = inverse * residual
-        before, energy = energy, (residual * scaled).sum(1)
-        direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[:, None], direction)
+        before, energy = energy, (residual * scaled).sum(2)
+        direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[..., None], direction)
     return w

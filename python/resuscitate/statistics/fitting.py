@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from math import isnan
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from asr_kernels import CrossProducts, PatchMoments
 
 from ..runtime.distributed import Ranks
-from .least_squares import Problem
+from .least_squares import LEAST_RIDGE, Problem
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
 # cross-validation: ridges to choose from, number of channels that judge them, and the excess of their solutions
-RIDGES, JUDGES, JUDGED_EXCESS = (0.01, 0.05, 0.25, 1.25), 16, 1e-6
+RIDGES, JUDGES, JUDGED_EXCESS = (0.01, 0.05, 0.25, 1.25), 16, 1e-5
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -27,11 +27,13 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    The others are variances over that of the targets, summed over channels, and None where the targets are constant.
+    ridge: its strength. The others are variances over that of the targets, summed over channels, and None where the
+    targets are constant.
     """
 
     weight: Tensor
     bias: Tensor
+    ridge: float
     before: float | None  # the variance of the layer's outputs before the refit
     after: float | None  # and after it
     explained: float | None  # the part of the targets' variance that the weights explain
@@ -42,7 +44,7 @@ def fit(
     weight: Tensor,
     support: Tensor,
     *,
-    ridge: float = RIDGE,
+    ridge: float | Tensor = RIDGE,
     most: float = MOST_GAIN,
     replay: Replay | None = None,
     ranks: Ranks | None = None,
@@ -55,16 +57,28 @@ def fit(
         w_S <- g w_S,   g = sqrt(var y / w_S' C_SS w_S), at most `most`
         b = mean(y) - w_S' mean(x_S)
 
-    Where a layer's inputs do not vary its weights stay. `ranks`, which all have the same moments, solve for some of the
-    channels each.
+    Where a layer's inputs do not vary its weights stay. ridge: a number or a tensor (). `ranks`, which all have the
+    same moments, solve for some of the channels each.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
     `PASSES` times; var y and mean(y) are theirs.
     """
-    problem = Problem(moments, weight, support, ridge, Ranks() if ranks is None else ranks)
+    ranks = Ranks() if ranks is None else ranks
+    for direct in (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE, True):
+        problem = Problem(moments, weight, support, ridge, ranks, direct)
+        w, bias, shares = _fit(problem, most, replay)
+        # the numbers are copied to the host in one piece
+        used, missed, *numbers = torch.cat([problem.ridge[:1], ranks.add(problem.missed[None]), shares]).tolist()
+        if not missed:
+            break
+    return Fit(w, bias, used, *(None if isnan(number) else number for number in numbers))
+
+
+def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and biases of `fit`, and the variances (3,) of `Fit`, NaN where the targets are constant."""
     targets = problem.own_targets()
-    total, w = targets.variance.sum(), problem.solve(targets)
+    total, w = targets.squares.sum(), problem.solve(targets)
     if replay is not None and problem.unexplained(w, targets).sum() > LEAST_UNEXPLAINED * total:
         ahead = w
         for _ in range(PASSES):
@@ -72,71 +86,66 @@ def fit(
             targets = problem.targets(found.xy, found.yy, found.y)
             last, w = w, problem.solve(targets, w)
             ahead = w + EXTRAPOLATION * (w - last)
-    varies = problem.variance(w)
-    gain = torch.where((varies > 0) & (targets.variance > 0), (targets.variance / varies).sqrt().clamp(max=most), 1.0)
-    before, after = problem.present_variance.sum(), (varies * gain.square()).sum()
-    shares = before, after, total - problem.unexplained(w, targets).sum()
+    varies = problem.squares(w)
+    gain = torch.where((varies > 0) & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
+    before, after = problem.present_squares.sum(), (varies * gain.square()).sum()
+    shares = torch.stack([before, after, total - problem.unexplained(w, targets).sum()]) / total
     w = w * gain[:, None]
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one
-    nothing = bias.square() <= 1e-8 * targets.variance + 1e-12 * targets.mean.square()
-    return Fit(w, torch.where(nothing, 0.0, bias), *(float(share / total) if total else None for share in shares))
+    count = max(problem.moments.count, 1)
+    nothing = bias.square() <= 1e-8 * targets.squares / count + 1e-12 * targets.mean.square()
+    return w, torch.where(nothing, 0.0, bias), torch.where(total > 0, shares, torch.nan)
 
 
-def choose_ridge(folds: Mapping[int, PatchMoments], weight: Tensor, support: Tensor, ranks: Ranks) -> float:
+def choose_ridge(
+    folds: Mapping[int, PatchMoments], merged: PatchMoments, weight: Tensor, support: Tensor, ranks: Ranks
+) -> Tensor | float:
     """The ridge with the least cross-validation error over folds of the images.
 
-    folds: moments of each fold; weight, support: as in `fit`. Each fold in turn is left out, and the others give the
-    weights w. The unexplained variance on the left-out folds follows from their moments,
+    folds: moments of each fold; merged: of all; weight, support: as in `fit`. Each fold in turn is left out, and the
+    others give the weights w. The unexplained variance on the left-out folds follows from their moments,
 
         sum over channels of  var y (1 - r^2),   r = w Cov(x, y) / sqrt(w C w' var y),
 
     with variances and covariances summed over the folds; a correlation r below 0 counts as 0. The criterion is a
     correlation and not a squared error, because `fit` restores the variance that a regression loses. `JUDGES` channels
-    are used. `RIDGES` are tried from the weakest on, until one is no better than the one before. One fold: `RIDGE`.
+    are used. Of `RIDGES`, from the weakest on, it is the first whose successor is no better, as a tensor (). One fold:
+    `RIDGE`.
     """
     if len(folds) < 2:
         return RIDGE
-
-    solutions = dict[int, Tensor]()  # with the ridge tried last
-
-    def unexplained(ridge: float) -> float:
-        covariance = varies = total = torch.zeros((), dtype=torch.float64)
-        for fold in folds:
-            others = reduce(PatchMoments.merge, (found for other, found in folds.items() if other != fold))
-            # computed again for each ridge: second moments are large
-            parts = (_some_channels(moments, weight, support) for moments in (others, folds[fold]))
-            seen, left_out = (Problem(*part, ridge, ranks) for part in parts)
-            w = solutions[fold] = seen.solve(seen.own_targets(), solutions.get(fold), JUDGED_EXCESS)
-            wanted = left_out.own_targets()
-            covariance = covariance + left_out.count * (w * wanted.cross).sum(1)
-            varies = varies + left_out.count * left_out.variance(w)
-            total = total + left_out.count * wanted.variance
-        explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
-        # rank 0's value on all ranks, whose machines may round differently
-        return float(ranks.gather((total - explained).sum()[None])[0])
-
-    best, least = RIDGES[0], unexplained(RIDGES[0])
-    for ridge in RIDGES[1:]:
-        if not (found := unexplained(ridge)) < least:
-            break
-        best, least = ridge, found
-    return best
+    covariance = varies = total = torch.zeros((), dtype=torch.float64)
+    for fold in folds.values():  # one at a time: second moments are large
+        seen, left_out = (_judges(moments, weight, support, ranks) for moments in (merged.without(fold), fold))
+        w, wanted = seen.solve(seen.own_targets(), excess=JUDGED_EXCESS), left_out.own_targets()
+        covariance = covariance + (w * wanted.cross).sum(1)
+        varies = varies + left_out.squares(w)
+        total = total + wanted.squares
+    explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
+    errors = (total - explained).view(len(merged.xx[:JUDGES]), len(RIDGES), -1).sum((0, 2))
+    unexplained = ranks.gather(errors)[0]  # rank 0's on all ranks, whose machines may round differently
+    last = torch.cat([~(unexplained[1:] < unexplained[:-1]), torch.ones_like(unexplained[:1], dtype=torch.bool)])
+    return torch.tensor(RIDGES, dtype=torch.float64, device=weight.device)[last.int().argmax()]
 
 
-def _some_channels(moments: PatchMoments, weight: Tensor, support: Tensor) -> tuple[PatchMoments, Tensor, Tensor]:
-    """The moments, weights and supports of `JUDGES` channels, in as many groups; channels with weights first."""
+def _judges(moments: PatchMoments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
+    """The problem of `JUDGES` channels with each of the `RIDGES`, in as many groups; channels with weights first.
+
+    The rows run over groups, then ridges, then channels.
+    """
     G = len(moments.xx)
     by_group = [each.view(G, -1, each.shape[1]) for each in (weight, support)]
     groups = torch.linspace(0, G - 1, min(G, JUDGES), device=weight.device).round().long()[:, None]
     kept = by_group[1].any(2).to(torch.int8)[groups[:, 0]]
     rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
-    one, y, yy = groups[:, 0], moments.target[groups, rows], moments.yy[groups, rows]
-    xy = moments.xy.mT[groups, rows].mT
+    ridges = torch.tensor([ridge for _ in groups for ridge in RIDGES for _ in rows[0]], dtype=torch.float64)
+    rows, one = rows.repeat(1, len(RIDGES)), groups[:, 0]
+    y, yy, xy = moments.target[groups, rows], moments.yy[groups, rows], moments.xy.mT[groups, rows].mT
     xx = moments.xx if len(one) == G else moments.xx[one]
     some = PatchMoments(moments.count, moments.mean[one], y, xx, xy, yy)
-    chosen_weight, chosen_support = (each[groups, rows].flatten(0, 1) for each in by_group)
-    return some, chosen_weight, chosen_support
+    weight, support = (each[groups, rows].flatten(0, 1) for each in by_group)
+    return Problem(some, weight, support, ridges, ranks)
 
 
 def fit_with_means(
@@ -183,11 +192,11 @@ def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: 
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()
-    total, varies = targets.variance.sum(), problem.present_variance
+    total, varies, xx = targets.squares.sum(), problem.present_squares, problem.xx
     if not total:
         return torch.zeros_like(problem.present), None
-    slope = targets.cross - (problem.present.view(len(problem.c), -1, weight.shape[1]) @ problem.c).view(weight.shape)
-    curvature = (problem.c.diagonal(dim1=1, dim2=2) + problem.rho[:, None])[problem.group]
+    slope = targets.cross - (problem.present.view(len(xx), -1, weight.shape[1]) @ xx).view(weight.shape)
+    curvature = xx.diagonal(dim1=1, dim2=2)[problem.group] + problem.rho[:, None]
     drop = torch.where(curvature > 0, slope.square() / curvature, 0.0)
     kept = torch.where(varies > 0, (problem.present * targets.cross).sum(1).square() / varies, 0.0)
     return drop / total, float(1 - kept.sum() / total)

@@ -15,38 +15,47 @@ from asr_kernels import PatchMoments
 from ..runtime.distributed import Ranks
 from .conjugate_gradients import RidgeSystems
 
-# Conjugate gradients: up to this excess of the residual's variance over its least value, as a part of the variance of
-# the targets; with this ridge or more, which bounds the number of steps; for layers with this many weights per channel
-# or more. On a CPU the steps of a channel take as long as its factorisation at about this density of the support. ROWS
-# channels at a time, so that the solution does not depend on the number of ranks.
-EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS = 1e-9, 1e-3, 256, 0.14, 64
+# Conjugate gradients: up to this excess of the squared residuals over their least sum, as a part of the targets' sum of
+# squares; with this ridge or more, which bounds the number of steps. On a CPU: for layers with this many weights per
+# channel or more, and supports of this density or more, where the steps take less time than factors; ROWS channels at a
+# time, so that the solution does not depend on the number of ranks. On a GPU: for all layers, all groups at a time.
+EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS, ROWS_ON_GPU = 1e-7, 1e-3, 256, 0.14, 64, 1024
 KEPT_BYTES = 256 << 20  # the most memory for factors that are kept
 
 
 @dataclass
 class Targets:
-    """The target outputs: their covariances with the inputs (O, K), variances and means (O,)."""
+    """The target outputs: sums of products of deviations, with inputs (O, K) and with themselves (O,); means (O,)."""
 
     cross: Tensor
-    variance: Tensor
+    squares: Tensor
     mean: Tensor
 
 
 class Problem:
     """The least-squares problem of one layer: moments of its inputs, present weights, support and ridge strength.
 
-    With G groups, O output channels and K weights per channel: weight, present and support (O, K); c (G, K, K), the
-    covariance of the inputs; rho (G,), `ridge` times the mean diagonal of c.
+    With G groups, O output channels and K weights per channel: weight, present and support (O, K); xx (G, K, K), sums
+    of products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of xx. ridge: a number or (O,).
+    direct: factor every matrix. missed: how many channels conjugate gradients did not solve for to `EXCESS` so far.
     """
 
-    def __init__(self, moments: PatchMoments, weight: Tensor, support: Tensor, ridge: float, ranks: Ranks) -> None:
-        self.moments, self.support, self.ranks = moments, support, ranks
-        self.count, channels = max(moments.count, 1), len(weight)
-        self.c, self.present = moments.xx / self.count, weight.double() * support
-        self.group = torch.arange(channels, device=weight.device) // (channels // len(self.c))
-        diagonal = self.c.diagonal(dim1=1, dim2=2)
-        self.rho, self.varies = ridge * diagonal.mean(1), (diagonal != 0).any(1)
-        self.can_iterate = ridge >= LEAST_RIDGE and weight.shape[1] >= LEAST_VALUES
+    def __init__(
+        self,
+        moments: PatchMoments,
+        weight: Tensor,
+        support: Tensor,
+        ridge: float | Tensor,
+        ranks: Ranks,
+        direct: bool = False,
+    ) -> None:
+        self.moments, self.support, self.ranks, self.direct = moments, support, ranks, direct
+        self.xx, self.present, channels = moments.xx, weight.double() * support, len(weight)
+        self.group = torch.arange(channels, device=weight.device) // (channels // len(self.xx))
+        diagonal = self.xx.diagonal(dim1=1, dim2=2)
+        self.ridge = torch.as_tensor(ridge, dtype=self.xx.dtype, device=weight.device).expand(channels)
+        self.rho, self.varies = diagonal.mean(1)[self.group] * self.ridge, (diagonal != 0).any(1)
+        self.missed = torch.zeros((), dtype=torch.int64, device=weight.device)
         self._kept: list[_Factored] = []
 
     def targets(self, xy: Tensor, yy: Tensor, y: Tensor | None = None) -> Targets:
@@ -55,9 +64,10 @@ class Problem:
         xy, yy: sums of products of the inputs less their means, and of the outputs less `moments.target`.
         y: sum of the outputs less `moments.target`; None: 0.
         """
-        offset = torch.zeros_like(yy) if y is None else y / self.count
-        variance, mean = yy / self.count - offset.square(), self.moments.target + offset
-        return Targets((xy / self.count).mT.reshape(self.present.shape), variance.view(-1), mean.view(-1))
+        count = max(self.moments.count, 1)
+        offset = torch.zeros_like(yy) if y is None else y / count
+        squares, mean = yy - count * offset.square(), self.moments.target + offset
+        return Targets(xy.mT.reshape(self.present.shape), squares.view(-1), mean.view(-1))
 
     def own_targets(self) -> Targets:
         """The targets in the moments."""
@@ -68,52 +78,63 @@ class Problem:
 
         start: the solution of a similar problem. excess: see `EXCESS`. Both are for conjugate gradients alone.
         """
-        right = targets.cross + self.rho[self.group, None] * self.present
+        right = targets.cross + self.rho[:, None] * self.present
         w, start = torch.zeros_like(right), self.present if start is None else start
-        allowed = excess * torch.maximum(targets.variance, self.present_variance)
-        for rows in self._iterative[self.ranks.rank :: self.ranks.size]:
-            group = int(self.group[rows.start])
-            systems = RidgeSystems(self.c[group], self.rho[group], self.support[rows])
-            found = systems.solve(right[rows], start[rows], allowed[rows])
-            if found is not None:
-                w[rows] = found
-            else:
-                for channel in range(rows.start, rows.stop):
-                    self._factor([[channel]]).solve(right, w)
+        allowed = excess * torch.maximum(targets.squares, self.present_squares)
+        for groups, rows in self._iterative[self.ranks.rank :: self.ranks.size]:
+            parts = self.rho[:, None], self.support, right, start, allowed, w
+            rho, support, wanted, first, most, found = (
+                each.unflatten(0, (len(self.xx), -1))[groups, rows] for each in parts
+            )
+            systems = RidgeSystems(self.xx[groups], self._single[groups], rho, support)
+            found[:], missed = systems.solve(wanted, first, most, self._on_cpu)  # on a GPU a look is a wait
+            self.missed = self.missed + missed
         for factored in self._factored():
             factored.solve(right, w)
         return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
 
     @cached_property
-    def present_variance(self) -> Tensor:
-        """The variance of the outputs with the present weights, (O,)."""
-        return self.variance(self.present)
+    def present_squares(self) -> Tensor:
+        """`squares` of the present weights."""
+        return self.squares(self.present)
+
+    @cached_property
+    def _single(self) -> Tensor:
+        """xx in float32."""
+        return self.xx.float()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.xx.device.type == "cpu"
 
     @cached_property
     def _sizes(self) -> list[int]:
         return self.support.sum(1).tolist()
 
     @cached_property
-    def _same_matrix(self) -> list[dict[bytes, list[int]]]:
-        """For each group its channels by support: those of one list share a matrix."""
+    def _same_matrix(self) -> list[dict[tuple[bytes, float], list[int]]]:
+        """For each group its channels by support and ridge: those of one list share a matrix."""
         supports = [row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1)]
-        found: list[dict[bytes, list[int]]] = [{} for _ in self.c]
+        ridges = self.ridge.tolist()
+        found: list[dict[tuple[bytes, float], list[int]]] = [{} for _ in self.xx]
         for channel, group in enumerate(self.group.tolist()):
-            found[group].setdefault(supports[channel], []).append(channel)
+            found[group].setdefault((supports[channel], ridges[channel]), []).append(channel)
         return found
 
     @cached_property
-    def _iterative(self) -> list[slice]:
-        """The channels to solve for by conjugate gradients, some of one group at a time."""
-        if not self.can_iterate:
+    def _iterative(self) -> list[tuple[slice, slice]]:
+        """The channels to solve for by conjugate gradients at a time: groups, and channels of each."""
+        (channels, values), groups = self.support.shape, len(self.xx)
+        width = channels // groups
+        if self.direct or (self._on_cpu and values < LEAST_VALUES):
             return []
-        blocks, width = list[slice](), len(self.present) // len(self.c)
-        least = width * (LEAST_DENSITY * self.support.shape[1]) ** 2  # squares of sizes, as the time to factor goes
-        for group, (channels, varies) in enumerate(zip(self._same_matrix, self.varies.tolist(), strict=True)):
-            if varies and sum(self._sizes[same[0]] ** 2 for same in channels.values()) > least:
-                end = (group + 1) * width
-                blocks += [slice(at, min(at + ROWS, end)) for at in range(group * width, end, ROWS)]
-        return blocks
+        size = ROWS if self._on_cpu else ROWS_ON_GPU
+        rows = [slice(at, min(at + size, width)) for at in range(0, width, size)]
+        if not self._on_cpu:
+            return [(slice(0, groups), each) for each in rows]
+        least = width * (LEAST_DENSITY * values) ** 2  # squares of sizes, as the time to factor goes
+        dense = [sum(self._sizes[same[0]] ** 2 for same in found.values()) > least for found in self._same_matrix]
+        return [(slice(group, group + 1), each) for group in range(groups) if dense[group] for each in rows]
 
     def _factored(self) -> Iterator[_Factored]:
         """Factors for this rank's share of all other channels; the first of them are kept for the next targets."""
@@ -127,7 +148,7 @@ class Problem:
     @cached_property
     def _unfactored(self) -> list[list[list[int]]]:
         """The channels to solve for directly: batches of systems, each of the channels that share its matrix."""
-        iterative = {int(self.group[rows.start]) for rows in self._iterative}
+        iterative = {group for groups, _ in self._iterative for group in range(len(self.xx))[groups]}
         systems = [
             each for group, found in enumerate(self._same_matrix) if group not in iterative for each in found.values()
         ]
@@ -137,28 +158,28 @@ class Problem:
         return shared + [[[channel] for channel in batch] for batch in _batches(single, self._sizes)]
 
     def _factor(self, channels: Sequence[Sequence[int]]) -> _Factored:
-        """Factor c + rho I on the supports of these channels; those of one inner list have the same."""
-        rows = torch.tensor(channels, device=self.c.device)
+        """Factor xx + rho I on the supports of these channels; those of one inner list have the same."""
+        rows = torch.tensor(channels, device=self.xx.device)
         first, size = rows[:, 0], max(self._sizes[each[0]] for each in channels)
         support, group = self.support[first], self.group[first]
         # the places of each support, in order, then padding from outside of it
         places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
         inside = support.gather(1, places)
-        matrix = self.c[group[:, None, None], places[:, :, None], places[:, None, :]]
+        matrix = self.xx[group[:, None, None], places[:, :, None], places[:, None, :]]
         matrix *= inside[:, :, None] & inside[:, None, :]
-        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[group, None], 1.0))
+        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[first, None], 1.0))
         factor, failed = torch.linalg.cholesky_ex(matrix)
         indefinite = failed.nonzero().flatten().tolist()
         inverses = {index: torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) for index in indefinite}
         return _Factored(rows, places, inside, factor, inverses)
 
-    def variance(self, w: Tensor) -> Tensor:
-        """The variance of the outputs with the weights w, (O,)."""
-        return ((w.view(len(self.c), -1, w.shape[1]) @ self.c).view(w.shape) * w).sum(1)
+    def squares(self, w: Tensor) -> Tensor:
+        """The sum of squared deviations of the outputs with the weights w, (O,)."""
+        return ((w.view(len(self.xx), -1, w.shape[1]) @ self.xx).view(w.shape) * w).sum(1)
 
     def unexplained(self, w: Tensor, targets: Targets) -> Tensor:
-        """The variance of the residual, targets less the outputs with the weights w, (O,)."""
-        return targets.variance - 2 * (w * targets.cross).sum(1) + self.variance(w)
+        """The sum of squared deviations of the residual, targets less the outputs with the weights w, (O,)."""
+        return targets.squares - 2 * (w * targets.cross).sum(1) + self.squares(w)
 
     def bias(self, w: Tensor, targets: Targets) -> Tensor:
         """The bias with which the outputs have the mean of the targets, (O,)."""

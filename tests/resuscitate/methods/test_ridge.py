@@ -1,6 +1,7 @@
 """How strong the ridge of a refit is follows from cross-validation over the images, layer by layer."""
 
 import copy
+from functools import reduce
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import resuscitate
-from asr_kernels import Window, patch_moments
+from asr_kernels import PatchMoments, Window, patch_moments
 from resuscitate.data.batches import Batches
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.statistics.fitting import RIDGE, RIDGES, choose_ridge, fit
@@ -49,20 +50,24 @@ def left_unexplained(parts, present, support, ridge):
     return total
 
 
+def chosen(moments, present, support):
+    return choose_ridge(moments, reduce(PatchMoments.merge, moments.values()), present, support, Ranks())
+
+
 @pytest.mark.parametrize("samples", [24, 48, 200])
 def test_the_ridge_is_the_first_whose_successor_predicts_no_better(samples):
     parts, moments, present, support, _ = regression(samples)
     errors = [left_unexplained(parts, present, support, ridge) for ridge in RIDGES]
     rises = [index for index in range(len(RIDGES) - 1) if errors[index + 1] >= errors[index]]
-    assert choose_ridge(moments, present, support, Ranks()) == RIDGES[min(rises, default=len(RIDGES) - 1)]
+    assert chosen(moments, present, support) == RIDGES[min(rises, default=len(RIDGES) - 1)]
 
 
 def test_samples_in_plenty_take_the_weakest_ridge_and_few_a_stronger_one():
-    chosen = []
+    found = []
     for samples, noise in ((40000, 0.1), (40, 1.0)):
         _, moments, present, support, _ = regression(samples, noise=noise)
-        chosen.append(choose_ridge(moments, present, support, Ranks()))
-    assert chosen[0] == RIDGES[0] < chosen[1]
+        found.append(chosen(moments, present, support))
+    assert found[0] == RIDGES[0] < found[1]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -74,13 +79,13 @@ def test_where_there_are_as_many_inputs_as_samples_it_predicts_far_better(seed):
         found = fit(pooled, present, support, ridge=ridge, most=1.0)
         return float((x @ found.weight.mT + found.bias - y).square().mean())
 
-    assert error(choose_ridge(moments, present, support, Ranks())) < 0.7 * error(RIDGE)
+    assert error(chosen(moments, present, support)) < 0.7 * error(RIDGE)
 
 
 def test_one_part_or_a_layer_without_weights_has_no_say():
     _, moments, present, support, _ = regression(40)
-    assert choose_ridge({2: moments[2]}, present, support, Ranks()) == RIDGE
-    assert choose_ridge(moments, present * 0, support & False, Ranks()) in RIDGES
+    assert chosen({2: moments[2]}, present, support) == RIDGE
+    assert chosen(moments, present * 0, support & False) in RIDGES
 
 
 def ridges(report):
