@@ -119,6 +119,20 @@ def test_any_split_into_batches_and_chunks_gives_the_same(name, cuts, budget):
     assert_near(reduce(PatchMoments.merge, parts), reference(x, y, found))
 
 
+@pytest.mark.parametrize("name", ["3x3", "grouped", "linear"])
+def test_without_some_patches_are_the_others(name):
+    x, y, found = case(name, count=7, offset=3.0)
+    first, rest = (patch_moments(x[part], y[part], found) for part in (slice(3), slice(3, None)))
+    assert_near(first.merge(rest).without(rest), first, tolerance=1e-9)
+    nothing = rest.without(rest)
+    assert nothing.count == 0
+    assert not nothing.xx.any()
+    assert not nothing.xy.any()
+    assert not nothing.yy.any()
+    assert first.merge(nothing) is first
+    assert first.without(nothing) is first
+
+
 def test_a_nan_reaches_the_result():
     x, y, found = case("3x3")
     x[0, 0, 0, 0] = torch.nan
