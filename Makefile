@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 OUTSIDE := $(VENV)/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-walk bench-memory docs lint format clean
+.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -65,8 +65,11 @@ bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)
 	@PYTHONPATH=.:python $(PYTHON) benchmarks/speed/gpu.py $(ARGS)
 
-bench-repair: $(READY) ## the whole repair against bare forward passes and peers; about half an hour
+bench-repair: $(READY) $(if $(ARGS),,bench-large) ## the whole repair against bare forward passes and peers; an hour
 	@$(BIN)/python benchmarks/speed/repair.py $(ARGS)
+
+bench-large: $(OUTSIDE)/.ready ## refits of networks of ImageNet's size against bare forward passes; half an hour
+	@PYTHONPATH=$(OUTSIDE) $(BIN)/python benchmarks/speed/large.py $(ARGS)
 
 bench-walk: $(READY) ## networks without a graph, passes beside one another, page faults; ten minutes
 	@$(BIN)/python benchmarks/speed/walk.py $(ARGS)
