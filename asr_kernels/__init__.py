@@ -8,12 +8,14 @@ from .backends import use_backend
 from .moments import ChannelMoments, PairedMoments, channel_moments, paired_moments
 from .ops import affine_, repair_, repair_factors
 from .patches import CrossProducts, PatchMoments, Window, cross_products, patch_moments
+from .rows import RowMoments, row_moments
 
 __all__ = [
     "ChannelMoments",
     "CrossProducts",
     "PairedMoments",
     "PatchMoments",
+    "RowMoments",
     "Window",
     "affine_",
     "channel_moments",
@@ -22,5 +24,6 @@ __all__ = [
     "patch_moments",
     "repair_",
     "repair_factors",
+    "row_moments",
     "use_backend",
 ]

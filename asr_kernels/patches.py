@@ -87,6 +87,18 @@ class PatchMoments:
             self.yy + other.yy + dy.square() * weight,
         )
 
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonals of `xx`, (G, K)."""
+        return self.xx.diagonal(dim1=1, dim2=2)
+
+    def of_channels(self, groups: Tensor, rows: Tensor) -> PatchMoments:
+        """The moments of some groups (S, 1) with some of their outputs alone, rows (S, R)."""
+        one = groups[:, 0]
+        xx = self.xx if len(one) == len(self.xx) else self.xx[one]
+        y, xy, yy = self.target[groups, rows], self.xy.mT[groups, rows].mT, self.yy[groups, rows]
+        return PatchMoments(self.count, self.mean[one], y, xx, xy, yy)
+
     def without(self, other: PatchMoments) -> PatchMoments:
         """The inverse of `merge`: moments of these patches without the others, which must be some of them."""
         if not other.count:

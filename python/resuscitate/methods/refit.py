@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -17,7 +17,8 @@ from ..runtime.distributed import Ranks
 from ..runtime.options import check_choice
 from ..statistics.fitting import choose_ridge, fit, fit_with_means
 from ..statistics.outputs import OutputMoments
-from ..statistics.patches import PatchCovariances, input_blocks, merge_input_blocks, split_input_blocks
+from ..statistics.patches import WIDEST, PatchCovariances, input_blocks, merge_input_blocks, split_input_blocks
+from ..statistics.second_moments import Moments, merged
 from .base import DenseAccess, Method, Recalibration, Schedule, check_number, register
 from .gains import ChannelWise
 
@@ -64,20 +65,26 @@ class Refit(Method):
         folds = 1 if self.ridge is not None else 2 if large else 4
         if count > 1:
             return Probe(PatchCovariances, pruned="input", dense="input", folds=folds)
-        return Probe(PatchCovariances, pruned="input", replay=self.relu_aware, folds=folds)
+        replay = self.relu_aware and layer.in_use[0].numel() <= WIDEST
+        return Probe(PatchCovariances, pruned="input", replay=replay, folds=folds)
 
     def solve(self, layer: Layer, found: PatchCovariances | OutputMoments) -> Weights | Gain:
         if isinstance(found, OutputMoments):
             return ChannelWise().solve(layer, found)
         weight, count, means = layer.weight, input_blocks(layer.module), None
         rows, support = (split_input_blocks(each, count).flatten(1) for each in (weight, layer.in_use))
-        moments = reduce(PatchMoments.merge, found.folds.values())
+        moments = merged(found.folds.values())
         ridge = choose_ridge(found.folds, moments, rows, support, layer.ranks) if self.ridge is None else self.ridge
         found.folds.clear()  # they are large
         replay = None if found.replay is None else partial(_replay, layer.ranks, weight, moments, found.replay)
         options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
         notes = [f"{count} blocks of inputs"] if count > 1 else []
-        if self.means is not None and count == 1 and can_have_means(layer.module) and not support.all():
+        if (
+            self.means is not None
+            and isinstance(moments, PatchMoments)
+            and can_have_means(layer.module)
+            and not support.all()
+        ):
             fitted, means = fit_with_means(moments, rows, support, weight.shape, self.means, **options)
             notes.append(f"{means.numel():,} means")
         else:
@@ -87,7 +94,7 @@ class Refit(Method):
         return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": fitted.ridge, **shares})
 
 
-def _replay(ranks: Ranks, weight: Tensor, moments: PatchMoments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
+def _replay(ranks: Ranks, weight: Tensor, moments: Moments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:
     """The walk's `replay` for the weights w (O, K) of `fit`, in the shape and dtype of `weight`; summed over ranks."""
     products = replay(w.view(weight.shape).to(weight.dtype), bias.to(weight.dtype), moments)
     return CrossProducts(*(ranks.add(part) for part in (products.xy, products.y, products.yy)))

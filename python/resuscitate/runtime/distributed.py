@@ -151,7 +151,7 @@ def _packed(value: Any) -> Tensor:
 
 
 def _unpacked(content: Tensor, device: torch.device | None = None) -> Any:
-    with torch.serialization.safe_globals([ak.ChannelMoments, ak.PairedMoments, ak.PatchMoments]):
+    with torch.serialization.safe_globals([ak.ChannelMoments, ak.PairedMoments, ak.PatchMoments, ak.RowMoments]):
         return torch.load(io.BytesIO(content.numpy().tobytes()), map_location=device, weights_only=True)
 
 

@@ -7,12 +7,16 @@ each row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from asr_kernels.precision import full_precision
+
+from .second_moments import Matrices, Rows
 
 # the most steps between two residuals in float64, with a look at the residual after each few steps and without one
 STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (60, 30), 4
@@ -22,11 +26,13 @@ STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (60, 30), 4
 class RidgeSystems:
     """(xx + rho I) w = right on the support of each row, for G groups of R rows of K values.
 
-    xx (G, K, K), rho (G, R, 1), float64; single (G, K, K): xx in float32; support (G, R, K).
+    xx: the second moments, and which of their groups; their diagonal, of all groups, and rho (G, R, 1), float64;
+    support (G, R, K).
     """
 
-    xx: Tensor
-    single: Tensor
+    xx: Matrices | Rows
+    groups: slice
+    diagonal: Tensor
     rho: Tensor
     support: Tensor
 
@@ -37,13 +43,14 @@ class RidgeSystems:
         value, estimated by the residual r' D^-1 r, D the diagonal of xx + rho I. Also returns the number of rows that
         did not reach it, a tensor. look: end as soon as all have; otherwise take a fixed number of steps.
         """
-        inside, diagonal = self.support.double(), self.xx.diagonal(dim1=1, dim2=2)[:, None] + self.rho
+        inside, diagonal = self.support.double(), self.diagonal[self.groups, None] + self.rho
         inverse = torch.where(diagonal > 0, inside / diagonal, 0.0)
-        single = (self.single, self.rho.float(), inside.float(), inverse.float(), allowed.float())
+        times = partial(self.xx.times, groups=self.groups)
+        single = (times, self.rho.float(), inside.float(), inverse.float(), allowed.float())
         w = start * inside
 
         def missed() -> tuple[Tensor, Tensor]:
-            residual = (right - w @ self.xx - self.rho * w) * inside
+            residual = (right - self.xx.times(w, self.groups) - self.rho * w) * inside
             return residual, (~((residual.square() * inverse).sum(2) <= allowed)).sum()
 
         residual, count = missed()
@@ -57,7 +64,14 @@ class RidgeSystems:
 
 
 def _descend(
-    xx: Tensor, rho: Tensor, inside: Tensor, inverse: Tensor, allowed: Tensor, residual: Tensor, steps: int, look: bool
+    times: Callable[[Tensor], Tensor],
+    rho: Tensor,
+    inside: Tensor,
+    inverse: Tensor,
+    allowed: Tensor,
+    residual: Tensor,
+    steps: int,
+    look: bool,
 ) -> Tensor:
     """The change of w that takes this residual to the allowed one, or near it."""
     w, direction = torch.zeros_like(residual), inverse * residual
@@ -65,7 +79,7 @@ def _descend(
     for step in range(steps):
         if look and step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
             break
-        product = torch.baddbmm(rho * direction, direction, xx) * inside
+        product = torch.addcmul(times(direction), rho, direction) * inside
         curvature = (direction * product).sum(2)
         length = torch.where(curvature > 0, energy / curvature, 0.0)[..., None]
         w.addcmul_(length, direction)

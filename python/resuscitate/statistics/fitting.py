@@ -14,6 +14,7 @@ from asr_kernels import CrossProducts, PatchMoments
 
 from ..runtime.distributed import Ranks
 from .least_squares import LEAST_RIDGE, Problem
+from .second_moments import Moments
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
@@ -40,7 +41,7 @@ class Fit:
 
 
 def fit(
-    moments: PatchMoments,
+    moments: Moments,
     weight: Tensor,
     support: Tensor,
     *,
@@ -99,7 +100,7 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
 
 
 def choose_ridge(
-    folds: Mapping[int, PatchMoments], merged: PatchMoments, weight: Tensor, support: Tensor, ranks: Ranks
+    folds: Mapping[int, Moments], merged: Moments, weight: Tensor, support: Tensor, ranks: Ranks
 ) -> Tensor | float:
     """The ridge with the least cross-validation error over folds of the images.
 
@@ -117,35 +118,33 @@ def choose_ridge(
         return RIDGE
     covariance = varies = total = torch.zeros((), dtype=torch.float64)
     for fold in folds.values():  # one at a time: second moments are large
-        seen, left_out = (_judges(moments, weight, support, ranks) for moments in (merged.without(fold), fold))
+        others = merged.without(fold)  # type: ignore[arg-type]
+        seen, left_out = (_judges(moments, weight, support, ranks) for moments in (others, fold))
         w, wanted = seen.solve(seen.own_targets(), excess=JUDGED_EXCESS), left_out.own_targets()
         covariance = covariance + (w * wanted.cross).sum(1)
         varies = varies + left_out.squares(w)
         total = total + wanted.squares
     explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
-    errors = (total - explained).view(len(merged.xx[:JUDGES]), len(RIDGES), -1).sum((0, 2))
+    errors = (total - explained).view(min(len(merged.mean), JUDGES), len(RIDGES), -1).sum((0, 2))
     unexplained = ranks.gather(errors)[0]  # rank 0's on all ranks, whose machines may round differently
     last = torch.cat([~(unexplained[1:] < unexplained[:-1]), torch.ones_like(unexplained[:1], dtype=torch.bool)])
     return torch.tensor(RIDGES, dtype=torch.float64, device=weight.device)[last.int().argmax()]
 
 
-def _judges(moments: PatchMoments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
+def _judges(moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
     """The problem of `JUDGES` channels with each of the `RIDGES`, in as many groups; channels with weights first.
 
     The rows run over groups, then ridges, then channels.
     """
-    G = len(moments.xx)
+    G = len(moments.mean)
     by_group = [each.view(G, -1, each.shape[1]) for each in (weight, support)]
     groups = torch.linspace(0, G - 1, min(G, JUDGES), device=weight.device).round().long()[:, None]
     kept = by_group[1].any(2).to(torch.int8)[groups[:, 0]]
     rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
     ridges = torch.tensor([ridge for _ in groups for ridge in RIDGES for _ in rows[0]], dtype=torch.float64)
-    rows, one = rows.repeat(1, len(RIDGES)), groups[:, 0]
-    y, yy, xy = moments.target[groups, rows], moments.yy[groups, rows], moments.xy.mT[groups, rows].mT
-    xx = moments.xx if len(one) == G else moments.xx[one]
-    some = PatchMoments(moments.count, moments.mean[one], y, xx, xy, yy)
+    rows = rows.repeat(1, len(RIDGES))
     weight, support = (each[groups, rows].flatten(0, 1) for each in by_group)
-    return Problem(some, weight, support, ridges, ranks)
+    return Problem(moments.of_channels(groups, rows), weight, support, ridges, ranks)
 
 
 def fit_with_means(
@@ -180,7 +179,7 @@ def fit_with_means(
     return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 
 
-def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: float) -> tuple[Tensor, float | None]:
+def single_weight_error_reduction(moments: Moments, weight: Tensor, ridge: float) -> tuple[Tensor, float | None]:
     """By how much each weight, if it alone is set to its best value, reduces the squared error; and the error itself.
 
     weight: (O, K). Returns float64 (O, K), as parts of the targets' variance summed over channels,
@@ -192,11 +191,11 @@ def single_weight_error_reduction(moments: PatchMoments, weight: Tensor, ridge: 
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()
-    total, varies, xx = targets.squares.sum(), problem.present_squares, problem.xx
+    total, varies = targets.squares.sum(), problem.present_squares
     if not total:
         return torch.zeros_like(problem.present), None
-    slope = targets.cross - (problem.present.view(len(xx), -1, weight.shape[1]) @ xx).view(weight.shape)
-    curvature = xx.diagonal(dim1=1, dim2=2)[problem.group] + problem.rho[:, None]
+    slope = targets.cross - problem.times(problem.present)
+    curvature = problem.diagonal[problem.group] + problem.rho[:, None]
     drop = torch.where(curvature > 0, slope.square() / curvature, 0.0)
     kept = torch.where(varies > 0, (problem.present * targets.cross).sum(1).square() / varies, 0.0)
     return drop / total, float(1 - kept.sum() / total)

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asr_kernels import PatchMoments
+from asr_kernels import PatchMoments, RowMoments
 
 from ..runtime.distributed import Ranks
 from .conjugate_gradients import RidgeSystems
+from .second_moments import Matrices, Rows
 
 # Conjugate gradients: up to this excess of the squared residuals over their least sum, as a part of the targets' sum of
 # squares; with this ridge or more, which bounds the number of steps. On a CPU: for layers with this many weights per
 # channel or more, and supports of this density or more, where the steps take less time than factors; ROWS channels at a
 # time, so that the solution does not depend on the number of ranks. On a GPU: for all layers, all groups at a time.
-EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS, ROWS_ON_GPU = 1e-7, 1e-3, 256, 0.14, 64, 1024
+EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS, MOST_ROWS = 1e-7, 1e-3, 256, 0.14, 64, 1024
 KEPT_BYTES = 256 << 20  # the most memory for factors that are kept
 
 
@@ -35,14 +36,14 @@ class Targets:
 class Problem:
     """The least-squares problem of one layer: moments of its inputs, present weights, support and ridge strength.
 
-    With G groups, O output channels and K weights per channel: weight, present and support (O, K); xx (G, K, K), sums
-    of products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of xx. ridge: a number or (O,).
+    With G groups, O output channels and K weights per channel: weight, present and support (O, K); xx: the sums of
+    products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of xx. ridge: a number or (O,).
     direct: factor every matrix. missed: how many channels conjugate gradients did not solve for to `EXCESS` so far.
     """
 
     def __init__(
         self,
-        moments: PatchMoments,
+        moments: PatchMoments | RowMoments,
         weight: Tensor,
         support: Tensor,
         ridge: float | Tensor,
@@ -50,11 +51,12 @@ class Problem:
         direct: bool = False,
     ) -> None:
         self.moments, self.support, self.ranks, self.direct = moments, support, ranks, direct
-        self.xx, self.present, channels = moments.xx, weight.double() * support, len(weight)
-        self.group = torch.arange(channels, device=weight.device) // (channels // len(self.xx))
-        diagonal = self.xx.diagonal(dim1=1, dim2=2)
-        self.ridge = torch.as_tensor(ridge, dtype=self.xx.dtype, device=weight.device).expand(channels)
-        self.rho, self.varies = diagonal.mean(1)[self.group] * self.ridge, (diagonal != 0).any(1)
+        self.xx: Matrices | Rows = Rows(moments) if isinstance(moments, RowMoments) else Matrices(moments.xx)
+        self.present, channels, groups = weight.double() * support, len(weight), self.xx.groups
+        self.group = torch.arange(channels, device=weight.device) // (channels // groups)
+        self.diagonal = moments.diagonal
+        self.ridge = torch.as_tensor(ridge, dtype=torch.float64, device=weight.device).expand(channels)
+        self.rho, self.varies = self.diagonal.mean(1)[self.group] * self.ridge, (self.diagonal != 0).any(1)
         self.missed = torch.zeros((), dtype=torch.int64, device=weight.device)
         self._kept: list[_Factored] = []
 
@@ -84,9 +86,9 @@ class Problem:
         for groups, rows in self._iterative[self.ranks.rank :: self.ranks.size]:
             parts = self.rho[:, None], self.support, right, start, allowed, w
             rho, support, wanted, first, most, found = (
-                each.unflatten(0, (len(self.xx), -1))[groups, rows] for each in parts
+                each.unflatten(0, (self.xx.groups, -1))[groups, rows] for each in parts
             )
-            systems = RidgeSystems(self.xx[groups], self._single[groups], rho, support)
+            systems = RidgeSystems(self.xx, groups, self.diagonal, rho, support)
             found[:], missed = systems.solve(wanted, first, most, self._on_cpu)  # on a GPU a look is a wait
             self.missed = self.missed + missed
         for factored in self._factored():
@@ -98,14 +100,9 @@ class Problem:
         """`squares` of the present weights."""
         return self.squares(self.present)
 
-    @cached_property
-    def _single(self) -> Tensor:
-        """xx in float32."""
-        return self.xx.float()
-
     @property
     def _on_cpu(self) -> bool:
-        return self.xx.device.type == "cpu"
+        return self.present.device.type == "cpu"
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -116,7 +113,7 @@ class Problem:
         """For each group its channels by support and ridge: those of one list share a matrix."""
         supports = [row.tobytes() for row in np.packbits(self.support.cpu().numpy(), axis=1)]
         ridges = self.ridge.tolist()
-        found: list[dict[tuple[bytes, float], list[int]]] = [{} for _ in self.xx]
+        found: list[dict[tuple[bytes, float], list[int]]] = [{} for _ in range(self.xx.groups)]
         for channel, group in enumerate(self.group.tolist()):
             found[group].setdefault((supports[channel], ridges[channel]), []).append(channel)
         return found
@@ -124,13 +121,13 @@ class Problem:
     @cached_property
     def _iterative(self) -> list[tuple[slice, slice]]:
         """The channels to solve for by conjugate gradients at a time: groups, and channels of each."""
-        (channels, values), groups = self.support.shape, len(self.xx)
-        width = channels // groups
-        if self.direct or (self._on_cpu and values < LEAST_VALUES):
+        (channels, values), groups = self.support.shape, self.xx.groups
+        width, by_cost = channels // groups, self._on_cpu and isinstance(self.xx, Matrices)
+        if self.direct or (by_cost and values < LEAST_VALUES):
             return []
-        size = ROWS if self._on_cpu else ROWS_ON_GPU
+        size = ROWS if by_cost else MOST_ROWS
         rows = [slice(at, min(at + size, width)) for at in range(0, width, size)]
-        if not self._on_cpu:
+        if not by_cost:
             return [(slice(0, groups), each) for each in rows]
         least = width * (LEAST_DENSITY * values) ** 2  # squares of sizes, as the time to factor goes
         dense = [sum(self._sizes[same[0]] ** 2 for same in found.values()) > least for found in self._same_matrix]
@@ -148,7 +145,7 @@ class Problem:
     @cached_property
     def _unfactored(self) -> list[list[list[int]]]:
         """The channels to solve for directly: batches of systems, each of the channels that share its matrix."""
-        iterative = {group for groups, _ in self._iterative for group in range(len(self.xx))[groups]}
+        iterative = {group for groups, _ in self._iterative for group in range(self.xx.groups)[groups]}
         systems = [
             each for group, found in enumerate(self._same_matrix) if group not in iterative for each in found.values()
         ]
@@ -159,13 +156,13 @@ class Problem:
 
     def _factor(self, channels: Sequence[Sequence[int]]) -> _Factored:
         """Factor xx + rho I on the supports of these channels; those of one inner list have the same."""
-        rows = torch.tensor(channels, device=self.xx.device)
+        rows = torch.tensor(channels, device=self.present.device)
         first, size = rows[:, 0], max(self._sizes[each[0]] for each in channels)
         support, group = self.support[first], self.group[first]
         # the places of each support, in order, then padding from outside of it
         places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
         inside = support.gather(1, places)
-        matrix = self.xx[group[:, None, None], places[:, :, None], places[:, None, :]]
+        matrix = self.xx.within(group, places)
         matrix *= inside[:, :, None] & inside[:, None, :]
         matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[first, None], 1.0))
         factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -173,9 +170,13 @@ class Problem:
         inverses = {index: torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) for index in indefinite}
         return _Factored(rows, places, inside, factor, inverses)
 
+    def times(self, w: Tensor) -> Tensor:
+        """w xx for weights w (O, K)."""
+        return self.xx.times(w.unflatten(0, (self.xx.groups, -1))).flatten(0, 1)
+
     def squares(self, w: Tensor) -> Tensor:
         """The sum of squared deviations of the outputs with the weights w, (O,)."""
-        return ((w.view(len(self.xx), -1, w.shape[1]) @ self.xx).view(w.shape) * w).sum(1)
+        return (self.times(w) * w).sum(1)
 
     def unexplained(self, w: Tensor, targets: Targets) -> Tensor:
         """The sum of squared deviations of the residual, targets less the outputs with the weights w, (O,)."""

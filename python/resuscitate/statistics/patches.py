@@ -14,6 +14,7 @@ from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
+from .second_moments import Moments, merged
 
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
@@ -35,7 +36,7 @@ class PatchCovariances(Statistic):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self.folds: dict[int, ak.PatchMoments] = {}
+        self.folds: dict[int, Moments] = {}
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         name, layer = self.place.name, self.place.module
@@ -51,10 +52,11 @@ class PatchCovariances(Statistic):
             window = replace(window, groups=count)
         for fold, rows in self.place.folds(batch, len(x)).items():
             read, outputs = (each if rows is None else each[rows.to(each.device)] for each in (x, y))
-            found = ak.patch_moments(read, outputs, window)
-            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.xx.diagonal(dim1=1, dim2=2)))])
+            samples = not window.kernel and read.shape[-1] > WIDEST
+            found = ak.row_moments(read, outputs) if samples else ak.patch_moments(read, outputs, window)
+            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.diagonal))])
             check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
-            self.folds[fold] = self.folds[fold].merge(found) if fold in self.folds else found
+            self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
 
     @property
     def empty(self) -> bool:
@@ -62,9 +64,12 @@ class PatchCovariances(Statistic):
 
 
 def input_blocks(layer: Any) -> int:
-    """The number of blocks of input channels, the least for which no patch of a block has more than `WIDEST` values."""
+    """The number of blocks of input channels, the least for which no patch of a block has more than `WIDEST` values.
+
+    A linear layer has one: its moments are kept as rows.
+    """
     channels, values = layer.weight.shape[1], layer.weight[0].numel()
-    if getattr(layer, "groups", 1) > 1:
+    if getattr(layer, "groups", 1) > 1 or layer.weight.ndim == 2:
         return 1
     return next(n for n in range(1, channels + 1) if channels % n == 0 and (values <= WIDEST * n or n == channels))
 

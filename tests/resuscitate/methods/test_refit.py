@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import resuscitate
 from asr_kernels import Window, patch_moments
 from resuscitate.errors import NonFiniteError
+from resuscitate.methods import refit
 from resuscitate.statistics import patches
 from resuscitate.statistics.fitting import fit
 from resuscitate.statistics.patches import contributions, input_blocks, merge_input_blocks, split_input_blocks
@@ -266,10 +267,24 @@ class TestWideLayers:
 
     def test_a_layer_is_cut_only_where_it_must_be(self, monkeypatch):
         assert input_blocks(nn.Conv2d(512, 512, 3)) == 1
-        assert input_blocks(nn.Linear(25088, 16)) == 4
+        assert input_blocks(nn.Linear(25088, 16)) == 1
         assert input_blocks(nn.Conv2d(64, 64, 3, groups=64)) == 1
         monkeypatch.setattr(patches, "WIDEST", 4)
         assert input_blocks(nn.Conv2d(6, 8, 3)) == 6  # a channel alone has nine
+
+    @pytest.mark.parametrize("ridge", [0.01, None])
+    def test_a_linear_layer_of_many_inputs_has_the_weights_that_its_matrix_gives(self, ridge, monkeypatch):
+        dense, x, found = seeded(lambda: chain(width=24)), images(60), []
+        for widest in (8192, 8):
+            monkeypatch.setattr(patches, "WIDEST", widest)
+            monkeypatch.setattr(refit, "WIDEST", widest)
+            model = pruned_copy(dense)
+            method = resuscitate.Refit(ridge=ridge, relu_aware=False)
+            report = resuscitate.repair(model, dense, x, method=method, include=nn.Linear, batch_size=17)
+            found.append(next(module for module in model.modules() if isinstance(module, nn.Linear)))
+            assert not any("blocks" in row.reason for row in report.layers)
+        torch.testing.assert_close(found[1].weight, found[0].weight, rtol=1e-2, atol=1e-3)
+        assert torch.equal(found[1].weight != 0, found[0].weight != 0)
 
 
 class TestShrinking:
