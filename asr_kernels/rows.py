@@ -26,9 +26,9 @@ class RowMoments:
     scale: Tensor
 
     def merge(self, other: RowMoments | PatchMoments) -> RowMoments | PatchMoments:
-        """Moments of both sets of samples; as matrices where these take less memory."""
-        if not isinstance(other, RowMoments) or len(self.x) + len(other.x) > 2 * self.x.shape[1]:
-            return PatchMoments(self.count, self.mean, self.target, self.xx, self.xy, self.yy).merge(other)  # type: ignore[arg-type]
+        """Moments of both sets of samples; as matrices where products with these take less time."""
+        if not isinstance(other, RowMoments) or 2 * (len(self.x) + len(other.x)) > self.x.shape[1]:
+            return self.matrices().merge(other)  # type: ignore[arg-type]
         count = self.count + other.count
         share = other.count / max(count, 1)
         return self._with(other, count, share, 1.0, self.count * share)
@@ -44,6 +44,10 @@ class RowMoments:
         x, y = (torch.cat([a, b, d.to(a.dtype)]) for a, b, d in ((self.x, other.x, dx), (self.y, other.y, dy)))
         scale = torch.cat([self.scale, sign * other.scale, self.scale.new_full((1,), weight)])
         return RowMoments(count, self.mean + dx * share, self.target + dy * share, x, y, scale)
+
+    def matrices(self) -> PatchMoments:
+        """The same as matrices."""
+        return PatchMoments(self.count, self.mean, self.target, self.xx, self.xy, self.yy)
 
     def of_channels(self, groups: Tensor, rows: Tensor) -> RowMoments:
         """The moments with some of the outputs alone, rows (1, R)."""

@@ -11,7 +11,7 @@ from tests.asr_kernels.test_patches import assert_near
 PARTS = (3, 5, 1, 4)
 
 
-def parts(dtype=torch.float32, inputs=20, offset=2.0):
+def parts(dtype=torch.float32, inputs=60, offset=2.0):
     generator = torch.Generator().manual_seed(0)
     return [
         (
@@ -43,8 +43,8 @@ def test_without_some_rows_are_the_others():
     assert_near(moments(first.merge(others).without(first)), moments(others), tolerance=1e-6)
 
 
-def test_rows_that_take_more_memory_than_the_matrix_become_the_matrix():
-    batches = parts(inputs=6)
+def test_more_rows_than_half_of_the_inputs_become_the_matrix():
+    batches = parts(inputs=52)
     found = reduce(lambda one, other: one.merge(other), [row_moments(*batch) for batch in batches])
     assert isinstance(found, PatchMoments)
     x, y = (torch.cat(each).double() for each in zip(*batches, strict=True))

@@ -79,12 +79,8 @@ class Refit(Method):
         replay = None if found.replay is None else partial(_replay, layer.ranks, weight, moments, found.replay)
         options: dict[str, Any] = {"ridge": ridge, "replay": replay, "ranks": layer.ranks}
         notes = [f"{count} blocks of inputs"] if count > 1 else []
-        if (
-            self.means is not None
-            and isinstance(moments, PatchMoments)
-            and can_have_means(layer.module)
-            and not support.all()
-        ):
+        if self.means is not None and count == 1 and can_have_means(layer.module) and not support.all():
+            moments = moments if isinstance(moments, PatchMoments) else moments.matrices()
             fitted, means = fit_with_means(moments, rows, support, weight.shape, self.means, **options)
             notes.append(f"{means.numel():,} means")
         else:

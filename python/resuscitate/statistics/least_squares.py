@@ -90,7 +90,8 @@ class Problem:
             )
             systems = RidgeSystems(self.xx, groups, self.diagonal, rho, support)
             found[:], missed = systems.solve(wanted, first, most, self._on_cpu)  # on a GPU a look is a wait
-            self.missed = self.missed + missed
+            if isinstance(self.xx, Matrices):  # factors of a matrix from few samples would take too long
+                self.missed = self.missed + missed
         for factored in self._factored():
             factored.solve(right, w)
         return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
@@ -123,9 +124,9 @@ class Problem:
         """The channels to solve for by conjugate gradients at a time: groups, and channels of each."""
         (channels, values), groups = self.support.shape, self.xx.groups
         width, by_cost = channels // groups, self._on_cpu and isinstance(self.xx, Matrices)
-        if self.direct or (by_cost and values < LEAST_VALUES):
+        if isinstance(self.xx, Matrices) and (self.direct or (by_cost and values < LEAST_VALUES)):
             return []
-        size = ROWS if by_cost else MOST_ROWS
+        size = ROWS if self._on_cpu else MOST_ROWS
         rows = [slice(at, min(at + size, width)) for at in range(0, width, size)]
         if not by_cost:
             return [(slice(0, groups), each) for each in rows]
@@ -146,6 +147,8 @@ class Problem:
     def _unfactored(self) -> list[list[list[int]]]:
         """The channels to solve for directly: batches of systems, each of the channels that share its matrix."""
         iterative = {group for groups, _ in self._iterative for group in range(self.xx.groups)[groups]}
+        if len(iterative) == self.xx.groups:
+            return []
         systems = [
             each for group, found in enumerate(self._same_matrix) if group not in iterative for each in found.values()
         ]

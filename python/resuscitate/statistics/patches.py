@@ -18,6 +18,7 @@ from .second_moments import Moments, merged
 
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
+FEWEST = 1024  # inputs of a linear layer whose samples are kept, not their second moments, where there are few
 
 
 class PatchCovariances(Statistic):
@@ -52,7 +53,8 @@ class PatchCovariances(Statistic):
             window = replace(window, groups=count)
         for fold, rows in self.place.folds(batch, len(x)).items():
             read, outputs = (each if rows is None else each[rows.to(each.device)] for each in (x, y))
-            samples = not window.kernel and read.shape[-1] > WIDEST
+            inputs = read.shape[-1]
+            samples = not window.kernel and inputs >= FEWEST and 2 * read.numel() <= inputs**2
             found = ak.row_moments(read, outputs) if samples else ak.patch_moments(read, outputs, window)
             check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.diagonal))])
             check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
@@ -66,7 +68,7 @@ class PatchCovariances(Statistic):
 def input_blocks(layer: Any) -> int:
     """The number of blocks of input channels, the least for which no patch of a block has more than `WIDEST` values.
 
-    A linear layer has one: its moments are kept as rows.
+    A linear layer has one: where there are fewer samples than inputs, these are kept.
     """
     channels, values = layer.weight.shape[1], layer.weight[0].numel()
     if getattr(layer, "groups", 1) > 1 or layer.weight.ndim == 2:

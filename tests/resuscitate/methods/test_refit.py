@@ -13,7 +13,6 @@ from torch.nn.utils import prune
 import resuscitate
 from asr_kernels import Window, patch_moments
 from resuscitate.errors import NonFiniteError
-from resuscitate.methods import refit
 from resuscitate.statistics import patches
 from resuscitate.statistics.fitting import fit
 from resuscitate.statistics.patches import contributions, input_blocks, merge_input_blocks, split_input_blocks
@@ -274,12 +273,11 @@ class TestWideLayers:
 
     @pytest.mark.parametrize("ridge", [0.01, None])
     def test_a_linear_layer_of_many_inputs_has_the_weights_that_its_matrix_gives(self, ridge, monkeypatch):
-        dense, x, found = seeded(lambda: chain(width=24)), images(60), []
-        for widest in (8192, 8):
-            monkeypatch.setattr(patches, "WIDEST", widest)
-            monkeypatch.setattr(refit, "WIDEST", widest)
+        dense, x, found = seeded(lambda: chain(width=130)), images(60), []
+        for fewest in (1024, 8):
+            monkeypatch.setattr(patches, "FEWEST", fewest)
             model = pruned_copy(dense)
-            method = resuscitate.Refit(ridge=ridge, relu_aware=False)
+            method = resuscitate.Refit(ridge=ridge)
             report = resuscitate.repair(model, dense, x, method=method, include=nn.Linear, batch_size=17)
             found.append(next(module for module in model.modules() if isinstance(module, nn.Linear)))
             assert not any("blocks" in row.reason for row in report.layers)
