@@ -133,14 +133,14 @@ class TestInTheProcess:
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
-        """What SIGINT does, at thirty points of a repair: the model is as it was, or wholly repaired."""
+        """What SIGINT does, at twenty points of a repair: the model is as it was, or wholly repaired."""
         dense = seeded(chain)
         model = pruned_copy(dense)
         before, repaired = state(model), copy.deepcopy(model)
         repair(copy.deepcopy(model), dense, images(), **options)  # the first time has one look more at the images
         total = traced(partial(repair, repaired, dense, images(), **options), None)
         after = state(repaired)
-        for at in range(1, total, max(1, total // 30)):
+        for at in range(1, total, max(1, total // 20)):
             report = None
             with contextlib.suppress(KeyboardInterrupt):
                 traced(partial(repair, model, dense, images(), **options), at)
@@ -234,9 +234,9 @@ def test_a_hundred_repairs_in_one_process_leave_memory_flat():
 
         dense, x = seeded(lambda: chain(width=24)), images(24)
         model = pruned_copy(dense)
-        options = [{}, {"memory": "100KiB"}, {"method": "bn"}, {"method": "asr", "recalibrate": "exact"}]
-        suspended = {"forward_fn": lambda model, batch: model(batch), "batch_size": 8}
-        options += [suspended, {"memory": "100KiB", **suspended}]
+        budget, suspended = {"memory": "100KiB"}, {"forward_fn": lambda model, batch: model(batch), "batch_size": 8}
+        options = [{}, {"method": "bn"}, {"method": "asr", **budget}, {"method": "asr", "recalibrate": "exact"}]
+        options += [{"method": "asr", **suspended}, {**budget, **suspended}]
         for turn in range(100):
             report = resuscitate.repair(model, dense, x, **options[turn % 6], progress=False)
             report.undo()
