@@ -73,7 +73,7 @@ def device() -> torch.device:
     """The device. A test that asks for it is skipped where PyTorch takes none, and where a GPU is the accelerator."""
     if not _libraries:
         if torch.cuda.is_available() or not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-            pytest.skip("PyTorch has one accelerator, and takes one that is written in Python from 2.10 on")
+            pytest.skip("this PyTorch has another accelerator, or takes none that is written in Python")
         backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), _Hooks())
         _libraries.extend(torch.library.Library(name, "IMPL") for name in ("_", "aten"))
         _libraries[0].fallback(_run, "PrivateUse1")

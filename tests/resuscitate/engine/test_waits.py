@@ -20,7 +20,7 @@ from tests.user import same
 
 A_LAYER = 2  # are the moments finite; the row of the report, with whether the new weights fit
 SETUP = 12  # of a whole repair: what is compared before and after it
-# files whose waits are not counted yet, except those of a replay that they ask for
+# the waits of these files are not counted yet, except within a replay that they ask for; () counts them too
 SOLVER = ("statistics/fitting.py", "statistics/least_squares.py", "statistics/conjugate_gradients.py")
 REPLAY = "engine/relu_targets.py"
 
