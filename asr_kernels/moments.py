@@ -57,7 +57,8 @@ class ChannelMoments(Moments):
         if len(parts) == 1 or not count:
             return parts[0]
         parts = [part.to(parts[0].mean.device) for part in parts]
-        share = torch.tensor([part.count / count for part in parts], dtype=torch.float64, device=parts[0].mean.device)
+        shares = torch.tensor([part.count / count for part in parts], dtype=torch.float64, device="cpu")
+        share = shares.to(parts[0].mean.device, non_blocking=True)
         # differences from the first mean: if all values are one constant, the pooled mean equals it to the bit
         steps = torch.stack([part.mean for part in parts]) - parts[0].mean
         step = share @ steps

@@ -43,27 +43,23 @@ class TestAllOrNothing:
 
     @pytest.mark.parametrize("build", [chain, Residual, Shared], ids=lambda b: b.__name__)
     @pytest.mark.parametrize(
-        ("options", "function"),
-        [
-            ({"method": "asr"}, "write_gain"),
-            ({"method": "asr", "recalibrate": "exact"}, "write_gain"),
-            ({"method": "refit"}, "write_weights"),
-        ],
+        "options",
+        [{"method": "asr"}, {"method": "asr", "recalibrate": "exact"}, {"method": "refit"}],
         ids=["gains", "gains and BatchNorm", "refit"],
     )
-    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, options, function, monkeypatch):
+    def test_a_failure_at_the_last_layer_takes_back_what_was_written(self, build, options, monkeypatch):
         dense = seeded(build)
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
         written = []
-        write = vars(writer)[function]
+        write = writer.write_change
 
         def fail_at_the_second(*args):
             if written:
                 raise RuntimeError("out of memory")
             written.append(write(*args))
 
-        monkeypatch.setattr(writer, function, fail_at_the_second)
+        monkeypatch.setattr(writer, "write_change", fail_at_the_second)
         with pytest.raises(RuntimeError, match="out of memory"):
             resuscitate.repair(model, dense, images(), **options)
         assert written
@@ -74,12 +70,17 @@ class TestAllOrNothing:
         model = pruned_copy(dense)
         before = copy.deepcopy(model)
 
-        def interrupted(*_):
-            raise KeyboardInterrupt
+        written, write = [], writer.write_change
 
-        monkeypatch.setattr(writer, "write_statistics", interrupted)
+        def interrupted(change, flags):
+            if isinstance(change.module, nn.BatchNorm2d):
+                raise KeyboardInterrupt
+            written.append(write(change, flags))
+
+        monkeypatch.setattr(writer, "write_change", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resuscitate.repair(model, dense, images(), recalibrate="exact")
+        assert written
         assert same(model, before)
 
     @pytest.mark.parametrize("build", [chain, Residual, Shared, Zoo], ids=lambda b: b.__name__)

@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import LayerError, called
 from ..network.comparison import output_tensors, plain_copy, relative_difference
 from ..network.layer_checks import CONVOLUTIONS
-from ..network.updates import Gain, write_gain
+from ..network.updates import Gain, change_of, write_change
 from ..network.wiring import observe, trace, wiring_of
 from ..reports.base import Report
+from ..utils.readout import read_numbers
 
 log = logging.getLogger("resuscitate")
 FOLDABLE_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -107,4 +108,5 @@ def _fold(name: str, layer: nn.Module, batchnorm: _BatchNorm) -> None:
     mean, var = (batchnorm.get_buffer(each).double() for each in ("running_mean", "running_var"))
     gain = torch.rsqrt(var + batchnorm.eps) * (batchnorm.weight.double() if batchnorm.affine else 1)
     shift = (batchnorm.bias.double() if batchnorm.affine else 0) - gain * mean
-    write_gain(name, layer, Gain(gain, shift), None)
+    change = change_of(name, layer, Gain(gain, shift))
+    write_change(change, read_numbers(change.flags))

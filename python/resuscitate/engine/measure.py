@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..network.runner import Network, check_finite, moments_at
+from ..network.runner import Network, all_finite, check_finite, moments_at
 from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
 from ..statistics.base import merge_calls
 from ..statistics.outputs import Calls
@@ -71,9 +71,10 @@ def measure(
                 torch.set_rng_state(drawn)
                 most = 1
                 found_in = _run(net, some, alone)
-            for index, _ in some:
-                _check(index, found_in[index])
-                for name, calls in found_in[index].items():
+            in_order = {index: found_in[index] for index, _ in some}
+            _check(in_order)
+            for found_here in in_order.values():
+                for name, calls in found_here.items():
                     found[name] = merge_calls(found[name], calls)
     return found
 
@@ -95,12 +96,21 @@ def _run(
     return found
 
 
-def _check(index: int, found: dict[str, Calls]) -> None:
-    """Raise NonFiniteError for the first module with non-finite moments; one wait for a GPU where all are finite."""
-    seen = [t for calls in found.values() for moments in calls for t in (moments.mean, moments.m2)]
-    if seen and not torch.cat(seen).isfinite().all():
-        for name, calls in found.items():
-            check_finite(name, [(index, moments) for moments in calls])
+def _check(found: dict[int, dict[str, Calls]]) -> None:
+    """Raise NonFiniteError for the first batch and its first module with non-finite moments.
+
+    One wait for a GPU where all are finite.
+    """
+    seen = [
+        (name, index, x)
+        for index, found_here in found.items()
+        for name, calls in found_here.items()
+        for moments in calls
+        for x in (moments.mean, moments.m2)
+    ]
+    if not all_finite(x for _, _, x in seen):
+        for name, index, x in seen:
+            check_finite(name, [(index, x)])
 
 
 def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str]) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from asr_kernels import CrossProducts, PatchMoments, cross_products
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import Network
 from ..network.wiring import ReluConsumer
+from ..utils.readout import read_numbers
 from .deferred import gain_and_shift, is_mergeable
 
 FURTHEST = 4.0  # standard deviations of a channel: the bound on a target that the ReLU sets to zero, from the mean
@@ -36,11 +37,20 @@ def usable(consumers: Mapping[str, ReluConsumer], name: str, net: Network) -> bo
     return consumer is not None and (consumer.batchnorm is None or is_mergeable(net.modules[consumer.batchnorm]))
 
 
+def rising(net: Network, consumers: Mapping[str, ReluConsumer]) -> dict[str, bool]:
+    """By layer: has its BatchNorm no channel with a negative or zero weight? One wait for all layers."""
+    batchnorms = {name: net.modules[each.batchnorm] for name, each in consumers.items() if each.batchnorm is not None}
+    weights = {name: batchnorm._parameters["weight"] for name, batchnorm in batchnorms.items()}
+    signs = read_numbers({name: (weight > 0).all() for name, weight in weights.items() if weight is not None})
+    return {name: bool(signs.get(name, True)) for name in consumers}
+
+
 def relu_equivalent_products(
     net: Network,
     dense: Network,
     name: str,
     consumers: Sequence[ReluConsumer],
+    rises: bool,
     seen: Callable[[], Iterable[Seen]],
     weight: Tensor,
     bias: Tensor,
@@ -48,15 +58,17 @@ def relu_equivalent_products(
 ) -> CrossProducts:
     """The cross products of a layer's inputs with the ReLU-equivalent targets that are nearest to its outputs.
 
-    weight, bias: those that make the outputs, in the layer's shape and (O,); `consumers` are those of the layer in the
-    pruned and in the dense network. About the means of `patches`, the moments of the same inputs and the dense outputs.
+    weight, bias: those that make the outputs, in the layer's shape and (O,). `consumers`: those of the layer in the
+    pruned and in the dense network; `rises`: the layer's value in `rising`. About the means of `patches`, the moments
+    of the same inputs and the dense outputs.
     """
     layer = net.modules[name]
     mean = patches.target.view(-1)
     reach = FURTHEST * (patches.yy.view(-1) / patches.count).sqrt()
     vectors = *_affine(net, consumers[0], mean), *_affine(dense, consumers[1], mean), mean - reach, mean + reach
     dtype = torch.float64 if net.dtype == torch.float64 else torch.float32
-    targets = ReluEquivalentTargets(*(vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors))
+    shaped = (vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors)
+    targets = ReluEquivalentTargets(*shaped, rising=rises)
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
         parts = with_batch_axis(layer, *batch)
@@ -74,15 +86,25 @@ class ReluEquivalentTargets:
         relu(scale * y + offset + own) = relu(dense_scale * wanted + dense_offset + theirs)
 
     Where the right side is positive y = wanted: errors of the added tensor are not compensated. All tensors are of one
-    dtype and broadcast against y. A y that the ReLU sets to zero stays between `least` and `greatest`.
+    dtype and broadcast against y. A y that the ReLU sets to zero stays between `least` and `greatest`. `rising` says
+    that every scale is positive, which saves time.
     """
 
     def __init__(
-        self, scale: Tensor, offset: Tensor, dense_scale: Tensor, dense_offset: Tensor, least: Tensor, greatest: Tensor
+        self,
+        scale: Tensor,
+        offset: Tensor,
+        dense_scale: Tensor,
+        dense_offset: Tensor,
+        least: Tensor,
+        greatest: Tensor,
+        *,
+        rising: bool = False,
     ) -> None:
         self.scale, self.back, self.level = scale, -1 / scale, -offset / scale
-        self.dense_scale, self.dense_offset, self.least, self.greatest = dense_scale, dense_offset, least, greatest
-        self.rising, self.idle = bool((scale > 0).all()), bool((scale == 0).any())
+        self.dense_scale, self.least, self.greatest, self.rising = dense_scale, least, greatest, rising
+        # where a BatchNorm's weight is zero nothing depends on the layer, and no output is hidden
+        self.bound = torch.where(scale == 0, -torch.inf, -dense_offset)
 
     def nearest(self, now: Tensor, wanted: Tensor, own: Tensor | None, theirs: Tensor | None) -> Tensor:
         """The targets nearest to `now`, which is overwritten. own, theirs: None where nothing is added."""
@@ -93,9 +115,7 @@ class ReluEquivalentTargets:
         else:
             low = torch.where(self.scale > 0, torch.minimum(now, level), torch.maximum(now, level))
         sums = wanted * self.dense_scale
-        hidden = (sums if theirs is None else sums.add_(theirs)) <= -self.dense_offset
-        if self.idle:  # where a BatchNorm's weight is zero nothing depends on the layer
-            hidden &= self.scale != 0
+        hidden = (sums if theirs is None else sums.add_(theirs)) <= self.bound
         return torch.where(hidden, low.clamp_(self.least, self.greatest), wanted)
 
 

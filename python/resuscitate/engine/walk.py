@@ -9,17 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+import asr_kernels as ak
+
 from ..data.batches import Batches
 from ..network.runner import Network
 from ..network.wiring import ReluConsumer, Wiring, observe
 from ..runtime.activations import Store
 from ..statistics.base import Place
-from ..statistics.outputs import Calls, OutputMoments, pool_checked
+from ..statistics.outputs import Calls, OutputMoments
 from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .measure import measure
 from .probes import Measurement, Request
-from .relu_targets import Seen, relu_equivalent_products, usable
+from .relu_targets import Seen, relu_equivalent_products, rising, usable
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Walk:
         beside = len(self.nets) > 1 and any(each.probe.side_by_side for each in self.requests)
         self.pruned, self.beside = self.nets[0], self.nets[1] if beside else None
         self.consumers = self._consumers()
+        self.rising = rising(self.pruned, self.consumers[0])
         self.apart: dict[str, Calls] = {}  # moments of a dense network that does not run beside the pruned one
         self.inputs: dict[str, Calls] = {}  # moments of the inputs of BatchNorms, batch by batch or pooled
 
@@ -131,7 +134,7 @@ class Collector:
             if self.behind is not None:
                 walk.inputs[self.behind] = self._inputs_of(self.behind, found)
         if walk.beside is not None and name in walk.consumers[0]:
-            layer = walk.pruned, walk.beside, name, [each[name] for each in walk.consumers]
+            layer = walk.pruned, walk.beside, name, [each[name] for each in walk.consumers], walk.rising[name]
             found.replay = partial(relu_equivalent_products, *layer, seen)
 
         def correct(gain: Tensor, shift: Tensor) -> None:
@@ -147,5 +150,4 @@ class Collector:
         if not moments or self.walk.counts[batchnorm] != len(moments):
             return moments
         # the BatchNorm is to have the moments of all batches: a correction changes the pooled ones once
-        few = len(moments) <= self.request.batches
-        return found.calls if few else pool_checked(self.request.name, dict(enumerate(moments)))
+        return found.calls if len(moments) <= self.request.batches else [ak.ChannelMoments.pool(moments)]

@@ -6,10 +6,10 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
@@ -19,23 +19,23 @@ from ..network.layers import out_channels
 from ..network.mean_layers import to_mean_layer
 from ..network.runner import Network
 from ..network.updates import (
-    BatchNormStatistics,
+    Change,
     Gain,
     Unchanged,
     Update,
     Weights,
+    change_of,
     pack,
     unpack,
-    write_gain,
-    write_statistics,
-    write_weights,
+    write_change,
 )
 from ..network.wiring import Wiring
 from ..reports.repair import LayerReport, RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal
 from ..statistics.base import Statistic
-from ..statistics.outputs import OutputMoments
+from ..statistics.outputs import OutputMoments, explained_share
+from ..utils.readout import read_numbers
 from .probes import Layer, Measurement
 
 log = logging.getLogger("resuscitate")
@@ -66,20 +66,25 @@ class Writer:
 
     def write(self, measurement: Measurement, update: Update) -> None:
         """Write an update, or the one that the journal has in its place."""
-        name = measurement.name
-        if name in self.journal.entries:
-            tensors, plain = self.journal.entries[name]
-            update, row = unpack(tensors, self.net.device), LayerReport.from_dict(plain)
+        name, known = measurement.name, self.journal.entries.get(measurement.name)
+        if known is not None:
+            update = unpack(known[0], self.net.device)
+        change = self._change(name, update)
+        numbers = read_numbers({**change.flags, **({} if known else self._numbers(name, update, measurement.found))})
+        if known is not None:
+            row = LayerReport.from_dict(known[1])
         else:
-            row = self._row(name, update, measurement.found)
+            row = self._row(name, update, measurement.found, numbers)
             if row.status == "unchanged":
-                update = Unchanged(row.reason)
+                update, change = Unchanged(row.reason), Change(name, change.module)
             self.journal.add(name, pack(update), asdict(row))
         if name not in self.layers and isinstance(update, Unchanged):
             self.report.notes.append(f"{called(name, 'BatchNorm')} is unchanged: {row.reason}")
             return
         self.report.layers.append(row)
-        row.shift_into = self._write(name, update)
+        row.shift_into = write_change(change, numbers)
+        if isinstance(update, Weights) and update.means is not None:
+            self._write_means(change.module, update.means)
         if isinstance(update, Gain):
             kept = torch.zeros_like(update.shift) if row.shift_into == "running_mean" else update.shift
             measurement.correct(update.gain, kept)
@@ -101,68 +106,87 @@ class Writer:
             found.dead = layer.dead
         return UNREACHED if found.empty else solve(layer, found)
 
-    def _row(self, name: str, update: Update, found: Statistic) -> LayerReport:
-        """The row of the report, with what the statistic says of the update."""
-        if isinstance(update, BatchNormStatistics):
-            return self._blank(name, "re-estimated")
-        if isinstance(update, Weights):
-            row = self._blank(name, update.status, update.reason)
-            for key, value in update.details.items():
-                setattr(row, key, value)
-            return row
-        if isinstance(update, Unchanged):
-            return self._blank(name, "unchanged", update.reason)
-        row = self._blank(name, "repaired")
-        row.gain = float(update.gain.min()), float(update.gain.max())
-        if self.compares and isinstance(found, OutputMoments):
-            _describe_gain(row, update.gain, found)
-        return row
-
-    def _blank(self, name: str, status: str, reason: str = "") -> LayerReport:
-        module = self.net.modules[name]
-        channels = module.num_features if isinstance(module, _BatchNorm) else out_channels(module)
-        dead = int(self.layers[name].dead.sum()) if name in self.layers else 0
-        return LayerReport(name, type(module).__name__, channels, status, reason, dead)
-
-    def _write(self, name: str, update: Update) -> str | None:
-        """Write the update into the network; returns what took the shift."""
-        module = self.net.modules[name]
+    def _change(self, name: str, update: Update) -> Change:
+        """The new tensors of a layer or BatchNorm, and of the BatchNorm that takes the layer's shift."""
         behind = self.net.modules.get(self.wiring.batchnorm_of.get(name, ""))
         batchnorm = behind if isinstance(behind, _BatchNorm) else None
-        if isinstance(update, BatchNormStatistics):
-            write_statistics(name, module, update.moments)
-        elif isinstance(update, Gain):
-            return write_gain(name, module, update, batchnorm)
+        kept = self.layers[name].in_use if name in self.layers else None
+        return change_of(name, self.net.modules[name], update, kept, batchnorm)
+
+    def _write_means(self, module: nn.Module, means: Tensor) -> None:
+        shared = id(module._parameters.get("weight", module._parameters.get("weight_orig")))
+        to_mean_layer(module, self._means.get(shared, means))
+        self._means[shared] = module.get_parameter("means")
+
+    def _numbers(self, name: str, update: Update, found: Statistic) -> dict[str, Tensor]:
+        """What the row needs that is still on the device."""
+        numbers = {"dead": self.layers[name].dead.sum()} if name in self.layers else {}
+        if isinstance(update, Weights):
+            return numbers | {key: value for key, value in update.details.items() if isinstance(value, Tensor)}
+        if isinstance(update, Gain):
+            numbers |= {"least": update.gain.min(), "greatest": update.gain.max()}
+            if self._is_compared(found):
+                numbers |= _variances(update.gain, found)
+        return numbers
+
+    def _row(self, name: str, update: Update, found: Statistic, numbers: Mapping[str, float]) -> LayerReport:
+        """The row of the report, with what the statistic says of the update."""
+        row = self._blank(name, "re-estimated", int(numbers.get("dead", 0)))
+        if isinstance(update, Unchanged):
+            row.status, row.reason = "unchanged", update.reason
         elif isinstance(update, Weights):
-            took = write_weights(name, module, update, self.layers[name].in_use, batchnorm)
-            if update.means is not None:
-                shared = id(module._parameters.get("weight", module._parameters.get("weight_orig")))
-                to_mean_layer(module, self._means.get(shared, update.means))
-                self._means[shared] = module.get_parameter("means")
-            return took
-        return None
+            row.status, row.reason = update.status, update.reason
+            for key, value in update.details.items():
+                setattr(row, key, _number(numbers[key]) if isinstance(value, Tensor) else value)
+        elif isinstance(update, Gain):
+            row.status, row.gain = "repaired", (numbers["least"], numbers["greatest"])
+            if self._is_compared(found):
+                _describe_gain(row, len(found.calls), numbers)
+        return row
+
+    def _is_compared(self, found: Statistic) -> TypeGuard[OutputMoments]:
+        return self.compares and isinstance(found, OutputMoments)
+
+    def _blank(self, name: str, status: str, dead: int = 0) -> LayerReport:
+        module = self.net.modules[name]
+        channels = module.num_features if isinstance(module, _BatchNorm) else out_channels(module)
+        return LayerReport(name, type(module).__name__, channels, status, dead=dead)
 
 
-def _describe_gain(row: LayerReport, gain: Tensor, found: OutputMoments) -> None:
+def _variances(gain: Tensor, found: OutputMoments) -> dict[str, Tensor]:
+    """The variances before and after a gain, over all calls and at each of several calls; what `found` explains."""
+    pairs = {"": (found.pruned, found.dense)}
+    if len(found.calls) > 1:
+        pairs |= {f" {call}": pair for call, pair in enumerate(zip(found.calls, found.dense_calls, strict=True))}
+    numbers = {"dense": found.dense.m2.sum()} | ({"explained": explained_share(found.pairs)} if found.pairs else {})
+    for call, (pruned, dense) in pairs.items():
+        numbers |= {f"before{call}": _ratio(pruned, dense), f"after{call}": _ratio(pruned, dense, gain)}
+    return numbers
+
+
+def _describe_gain(row: LayerReport, calls: int, numbers: Mapping[str, float]) -> None:
     """Note the variances before and after a gain, and refuse it where several calls of the layer disagree about it."""
-    dense, pruned = found.dense, found.pruned
-    if not float(dense.m2.sum()) > 0:
+    if not numbers["dense"] > 0:
         return
-    row.variance_before = row.variance_after = variance_ratio(pruned, dense)
-    row.explained = found.explained
-    calls = list(zip(found.calls, found.dense_calls, strict=True))
-    if len(calls) > 1 and not all(_nearer(gain, p, d) for p, d in calls):
-        row.status, row.reason, row.gain = "unchanged", f"called {len(calls)} times with incompatible statistics", None
+    row.variance_before = row.variance_after = numbers["before"]
+    row.explained = _number(numbers.get("explained", math.nan))
+    if calls > 1 and not all(_nearer(numbers[f"before {call}"], numbers[f"after {call}"]) for call in range(calls)):
+        row.status, row.reason, row.gain = "unchanged", f"called {calls} times with incompatible statistics", None
     else:
-        row.variance_after = variance_ratio(pruned, dense, gain)
+        row.variance_after = numbers["after"]
 
 
-def variance_ratio(pruned: ak.ChannelMoments, dense: ak.ChannelMoments, gain: Tensor | float = 1.0) -> float:
+def _number(value: float) -> float | None:
+    """None for NaN, which stands for a share of nothing."""
+    return None if math.isnan(value) else value
+
+
+def _ratio(pruned: ak.ChannelMoments, dense: ak.ChannelMoments, gain: Tensor | float = 1.0) -> Tensor:
     """The pruned variance over the dense one, both summed over channels."""
-    return float((pruned.var * gain**2).sum() / dense.var.sum())
+    return (pruned.var * gain**2).sum() / dense.var.sum()
 
 
-def _nearer(gain: Tensor, pruned: ak.ChannelMoments, dense: ak.ChannelMoments) -> bool:
-    """Does the gain bring the variance of this call no further from the dense variance than it was?"""
-    before, after = (abs(math.log(max(variance_ratio(pruned, dense, g), 1e-30))) for g in (1.0, gain))
-    return after <= before + 1e-9
+def _nearer(before: float, after: float) -> bool:
+    """Does a gain with which this variance ratio changes so bring it no further from 1 than it was?"""
+    far_before, far_after = (abs(math.log(max(ratio, 1e-30))) for ratio in (before, after))
+    return far_after <= far_before + 1e-9

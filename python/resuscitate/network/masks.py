@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import MODEL, CheckpointError, MaskError
 from ..reports.base import terminal_table
 from ..utils.files import write_safetensors
+from ..utils.readout import read_numbers
 from .layers import Selection, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
 
 if TYPE_CHECKING:
@@ -148,10 +149,12 @@ class Masks(Mapping[str, Tensor]):
 
     def check(self, model: nn.Module) -> None:
         """Raise MaskError, naming the first layer, if a pruned weight is not zero or a mask does not fit its layer."""
-        for name, module in self._layers_of(model).items():
-            weight = effective_weight(name, module)
-            if wrong := int((weight.ne(0) & ~self[name].to(weight.device)).sum()):
-                raise MaskError(name, f"{wrong} pruned weights are not zero; masks.apply_(model) zeroes them again")
+        weights = {name: effective_weight(name, module) for name, module in self._layers_of(model).items()}
+        wrong = read_numbers({name: (w.ne(0) & ~self[name].to(w.device)).sum() for name, w in weights.items()})
+        for name, count in wrong.items():
+            if count:
+                problem = f"{int(count)} pruned weights are not zero; masks.apply_(model) zeroes them again"
+                raise MaskError(name, problem)
 
     @property
     def sparsity(self) -> float:

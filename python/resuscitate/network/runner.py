@@ -34,8 +34,12 @@ class Network:
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
     def place(self, batch: Tensor) -> Tensor:
-        """A copy of the batch on the model's device and in its dtype; the caller's own is never written to."""
-        return batch.detach().to(self.device, self.dtype if batch.is_floating_point() else None, copy=True)
+        """A copy of the batch on the model's device and in its dtype; the caller's own is never written to.
+
+        Pinned memory would be read after the return, when the caller may have changed it: its copy is waited for.
+        """
+        dtype = self.dtype if batch.is_floating_point() else None
+        return batch.detach().to(self.device, dtype, non_blocking=not batch.is_pinned(), copy=True)
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -119,9 +123,19 @@ def has_hooks(module: nn.Module | None) -> bool:
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def check_finite(name: str, batches: Iterable[tuple[int, ak.ChannelMoments]]) -> None:
-    """Raise NonFiniteError, naming the layer and the first batch whose moments are NaN or infinite."""
-    for index, moments in batches:
-        if not (moments.mean.isfinite() & moments.m2.isfinite()).all():
-            remedy = "look at the images, try a wider dtype, or leave such images out with on_nonfinite='skip'"
-            raise NonFiniteError(name, index, f"activations are NaN or infinite, or their squares overflow; {remedy}")
+def all_finite(values: Iterable[Tensor]) -> bool:
+    """Are all values of these tensors finite? One wait for the device."""
+    flat = [x.flatten() for x in values]
+    return not flat or bool(torch.cat(flat).isfinite().all())
+
+
+def check_finite(name: str, values: Iterable[tuple[int, Tensor]]) -> None:
+    """Raise NonFiniteError, naming the layer and the first batch with a NaN or an infinity among its values.
+
+    values: with the number of the batch that they belong to, in order. One wait for the device where all are finite.
+    """
+    found = list(values)
+    if not all_finite(x for _, x in found):
+        batch = next(index for index, x in found if not all_finite([x]))
+        remedy = "look at the images, try a wider dtype, or leave such images out with on_nonfinite='skip'"
+        raise NonFiniteError(name, batch, f"activations are NaN or infinite, or their squares overflow; {remedy}")

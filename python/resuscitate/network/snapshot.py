@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from asr_kernels.precision import full_precision_of_models
 
 from ..utils.interrupts import Interrupts
+from ..utils.readout import differing
 from .layers import find_layers, refresh_weight
 
 
@@ -83,8 +84,8 @@ class Snapshot:
 
     def forget_unchanged(self) -> None:
         """Keep only the copies that differ from the model as it is now."""
-        copies = self.copies.items()
-        self.copies = {key: (m, name, x) for key, (m, name, x) in copies if not torch.equal(getattr(m, name), x)}
+        changed = differing({key: (getattr(m, name), x) for key, (m, name, x) in self.copies.items()})
+        self.copies = {key: copy for key, copy in self.copies.items() if key in changed}
 
 
 @contextmanager

@@ -35,7 +35,8 @@ class Weights:
     means: Tensor | None = None  # (O, 1 or I, 1, ...), make it a mean layer
     status: str = "refitted"  # this and `reason` are for the report
     reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)  # fields of its row, such as `explained`
+    # fields of its row, such as `explained`; a tensor of one element is read together with others, and NaN is None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,65 +76,98 @@ def unpack(tensors: Mapping[str, Tensor], device: torch.device) -> Update:
     return Unchanged("")
 
 
-@torch.no_grad()
-def write_gain(name: str, module: nn.Module, update: Gain, batchnorm: _BatchNorm | None) -> ShiftInto | None:
-    """weight <- gain * weight, so that zeros stay zero; bias <- gain * bias + shift.
+@dataclass(eq=False)
+class Change:
+    """The new values of a module's tensors, computed from an update but not written.
 
-    Without a bias the shift goes into `batchnorm`, the only reader of the layer (running_mean <- running_mean - shift),
-    else into a new bias. Returns what took the shift. Raises LayerError when the result overflows the weight's dtype.
+    values: tensors and their new values, in their dtypes. shifted: the tensor that takes the shift of the output, or
+    None for a new bias, and its new value; written only if there is a shift. flags, on the device: are all new values
+    finite ("fits"), and is there a shift ("shifts")? unfit: the error where they are not finite.
     """
-    weight, bias = stored_weight(name, module), stored_bias(name, module)
-    weight.mul_(along_weight(module, update.gain))
-    shift = update.shift if bias is None else update.gain * bias + update.shift
-    return _write_bias(name, module, shift, batchnorm)
+
+    name: str
+    module: nn.Module
+    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    shift_into: ShiftInto | None = None
+    shifted: tuple[Tensor | None, Tensor] | None = None
+    flags: dict[str, Tensor] = field(default_factory=dict)
+    unfit: str = ""
 
 
 @torch.no_grad()
-def write_weights(
-    name: str, module: nn.Module, update: Weights, in_use: Tensor, batchnorm: _BatchNorm | None
-) -> ShiftInto | None:
-    """Write the new weights where they are `in_use`; returns what took the bias, and raises, as `write_gain`."""
-    weight = stored_weight(name, module)
-    weight.copy_(torch.where(in_use, update.weight.view(weight.shape).to(weight.dtype), weight))
-    if update.bias is None:
-        refresh_weight(module)
-        return None
-    return _write_bias(name, module, update.bias, batchnorm)
+def change_of(
+    name: str, module: nn.Module, update: Update, in_use: Tensor | None = None, batchnorm: _BatchNorm | None = None
+) -> Change:
+    """What an update changes. New weights are written where they are `in_use`.
 
-
-def _write_bias(name: str, module: nn.Module, shift: Tensor, batchnorm: _BatchNorm | None) -> ShiftInto | None:
+    A gain: weight <- gain * weight, so that zeros stay zero; bias <- gain * bias + shift. Without a bias the shift goes
+    into `batchnorm`, the only reader of the layer (running_mean <- running_mean - shift), else into a new bias.
+    """
+    if isinstance(update, Unchanged):
+        return Change(name, module)
+    if isinstance(update, BatchNormStatistics):
+        return _new_statistics(name, module, update.moments)
     weight, bias = stored_weight(name, module), stored_bias(name, module)
-    refresh_weight(module)
-    took: ShiftInto | None = None
-    if bias is not None:
-        bias.copy_(shift)
-        took = "bias"
-    elif shift.any() and batchnorm is not None and batchnorm.running_mean is not None:
-        batchnorm.running_mean.sub_(shift)
-        took = "running_mean"
-    elif shift.any():
-        module.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
-        took = "new bias"
-    written = [weight, module.bias, None if batchnorm is None else batchnorm.running_mean]
-    # `aminmax` gives NaN where any value is NaN
-    extremes = [x.aminmax() for x in written if isinstance(x, Tensor) and x.numel()]
-    if not all(least.isfinite() and greatest.isfinite() for least, greatest in extremes):
-        raise LayerError(name, f"its corrected weights do not fit into {weight.dtype}; repair it in float32")
-    return took
+    shift: Tensor | None
+    if isinstance(update, Gain):
+        new = weight * along_weight(module, update.gain)
+        shift = update.shift if bias is None else update.gain * bias + update.shift
+    else:
+        new, shift = update.weight.view(weight.shape).to(weight.dtype), update.bias
+        new = new if in_use is None else torch.where(in_use, new, weight)
+    change = Change(name, module, [(weight, new.to(weight.dtype))])
+    change.unfit = f"its corrected weights do not fit into {weight.dtype}; repair it in float32"
+    mean = None if batchnorm is None else batchnorm.running_mean
+    if shift is not None and bias is not None:
+        change.values.append((bias, shift.to(bias.dtype)))
+        change.shift_into = "bias"
+    elif shift is not None:
+        change.flags["shifts"] = shift.any()
+        change.shift_into = "new bias" if mean is None else "running_mean"
+        change.shifted = mean, shift.to(weight.dtype) if mean is None else (mean - shift).to(mean.dtype)
+    written = [value for _, value in change.values] + ([] if change.shifted is None else [change.shifted[1]])
+    change.flags["fits"] = _all_finite(*written, *([] if mean is None else [mean]))
+    return change
 
 
-@torch.no_grad()
-def write_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments) -> None:
-    """Set the running statistics to these moments, with the unbiased variance; `num_batches_tracked` stays.
+def _new_statistics(name: str, batchnorm: nn.Module, moments: ak.ChannelMoments) -> Change:
+    """Running statistics that are these moments, with the unbiased variance; `num_batches_tracked` stays.
 
-    Raises LayerError for fewer than two values per channel, or for a variance that overflows the buffers' dtype.
+    Raises LayerError for fewer than two values per channel.
     """
     mean, var = (batchnorm._buffers[buffer] for buffer in ("running_mean", "running_var"))
     if mean is None or var is None:
         raise LayerError(name, "it keeps no running statistics")
     if moments.count < 2:
         raise LayerError(name, "a variance needs at least two values per channel; give more images")
-    mean.copy_(moments.mean)
-    var.copy_(moments.m2 / (moments.count - 1))
-    if not (mean.isfinite() & var.isfinite()).all():
-        raise LayerError(name, f"its statistics do not fit into {var.dtype}; call .float() on the BatchNorm layers")
+    values = [(mean, moments.mean.to(mean.dtype)), (var, (moments.m2 / (moments.count - 1)).to(var.dtype))]
+    unfit = f"its statistics do not fit into {var.dtype}; call .float() on the BatchNorm layers"
+    return Change(name, batchnorm, values, flags={"fits": _all_finite(*(new for _, new in values))}, unfit=unfit)
+
+
+def _all_finite(*tensors: Tensor) -> Tensor:
+    return torch.stack([x.isfinite().all() for x in tensors]).all()
+
+
+@torch.no_grad()
+def write_change(change: Change, flags: Mapping[str, float]) -> ShiftInto | None:
+    """Write a change, for which `flags` are the values of its flags; returns what took the shift.
+
+    Raises LayerError, and writes nothing, where a new value overflows its dtype.
+    """
+    if "fits" in change.flags and not flags["fits"]:
+        raise LayerError(change.name, change.unfit)
+    for tensor, new in change.values:
+        tensor.copy_(new)
+    refresh_weight(change.module)
+    if change.shifted is None:
+        return change.shift_into
+    if not flags["shifts"]:
+        return None
+    taker, shifted = change.shifted
+    if taker is None:
+        weight = stored_weight(change.name, change.module)
+        change.module.bias = nn.Parameter(shifted, requires_grad=weight.requires_grad)
+    else:
+        taker.copy_(shifted)
+    return change.shift_into

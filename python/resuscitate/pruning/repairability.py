@@ -147,7 +147,8 @@ def _compare(found: OutputCovariances, times: Tensor, batch: int, layer: nn.Modu
     for index in range(int(times.max())):
         pruned = with_weight(layer, weight * (times > index))(*args)
         pairs.append(ak.paired_moments(out, pruned, channel_dim(layer)))
-    check_finite(name, ((batch, moments) for pair in pairs for moments in (pair.dense, pair.pruned)))
+    moments = [each for pair in pairs for each in (pair.dense, pair.pruned)]
+    check_finite(name, ((batch, x) for each in moments for x in (each.mean, each.m2)))
     found.pairs = merge_calls(found.pairs, pairs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
@@ -42,8 +43,10 @@ class OutputMoments(Statistic):
                 found.setdefault(batch, []).append(moments_at(self.place.name, self.place.module, x))
 
     def finish(self, batches: int) -> None:
-        self.calls = pooled_by_call(self.place.name, self.by_batch, batches)
-        self.dense_calls = pooled_by_call(self.place.name, self.dense_by_batch, batches)
+        both = self.by_batch, self.dense_by_batch
+        moments = [(batch, each) for found in both for batch in sorted(found) for each in found[batch]]
+        check_finite(self.place.name, ((batch, x) for batch, each in moments for x in (each.mean, each.m2)))
+        self.calls, self.dense_calls = (pooled_by_call(found, batches) for found in both)
 
     @property
     def pruned(self) -> ak.ChannelMoments:
@@ -84,6 +87,7 @@ class OutputCovariances(OutputMoments):
             check_tensors(self.place.name, pruned, dense)
             pair = ak.paired_moments(dense, pruned, channel_dim(self.place.module))
             self.pairs_by_batch.setdefault(batch, []).append(pair)
+            self.dense_by_batch.setdefault(batch, []).append(pair.dense)
         super().update(batch, pruned, None)
 
     def finish(self, batches: int) -> None:
@@ -91,34 +95,26 @@ class OutputCovariances(OutputMoments):
         kept = {batch: self.pairs_by_batch[batch] for batch in sorted(self.pairs_by_batch) if batch < batches}
         self.pairs = reduce(merge_calls, kept.values()) if kept else []
         self.dense_calls = [pair.dense for pair in self.pairs]
-        if not all((each.mean.isfinite() & each.m2.isfinite()).all() for each in self.dense_calls):
-            check_finite(self.place.name, ((batch, pair.dense) for batch, pairs in kept.items() for pair in pairs))
+
+
+def explained_share(pairs: list[ak.PairedMoments]) -> Tensor:
+    """The part of the dense variance that a gain and shift per channel restore, sum(corr^2 var) / sum(var).
+
+    On the device; NaN where the dense outputs are constant.
+    """
+    variances = [pair.dense.m2 for pair in pairs]
+    shares = [pair.corr.square() * m2 for pair, m2 in zip(pairs, variances, strict=True)]
+    return torch.stack(shares).sum() / torch.stack(variances).sum()
 
 
 def explained(pairs: list[ak.PairedMoments]) -> float | None:
-    """The part of the dense variance that a gain and shift per channel restore, sum(corr^2 var) / sum(var), or None."""
-    variances = [pair.dense.m2 for pair in pairs]
-    if not any(m2.any() for m2 in variances):
-        return None
-    shares = [pair.corr.square() * m2 for pair, m2 in zip(pairs, variances, strict=True)]
-    return float(torch.stack(shares).sum() / torch.stack(variances).sum())
+    """`explained_share` as a number; None without pairs, and where the dense outputs are constant."""
+    share = float(explained_share(pairs)) if pairs else math.nan
+    return None if math.isnan(share) else share
 
 
-def pool_checked(name: str, moments: Mapping[int, ak.ChannelMoments]) -> Calls:
-    """One set of moments for all batches, by their numbers, in a list; no batch, an empty list. NonFiniteError."""
-    if not moments:
-        return []
-    pooled = ak.ChannelMoments.pool(list(moments.values()))
-    if not (pooled.mean.isfinite() & pooled.m2.isfinite()).all():
-        check_finite(name, moments.items())
-    return [pooled]
-
-
-def pooled_by_call(name: str, found: Mapping[int, Calls], batches: int) -> Calls:
-    """Over the first batches, in their order, one set of moments for each call. Raises NonFiniteError."""
-    kept = {batch: found[batch] for batch in sorted(found) if batch < batches}
-    by_call = [
-        {batch: calls[call] for batch, calls in kept.items() if len(calls) > call}
-        for call in range(max(map(len, kept.values()), default=0))
-    ]
-    return [pool_checked(name, moments)[0] for moments in by_call]
+def pooled_by_call(found: Mapping[int, Calls], batches: int) -> Calls:
+    """Over the first batches, in their order, one set of moments for each call."""
+    kept = [found[batch] for batch in sorted(found) if batch < batches]
+    most = max(map(len, kept), default=0)
+    return [ak.ChannelMoments.pool([calls[call] for calls in kept if len(calls) > call]) for call in range(most)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class PatchCovariances(Statistic):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.folds: dict[int, Moments] = {}
+        self.sums: list[tuple[int, Tensor]] = []  # by batch, of its moments: are all finite?
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         name, layer = self.place.name, self.place.module
@@ -52,13 +54,18 @@ class PatchCovariances(Statistic):
                 x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
             window = replace(window, groups=count)
         for fold, rows in self.place.folds(batch, len(x)).items():
-            read, outputs = (each if rows is None else each[rows.to(each.device)] for each in (x, y))
+            places = None if rows is None else rows.to(x.device, non_blocking=True)
+            read, outputs = (each if places is None else each[places] for each in (x, y))
             inputs = read.shape[-1]
             samples = not window.kernel and inputs >= FEWEST and 2 * read.numel() <= inputs**2
             found = ak.row_moments(read, outputs) if samples else ak.patch_moments(read, outputs, window)
-            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.mean, found.diagonal))])
-            check_finite(name, [(batch, ak.ChannelMoments(found.count, found.target, found.yy))])
+            parts = found.mean, found.diagonal, found.target, found.yy
+            # one number for all, which is not finite where one of them is not
+            self.sums.append((batch, torch.cat([part.flatten() for part in parts]).sum()))
             self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
+
+    def finish(self, batches: int) -> None:
+        check_finite(self.place.name, sorted(self.sums, key=itemgetter(0)))
 
     @property
     def empty(self) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batches, most_images, rebatch
@@ -32,6 +31,7 @@ from ..statistics.base import Statistic
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.digest import MODULUS, digest_images, digest_model, digest_tensors, fingerprint
 from ..utils.progress import Stopwatch, track
+from ..utils.readout import differing
 from .plan import Plan, Recalibrate, check_read, layers_to_repair, left_out, make_plan, matching_layers
 
 if TYPE_CHECKING:
@@ -236,18 +236,19 @@ def _match_reference(
     # BatchNorms behind layers that were not selected may hold the shift of an earlier repair
     kept = {batchnorm for name, batchnorm in session.wiring.batchnorm_of.items() if name not in selected}
     originals = target.batchnorms if isinstance(target, DenseStatistics) else running_statistics(target)
-    copied = 0
+    pairs = dict[tuple[str, int], tuple[Tensor, Tensor]]()
     for name, mine in running_statistics(session.net.model).items():
         if name in kept:
             continue
         theirs, channels = originals.get(name), len(mine[0])
         if theirs is None or len(theirs[0]) != channels:
             raise ModelMismatchError(f"the dense model has no BatchNorm {name!r} with {channels} channels")
-        stale = [(m, original) for m, original in zip(mine, theirs, strict=True) if not torch.equal(m, original.to(m))]
-        for m, original in stale:
-            m.copy_(original)
-        copied += bool(stale)
-    if copied:
+        pairs |= {(name, at): (m, original.to(m)) for at, (m, original) in enumerate(zip(mine, theirs, strict=True))}
+    stale = differing(pairs)
+    for m, original in (pairs[key] for key in stale):
+        m.copy_(original)
+    if stale:
+        copied = len({name for name, _ in stale})
         report.notes.append(f"{copied} BatchNorms had other statistics than the dense model: copied from it")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from resuscitate import repair
 from resuscitate.engine.probes import Probe
 from resuscitate.methods.base import DenseAccess, Method
-from resuscitate.network.updates import Gain
+from resuscitate.network.updates import Gain, Weights
 from resuscitate.statistics.base import Place, Statistic
 from tests.networks import chain, images, pruned_copy, seeded
 
@@ -34,6 +34,26 @@ def test_the_report_of_a_method_without_a_dense_network_names_no_target():
     report = repair(pruned_copy(seeded(chain)), images(), method=UnitVariance())
     assert [row.status for row in report.layers].count("repaired") >= 3
     assert report.target == "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same(Method):
+    """Keeps all weights, with numbers for the report that are still tensors."""
+
+    name: ClassVar[str] = "same"
+
+    def probe(self, layer):
+        return Probe()
+
+    def solve(self, layer, found):
+        share = torch.tensor(0.25)
+        return Weights(layer.weight, details={"explained": share, "variance_after": share / 0 * 0, "ridge": 0.5})
+
+
+def test_numbers_for_the_report_may_be_tensors():
+    dense = seeded(chain)
+    for row in repair(pruned_copy(dense), dense, images(), method=Same()).layers[1:-1]:
+        assert (row.explained, row.variance_after, row.ridge) == (0.25, None, 0.5)
 
 
 class Total(Statistic):

@@ -182,7 +182,7 @@ class TestBudget:
             if end != "success":
                 raise OSError("disk gone") if end == "error" else KeyboardInterrupt
 
-        monkeypatch.setattr(resuscitate.engine.writer, "write_weights", watched)
+        monkeypatch.setattr(resuscitate.engine.writer, "write_change", watched)
         options = {"memory": 1, "scratch": tmp_path}
         try:
             resuscitate.repair(pruned_copy(dense), dense, images(), **options)
@@ -197,7 +197,7 @@ class TestBudget:
             import os, signal, sys
             import resuscitate
             from tests.networks import chain, images, pruned_copy, seeded
-            resuscitate.engine.writer.write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            resuscitate.engine.writer.write_change = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             dense = seeded(chain)
             resuscitate.repair(pruned_copy(dense), dense, images(), memory=1, scratch=sys.argv[1])
         """

@@ -81,7 +81,7 @@ def work(rank, size, job):
     dense = seeded(BUILDS[job["build"]])
     model, part, options = pruned_copy(dense), shard(rank, size, job.get("sizes")), dict(job["options"])
     if rank == job.get("kill"):
-        resuscitate.engine.writer.write_weights = die_at_the_second
+        resuscitate.engine.writer.write_change = die_at_the_second
     if rank == job.get("broken"):
         part = iter(broken(part))
     if rank == job.get("nan"):

@@ -155,7 +155,7 @@ def test_a_field_of_a_recalibration_out_of_range_is_refused(mode, given, error, 
 
 
 def test_too_few_images_for_a_momentum_are_noticed_before_a_layer_is_changed(monkeypatch):
-    monkeypatch.setattr("resuscitate.engine.writer.write_weights", lambda *_: pytest.fail("a layer was refitted"))
+    monkeypatch.setattr("resuscitate.engine.writer.write_change", lambda *_: pytest.fail("a layer was refitted"))
     dense = seeded(chain)
     with pytest.raises(CalibrationError, match="20 batches of 128 need 2560 images and there are 24"):
         repair(pruned_copy(dense), dense, images(), recalibrate="ema")

@@ -301,15 +301,15 @@ class TestRounds:
         options = {"budget": "damage", "saliency": "residual", "rounds": 2}
         expected, fresh = copy.deepcopy(model), copy.deepcopy(model)
         regrow(expected, dense, masks, 0.7, images(40), **options)
-        walks, write = [], resuscitate.engine.writer.write_weights
+        walks, write = [], resuscitate.engine.writer.write_change
 
-        def fail(name, *rest):
-            walks.append(name)
+        def fail(change, flags):
+            walks.append(change.name)
             if len(walks) == 8:
                 raise KeyboardInterrupt
-            return write(name, *rest)
+            return write(change, flags)
 
-        monkeypatch.setattr(resuscitate.engine.writer, "write_weights", fail)
+        monkeypatch.setattr(resuscitate.engine.writer, "write_change", fail)
         with pytest.raises(KeyboardInterrupt):
             regrow(model, dense, masks, 0.7, images(40), resume=tmp_path, **options)
         assert same(model, fresh)

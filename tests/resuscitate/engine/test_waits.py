@@ -1,0 +1,149 @@
+"""How often the host waits for the device: at most twice for each layer, however many batches there are.
+
+For the moments of a dense network that runs alone, the host waits once for sixteen batches and all layers.
+`tests.device` records the waits of a whole repair, on a device without hardware. The reference backend computes the
+moments, since it has no waits of its own; nor have the Triton kernels (`test_repair_never_waits_for_the_host`).
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import asr_kernels as ak
+from resuscitate import EMA, Exact, repair
+from resuscitate.errors import NonFiniteError
+from tests.device import device, waits
+from tests.networks import Residual, Shared, Zoo, images, pruned_copy, seeded
+from tests.user import same
+
+A_LAYER = 2  # are the moments finite; the row of the report, with whether the new weights fit
+SETUP = 12  # of a whole repair: what is compared before and after it
+# the waits of these files are not counted yet, except within a replay that they ask for; () counts them too
+SOLVER = ("statistics/fitting.py", "statistics/least_squares.py", "statistics/conjugate_gradients.py")
+REPLAY = "engine/relu_targets.py"
+
+
+def run_batch(model, batch):
+    return model(batch.to(next(model.parameters()).device, non_blocking=True))
+
+
+OPTIONS = {
+    "refit": {},
+    "refit, one ridge, BatchNorm": {"ridge": 0.1, "recalibrate": "exact"},
+    "refit, suspended": {"forward_fn": run_batch},
+    "asr": {"method": "asr"},
+    "asr, BatchNorm": {"method": "asr", "recalibrate": "exact"},
+    "asr, BatchNorm, few images": {"method": "asr", "gain_samples": 8, "recalibrate": Exact(samples=16)},
+    "asr, suspended": {"method": "asr", "forward_fn": run_batch},
+    "diagnostics": {"method": "channelwise", "diagnostics": True},
+    "parallel": {"method": "layerwise", "schedule": "parallel"},
+    "bn": {"method": "bn"},
+    "ema": {"method": "bn", "recalibrate": EMA(batches=2, batch_size=8)},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def deep(depth):
+    """A network of so many convolutions, each with a BatchNorm and a ReLU, and a linear head."""
+    stages = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(depth)]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+
+
+def repaired(build, options, batches=2, where=None):
+    """The repaired network, on a device; the rows of the report, and the waits outside of the solver."""
+    dense = seeded(build)
+    model = pruned_copy(dense)
+    for net in (dense, model):
+        net.to(where or device())
+    with ak.use_backend("reference"), waits() as found:
+        given = images(8 * batches, size=5).split(8)
+        report = repair(model, None if options.get("method") == "bn" else dense, given, memory="1GiB", **options)
+    return model, len(report.layers), len([wait for wait in found if not is_solvers(wait)])
+
+
+def is_solvers(wait):
+    inner = next((line for line in wait.lines if line.startswith((*SOLVER, REPLAY))), REPLAY)
+    return not inner.startswith(REPLAY)
+
+
+@each_option
+def test_the_host_waits_at_most_twice_for_a_layer_and_never_for_a_batch(options):
+    model, rows, found = repaired(partial(deep, 2), options)
+    _, _, found_in_more_batches = repaired(partial(deep, 2), options, batches=5)
+    _, more_rows, found_in_more_layers = repaired(partial(deep, 3), options)
+    assert found_in_more_batches == found
+    assert more_rows > rows
+    assert found_in_more_layers - found <= A_LAYER * (more_rows - rows)
+    on_cpu, _, _ = repaired(partial(deep, 2), options, where="cpu")
+    assert same(model.cpu().state_dict(), on_cpu.state_dict())
+
+
+@pytest.mark.parametrize("build", [Residual, Shared, Zoo])
+@pytest.mark.parametrize("options", [{}, {"method": "asr"}], ids=["refit", "asr"])
+def test_nor_for_a_batch_of_other_networks(build, options):
+    (_, rows, few), (_, _, many) = (repaired(build, options, batches) for batches in (2, 4))
+    assert few == many <= A_LAYER * rows + SETUP
+
+
+def test_a_model_that_is_moved_for_the_repair_comes_back_repaired_and_can_be_restored():
+    dense = seeded(Residual)
+    models = [pruned_copy(dense) for _ in range(3)]
+    with ak.use_backend("reference"):
+        reports = [repair(models[i], dense, images(), device=where) for i, where in enumerate((device(), "cpu"))]
+        assert same(*(model.state_dict() for model in models[:2]))
+        reports[0].undo()
+    assert same(models[0].state_dict(), models[2].state_dict())
+
+
+@each_option
+def test_the_error_names_the_first_batch_that_is_not_finite(options):
+    dense = seeded(Residual)
+    model = pruned_copy(dense)
+    before = pruned_copy(dense)
+    given = images(40).clone()
+    given[[9, 30]] = torch.nan  # in batches 1 and 3
+    bn = options.get("method") == "bn"
+    if bn and "recalibrate" in options:
+        pytest.skip("a moving average takes what comes")
+    with pytest.raises(NonFiniteError, match=f"layer '{'bn0' if bn else '.*'}': batch 1: "):
+        repair(model, None if bn else dense, given.split(8), **{**options, "gain_samples": None})
+    assert same(model.state_dict(), before.state_dict())
+
+
+class TestTheDevice:
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda x: x.sum().item(),
+            lambda x: bool(x.any()),
+            lambda x: torch.equal(x, x),
+            lambda x: x.tolist(),
+            lambda x: x.cpu(),
+            lambda x: torch.empty(3).copy_(x),
+            lambda x: x[x > 1],
+            lambda x: x.nonzero(),
+            lambda x: x.unique(),
+            lambda x: torch.tensor([1.0], device=x.device),
+            lambda x: torch.ones(3).to(x.device),
+        ],
+    )
+    def test_records_a_wait(self, use):
+        x = torch.arange(3.0).to(device())
+        with waits() as found:
+            use(x)
+        assert len(found) == 1
+
+    def test_records_no_wait_where_there_is_none(self):
+        x = torch.arange(3.0).to(device())
+        with waits() as found:
+            y = torch.ones(3).to(x.device, non_blocking=True)
+            y += x.cumsum(0)[torch.zeros(2, dtype=torch.int64, device=x.device)].mean()
+            torch.where(y > x, torch.zeros(3, device=x.device), 1.0).clamp_(max=2)
+        assert not found
+        assert y.tolist() == [1, 1, 1]
+
+    def test_refuses_tensors_of_both_devices(self):
+        with pytest.raises(RuntimeError, match="of the host and of the device"):
+            torch.ones(3).to(device()) + torch.ones(3)
