@@ -126,9 +126,15 @@ def choose_ridge(
         total = total + wanted.squares
     explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
     errors = (total - explained).view(min(len(merged.mean), JUDGES), len(RIDGES), -1).sum((0, 2))
-    unexplained = ranks.gather(errors)[0]  # rank 0's on all ranks, whose machines may round differently
-    last = torch.cat([~(unexplained[1:] < unexplained[:-1]), torch.ones_like(unexplained[:1], dtype=torch.bool)])
-    return torch.tensor(RIDGES, dtype=torch.float64, device=weight.device)[last.int().argmax()]
+    if ranks.size > 1:  # rank 0's, since machines may round differently
+        errors = ranks.gather(errors)[0].to(errors.device)
+    last = torch.cat([~(errors[1:] < errors[:-1]), torch.ones_like(errors[:1], dtype=torch.bool)])
+    return _ridges(weight.device).gather(0, last.int().argmax()[None])[0]
+
+
+def _ridges(device: torch.device) -> Tensor:
+    """`RIDGES` on a device, without a copy from the host, which would wait."""
+    return torch.stack([torch.full((), ridge, dtype=torch.float64, device=device) for ridge in RIDGES])
 
 
 def _judges(moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
@@ -141,7 +147,7 @@ def _judges(moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> 
     groups = torch.linspace(0, G - 1, min(G, JUDGES), device=weight.device).round().long()[:, None]
     kept = by_group[1].any(2).to(torch.int8)[groups[:, 0]]
     rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
-    ridges = torch.tensor([ridge for _ in groups for ridge in RIDGES for _ in rows[0]], dtype=torch.float64)
+    ridges = _ridges(weight.device).repeat_interleave(rows.shape[1]).repeat(len(groups))
     rows = rows.repeat(1, len(RIDGES))
     weight, support = (each[groups, rows].flatten(0, 1) for each in by_group)
     return Problem(moments.of_channels(groups, rows), weight, support, ridges, ranks)

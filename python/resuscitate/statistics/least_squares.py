@@ -55,7 +55,8 @@ class Problem:
         self.present, channels, groups = weight.double() * support, len(weight), self.xx.groups
         self.group = torch.arange(channels, device=weight.device) // (channels // groups)
         self.diagonal = moments.diagonal
-        self.ridge = torch.as_tensor(ridge, dtype=torch.float64, device=weight.device).expand(channels)
+        ridges = ridge if isinstance(ridge, Tensor) else torch.full_like(self.group, ridge, dtype=torch.float64)
+        self.ridge = ridges.expand(channels)
         self.rho, self.varies = self.diagonal.mean(1)[self.group] * self.ridge, (self.diagonal != 0).any(1)
         self.missed = torch.zeros((), dtype=torch.int64, device=weight.device)
         self._kept: list[_Factored] = []

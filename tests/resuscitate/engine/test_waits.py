@@ -1,4 +1,4 @@
-"""How often the host waits for the device: at most twice for each layer, however many batches there are.
+"""How often the host waits for the device: at most twice for each layer, in a refit four times, in a batch never.
 
 For the moments of a dense network that runs alone, the host waits once for sixteen batches and all layers.
 `tests.device` records the waits of a whole repair, on a device without hardware. The reference backend computes the
@@ -14,15 +14,14 @@ from torch import nn
 import asr_kernels as ak
 from resuscitate import EMA, Exact, repair
 from resuscitate.errors import NonFiniteError
+from resuscitate.statistics import conjugate_gradients
 from tests.device import device, waits
 from tests.networks import Residual, Shared, Zoo, images, pruned_copy, seeded
 from tests.user import same
 
 A_LAYER = 2  # are the moments finite; the row of the report, with whether the new weights fit
+A_REFIT = A_LAYER + 2  # is the layer to be fitted again for its ReLU; have the steps reached the solution
 SETUP = 12  # of a whole repair: what is compared before and after it
-# the waits of these files are not counted yet, except within a replay that they ask for; () counts them too
-SOLVER = ("statistics/fitting.py", "statistics/least_squares.py", "statistics/conjugate_gradients.py")
-REPLAY = "engine/relu_targets.py"
 
 
 def run_batch(model, batch):
@@ -52,7 +51,7 @@ def deep(depth):
 
 
 def repaired(build, options, batches=2, where=None):
-    """The repaired network, on a device; the rows of the report, and the waits outside of the solver."""
+    """The repaired network, on a device; the number of rows of the report, and of waits."""
     dense = seeded(build)
     model = pruned_copy(dense)
     for net in (dense, model):
@@ -60,31 +59,43 @@ def repaired(build, options, batches=2, where=None):
     with ak.use_backend("reference"), waits() as found:
         given = images(8 * batches, size=5).split(8)
         report = repair(model, None if options.get("method") == "bn" else dense, given, memory="1GiB", **options)
-    return model, len(report.layers), len([wait for wait in found if not is_solvers(wait)])
+    return model, len(report.layers), len(found)
 
 
-def is_solvers(wait):
-    inner = next((line for line in wait.lines if line.startswith((*SOLVER, REPLAY))), REPLAY)
-    return not inner.startswith(REPLAY)
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Enough for filters of up to 27 weights."""
+    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", (16, 4))
+
+
+def near(one, other):
+    """Weights that iterations on the device find, and factors on the CPU."""
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value.cpu(), other.state_dict()[name], rtol=1e-2, atol=1e-2)
+
+
+def most(options):
+    return A_LAYER if "method" in options else A_REFIT
 
 
 @each_option
-def test_the_host_waits_at_most_twice_for_a_layer_and_never_for_a_batch(options):
+def test_the_host_waits_few_times_for_a_layer_and_never_for_a_batch(options):
     model, rows, found = repaired(partial(deep, 2), options)
     _, _, found_in_more_batches = repaired(partial(deep, 2), options, batches=5)
     _, more_rows, found_in_more_layers = repaired(partial(deep, 3), options)
     assert found_in_more_batches == found
     assert more_rows > rows
-    assert found_in_more_layers - found <= A_LAYER * (more_rows - rows)
+    assert found_in_more_layers - found <= most(options) * (more_rows - rows)
     on_cpu, _, _ = repaired(partial(deep, 2), options, where="cpu")
-    assert same(model.cpu().state_dict(), on_cpu.state_dict())
+    near(model, on_cpu)
+    assert "method" not in options or same(model.cpu().state_dict(), on_cpu.state_dict())
 
 
 @pytest.mark.parametrize("build", [Residual, Shared, Zoo])
 @pytest.mark.parametrize("options", [{}, {"method": "asr"}], ids=["refit", "asr"])
 def test_nor_for_a_batch_of_other_networks(build, options):
     (_, rows, few), (_, _, many) = (repaired(build, options, batches) for batches in (2, 4))
-    assert few == many <= A_LAYER * rows + SETUP
+    assert few == many <= most(options) * rows + SETUP
 
 
 def test_a_model_that_is_moved_for_the_repair_comes_back_repaired_and_can_be_restored():
@@ -92,7 +103,7 @@ def test_a_model_that_is_moved_for_the_repair_comes_back_repaired_and_can_be_res
     models = [pruned_copy(dense) for _ in range(3)]
     with ak.use_backend("reference"):
         reports = [repair(models[i], dense, images(), device=where) for i, where in enumerate((device(), "cpu"))]
-        assert same(*(model.state_dict() for model in models[:2]))
+        near(*models[:2])
         reports[0].undo()
     assert same(models[0].state_dict(), models[2].state_dict())
 
