@@ -64,8 +64,8 @@ def repaired(build, options, batches=2, where=None):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Enough for filters of up to 27 weights."""
-    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", (16, 4))
+    """Enough for these small filters."""
+    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", (24, 12))
 
 
 def near(one, other):
