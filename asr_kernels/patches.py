@@ -189,10 +189,9 @@ def _moments(x: Tensor, y: Tensor, window: Window, kind: Any) -> PatchMoments:
                 # the pair of taps one stride earlier reads the same rows, except its first row and this pair's last
                 a, b = int(before), int(before) + j - i
                 # in place: new memory costs more than the sums
-                ends = products.of_rows(i, j, rows - 1, 1).sub_(products.of_rows(a, b, 0, 1))
-                blocks[i, j] = ends.add_(blocks[a, b])
+                blocks[i, j] = products.of_ends((i, j), (a, b)).add_(blocks[a, b])
             else:
-                blocks[i, j] = products.of_rows(i, j, 0, rows)
+                blocks[i, j] = products.of_rows(i, j)
             xx[:, :, i, :, :, j] = blocks[i, j]
             xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
     xy = torch.stack([products.with_outputs(i) for i in range(taps)], dim=2).view(G, K, -1)

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from ..patches import Window
 
 
-# values of a patch from which a symmetric product is computed in blocks
-SPLIT = 192
-
-
 class PatchProducts:
     """Sums over the patches of one batch: deviations of inputs and outputs about given points, and their products.
 
@@ -50,15 +46,22 @@ class PatchProducts:
         rows = torch.stack([by_row[:, :, self._slice(i, 0, self._rows)].sum(-1) for i in range(self.window.kernel[0])])
         return rows.movedim(0, -1).unflatten(1, (self.channels, -1)).transpose(2, 3)
 
-    def of_rows(self, i: int, j: int, first: int, count: int) -> Tensor:
-        """[G, C, R, C, R]: products of what taps i and j read, for `count` rows of the output from `first` on."""
-        mine = self._read(i, first, count)
-        found = _gram(mine) if i == j else (mine @ self._read(j, first, count).mT).double()
-        return found.unflatten(2, (self.channels, -1)).unflatten(1, (self.channels, -1))
+    def of_rows(self, i: int, j: int) -> Tensor:
+        """[G, C, R, C, R]: products of what taps i and j read."""
+        mine = self._read(i, 0, self._rows)
+        return self._by_channel(mine @ (mine if i == j else self._read(j, 0, self._rows)).mT)
+
+    def of_ends(self, last: tuple[int, int], first: tuple[int, int]) -> Tensor:
+        """As `of_rows`, of two taps and the last row of the output, minus those of two other taps and the first row."""
+        a, b, c, d = (self._read(tap, row, 1) for taps, row in ((last, self._rows - 1), (first, 0)) for tap in taps)
+        return self._by_channel((a @ b.mT).baddbmm_(c, d.mT, alpha=-1))
 
     def with_outputs(self, i: int) -> Tensor:
         """[G, C, R, O]: products of what tap i reads, with the outputs."""
         return (self._read(i, 0, self._rows) @ self._wanted.mT).double().unflatten(1, (self.channels, -1))
+
+    def _by_channel(self, products: Tensor) -> Tensor:
+        return products.double().unflatten(2, (self.channels, -1)).unflatten(1, (self.channels, -1))
 
     def _slice(self, tap: int, first: int, count: int) -> slice:
         step = self.window.stride[0]
@@ -73,19 +76,6 @@ class PatchProducts:
 def products_for(x: Tensor, y: Tensor, window: Window) -> type[PatchProducts]:
     """What computes the products of this window."""
     return PatchProducts
-
-
-def _gram(x: Tensor) -> Tensor:
-    """x @ x.mT, float64, for (G, K, M). PyTorch has no symmetric product: of a large one, lower blocks are copied."""
-    K = x.shape[1]
-    if K < SPLIT:
-        return (x @ x.mT).double()
-    found, half = x.new_empty(len(x), K, K, dtype=torch.float64), K // 2
-    a, b = x[:, :half], x[:, half:]
-    found[:, :half, :half], found[:, half:, half:] = _gram(a), _gram(b)
-    found[:, :half, half:] = a @ b.mT
-    found[:, half:, :half] = found[:, :half, half:].mT
-    return found
 
 
 def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:

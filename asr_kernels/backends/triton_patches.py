@@ -318,20 +318,30 @@ class PatchProducts:
             found = found.unfold(1 + axis, span, self.step[axis])[..., :: self.dilation[axis]]
         return found.sum((1, 2)).view(self.groups, -1, *self.kernel)
 
-    def of_rows(self, i: int, j: int, first: int, count: int) -> Tensor:
-        """[G, C, R, C, R]: products of what taps i and j of an image column read, for `count` rows from `first` on."""
-        a = self._read(i, first)
-        found = self._product(a, a if i == j else self._read(j, first), count)
-        if i == j:
-            upper = found.triu()
-            found = upper + upper.triu(1).mT
-        R = self.kernel[1]
-        return found.unflatten(2, (R, -1)).unflatten(1, (R, -1)).permute(0, 2, 1, 4, 3)
+    def of_rows(self, i: int, j: int) -> Tensor:
+        """[G, C, R, C, R]: products of what taps i and j of an image column read."""
+        return self._by_channel(self._pair(i, j, 0, self.y.shape[2]))
+
+    def of_ends(self, last: tuple[int, int], first: tuple[int, int]) -> Tensor:
+        """As `of_rows`, of two taps and the last row of the output, minus those of two other taps and the first row."""
+        return self._by_channel(self._pair(*last, self.y.shape[2] - 1, 1).sub_(self._pair(*first, 0, 1)))
 
     def with_outputs(self, i: int) -> Tensor:
         """[G, C, R, O]: products of what tap i of an image column reads, with the outputs."""
         found = self._product(self._read(i, 0), Read(self.y, self._outputs, 0), self.y.shape[2])
         return found.unflatten(1, (self.kernel[1], -1)).transpose(1, 2)
+
+    def _pair(self, i: int, j: int, first: int, count: int) -> Tensor:
+        # for `count` rows of the output from `first` on
+        a = self._read(i, first)
+        if i != j:
+            return self._product(a, self._read(j, first), count)
+        upper = self._product(a, a, count).triu()
+        return upper + upper.triu(1).mT
+
+    def _by_channel(self, products: Tensor) -> Tensor:
+        R = self.kernel[1]
+        return products.unflatten(2, (R, -1)).unflatten(1, (R, -1)).permute(0, 2, 1, 4, 3)
 
     def _read(self, i: int, first: int) -> Read:
         top = i * self.dilation[0] + first * self.step[0] - self.pads[0][0]
