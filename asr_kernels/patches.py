@@ -9,7 +9,6 @@ none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
@@ -22,26 +21,7 @@ from torch.nn import functional as F
 
 from .backends import backend_for
 from .precision import full_precision
-
-
-@dataclass(frozen=True)
-class Window:
-    """Kernel, stride, padding and dilation of a layer along each spatial axis, and groups. () for a linear layer.
-
-    `padding` is (before, after) for each axis; `mode` is that of `torch.nn.functional.pad`.
-    """
-
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    mode: str = "constant"
-
-    def output(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Spatial sizes of the output for inputs of these spatial sizes."""
-        each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + sum(pad) - (k - 1) * d - 1) // s + 1 for n, k, s, pad, d in each)
+from .window import Window
 
 
 @dataclass(eq=False)
@@ -113,7 +93,7 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int | None = 
     kind = backend_for(x, "patches").products_for(x, y, window)
     budget = _copies_budget(x.device) if budget is None else budget
     images = max(1, budget // max(kind.copied_bytes(x, window), 1))
-    with full_precision(x.device):
+    with full_precision(x.device), torch.cuda.device_of(x):
         return reduce(PatchMoments.merge, map(_moments, x.split(images), y.split(images), repeat(window), repeat(kind)))
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
+from ..window import Window
 from . import torch_patches
-
-if TYPE_CHECKING:
-    from ..patches import Window
 
 
 def channel_moments(x: Tensor, tolerance: float, running: Moments | None) -> Moments:

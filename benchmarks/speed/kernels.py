@@ -207,8 +207,10 @@ def measure_kernels(
 
 
 def measure_patches(device: str, shapes: list[tuple[int, ...]], clock: Clock) -> Iterator[dict[str, Any]]:
-    """One row for each layer and case: `patch_moments` in Triton against PyTorch's products."""
-    for shape, layout, dtype, size in product(shapes, LAYOUTS, DTYPES, (3, 1)):
+    """One row for each layer and case: `patch_moments` in Triton against PyTorch's products; few on a CPU."""
+    dtypes = DTYPES if device == "cuda" else ["fp32"]
+    layouts = LAYOUTS if device == "cuda" else ["NCHW"]
+    for shape, layout, dtype, size in product(shapes, layouts, dtypes, (3, 1)):
         x, y, *_ = make_case(shape, layout, dtype, device)
         window = ak.Window((size, size), (1, 1), ((size // 2, size // 2),) * 2, (1, 1))
 
@@ -271,7 +273,7 @@ def main(
             for row in measure_kernels(device, TINY if dry_run else SHAPES, clock, seconds):
                 rows.append(row)
                 print(*(row[key] for key in ("operation", "shape", "layout", "dtype")), file=sys.stderr, flush=True)
-            rows += measure_patches(device, [(2, 3, 4, 4)] if dry_run else PATCHES, clock)
+            rows += measure_patches(device, [(1, 2, 3, 3)] if dry_run else PATCHES, clock)
     if only != "kernels":
         repairs = measure_repair(device, *((4, 32, 4, 2) if dry_run else (4096, 224, 64, 64)))
     about = machine() | {"copy_gb_per_s": copied}

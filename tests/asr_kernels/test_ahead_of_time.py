@@ -231,7 +231,7 @@ class PatchVariant(NamedTuple):
     outputs: bool = False  # products with the outputs, instead of the symmetric products
 
     def launch(self) -> Any:
-        from asr_kernels.backends.triton_patches import Read, plan_products
+        from asr_kernels.backends.triton_products import Read, plan_products
 
         def tensor(channels: int) -> Tensor:
             plane = 56 * 56 * channels

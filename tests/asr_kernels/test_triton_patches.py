@@ -15,7 +15,8 @@ from tests.conftest import INTERPRETED
 
 triton, tl = (pytest.importorskip(f"triton{name}") for name in ("", ".language"))
 patches = pytest.importorskip("asr_kernels.backends.triton_patches")
-tile_of = patches.tile_of
+products = pytest.importorskip("asr_kernels.backends.triton_products")
+tile_of = products.tile_of
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="kernels need a GPU, or Triton's interpreter"
 )
@@ -26,8 +27,8 @@ PLAIN = window((3, 3))
 def kernel(monkeypatch):
     """The Triton backend; in the interpreter, which takes as long for a small tile, one tile for all patches."""
     if INTERPRETED:
-        monkeypatch.setattr(patches, "TILE_M", 512)
-        monkeypatch.setattr(patches, "FEWEST_PATCHES", 512)
+        monkeypatch.setattr(products, "TILE_M", 512)
+        monkeypatch.setattr(products, "FEWEST_PATCHES", 512)
     with ak.use_backend("triton"):
         yield
 
@@ -36,7 +37,7 @@ def kernel(monkeypatch):
 def small_tiles(monkeypatch):
     """Many tiles, many pieces of few patches, several steps in each, all of them cut."""
     for name, value in {"TILE_K": 16, "TILE_M": 32, "FEWEST_PATCHES": 8, "MOST_PATCHES": 60, "PROGRAMS": 6}.items():
-        monkeypatch.setattr(patches, name, value)
+        monkeypatch.setattr(products, name, value)
 
 
 def outputs(x: Tensor, found: ak.Window, channels: int = 3) -> Tensor:
@@ -135,7 +136,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), ((bits + 0x1000) & 0xFFFFE000).view(np.float32), x)
 
 
-def tensor_core_dot(products: int):
+def tensor_core_dot(terms: int):
     """`tl.dot` of the interpreter with the parts that "tf32x3" multiplies (3 products), or "tf32" (1)."""
 
     def dot(self, a, b, total, input_precision, _):
@@ -144,7 +145,7 @@ def tensor_core_dot(products: int):
         big_a, big_b = rounded(a.data), rounded(b.data)
         small_a, small_b = rounded(a.data - big_a), rounded(b.data - big_b)
         found = big_a @ big_b
-        if products == 3:
+        if terms == 3:
             found = (small_a @ big_b + big_a @ small_b) + found
         return TensorHandle(found + total.data, total.dtype.scalar)
 
@@ -157,8 +158,8 @@ def test_three_tf32_products_are_accurate_to_1e_5_and_one_is_not(monkeypatch):
 
     x, _, found = case("3x3 unpadded", count=4)
     expected = reference(x, outputs(x, found), found)
-    for products, good in ((3, True), (1, False)):
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", tensor_core_dot(products))
+    for terms, good in ((3, True), (1, False)):
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", tensor_core_dot(terms))
         error = (patch_moments(x, outputs(x, found), found).xx - expected.xx).abs().max() / expected.xx.abs().max()
         assert (error < 1e-6) == (error < 1e-5) == good
 
