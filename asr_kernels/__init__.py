@@ -7,8 +7,9 @@ float64 reference that both are tested against.
 from .backends import use_backend
 from .moments import ChannelMoments, PairedMoments, channel_moments, paired_moments
 from .ops import affine_, repair_, repair_factors
-from .patches import CrossProducts, PatchMoments, Window, cross_products, patch_moments
+from .patches import CrossProducts, PatchMoments, cross_products, patch_moments
 from .rows import RowMoments, row_moments
+from .window import Window
 
 __all__ = [
     "ChannelMoments",

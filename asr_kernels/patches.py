@@ -3,42 +3,25 @@
 For inputs x (N, C, *spatial) a patch has K = (C / groups) * prod(kernel) values, in the order of the weight's trailing
 axes. Two kernel taps that lie one stride apart along the first spatial axis read the same rows, except one row at each
 end. So most of the K x K products follow from earlier ones by adding one row and subtracting one: a 3x3 kernel at
-stride 1 computes 3 of 9 products of rows. For the taps along the other axes the input is copied once per tap.
+stride 1 computes 3 of 9 products of rows. PyTorch needs a copy of the input for each tap along the other axes, Triton
+none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backends import backend_for
 from .precision import full_precision
-
-
-@dataclass(frozen=True)
-class Window:
-    """Kernel, stride, padding and dilation of a layer along each spatial axis, and groups. () for a linear layer.
-
-    `padding` is (before, after) for each axis; `mode` is that of `torch.nn.functional.pad`.
-    """
-
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    mode: str = "constant"
-
-    def output(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Spatial sizes of the output for inputs of these spatial sizes."""
-        each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + sum(pad) - (k - 1) * d - 1) // s + 1 for n, k, s, pad, d in each)
+from .window import Window
 
 
 @dataclass(eq=False)
@@ -117,14 +100,16 @@ class PatchMoments:
         )
 
 
-def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 20) -> PatchMoments:
+def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int | None = None) -> PatchMoments:
     """The patch moments of one batch of inputs x and target outputs y.
 
     x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *output spatial), or (..., O).
-    budget: bytes for the copies of x that exist at a time; images are processed in chunks that fit, at least one each.
+    budget: bytes for the copies of x that exist at a time in PyTorch; images are processed in chunks that fit, at least
+    one each. By default 64 MiB, and 1/64 of the memory of a GPU.
 
-    Products of deviations from the chunk's mean are summed in IEEE float32 (float64 for float64), whatever the caller's
-    autocast and TF32 settings. Chunks merge in float64.
+    Products of deviations from the chunk's mean are summed in float32 (float64 for float64), whatever the caller's
+    autocast and TF32 settings: in IEEE float32 in PyTorch, as three products of TF32 parts in Triton. Partial sums and
+    chunks are added in float64. The Triton backend leaves float64 and windows of three axes to PyTorch.
     Raises ValueError where the shape of y is not the output shape of a layer with this window for x.
     """
     if not window.kernel:
@@ -132,11 +117,13 @@ def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int = 64 << 2
         window = Window((1,), (1,), ((0, 0),), (1,))
     if x.ndim != len(window.kernel) + 2 or (len(x), *window.output(x.shape[2:])) != (len(y), *y.shape[2:]):
         raise ValueError(f"inputs {tuple(x.shape)} and outputs {tuple(y.shape)} do not belong together: {window}")
-    copies = prod(window.kernel[1:]) * max(x.element_size(), 4)
-    padded = prod(n + sum(pad) for n, pad in zip(x.shape[2:], window.padding, strict=True))
-    images = max(1, budget // max(copies * x.shape[1] * padded, 1))
-    with full_precision(x.device):
-        return reduce(PatchMoments.merge, map(_moments, x.split(images), y.split(images), repeat(window)))
+    if not len(y) * prod(y.shape[2:]):
+        return _no_moments(x, y, window)
+    kind = backend_for(x, "patches").products_for(x, y, window)
+    budget = _copies_budget(x.device) if budget is None else budget
+    images = max(1, budget // max(kind.copied_bytes(x, window), 1))
+    with full_precision(x.device), torch.cuda.device_of(x):
+        return reduce(PatchMoments.merge, map(_moments, x.split(images), y.split(images), repeat(window), repeat(kind)))
 
 
 def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
@@ -184,78 +171,46 @@ def _weight_gradient(x: Tensor, y: Tensor, window: Window) -> Tensor:
     return found
 
 
-def _moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
-    """Patch moments of one chunk."""
+def _copies_budget(device: torch.device) -> int:
+    """Bytes for copies. Free memory does not count: chunks, and so the bits of the result, are those of every run."""
+    return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 64 << 20
+
+
+def _no_moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
+    """The moments of no patches, all 0."""
+    G, K, O = window.groups, x.shape[1] // window.groups * prod(window.kernel), y.shape[1] // window.groups
+    shapes = ((G, K), (G, O), (G, K, K), (G, K, O), (G, O))
+    return PatchMoments(0, *(x.new_zeros(shape, dtype=torch.float64) for shape in shapes))
+
+
+def _moments(x: Tensor, y: Tensor, window: Window, kind: Any) -> PatchMoments:
+    """Patch moments of one chunk, from the `PatchProducts` of a backend."""
     G, C, taps = window.groups, x.shape[1] // window.groups, window.kernel[0]
-    step, hop = window.stride[0], window.dilation[0]
-    columns, shift = _columns(x, window)
-    wanted, target = _centred(y)
-    # [G, O, rows, M], rows of the output
-    wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(G, -1, y.shape[2], columns.shape[-1])
-    rows, R = wanted.shape[2], columns.shape[1] // C
-
-    def read(tap: int, first: int, count: int) -> Tensor:
-        # the input values that a tap reads for `count` output rows, from row `first` on: [G, C * R, count * M]
-        start = tap * hop + first * step
-        return columns[:, :, start : start + (count - 1) * step + 1 : step].flatten(2)
-
+    step, hop, rows = window.stride[0], window.dilation[0], y.shape[2]
+    R, K, count = prod(window.kernel[1:]), C * prod(window.kernel), len(y) * prod(y.shape[2:])
+    products = kind(x, y, window)
     xx = x.new_empty(G, C, taps, R, C, taps, R, dtype=torch.float64)
-    xy = x.new_empty(G, C, taps, R, wanted.shape[1], dtype=torch.float64)
-    sums = x.new_empty(G, C, taps, R, dtype=torch.float64)
-    by_row = columns.sum(-1).double()
     blocks: dict[tuple[int, int], Tensor] = {}
     for i in range(taps):
-        mine = read(i, 0, rows)
-        sums[:, :, i] = by_row[:, :, i * hop : i * hop + (rows - 1) * step + 1 : step].sum(-1).view(G, C, R)
-        xy[:, :, i] = (mine @ wanted.flatten(2).mT).view(G, C, R, -1)
         for j in range(i, taps):
             before = (i * hop - step) / hop
             if before >= 0 and before == int(before) and rows > 2:
                 # the pair of taps one stride earlier reads the same rows, except its first row and this pair's last
                 a, b = int(before), int(before) + j - i
-                last = read(i, rows - 1, 1) @ read(j, rows - 1, 1).mT
-                blocks[i, j] = blocks[a, b] + last - read(a, 0, 1) @ read(b, 0, 1).mT
+                # in place: new memory costs more than the sums
+                blocks[i, j] = products.of_ends((i, j), (a, b)).add_(blocks[a, b])
             else:
-                blocks[i, j] = mine @ (mine if i == j else read(j, 0, rows)).mT
-            block = blocks[i, j].view(G, C, R, C, R)
-            xx[:, :, i, :, :, j] = block
-            xx[:, :, j, :, :, i] = block.permute(0, 3, 4, 1, 2)
-    count = rows * columns.shape[-1]
-    K = C * taps * R
-    sums, xy = sums.view(G, K), xy.view(G, K, -1)
-    left = wanted.sum((2, 3)).double()  # 0 but for rounding
-    mean = sums / count + shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
+                blocks[i, j] = products.of_rows(i, j)
+            xx[:, :, i, :, :, j] = blocks[i, j]
+            xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
+    xy = torch.stack([products.with_outputs(i) for i in range(taps)], dim=2).view(G, K, -1)
+    sums, left = products.sums().reshape(G, K), products.left.view(G, -1)
+    shift = products.shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
     return PatchMoments(
         count,
-        mean,
-        target.view(G, -1) + left / count,
-        torch.baddbmm(xx.view(G, K, K), sums[:, :, None], sums[:, None, :], alpha=-1 / count),
-        torch.baddbmm(xy, sums[:, :, None], left[:, None, :], alpha=-1 / count),
-        torch.linalg.vector_norm(wanted, dim=(2, 3)).double().square() - left.square() / count,
+        sums / count + shift,
+        products.target.view(G, -1) + left / count,
+        xx.view(G, K, K).baddbmm_(sums[:, :, None], sums[:, None, :], alpha=-1 / count),
+        xy.baddbmm_(sums[:, :, None], left[:, None, :], alpha=-1 / count),
+        products.squares.view(G, -1) - left.square() / count,
     )
-
-
-def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """[G, C * R, rows, M]: each channel minus its mean, copied for each of the R taps along all axes but the first.
-
-    `rows` are rows of the padded input; M runs over images and the other output axes. Also returns the mean, float64.
-    """
-    pads = [pad for pair in reversed(window.padding) for pad in pair]
-    padded, mean = _centred(F.pad(x, pads, window.mode) if any(pads) else x)
-    for axis in range(1, len(window.kernel)):
-        span = (window.kernel[axis] - 1) * window.dilation[axis] + 1
-        padded = padded.unfold(2 + axis, span, window.stride[axis])[..., :: window.dilation[axis]]
-    dims, rest = len(window.kernel), range(3, 2 + len(window.kernel))
-    # [N, C, rows, *others, *taps] -> [C, *taps, rows, N, *others]
-    copies = padded.permute(1, *range(2 + dims, padded.ndim), 2, 0, *rest)
-    return copies.reshape(
-        window.groups, x.shape[1] // window.groups * prod(window.kernel[1:]), copies.shape[dims], -1
-    ), mean
-
-
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel minus its mean, in float32 (float64 for float64); and the mean, float64 (C,)."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    dims = [0, *range(2, x.ndim)]
-    mean = x.mean(dims)
-    return x - mean.view(-1, *[1] * (x.ndim - 2)), mean.double()

@@ -36,7 +36,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     table = run("benchmarks/speed/kernels.py", "--dry-run", "--output", str(output))
     assert "these figures mean nothing" in table
     found = json.loads(output.read_text())
-    assert {row["operation"] for row in found["rows"]} == {"moments", "paired", "affine"}
+    assert {row["operation"] for row in found["rows"]} == {"moments", "paired", "affine", "refit 3x3", "refit 1x1"}
     assert all(row["right"] for row in found["rows"])
     assert {row["job"] for row in found["repairs"]} == {"sequential ASR", "exact BatchNorm"}
     assert found["gpu"] is None

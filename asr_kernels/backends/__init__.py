@@ -33,7 +33,7 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def backend_for(x: Tensor, part: Literal["moments", "factors", "affine"]) -> ModuleType:
+def backend_for(x: Tensor, part: Literal["moments", "factors", "affine", "patches"]) -> ModuleType:
     """The module that computes `part` for the tensor x on the chosen backend.
 
     Raises RuntimeError where the Triton backend was chosen and cannot run, ValueError for an unknown ASR_BACKEND.

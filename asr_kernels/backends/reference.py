@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
+from ..window import Window
+from . import torch_patches
 
 
 def channel_moments(x: Tensor, tolerance: float, running: Moments | None) -> Moments:
@@ -27,6 +29,18 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
     """x <- gain * x + shift, rounded once; then ReLU with `relu`."""
     y = gain.double()[:, None] * x.double() + shift.double()[:, None]
     x.copy_(y.relu() if relu else y)
+
+
+class PatchProducts(torch_patches.PatchProducts):
+    """Products of patches in float64."""
+
+    def __init__(self, x: Tensor, y: Tensor, window: Window) -> None:
+        super().__init__(x.double(), y.double(), window)
+
+
+def products_for(x: Tensor, y: Tensor, window: Window) -> type[PatchProducts]:
+    """What computes the products of this window."""
+    return PatchProducts
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
+from .torch_patches import products_for as products_for
 
 # values per float32 sum: for values of similar size its rounding error stays below 3e-7; pieces are added in float64
 PIECE = 1024

@@ -20,7 +20,8 @@ import typer
 
 ROOT = Path(__file__).parents[2]
 # run in parallel: most of the time is compilation of the kernels
-SUITES = ("test_moments.py", "test_affine.py", "test_factors.py", "test_compiled.py", "test_gpu.py")
+KERNELS = ("moments", "affine", "factors", "triton_patches", "compiled", "gpu")
+SUITES = tuple(f"test_{name}.py" for name in KERNELS)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 # a failure of these tests is no error of the kernels: the kernels are timed all the same
 OTHERS, SEMI_STRUCTURED = "the other backends", "2:4"

@@ -7,6 +7,9 @@ each tensor that is read and each that is written once; the table also has the s
 copy. Peers, in the same dtype: eager PyTorch, and the same formula compiled by torch.compile (Inductor) for as many
 cases as `--seconds` allow. Our result is first compared with float64; a wrong result gets no ratio.
 
+Second moments for a refit, "refit 3x3" and "refit 1x1": layers of a ResNet-50, against the same function in PyTorch,
+which copies patches and multiplies in IEEE float32. GB/s counts input and output once; the bound here is arithmetic.
+
 Repair: sequential ASR and exact BatchNorm on a ResNet-50 of random weights, 4,096 images of 224x224, against its bare
 forward passes and against `update_bn`.
 
@@ -25,6 +28,7 @@ if "--dry-run" in sys.argv:  # read when Triton is imported
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -48,6 +52,8 @@ SHAPES = [
     (20, 6, 65536, 1),
     *((batch, c, size, size) for batch in (256, 64) for c, size in STAGES),
 ]
+# inputs of the 3x3 layers of a ResNet-50
+PATCHES = [(64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7)]
 TINY = [(32, 4, 7, 7), (2, 3, 64, 1)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -200,6 +206,32 @@ def measure_kernels(
             yield {**row, "speedup": ratios if right else None}
 
 
+def measure_patches(device: str, shapes: list[tuple[int, ...]], clock: Clock) -> Iterator[dict[str, Any]]:
+    """One row for each layer and case: `patch_moments` in Triton against PyTorch's products; few on a CPU."""
+    dtypes = DTYPES if device == "cuda" else ["fp32"]
+    layouts = LAYOUTS if device == "cuda" else ["NCHW"]
+    for shape, layout, dtype, size in product(shapes, layouts, dtypes, (3, 1)):
+        x, y, *_ = make_case(shape, layout, dtype, device)
+        window = ak.Window((size, size), (1, 1), ((size // 2, size // 2),) * 2, (1, 1))
+
+        def on(backend: ak.backends.Backend, x: Tensor = x, y: Tensor = y, window: ak.Window = window) -> Any:
+            with ak.use_backend(backend):
+                return ak.patch_moments(x, y, window)
+
+        found, truth = on("triton"), on("reference")
+        scale = truth.xx.abs().max()
+        right = all(
+            bool(((a - b).abs() <= TOLERANCE * scale).all()) for a, b in ((found.xx, truth.xx), (found.xy, truth.xy))
+        )
+        del found, truth
+        calls: Candidates = {"ours": lambda call=on: call("triton"), "eager": lambda call=on: call("torch")}
+        times = {name: clock.milliseconds(call) for name, call in calls.items()}
+        moved, ours = x.nbytes + y.nbytes, times["ours"][1]
+        row = {"operation": f"refit {size}x{size}", "shape": shape, "layout": layout, "dtype": dtype, "right": right}
+        row |= {"bytes": moved, "ms_p20_p50_p80": times, "gb_per_s": moved / ours / 1e6}
+        yield {**row, "speedup": {"eager": times["eager"][1] / ours} if right else None}
+
+
 def measure_repair(device: str, count: int, size: int, width: int, batch: int) -> list[dict[str, Any]]:
     """Seconds and peak memory of whole repairs, of bare forward passes and of `update_bn`; medians of two rounds."""
     torch.manual_seed(0)
@@ -241,6 +273,7 @@ def main(
             for row in measure_kernels(device, TINY if dry_run else SHAPES, clock, seconds):
                 rows.append(row)
                 print(*(row[key] for key in ("operation", "shape", "layout", "dtype")), file=sys.stderr, flush=True)
+            rows += measure_patches(device, [(1, 2, 3, 3)] if dry_run else PATCHES, clock)
     if only != "kernels":
         repairs = measure_repair(device, *((4, 32, 4, 2) if dry_run else (4096, 224, 64, 64)))
     about = machine() | {"copy_gb_per_s": copied}

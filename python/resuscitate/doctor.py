@@ -172,9 +172,15 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     def affine() -> list[Tensor]:
         return [ak.affine_(pruned.clone(), gain, shift)]
 
+    def products() -> list[Tensor]:
+        spatial = len(shape) - 2
+        window = ak.Window((3,) * spatial, (1,) * spatial, ((1, 1),) * spatial, (1,) * spatial)
+        found = ak.patch_moments(pruned[:, :8], dense, window)
+        return [found.xx, found.xy]
+
     label = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     checks = []
-    for operation in (moments, paired, factors, affine):
+    for operation in (moments, paired, factors, affine, products):
         name = f"{operation.__name__} of {label}"
         try:
             found = operation()

@@ -143,7 +143,7 @@ def registers_of(kernel: Any, target: str, folder: Path) -> int:
     return int(re.search(r"REG:(\d+)", subprocess.run(command, **run).stdout)[1])
 
 
-def assert_sound(kernel: Any, launch: Any, target: str, folder: Path) -> int:
+def assert_sound(kernel: Any, launch: Any, target: str, folder: Path, shared: int = 48 * 1024 // 2) -> int:
     """Check what holds for every kernel; returns how many programs a multiprocessor runs at a time."""
     assert kernel.asm["hsaco" if target == "gfx942" else "cubin"].startswith(b"\x7fELF")
     assert_64_bits(kernel.asm["ttir"])
@@ -152,7 +152,7 @@ def assert_sound(kernel: Any, launch: Any, target: str, folder: Path) -> int:
     registers = -(-registers_of(kernel, target, folder) // 8) * 8
     # a multiprocessor (NVIDIA) has 65,536 registers and runs 2,048 threads and 32 programs; a compute unit (AMD) has
     # 131,072 registers and runs 2,048 threads. Shared memory: half of what a program gets without opting in
-    assert kernel.metadata.shared <= 48 * 1024 // 2
+    assert kernel.metadata.shared <= shared
     return min((131072 if target == "gfx942" else 65536) // (registers * threads), 2048 // threads, 32)
 
 
@@ -218,3 +218,77 @@ def test_factors_compile(target, rule, tmp_path):
 def test_factors_of_an_unknown_rule_do_not_compile():
     with pytest.raises(triton.CompilationError, match="no other rule"):
         compiled(factors("new"), "sm_90")
+
+
+class PatchVariant(NamedTuple):
+    """The kernel for products of patches, of a 3x3 layer on 56x56, and the width in bits of the loads of its inputs."""
+
+    dtype: torch.dtype
+    width: int
+    channels: int = 64
+    last: bool = False
+    gap: int = 1
+    outputs: bool = False  # products with the outputs, instead of the symmetric products
+
+    def launch(self) -> Any:
+        from asr_kernels.backends.triton_products import Read, plan_products
+
+        def tensor(channels: int) -> Tensor:
+            plane = 56 * 56 * channels
+            strides = (plane, 1, 56 * channels, channels) if self.last else (plane, 3136, 56, 1)
+            strides = (strides[0] * self.gap, *strides[1:])
+            return torch.empty_strided((32, channels, 56, 56), strides, dtype=self.dtype, device="meta")
+
+        x, y = tensor(self.channels), tensor(256)
+        read = Read(x, x.new_empty(self.channels, dtype=F32), -1, -1, (1, 1), 3, 1)
+        other = Read(y, x.new_empty(256, dtype=F32), 0) if self.outputs else read
+        return plan_products(read, other, 56, 56, 1)[0]
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.last else "NCHW"
+        what = "outputs" if self.outputs else "symmetric"
+        return f"{what} {TYPES[self.dtype]} {self.channels} {layout}{' far' * (self.gap > 1)}"
+
+
+PATCHES = [
+    *(PatchVariant(F32, 32), PatchVariant(F32, 128, last=True)),
+    *(PatchVariant(BF16, 16), PatchVariant(BF16, 128, last=True)),
+]
+# tiles of several taps; outputs; offsets within an image that exceed 32 bits
+MORE_PATCHES = [
+    PatchVariant(F32, 32, 3),
+    PatchVariant(F16, 128, last=True, outputs=True),
+    PatchVariant(F32, 32, gap=700),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "target"),
+    [(v, t) for v in PATCHES for t in ("sm_80", "sm_90") if t == "sm_80" or v.dtype == F32],
+    ids=str,
+)
+def test_products_of_patches_compile_to_tensor_core_instructions(target, variant, tmp_path):
+    launch = variant.launch()
+    kernel = compiled(launch, target)
+    # two programs and their shared memory, of 164 KB or more, fit a multiprocessor
+    assert assert_sound(kernel, launch, target, tmp_path, shared=80 * 1024) >= 2
+    ptx = kernel.asm["ptx"]
+    multiplied = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)[\w.]*", ptx))
+    assert multiplied
+    instruction = "wgmma" if target == "sm_90" else "mma.sync"
+    assert all(name.startswith(instruction) and ".tf32.tf32" in name for name in multiplied)
+    assert "cvt.rna.tf32.f32" in ptx
+    reads = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(\w+)", ptx)
+    assert variant.width in widths_of(kernel, target, "load") | {8 * int(size, 16) for size in reads}
+
+
+@pytest.mark.parametrize("variant", MORE_PATCHES, ids=str)
+def test_products_of_patches_of_other_shapes_compile(variant, tmp_path):
+    launch = variant.launch()
+    assert assert_sound(compiled(launch, "sm_80"), launch, "sm_80", tmp_path, shared=80 * 1024) >= 2
+
+
+def test_products_of_patches_compile_for_amd(tmp_path):
+    launch = PATCHES[0].launch()
+    launch.arguments["PRECISION"] = "ieee"
+    assert assert_sound(compiled(launch, "gfx942"), launch, "gfx942", tmp_path, shared=64 * 1024) >= 2

@@ -162,3 +162,13 @@ def test_second_moments_are_as_accurate_as_on_the_host(pair, caller):
     products = ak.cross_products(pruned.cuda(), moved.cuda(), window, *(point.cuda() for point in points))
     expected = ak.cross_products(pruned.double(), moved.double(), window, *points)
     assert (products.xy.cpu() - expected.xy).abs().max() < 1e-5 * scale
+
+
+def test_second_moments_never_wait_and_give_the_same_bits(pair, errors_on_waiting):
+    dense, pruned = pair
+    window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    # the first call compiles the kernels
+    first, second = (ak.patch_moments(pruned, dense, window) for _ in range(2))
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first.xx, second.xx)
+    assert torch.equal(first.xy, second.xy)

@@ -13,7 +13,7 @@ from tests.user import invoke
 def test_a_sound_machine_passes_every_check(capsys):
     found = doctor.examine("cpu")
     assert found.well
-    assert {check.name.split()[0] for check in found.checks} == {"moments", "paired", "factors", "affine"}
+    assert {check.name.split()[0] for check in found.checks} == {"moments", "paired", "factors", "affine", "products"}
     assert found.facts["torch"] == torch.__version__
     assert found.facts["device"].startswith("cpu")
 

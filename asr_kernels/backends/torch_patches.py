@@ -1,0 +1,102 @@
+"""Products of convolution patches in PyTorch: the input is copied once for each tap along all axes but the first."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..window import Window
+
+
+class PatchProducts:
+    """Sums over the patches of one batch: deviations of inputs and outputs about given points, and their products.
+
+    A window has `taps` rows of R values per channel; a row of the output is a row of patches. All results are float64;
+    products are summed in float32, or in float64 for float64.
+    `shift` (C,) and `target` (O,): the points, near the means. `left` and `squares` (O,): sums of the deviations of the
+    outputs and of their squares.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, window: Window) -> None:
+        self.window, self.channels = window, x.shape[1] // window.groups
+        # [G, C * R, input rows, M]
+        self._columns, self.shift = _columns(x, window)
+        wanted, self.target = _centred(y)
+        dims = [0, *range(2, y.ndim)]
+        self.left = wanted.sum(dims).double()  # 0 but for rounding
+        self.squares = torch.linalg.vector_norm(wanted, dim=dims).double().square()
+        self._rows = y.shape[2]
+        # [G, O, output rows * M]
+        self._wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(window.groups, y.shape[1] // window.groups, -1)
+
+    @staticmethod
+    def copied_bytes(x: Tensor, window: Window) -> int:
+        """Bytes of the copies for one image."""
+        copies = prod(window.kernel[1:]) * max(x.element_size(), 4)
+        return copies * x.shape[1] * prod(n + sum(pad) for n, pad in zip(x.shape[2:], window.padding, strict=True))
+
+    def sums(self) -> Tensor:
+        """[G, C, taps, R]: sums of the deviations that a tap reads."""
+        by_row = self._columns.sum(-1).double()
+        rows = torch.stack([by_row[:, :, self._slice(i, 0, self._rows)].sum(-1) for i in range(self.window.kernel[0])])
+        return rows.movedim(0, -1).unflatten(1, (self.channels, -1)).transpose(2, 3)
+
+    def of_rows(self, i: int, j: int) -> Tensor:
+        """[G, C, R, C, R]: products of what taps i and j read."""
+        mine = self._read(i, 0, self._rows)
+        return self._by_channel(mine @ (mine if i == j else self._read(j, 0, self._rows)).mT)
+
+    def of_ends(self, last: tuple[int, int], first: tuple[int, int]) -> Tensor:
+        """As `of_rows`, of two taps and the last row of the output, minus those of two other taps and the first row."""
+        a, b, c, d = (self._read(tap, row, 1) for taps, row in ((last, self._rows - 1), (first, 0)) for tap in taps)
+        return self._by_channel((a @ b.mT).baddbmm_(c, d.mT, alpha=-1))
+
+    def with_outputs(self, i: int) -> Tensor:
+        """[G, C, R, O]: products of what tap i reads, with the outputs."""
+        return (self._read(i, 0, self._rows) @ self._wanted.mT).double().unflatten(1, (self.channels, -1))
+
+    def _by_channel(self, products: Tensor) -> Tensor:
+        return products.double().unflatten(2, (self.channels, -1)).unflatten(1, (self.channels, -1))
+
+    def _slice(self, tap: int, first: int, count: int) -> slice:
+        step = self.window.stride[0]
+        start = tap * self.window.dilation[0] + first * step
+        return slice(start, start + (count - 1) * step + 1, step)
+
+    def _read(self, tap: int, first: int, count: int) -> Tensor:
+        # [G, C * R, count * M]
+        return self._columns[:, :, self._slice(tap, first, count)].flatten(2)
+
+
+def products_for(x: Tensor, y: Tensor, window: Window) -> type[PatchProducts]:
+    """What computes the products of this window."""
+    return PatchProducts
+
+
+def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """[G, C * R, rows, M]: each channel minus its mean, copied for each of the R taps along all axes but the first.
+
+    `rows` are rows of the padded input; M runs over images and the other output axes. Also returns the mean, float64.
+    """
+    pads = [pad for pair in reversed(window.padding) for pad in pair]
+    padded, mean = _centred(F.pad(x, pads, window.mode) if any(pads) else x)
+    for axis in range(1, len(window.kernel)):
+        span = (window.kernel[axis] - 1) * window.dilation[axis] + 1
+        padded = padded.unfold(2 + axis, span, window.stride[axis])[..., :: window.dilation[axis]]
+    dims, rest = len(window.kernel), range(3, 2 + len(window.kernel))
+    # [N, C, rows, *others, *taps] -> [C, *taps, rows, N, *others]
+    copies = padded.permute(1, *range(2 + dims, padded.ndim), 2, 0, *rest)
+    return copies.reshape(
+        window.groups, x.shape[1] // window.groups * prod(window.kernel[1:]), copies.shape[dims], -1
+    ), mean
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel minus its mean, in float32 (float64 for float64); and the mean, float64 (C,)."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dims = [0, *range(2, x.ndim)]
+    mean = x.mean(dims)
+    return x - mean.view(-1, *[1] * (x.ndim - 2)), mean.double()
