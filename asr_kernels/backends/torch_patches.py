@@ -25,12 +25,11 @@ class PatchProducts:
         # [G, C * R, input rows, M]
         self._columns, self.shift = _columns(x, window)
         wanted, self.target = _centred(y)
-        dims = [0, *range(2, y.ndim)]
-        self.left = wanted.sum(dims).double()  # 0 but for rounding
-        self.squares = torch.linalg.vector_norm(wanted, dim=dims).double().square()
         self._rows = y.shape[2]
-        # [G, O, output rows * M]
+        # [G, O, output rows * M]: one contiguous row for each output, which PyTorch adds faster
         self._wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(window.groups, y.shape[1] // window.groups, -1)
+        self.left = self._wanted.sum(2).double().flatten()  # 0 but for rounding
+        self.squares = torch.linalg.vector_norm(self._wanted, dim=2).double().square().flatten()
 
     @staticmethod
     def copied_bytes(x: Tensor, window: Window) -> int:
