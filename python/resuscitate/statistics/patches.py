@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 import asr_kernels as ak
 
@@ -17,6 +18,11 @@ from .base import Place, Statistic
 
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
+
+# so that a `Store` finds the tensors of moments that it keeps
+register_pytree_node(
+    ak.PatchMoments, lambda each: (list(vars(each).values()), None), lambda each, _: ak.PatchMoments(*each)
+)
 
 
 class PatchCovariances(Statistic):
