@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import reduce
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from ..statistics.base import Place, Statistic
 from ..statistics.outputs import OutputMoments
 from .graph_walk import GraphPasses, NoGraphError, graph_walk
 from .measure import measure, screen
-from .probes import Measurement, Request
+from .probes import Layer, Measurement, Request
 from .room import in_memory, in_stores
 from .suspended_walk import suspended_walk
 from .walk import Walk
@@ -132,6 +132,13 @@ class Session:
         """Where a statistic of this layer is measured."""
         dense = None if self.dense is None else self.dense.modules.get(name)
         return Place(name, self.net.modules[name], dense)
+
+    def layers(self, modules: Mapping[str, nn.Module], in_use: Mapping[str, Tensor]) -> dict[str, Layer]:
+        """The modules as a method sees them; `in_use` has the masks of their weights."""
+        return {
+            name: Layer(name, module, self.place(name).dense, in_use[name], name in self.wiring.products, self.ranks)
+            for name, module in modules.items()
+        }
 
     def walk(
         self, batches: Batches, requests: Sequence[Request], title: str, known: Collection[str] = ()

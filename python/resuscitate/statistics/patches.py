@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 import asr_kernels as ak
 
@@ -20,6 +21,11 @@ from .second_moments import Moments, merged
 POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
 FEWEST = 1024  # inputs of a linear layer whose samples are kept, not their second moments, where there are few
+
+# so that a `Store` finds the tensors of moments that it keeps
+register_pytree_node(
+    ak.PatchMoments, lambda each: (list(vars(each).values()), None), lambda each, _: ak.PatchMoments(*each)
+)
 
 
 class PatchCovariances(Statistic):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches, most_images, rebatch
 from ..data.checks import NORMALISED_FROM, warn_of_normalisation
-from ..engine.probes import Layer, Measurement, Probe, Request
+from ..engine.kept import KeptStatistics
+from ..engine.probes import Measurement, Probe, Request
 from ..engine.reference import TARGET, Dense, DenseStatistics, Target, as_target, fill_reference, identify
 from ..engine.session import Session
 from ..engine.writer import Writer
@@ -104,7 +105,7 @@ def repair(
         JournalError: `resume` names another run's journal. CheckpointError: a statistics file cannot be read.
         LayerError, NonFiniteError: a layer cannot be repaired; the message names it, and the batch.
     """
-    clock, ranks = Stopwatch(), Ranks(options.get("group"))
+    ranks = Ranks(options.get("group"))
     with ranks.together():
         choices: dict[str, Any] = {"method": method, "schedule": schedule, "recalibrate": recalibrate}
         choices |= {"diagnostics": diagnostics, "gain_samples": gain_samples}
@@ -115,10 +116,31 @@ def repair(
         plan.check_dense(dense)
         given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks}
         check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
+    given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume}
+    return carry_out(plan, model, dense, calibration, ranks, **given)
+
+
+def carry_out(
+    plan: Plan,
+    model: nn.Module,
+    dense: Dense | None,
+    calibration: Any,
+    ranks: Ranks,
+    *,
+    include: Selection = None,
+    exclude: Selection = None,
+    masks: Mapping[str, Any] | None = None,
+    skip_first: bool | None = None,
+    skip_last: bool | None = None,
+    resume: str | Path | None = None,
+    measured: KeptStatistics | None = None,
+) -> RepairReport:
+    """Repair by a plan; see `repair`. measured: statistics of some layers, which are not measured again."""
+    clock = Stopwatch()
     model, target = unwrap(model), as_target(dense)
     recalibration = plan.recalibration
     way = recalibration.name if recalibration else None
-    report = RepairReport(plan.method.name, schedule, way, asdict(plan.method), ranks=ranks.size)
+    report = RepairReport(plan.method.name, plan.schedule, way, asdict(plan.method), ranks=ranks.size)
     layers = matching_layers(model, target, include, exclude, report) if plan.method.changes_layers else {}
     batchnorms = batchnorms_to_estimate(model, recalibration, report) if recalibration else {}
     if not plan.method.changes_layers and not batchnorms:
@@ -130,13 +152,10 @@ def repair(
         wiring, selected = session.look(images.batches), layers
         first = plan.method.skips_first if skip_first is None else skip_first
         active = recalibration if batchnorms else None
-        last = plan.method.skips_last(schedule, active) if skip_last is None else skip_last
+        last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running")
         zeros = in_use(model, layers, masks)
-        seen = {
-            name: Layer(name, layer, session.place(name).dense, zeros[name], name in wiring.products, ranks)
-            for name, layer in layers.items()
-        }
+        seen = session.layers(layers, zeros)
         plan.method.prepare(seen)
         probes = plan.probes(seen)
         options_used = {**plan.identity(), "layers": list(layers), "batchnorms": list(batchnorms)}
@@ -149,7 +168,7 @@ def repair(
         report.resumed = len(journal.entries)
         writer = Writer(session.net, wiring, seen, report, journal, ranks, plan.method.dense is not DenseAccess.NONE)
         clock.end("looking at the models")
-        _update(session, plan, writer, probes, batchnorms, images, target)
+        _update(session, plan, writer, probes, batchnorms, images, target, measured)
         if isinstance(recalibration, EMA):
             recalibration.estimate(session.net, batchnorms, images.cut_anew)
             report.batchnorm_images = recalibration.images
@@ -260,12 +279,17 @@ def _update(
     batchnorms: Iterable[str],
     images: _Images,
     target: Target,
+    kept: KeptStatistics | None,
 ) -> None:
-    """Measure, solve and write, layer by layer."""
+    """Measure, solve and write, layer by layer. kept: statistics that are solved for first."""
     method, known, title = plan.method, writer.journal.entries, f"repair ({plan.method.name})"
     for name, layer in writer.layers.items():
         if name not in probes:
             writer.report.layers.append(left_out(name, layer.module, "unchanged", "the method measures nothing at it"))
+    if kept is not None:
+        for name in filter(kept.__contains__, probes):
+            writer.update(Measurement(name, kept.get(session.place(name))), method.solve)
+        probes = {name: probe for name, probe in probes.items() if name not in kept}
     measured = [name for name, probe in probes.items() if probe.statistic is not Statistic]
     at_once = [Measurement(name, Statistic(session.place(name))) for name in probes if name not in measured]
     updates = [method.solve(writer.layers[each.name], each.found) for each in at_once]  # all, before any is written

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from ..engine.kept import KeptStatistics
+from ..engine.probes import Request
 from ..engine.session import Session
 from ..methods.base import Method, option_names
-from ..network.masks import Masks
+from ..network.layer_checks import split_by_objections
+from ..network.layers import select_layers
+from ..network.masks import Masks, in_use
 from ..reports.base import UndoableReport, terminal_table
 from ..reports.repair import RepairReport
 from ..runtime.journal import Journal, fingerprints
@@ -20,7 +26,7 @@ from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
 from .plan import Plan, make_plan
-from .repair import repair
+from .repair import carry_out
 
 
 def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any]) -> Plan:
@@ -51,7 +57,8 @@ class Steps:
     def __init__(
         self, session: Session, plan: Plan, calibration: Any, resume: str | Path | None, choices: Mapping[str, Any]
     ) -> None:
-        self.plan, self.run = plan, options_of_steps(plan.run)
+        self.run = options_of_steps(plan.run)
+        self.plan, self.ranks = replace(plan, run=self.run), session.ranks
         self.folder = None if resume is None else Path(resume)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +74,35 @@ class Steps:
         """The journal of a step; None without a folder."""
         return None if self.folder is None else self.folder / f"{step}.journal"
 
+    @contextmanager
+    def dense_statistics(self, dense: nn.Module) -> Iterator[KeptStatistics | None]:
+        """What the method measures at each layer, measured with the inputs that the layer has in the dense network.
+
+        None where the method measures outputs, which depend on a layer's own weights, or re-estimates BatchNorm.
+        """
+        if self.plan.recalibration:
+            yield None
+            return
+        with Session([copy.deepcopy(dense), dense], self.run, ranks=self.ranks) as session:
+            images = session.read(self.batches, beside=True)
+            wiring, (modules, _) = session.look(images), split_by_objections(select_layers(dense), "repaired")
+            called = {name: session.net.modules[name] for name in wiring.calls if name in modules}
+            probes = self.plan.probes(session.layers(called, in_use(session.net.model, called, None)))
+            if any(probe.pruned == "output" for probe in probes.values()):
+                yield None
+                return
+            if any(probe.folds > 1 for probe in probes.values()):
+                images.number_images(session.ranks)
+            requests = [Request(name, replace(probe, replay=False), len(images)) for name, probe in probes.items()]
+            kept = KeptStatistics(session.store)
+            with closing(session.walk(images, requests, "dense network")) as walk:
+                for each in walk:
+                    kept.add(each.found)
+            yield kept
+
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
-        """Repair the model as one step of the function `whole`. Only the whole can be undone, not the step."""
-        options |= {"method": self.plan.method, "resume": self.journal(step), **self.run}
-        report = repair(model, dense, self.batches, **options)
+        """Repair the model as one step of the function `whole`, see `carry_out`. Only the whole can be undone."""
+        report = carry_out(self.plan, model, dense, self.batches, self.ranks, resume=self.journal(step), **options)
         report.belongs_to(f"what {whole} returned")
         return report
 

@@ -107,7 +107,7 @@ def work(rank, size, job):
 
 def work_on(model, dense, x, job, **options):
     if job.get("compress"):
-        return resuscitate.compress(model, 0.8, x, steps=2, batch_size=4, **options).steps[-1]
+        return resuscitate.compress(model, 0.8, x, steps=3, batch_size=4, **options).steps[-1]
     if job.get("regrow"):
         masks = resuscitate.Masks.from_zeros(model)
         return resuscitate.regrow(model, dense, masks, 0.3, x, rounds=2, batch_size=4, **options).rounds[-1].report

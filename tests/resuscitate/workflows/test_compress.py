@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import asr_kernels as ak
 import resuscitate
 from resuscitate import ASR, Masks, Refit, compress
 from resuscitate.errors import CalibrationError, JournalError
+from resuscitate.statistics.fitting import fit
 from resuscitate.workflows.compress import schedule
-from tests.networks import Residual, chain, images, seeded
+from tests.networks import Residual, Untraceable, chain, images, seeded
 
 
 def same(a, b):
@@ -54,7 +56,7 @@ class TestCompress:
     def test_it_is_pruning_and_refitting_in_turn(self, allocation):
         model = seeded(Residual)
         by_hand, dense = copy.deepcopy(model), copy.deepcopy(model)
-        report = compress(model, 0.8, images(40), allocation=allocation, steps=3)
+        report = compress(model, 0.8, images(40), allocation=allocation, steps=3, walks=3)
         measured = {"calibration": images(40)} if allocation == "rr" else {}
         for stop in schedule(0.8, 3):
             masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, **measured)
@@ -148,12 +150,70 @@ class TestCompress:
             assert not (tmp_path / name).exists()
 
 
+class TestStepsWithoutAWalk:
+    """Steps before the last `walks` are solved from one measurement with the inputs of the dense network."""
+
+    def test_only_the_last_steps_measure_the_pruned_network(self):
+        report = compress(seeded(Residual), 0.8, images(40), steps=5)
+        assert [step.walk for step in report.steps] == ["none", "none", "none", "graph", "graph"]
+        assert {row.status for step in report.steps for row in step.layers} == {"refitted"}
+        report = compress(seeded(Residual), 0.8, images(40), steps=5, walks=9)
+        assert [step.walk for step in report.steps] == ["graph"] * 5
+
+    def test_a_method_that_measures_outputs_measures_them_in_each_step(self):
+        by_default, in_each = seeded(chain), seeded(chain)
+        report = compress(by_default, 0.8, images(40), steps=4, method="channelwise")
+        compress(in_each, 0.8, images(40), steps=4, method="channelwise", walks=4)
+        assert [step.walk for step in report.steps] == ["graph"] * 4
+        assert same(by_default, in_each)
+
+    def test_they_refit_to_the_moments_of_the_dense_network(self):
+        """One linear layer: its inputs are the same in both networks, so both ways give one result."""
+        torch.manual_seed(0)
+        x = torch.randn(200, 6) @ torch.randn(6, 6)
+        found = [nn.Sequential(nn.Linear(6, 4)) for _ in range(2)]
+        found[1].load_state_dict(found[0].state_dict())
+        for model, walks in zip(found, (1, 4), strict=True):
+            compress(model, 0.75, x, steps=[0.25, 0.5, 0.6, 0.75], walks=walks)
+        assert same(*found)
+
+    def test_they_fit_the_inputs_that_a_layer_has_in_the_dense_network(self, monkeypatch):
+        model, after = seeded(chain), []
+        dense, pruned = copy.deepcopy(model), copy.deepcopy(model)
+        module = sys.modules["resuscitate.workflows.steps"]
+        original = module.carry_out
+
+        def carry_out(plan, model, *args, **options):
+            report = original(plan, model, *args, **options)
+            after.append(copy.deepcopy(model))
+            return report
+
+        monkeypatch.setattr(module, "carry_out", carry_out)
+        compress(model, 0.8, images(40), steps=[0.5, 0.8], walks=1, ridge=0.1)
+        mask = resuscitate.sparsify(pruned, 0.5)["3"]
+        with torch.no_grad():
+            x = dense[:3](images(40))
+            moments = ak.patch_moments(x, dense[3](x), ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)))
+        fitted = fit(moments, pruned[3].weight.detach().flatten(1), mask.flatten(1), ridge=0.1)
+        torch.testing.assert_close(after[0][3].weight.flatten(1).double(), fitted.weight, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("build", [Residual, chain, Untraceable])
+    def test_a_budget_of_memory_changes_no_bit(self, build, tmp_path):
+        models = [seeded(build) for _ in range(2)]
+        reports = [
+            compress(model, 0.8, images(40), steps=4, batch_size=8, memory=memory, scratch=tmp_path)
+            for model, memory in zip(models, (None, 4096), strict=True)
+        ]
+        assert same(*models)
+        assert [report.steps[-1].bytes_spilled > 0 for report in reports] == [False, True]
+
+
 class TestAllOrNothing:
     def test_a_failure_in_the_last_step_leaves_the_model_as_it_was(self, monkeypatch):
         model = seeded(chain).train()
         before, calls = copy.deepcopy(model), []
         module = sys.modules["resuscitate.workflows.steps"]
-        original = module.repair
+        original = module.carry_out
 
         def fail_at_the_third(*args, **options):
             calls.append(1)
@@ -161,7 +221,7 @@ class TestAllOrNothing:
                 raise OSError("disk gone")
             return original(*args, **options)
 
-        monkeypatch.setattr(module, "repair", fail_at_the_third)
+        monkeypatch.setattr(module, "carry_out", fail_at_the_third)
         with pytest.raises(OSError, match="disk gone"):
             compress(model, 0.8, images(), steps=3)
         assert same(model, before)
@@ -183,25 +243,26 @@ class TestAllOrNothing:
         assert same(model, before)
 
 
-def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [3, 6], ids=["before a walk", "within a walk"])
+def test_an_interrupted_run_goes_on_from_its_journals(killed, tmp_path, monkeypatch):
     undisturbed = seeded(chain)
     compress(undisturbed, 0.8, images(), steps=3)
     module = sys.modules["resuscitate.methods.refit"]
     original, fits = module.fit, []
 
-    def killed_at_the_sixth(*args, **options):
+    def interrupted(*args, **options):
         fits.append(1)
-        if len(fits) == 6:
+        if len(fits) == killed:
             raise KeyboardInterrupt
         return original(*args, **options)
 
     model = seeded(chain)
-    monkeypatch.setattr(module, "fit", killed_at_the_sixth)
+    monkeypatch.setattr(module, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
     report = compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
-    assert len(fits) == 6 + 3 * 4 - 5  # nothing is fitted twice but for the one that was interrupted
-    assert [step.resumed for step in report.steps] == [4, 1, 0]
+    assert len(fits) == 1 + 3 * 4  # nothing is fitted twice but for the one that was interrupted
+    assert sum(step.resumed for step in report.steps) == killed - 1
     assert same(model, undisturbed)
 
 
@@ -211,6 +272,7 @@ def test_an_interrupted_run_goes_on_from_its_journals(tmp_path, monkeypatch):
         ({"sparsity": 0.9}, "sparsity, steps"),
         ({"steps": 2}, "steps"),
         ({"steps": [0.5, 0.8]}, "steps"),
+        ({"walks": 3}, "walks"),
         ({"allocation": "erk"}, "allocation"),
         ({"pattern": "filter"}, "pattern"),
         ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
@@ -298,6 +360,8 @@ class TestMethods:
             ({"allocation": "magic"}, ValueError, "unknown allocation"),
             ({"pattern": "magic"}, ValueError, "unknown pattern"),
             ({"min_per_layer": -1}, ValueError, "min_per_layer=-1"),
+            ({"walks": 0}, ValueError, "walks=0 must be at least 1"),
+            ({"walks": 1.5}, TypeError, "walks=1.5 must be a whole number"),
         ],
         ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
     )
