@@ -133,14 +133,14 @@ class TestInTheProcess:
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
-        """What SIGINT does, at twenty points of a repair: the model is as it was, or wholly repaired."""
+        """What SIGINT does, at twelve points of a repair: the model is as it was, or wholly repaired."""
         dense = seeded(chain)
         model = pruned_copy(dense)
         before, repaired = state(model), copy.deepcopy(model)
         repair(copy.deepcopy(model), dense, images(), **options)  # the first time has one look more at the images
         total = traced(partial(repair, repaired, dense, images(), **options), None)
         after = state(repaired)
-        for at in range(1, total, max(1, total // 20)):
+        for at in range(1, total, max(1, total // 12)):
             report = None
             with contextlib.suppress(KeyboardInterrupt):
                 traced(partial(repair, model, dense, images(), **options), at)

@@ -23,9 +23,12 @@ WIDEST = 8192  # values of a patch: their second moments take half a GiB
 FEWEST = 1024  # inputs of a linear layer whose samples are kept, not their second moments, where there are few
 
 # so that a `Store` finds the tensors of moments that it keeps
-register_pytree_node(
-    ak.PatchMoments, lambda each: (list(vars(each).values()), None), lambda each, _: ak.PatchMoments(*each)
-)
+for _kind in (ak.PatchMoments, ak.RowMoments):
+    register_pytree_node(
+        _kind,
+        lambda each: (list(vars(each).values()), type(each)),
+        lambda parts, kind: kind(*parts),
+    )
 
 
 class PatchCovariances(Statistic):
