@@ -12,12 +12,15 @@ from resuscitate.statistics.patches import PatchCovariances
 
 
 @pytest.mark.parametrize("memory", ["1GiB", 64], ids=["in memory", "spilled"])
-def test_a_kept_statistic_comes_back_with_the_same_bits_and_as_often_as_asked(memory, tmp_path):
+@pytest.mark.parametrize("moments", [ak.PatchMoments, ak.RowMoments])
+def test_a_kept_statistic_comes_back_with_the_same_bits_and_as_often_as_asked(moments, memory, tmp_path):
     torch.manual_seed(0)
     layer, found = nn.Linear(6, 4), PatchCovariances(Place("fc", nn.Linear(6, 4)))
     for fold in range(2):
-        found.folds[fold] = ak.patch_moments(torch.randn(20, 6), torch.randn(20, 4), ak.Window())
-    expected = {fold: dict(vars(moments)) for fold, moments in found.folds.items()}
+        of_samples = torch.randn(20, 6), torch.randn(20, 4)
+        rows = ak.row_moments(*of_samples)
+        found.folds[fold] = rows if moments is ak.RowMoments else ak.patch_moments(*of_samples, ak.Window())
+    expected = {fold: dict(vars(each)) for fold, each in found.folds.items()}
     with Store(memory, torch.device("cpu"), tmp_path) as store:
         kept = KeptStatistics(store)
         kept.add(found)
@@ -28,6 +31,7 @@ def test_a_kept_statistic_comes_back_with_the_same_bits_and_as_often_as_asked(me
             assert (type(again), again.place.module) == (PatchCovariances, layer)
             assert again.folds.keys() == expected.keys()
             for fold, parts in expected.items():
+                assert type(again.folds[fold]) is moments
                 for name, part in parts.items():
                     torch.testing.assert_close(vars(again.folds[fold])[name], part, rtol=0, atol=0)
             again.folds.clear()  # as a refit does
