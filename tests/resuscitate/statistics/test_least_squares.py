@@ -38,7 +38,7 @@ def exact(problem, targets):
     """By one dense solution for each channel."""
     w = torch.zeros_like(problem.present)
     for channel, (group, places) in enumerate(zip(problem.group, problem.support, strict=True)):
-        matrix = problem.xx[group][places][:, places] + problem.rho[channel] * torch.eye(int(places.sum()))
+        matrix = problem.moments.xx[group][places][:, places] + problem.rho[channel] * torch.eye(int(places.sum()))
         right = targets.cross[channel, places] + problem.rho[channel] * problem.present[channel, places]
         w[channel, places] = torch.linalg.solve(matrix, right)
     return w
