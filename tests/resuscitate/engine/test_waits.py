@@ -31,7 +31,6 @@ def run_batch(model, batch):
 OPTIONS = {
     "refit": {},
     "refit, one ridge, BatchNorm": {"ridge": 0.1, "recalibrate": "exact"},
-    "refit, suspended": {"forward_fn": run_batch},
     "asr": {"method": "asr"},
     "asr, BatchNorm": {"method": "asr", "recalibrate": "exact"},
     "asr, BatchNorm, few images": {"method": "asr", "gain_samples": 8, "recalibrate": Exact(samples=16)},
@@ -78,6 +77,7 @@ def most(options):
     return A_LAYER if "method" in options else A_REFIT
 
 
+@pytest.mark.slow
 @each_option
 def test_the_host_waits_few_times_for_a_layer_and_never_for_a_batch(options):
     model, rows, found = repaired(partial(deep, 2), options)
