@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +24,8 @@ import resuscitate
 from benchmarks.common.plain_hooks import plain_hooks
 
 JOBS = ("sequential ASR", "exact BatchNorm")
+# names of variables that set threads or malloc begin with these
+SETS = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 Run = Callable[[nn.Module, Tensor], Any]  # changes a pruned network in place, with the images
 
 
@@ -48,6 +56,16 @@ def candidates(dense: nn.Module, batch_size: int, **options: Any) -> dict[str, d
             "update_bn": lambda model, x: update_bn(x.split(batch_size), model),
         },
     }
+
+
+def in_own_process(script: str, *options: Any, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a script writes as JSON to its --output, from a process whose threads and malloc only `environment` sets."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETS)}
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        line = [sys.executable, script, *map(str, options), "--output", str(found)]
+        subprocess.run(line, env=kept | dict(environment or {}), check=True)
+        return json.loads(found.read_text())
 
 
 def measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, int]:

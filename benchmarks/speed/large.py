@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "pyt
 
 import resuscitate
 from benchmarks.common.results import RESULTS, console, machine, markdown_table, write
-from benchmarks.common.timing import forwards, measured
+from benchmarks.common.timing import forwards, in_own_process, measured
 from resuscitate.statistics.least_squares import Problem
 from tests.outside.networks import liven, package, settle, smooth_images
 
@@ -77,15 +75,6 @@ def one(row: str, rounds: int) -> dict[str, Any]:
     return about | {key: median(values) for key, values in found.items()} | {"rounds": found}
 
 
-def measure(row: str, rounds: int) -> dict[str, Any]:
-    """The numbers of one row, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found.json"
-        line = [sys.executable, __file__, "--row", row, "--within", "--rounds", str(rounds), "--output", str(output)]
-        subprocess.run(line, check=True)
-        return json.loads(output.read_text())
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table in the docs."""
     heads = ["80 % sparse, two networks", "forwards, s", "refit, s", "ratio", "solving, %", "peak memory, GiB"]
@@ -115,7 +104,7 @@ def main(
         return
     rows = []
     for name in row:
-        rows.append(measure(name, rounds))
+        rows.append(in_own_process(__file__, "--within", "--row", name, "--rounds", rounds))
         console.print(rows[-1])
     about = machine()
     write(output, {**about, "rows": rows}, markdown(rows))

@@ -13,10 +13,7 @@ user's process without settings: PyTorch's number of threads, and a malloc that 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,21 +27,11 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "pyt
 from benchmarks.common.inputs import calibration_images, data_folder, network, pruned_copy
 from benchmarks.common.plain_hooks import LAYERS, plain_hooks
 from benchmarks.common.results import RESULTS, console, machine, markdown_table, write
-from benchmarks.common.timing import Run, candidates, medians, race, ratios
+from benchmarks.common.timing import Run, candidates, in_own_process, medians, race, ratios
 
 BATCH = 128
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
 SETTINGS = {"default": {}, "tuned": {"OMP_NUM_THREADS": "1", **KEEP}}
-# names of variables that set threads or malloc begin with these
-SETS = (
-    "OMP_",
-    "GOMP_",
-    "KMP_",
-    "MKL_",
-    "MALLOC_",
-    "GLIBC_TUNABLES",
-    "LD_PRELOAD",
-)
 
 
 def jobs(dense: nn.Module) -> dict[str, dict[str, Run]]:
@@ -128,12 +115,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def measure(setting: str, *options: Any) -> dict[str, Any]:
     """The result of this script in a process with this setting, with these options of the command line."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETS)}
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "found.json"
-        line = [sys.executable, __file__, "--within", setting, "--output", found, *options]
-        subprocess.run(list(map(str, line)), env=kept | SETTINGS[setting], check=True)
-        return json.loads(found.read_text())
+    return in_own_process(__file__, "--within", setting, *options, environment=SETTINGS[setting])
 
 
 def main(
