@@ -16,6 +16,7 @@ class RowMoments:
 
     `count`: number of samples. `mean` (1, K) and `target` (1, O): means, float64. x (n, K) and y (n, O), float32 or
     float64, and scale (n,), float64: x' diag(scale) x is the sum of products of deviations of the inputs, and so on.
+    `most`: with more rows than this the moments become matrices when they are merged.
     """
 
     count: int
@@ -24,10 +25,11 @@ class RowMoments:
     x: Tensor
     y: Tensor
     scale: Tensor
+    most: int
 
     def merge(self, other: RowMoments | PatchMoments) -> RowMoments | PatchMoments:
-        """Moments of both sets of samples; as matrices where products with these take less time."""
-        if not isinstance(other, RowMoments) or 2 * (len(self.x) + len(other.x)) > self.x.shape[1]:
+        """Moments of both sets of samples; as matrices where the rows are more than `most`."""
+        if not isinstance(other, RowMoments) or len(self.x) + len(other.x) > self.most:
             return self.matrices().merge(other)  # type: ignore[arg-type]
         count = self.count + other.count
         share = other.count / max(count, 1)
@@ -43,7 +45,7 @@ class RowMoments:
         dx, dy = other.mean - self.mean, other.target - self.target
         x, y = (torch.cat([a, b, d.to(a.dtype)]) for a, b, d in ((self.x, other.x, dx), (self.y, other.y, dy)))
         scale = torch.cat([self.scale, sign * other.scale, self.scale.new_full((1,), weight)])
-        return RowMoments(count, self.mean + dx * share, self.target + dy * share, x, y, scale)
+        return RowMoments(count, self.mean + dx * share, self.target + dy * share, x, y, scale, self.most)
 
     def matrices(self) -> PatchMoments:
         """The same as matrices."""
@@ -51,7 +53,8 @@ class RowMoments:
 
     def of_channels(self, groups: Tensor, rows: Tensor) -> RowMoments:
         """The moments with some of the outputs alone, rows (1, R)."""
-        return RowMoments(self.count, self.mean, self.target[groups, rows], self.x, self.y[:, rows[0]], self.scale)
+        target, y = self.target[groups, rows], self.y[:, rows[0]]
+        return RowMoments(self.count, self.mean, target, self.x, y, self.scale, self.most)
 
     @property
     def diagonal(self) -> Tensor:
@@ -75,10 +78,10 @@ class RowMoments:
         return (self.scale[:, None] * self.y.double().square()).sum(0).clamp(min=0)[None]
 
 
-def row_moments(x: Tensor, y: Tensor) -> RowMoments:
-    """The moments of inputs x (..., K) and target outputs y (..., O) of a linear layer."""
+def row_moments(x: Tensor, y: Tensor, most: int) -> RowMoments:
+    """The moments of inputs x (..., K) and target outputs y (..., O) of a linear layer; `most` as in `RowMoments`."""
     (mean, x), (target, y) = map(_deviations, (x, y))
-    return RowMoments(len(x), mean, target, x, y, torch.ones(len(x), dtype=torch.float64, device=x.device))
+    return RowMoments(len(x), mean, target, x, y, torch.ones(len(x), dtype=torch.float64, device=x.device), most)
 
 
 def _deviations(x: Tensor) -> tuple[Tensor, Tensor]:

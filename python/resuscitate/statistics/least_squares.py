@@ -166,6 +166,7 @@ class Problem:
         # the places of each support, in order, then padding from outside of it
         places = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
         inside = support.gather(1, places)
+        assert isinstance(self.xx, Matrices)
         matrix = self.xx.within(group, places)
         matrix *= inside[:, :, None] & inside[:, None, :]
         matrix.diagonal(dim1=1, dim2=2).add_(torch.where(inside, self.rho[first, None], 1.0))

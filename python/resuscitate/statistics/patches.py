@@ -18,7 +18,6 @@ from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
 from .second_moments import Moments, merged
 
-POINTWISE = ak.Window((1,), (1,), ((0, 0),), (1,))  # a linear layer as a convolution
 WIDEST = 8192  # values of a patch: their second moments take half a GiB
 FEWEST = 1024  # inputs of a linear layer whose samples are kept, not their second moments, where there are few
 
@@ -59,15 +58,13 @@ class PatchCovariances(Statistic):
         (x, window), count = operands(name, layer, x), input_blocks(layer)
         if count > 1:
             y = contributions(name, self.place.dense, y, count)
-            if not window.kernel:
-                x, window = x.reshape(-1, x.shape[-1], 1), POINTWISE
             window = replace(window, groups=count)
         for fold, rows in self.place.folds(batch, len(x)).items():
             places = None if rows is None else rows.to(x.device, non_blocking=True)
             read, outputs = (each if places is None else each[places] for each in (x, y))
-            inputs = read.shape[-1]
-            samples = not window.kernel and inputs >= FEWEST and 2 * read.numel() <= inputs**2
-            found = ak.row_moments(read, outputs) if samples else ak.patch_moments(read, outputs, window)
+            most = 0 if window.kernel else most_samples(read.shape[-1])
+            samples = most * read.shape[-1] >= read.numel()
+            found = ak.row_moments(read, outputs, most) if samples else ak.patch_moments(read, outputs, window)
             parts = found.mean, found.diagonal, found.target, found.yy
             # one number for all, which is not finite where one of them is not
             self.sums.append((batch, torch.cat([part.flatten() for part in parts]).sum()))
@@ -84,12 +81,21 @@ class PatchCovariances(Statistic):
 def input_blocks(layer: Any) -> int:
     """The number of blocks of input channels, the least for which no patch of a block has more than `WIDEST` values.
 
-    A linear layer has one: where there are fewer samples than inputs, these are kept.
+    A linear layer has one; see `most_samples`.
     """
     channels, values = layer.weight.shape[1], layer.weight[0].numel()
     if getattr(layer, "groups", 1) > 1 or layer.weight.ndim == 2:
         return 1
     return next(n for n in range(1, channels + 1) if channels % n == 0 and (values <= WIDEST * n or n == channels))
+
+
+def most_samples(inputs: int) -> int:
+    """Up to how many samples of a linear layer with so many inputs are kept in place of their second moments.
+
+    Products with the samples take less time than with the matrix up to half as many samples as inputs. Above `WIDEST`
+    inputs memory counts: samples in float32 take less of it up to twice as many.
+    """
+    return 0 if inputs < FEWEST else inputs // 2 if inputs <= WIDEST else 2 * inputs
 
 
 def split_input_blocks(weight: Tensor, count: int) -> Tensor:
@@ -107,6 +113,4 @@ def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
     (x, window), old = operands(name, layer, x), stored_bias(name, layer)
     weight = split_input_blocks(effective_weight(name, layer), count)
     bias = None if old is None else torch.cat([old, old.new_zeros(len(weight) - len(old))])
-    if not window.kernel:
-        x, weight, window = x.reshape(-1, x.shape[-1], 1), weight[:, :, None], POINTWISE
     return product(x, weight, bias, replace(window, groups=count))

@@ -51,8 +51,3 @@ class Rows:
         """w xx for w (1, R, K), in the dtype of w, float32 or float64."""
         x, scale = self.moments.x.to(w.dtype), self.moments.scale.to(w.dtype)
         return ((w @ x.mT) * scale) @ x
-
-    def within(self, group: Tensor, places: Tensor) -> Tensor:
-        """The matrices (B, n, n) of these places (B, n); all groups are 0."""
-        x = self.moments.x.double().mT[places]
-        return (x * self.moments.scale) @ x.mT

@@ -114,7 +114,7 @@ def compress(
         measured, first_walk = None, max(len(stops) - walks, 0)
         for index, stop in enumerate(track(stops, "compress", len(stops), session.show)):
             masks = sparsify(model, stop, **pruning, **measuring)
-            if index == 0 < first_walk:
+            if index == 0 and first_walk:
                 measured = stack.enter_context(each.dense_statistics(dense))
             elif index == first_walk:
                 stack.close()
