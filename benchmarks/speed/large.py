@@ -106,8 +106,7 @@ def main(
     for name in row:
         rows.append(in_own_process(__file__, "--within", "--row", name, "--rounds", rounds))
         console.print(rows[-1])
-    about = machine()
-    write(output, {**about, "rows": rows}, markdown(rows))
+        write(output, {**machine(), "rows": rows}, markdown(rows))
 
 
 if __name__ == "__main__":

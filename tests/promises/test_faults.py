@@ -201,7 +201,9 @@ def traced(run, at):
 
     def call(frame, event, arg):
         name = frame.f_code.co_filename
-        return line if name.startswith(package) and name != elsewhere else None
+        # an interrupt as a `__del__` begins is lost, with all that this would do: Python has no means against it
+        ours = name.startswith(package) and name != elsewhere and frame.f_code.co_name != "__del__"
+        return line if ours else None
 
     previous = sys.gettrace()
     threading.settrace(call)

@@ -1,25 +1,36 @@
 """Conjugate gradients for many ridge regressions with one matrix, where each has its own support.
 
-Preconditioned by the diagonal (Hestenes and Stiefel 1952). All rows take their steps together: a step is one product of
-(rows, K) with (K, K), in float32 with corrections of the residual in float64, where Cholesky would factor a matrix for
-each row.
+Hestenes and Stiefel 1952. All rows take their steps together: a step is one product of (rows, K) with (K, K), in
+float32 with corrections of the residual in float64, where Cholesky would factor a matrix for each row. The largest
+eigenvalues of the second moments, on which the steps would spend most of their number, are in the preconditioner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from asr_kernels.precision import full_precision
 
-from .second_moments import Matrices, Rows
+from .second_moments import SecondMoments
 
 # the most steps between two residuals in float64, with a look at the residual after each few steps and without one
-STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (60, 30), 4
+STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (30, 10), 2
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Weights w (..., K), float64, and their products w xx with the second moments, on the support at least."""
+
+    w: Tensor
+    product: Tensor
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum of squared deviations of the outputs, (...,)."""
+        return (self.product * self.w).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -30,61 +41,78 @@ class RidgeSystems:
     support (G, R, K).
     """
 
-    xx: Matrices | Rows
+    xx: SecondMoments
     groups: slice
     diagonal: Tensor
     rho: Tensor
     support: Tensor
 
-    def solve(self, right: Tensor, start: Tensor, allowed: Tensor, look: bool) -> tuple[Tensor, Tensor]:
-        """The solution w (G, R, K) float64, zero outside of the supports, from right and a start of the same shape.
+    def solve(self, right: Tensor, start: Solution, allowed: Tensor, look: bool) -> tuple[Solution, Tensor]:
+        """The solution, zero outside of the supports, from right (G, R, K) and a start with the same support.
 
         allowed (G, R): the most by which the objective w' (xx + rho I) w - 2 w' right of a row may exceed its least
-        value, estimated by the residual r' D^-1 r, D the diagonal of xx + rho I. Also returns the number of rows that
-        did not reach it, a tensor. look: end as soon as all have; otherwise take a fixed number of steps.
+        value, estimated by the preconditioned residual. Also returns the number of rows that did not reach it, a
+        tensor. look: end as soon as all have; otherwise take a fixed number of steps.
         """
-        inside, diagonal = self.support.double(), self.diagonal[self.groups, None] + self.rho
-        inverse = torch.where(diagonal > 0, inside / diagonal, 0.0)
-        times = partial(self.xx.times, groups=self.groups)
-        single = (times, self.rho.float(), inside.float(), inverse.float(), allowed.float())
-        w = start * inside
+        with full_precision(right.device):
+            preconditioner = _Preconditioner(self)
+            found, inside = start, self.support.double()
+            residual = (right - found.product - self.rho * found.w) * inside
+            missed = preconditioner.energy(residual.float()) > allowed
+            for steps in STEPS if look else STEPS_WITHOUT_LOOK:
+                if look and not missed.any():
+                    break
+                w = found.w + self._descend(preconditioner, residual.float(), allowed, steps, look).double()
+                found = Solution(w, self.xx.times(w, self.groups))
+                residual = (right - found.product - self.rho * found.w) * inside
+                missed = ~(preconditioner.energy(residual.float()) <= allowed)
+            return found, missed.sum()
 
-        def missed() -> tuple[Tensor, Tensor]:
-            residual = (right - self.xx.times(w, self.groups) - self.rho * w) * inside
-            return residual, (~((residual.square() * inverse).sum(2) <= allowed)).sum()
-
-        residual, count = missed()
-        for steps in STEPS if look else STEPS_WITHOUT_LOOK:
-            if look and not count:
+    def _descend(
+        self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int, look: bool
+    ) -> Tensor:
+        """The change of w that takes this residual to the allowed one, or near it; all in float32."""
+        w, inside, rho = torch.zeros_like(residual), self.support.float(), self.rho.float()
+        direction = preconditioner(residual)
+        energy = (residual * direction).sum(2)
+        for step in range(steps):
+            if look and step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
                 break
-            with full_precision(right.device):
-                w = w + _descend(*single, residual.float(), steps, look).double()
-            residual, count = missed()
-        return w, count
+            product = torch.addcmul(self.xx.times(direction, self.groups), rho, direction) * inside
+            curvature = (direction * product).sum(2)
+            length = torch.where(curvature > 0, energy / curvature, 0.0)[..., None]
+            w.addcmul_(length, direction)
+            residual = torch.addcmul(residual, length, product, value=-1)
+            scaled = preconditioner(residual)
+            before, energy = energy, (residual * scaled).sum(2)
+            direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[..., None], direction)
+        return w
 
 
-def _descend(
-    times: Callable[[Tensor], Tensor],
-    rho: Tensor,
-    inside: Tensor,
-    inverse: Tensor,
-    allowed: Tensor,
-    residual: Tensor,
-    steps: int,
-    look: bool,
-) -> Tensor:
-    """The change of w that takes this residual to the allowed one, or near it."""
-    w, direction = torch.zeros_like(residual), inverse * residual
-    energy = (residual * direction).sum(2)
-    for step in range(steps):
-        if look and step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
-            break
-        product = torch.addcmul(times(direction), rho, direction) * inside
-        curvature = (direction * product).sum(2)
-        length = torch.where(curvature > 0, energy / curvature, 0.0)[..., None]
-        w.addcmul_(length, direction)
-        residual = torch.addcmul(residual, length, product, value=-1)
-        scaled = inverse * residual
-        before, energy = energy, (residual * scaled).sum(2)
-        direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[..., None], direction)
-    return w
+class _Preconditioner:
+    """Multiplies rows (G, R, K), float32, by the inverse of B' B + D on the support of each.
+
+    B' B: the low-rank part of the second moments; D: the diagonal of the rest and of rho I. By the Woodbury identity,
+
+        (B' B + D)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
+    """
+
+    def __init__(self, systems: RidgeSystems) -> None:
+        self.low_rank = low_rank = systems.xx.low_rank[systems.groups]
+        rest = (systems.diagonal[systems.groups] - low_rank.double().square().sum(1)).clamp(min=0)
+        diagonal = rest[:, None] + systems.rho
+        self.inverse = torch.where(diagonal > 0, systems.support / diagonal, 0.0).float()  # D^-1 on the supports
+        pairs = (low_rank[:, :, None] * low_rank[:, None]).flatten(1, 2)  # (G, r r, K)
+        rank = low_rank.shape[1]
+        inner = (self.inverse @ pairs.mT).unflatten(2, (rank, rank)).double()
+        inner.diagonal(dim1=2, dim2=3).add_(1)
+        self.inner = torch.linalg.inv_ex(inner).inverse.float()  # (G, R, r, r)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        scaled = self.inverse * rows
+        parts = self.inner @ (scaled @ self.low_rank.mT)[..., None]
+        return torch.addcmul(scaled, self.inverse, parts[..., 0] @ self.low_rank, value=-1)
+
+    def energy(self, residual: Tensor) -> Tensor:
+        """By how much the objective of each row exceeds its least value, about, (G, R)."""
+        return (residual * self(residual)).sum(2)

@@ -13,13 +13,13 @@ from torch import Tensor
 from asr_kernels import CrossProducts, PatchMoments
 
 from ..runtime.distributed import Ranks
-from .least_squares import LEAST_RIDGE, Problem
+from .least_squares import EXCESS, LEAST_RIDGE, Problem
 from .second_moments import Moments
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
-# cross-validation: ridges to choose from, number of channels that judge them, and the excess of their solutions
-RIDGES, JUDGES, JUDGED_EXCESS = (0.01, 0.05, 0.25, 1.25), 16, 1e-5
+ROUGH_EXCESS = 1e-5  # of solutions that only lead to others, see `EXCESS`
+RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -78,19 +78,21 @@ def fit(
 
 def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and biases of `fit`, and the variances (3,) of `Fit`, NaN where the targets are constant."""
-    targets = problem.own_targets()
-    total, w = targets.squares.sum(), problem.solve(targets)
-    if replay is not None and problem.unexplained(w, targets).sum() > LEAST_UNEXPLAINED * total:
-        ahead = w
-        for _ in range(PASSES):
-            found = replay(ahead, problem.bias(ahead, targets))
-            targets = problem.targets(found.xy, found.yy, found.y)
-            last, w = w, problem.solve(targets, w)
-            ahead = w + EXTRAPOLATION * (w - last)
-    varies = problem.squares(w)
+    targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
+    total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
+    if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
+        ahead = found.w
+        for excess in (*[ROUGH_EXCESS] * (PASSES - 1), EXCESS):
+            seen = replay(ahead, problem.bias(ahead, targets))
+            targets = problem.targets(seen.xy, seen.yy, seen.y)
+            last, found = found, problem.solve(targets, found, excess)
+            ahead = found.w + EXTRAPOLATION * (found.w - last.w)
+    elif replay is not None:
+        found = problem.solve(targets, found)
+    w, varies = found.w, found.squares
     gain = torch.where((varies > 0) & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
-    before, after = problem.present_squares.sum(), (varies * gain.square()).sum()
-    shares = torch.stack([before, after, total - problem.unexplained(w, targets).sum()]) / total
+    before, after = problem.present.squares.sum(), (varies * gain.square()).sum()
+    shares = torch.stack([before, after, total - problem.unexplained(found, targets).sum()]) / total
     w = w * gain[:, None]
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one
@@ -120,9 +122,9 @@ def choose_ridge(
     for fold in folds.values():  # one at a time: second moments are large
         others = merged.without(fold)  # type: ignore[arg-type]
         seen, left_out = (_judges(moments, weight, support, ranks) for moments in (others, fold))
-        w, wanted = seen.solve(seen.own_targets(), excess=JUDGED_EXCESS), left_out.own_targets()
+        w, wanted = seen.solve(seen.own_targets(), excess=ROUGH_EXCESS).w, left_out.own_targets()
         covariance = covariance + (w * wanted.cross).sum(1)
-        varies = varies + left_out.squares(w)
+        varies = varies + left_out.with_weights(w).squares
         total = total + wanted.squares
     explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
     errors = (total - explained).view(min(len(merged.mean), JUDGES), len(RIDGES), -1).sum((0, 2))
@@ -197,11 +199,11 @@ def single_weight_error_reduction(moments: Moments, weight: Tensor, ridge: float
     """
     problem = Problem(moments, weight, torch.ones_like(weight, dtype=torch.bool), ridge, Ranks())
     targets = problem.own_targets()
-    total, varies = targets.squares.sum(), problem.present_squares
+    total, present = targets.squares.sum(), problem.present
     if not total:
-        return torch.zeros_like(problem.present), None
-    slope = targets.cross - problem.times(problem.present)
+        return torch.zeros_like(present.w), None
+    slope, varies = targets.cross - present.product, present.squares
     curvature = problem.diagonal[problem.group] + problem.rho[:, None]
     drop = torch.where(curvature > 0, slope.square() / curvature, 0.0)
-    kept = torch.where(varies > 0, (problem.present * targets.cross).sum(1).square() / varies, 0.0)
+    kept = torch.where(varies > 0, (present.w * targets.cross).sum(1).square() / varies, 0.0)
     return drop / total, float(1 - kept.sum() / total)

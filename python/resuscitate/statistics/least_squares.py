@@ -13,13 +13,14 @@ from torch import Tensor
 from asr_kernels import PatchMoments, RowMoments
 
 from ..runtime.distributed import Ranks
-from .conjugate_gradients import RidgeSystems
+from .conjugate_gradients import RidgeSystems, Solution
 from .second_moments import Matrices, Rows
 
 # Conjugate gradients: up to this excess of the squared residuals over their least sum, as a part of the targets' sum of
 # squares; with this ridge or more, which bounds the number of steps. On a CPU: for layers with this many weights per
-# channel or more, and supports of this density or more, where the steps take less time than factors; ROWS channels at a
-# time, so that the solution does not depend on the number of ranks. On a GPU: for all layers, all groups at a time.
+# channel or more, and supports of this density or more, where the steps take less time than factors for three targets;
+# ROWS channels at a time, so that the solution does not depend on the number of ranks. On a GPU: for all layers, all
+# groups at a time.
 EXCESS, LEAST_RIDGE, LEAST_VALUES, LEAST_DENSITY, ROWS, MOST_ROWS = 1e-7, 1e-3, 256, 0.14, 64, 1024
 KEPT_BYTES = 256 << 20  # the most memory for factors that are kept
 
@@ -51,8 +52,8 @@ class Problem:
         direct: bool = False,
     ) -> None:
         self.moments, self.support, self.ranks, self.direct = moments, support, ranks, direct
-        self.xx: Matrices | Rows = Rows(moments) if isinstance(moments, RowMoments) else Matrices(moments.xx)
-        self.present, channels, groups = weight.double() * support, len(weight), self.xx.groups
+        self.xx = Rows(moments) if isinstance(moments, RowMoments) else Matrices(moments.xx)
+        self._present, channels, groups = weight.double() * support, len(weight), self.xx.groups
         self.group = torch.arange(channels, device=weight.device) // (channels // groups)
         self.diagonal = moments.diagonal
         ridges = ridge if isinstance(ridge, Tensor) else torch.full_like(self.group, ridge, dtype=torch.float64)
@@ -70,41 +71,50 @@ class Problem:
         count = max(self.moments.count, 1)
         offset = torch.zeros_like(yy) if y is None else y / count
         squares, mean = yy - count * offset.square(), self.moments.target + offset
-        return Targets(xy.mT.reshape(self.present.shape), squares.view(-1), mean.view(-1))
+        return Targets(xy.mT.reshape(self.support.shape), squares.view(-1), mean.view(-1))
 
     def own_targets(self) -> Targets:
         """The targets in the moments."""
         return self.targets(self.moments.xy, self.moments.yy)
 
-    def solve(self, targets: Targets, start: Tensor | None = None, excess: float = EXCESS) -> Tensor:
+    def solve(self, targets: Targets, start: Solution | None = None, excess: float = EXCESS) -> Solution:
         """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies.
 
         start: the solution of a similar problem. excess: see `EXCESS`. Both are for conjugate gradients alone.
         """
-        right = targets.cross + self.rho[:, None] * self.present
-        w, start = torch.zeros_like(right), self.present if start is None else start
-        allowed = excess * torch.maximum(targets.squares, self.present_squares)
+        right = targets.cross + self.rho[:, None] * self.present.w
+        w, product, start = torch.zeros_like(right), torch.zeros_like(right), start or self.present
+        allowed = excess * torch.maximum(targets.squares, self.present.squares)
         for groups, rows in self._iterative[self.ranks.rank :: self.ranks.size]:
-            parts = self.rho[:, None], self.support, right, start, allowed, w
-            rho, support, wanted, first, most, found = (
+            parts = self.rho[:, None], self.support, right, start.w, start.product, allowed, w, product
+            rho, support, wanted, *first, most, new, new_product = (
                 each.unflatten(0, (self.xx.groups, -1))[groups, rows] for each in parts
             )
             systems = RidgeSystems(self.xx, groups, self.diagonal, rho, support)
-            found[:], missed = systems.solve(wanted, first, most, self._on_cpu)  # on a GPU a look is a wait
+            found, missed = systems.solve(wanted, Solution(*first), most, self._on_cpu)  # on a GPU a look is a wait
+            new[:], new_product[:] = found.w, found.product
             if isinstance(self.xx, Matrices):  # factors of a matrix from few samples would take too long
                 self.missed = self.missed + missed
         for factored in self._factored():
             factored.solve(right, w)
-        return torch.where(self.varies[self.group, None], self.ranks.add(w), self.present)
+            rows = factored.rows.flatten()
+            product[rows] = (right[rows] - self.rho[rows, None] * w[rows]) * self.support[rows]
+        w, product = self.ranks.add(torch.stack([w, product]))
+        varies = self.varies[self.group, None]
+        return Solution(torch.where(varies, w, self.present.w), torch.where(varies, product, 0.0))
 
     @cached_property
-    def present_squares(self) -> Tensor:
-        """`squares` of the present weights."""
-        return self.squares(self.present)
+    def present(self) -> Solution:
+        """The present weights."""
+        return self.with_weights(self._present)
+
+    def with_weights(self, w: Tensor) -> Solution:
+        """Weights w (O, K) with their products."""
+        return Solution(w, self.xx.times(w.unflatten(0, (self.xx.groups, -1))).flatten(0, 1))
 
     @property
     def _on_cpu(self) -> bool:
-        return self.present.device.type == "cpu"
+        return self.support.device.type == "cpu"
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -160,7 +170,7 @@ class Problem:
 
     def _factor(self, channels: Sequence[Sequence[int]]) -> _Factored:
         """Factor xx + rho I on the supports of these channels; those of one inner list have the same."""
-        rows = torch.tensor(channels, device=self.present.device)
+        rows = torch.tensor(channels, device=self.support.device)
         first, size = rows[:, 0], max(self._sizes[each[0]] for each in channels)
         support, group = self.support[first], self.group[first]
         # the places of each support, in order, then padding from outside of it
@@ -175,17 +185,9 @@ class Problem:
         inverses = {index: torch.linalg.pinv(matrix[index], hermitian=True, rtol=1e-7) for index in indefinite}
         return _Factored(rows, places, inside, factor, inverses)
 
-    def times(self, w: Tensor) -> Tensor:
-        """w xx for weights w (O, K)."""
-        return self.xx.times(w.unflatten(0, (self.xx.groups, -1))).flatten(0, 1)
-
-    def squares(self, w: Tensor) -> Tensor:
-        """The sum of squared deviations of the outputs with the weights w, (O,)."""
-        return (self.times(w) * w).sum(1)
-
-    def unexplained(self, w: Tensor, targets: Targets) -> Tensor:
-        """The sum of squared deviations of the residual, targets less the outputs with the weights w, (O,)."""
-        return targets.squares - 2 * (w * targets.cross).sum(1) + self.squares(w)
+    def unexplained(self, found: Solution, targets: Targets) -> Tensor:
+        """The sum of squared deviations of the residual, targets less the outputs with these weights, (O,)."""
+        return targets.squares - 2 * (found.w * targets.cross).sum(1) + found.squares
 
     def bias(self, w: Tensor, targets: Targets) -> Tensor:
         """The bias with which the outputs have the mean of the targets, (O,)."""

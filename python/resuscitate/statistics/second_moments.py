@@ -6,15 +6,18 @@ samples take less memory than the matrix, and products with them less time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from asr_kernels import PatchMoments, RowMoments
 
 Moments = PatchMoments | RowMoments
+MOST_RANK, VALUES_PER_RANK = 32, 32  # of the low-rank part: the most, and one for so many values
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
@@ -22,18 +25,46 @@ def merged(parts: Iterable[Moments]) -> Moments:
     return reduce(lambda one, other: one.merge(other), parts)  # type: ignore[arg-type]
 
 
-class Matrices:
+class SecondMoments(ABC):
+    """The second moments xx of G groups of K values."""
+
+    groups: int
+    values: int
+    device: torch.device
+
+    @abstractmethod
+    def times(self, w: Tensor, groups: slice = slice(None)) -> Tensor:
+        """w xx for w (G, R, K), in the dtype of w, float32 or float64."""
+
+    @cached_property
+    def low_rank(self) -> Tensor:
+        """B (G, r, K), float32: B' B has most of the largest eigenvalues of xx, and exceeds xx in no direction.
+
+        The Nyström approximation from products with random vectors (Frangella, Tropp and Udell 2023). These are
+        multiplied by xx twice, which brings out the largest eigenvalues.
+        """
+        rank = max(1, min(MOST_RANK, self.values // VALUES_PER_RANK))
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.randn(self.groups, rank, self.values, generator=generator, dtype=torch.float64)
+        vectors = normalize(self.times(vectors.to(self.device, non_blocking=True)), dim=2)
+        products = self.times(vectors)
+        core = products @ vectors.mT
+        diagonal = core.diagonal(dim1=1, dim2=2)
+        diagonal.add_(1e-10 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)  # for the factor
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(core).L, products, upper=False).float()
+
+
+class Matrices(SecondMoments):
     """Second moments as matrices xx (G, K, K), float64."""
 
     def __init__(self, xx: Tensor) -> None:
-        self.xx, self.groups = xx, len(xx)
+        self.xx, (self.groups, self.values, _), self.device = xx, xx.shape, xx.device
 
     @cached_property
     def _single(self) -> Tensor:
         return self.xx.float()
 
     def times(self, w: Tensor, groups: slice = slice(None)) -> Tensor:
-        """w xx for w (G, R, K), in the dtype of w, float32 or float64."""
         return w @ (self.xx if w.dtype == torch.float64 else self._single)[groups]
 
     def within(self, group: Tensor, places: Tensor) -> Tensor:
@@ -41,13 +72,12 @@ class Matrices:
         return self.xx[group[:, None, None], places[:, :, None], places[:, None, :]]
 
 
-class Rows:
+class Rows(SecondMoments):
     """Second moments of one group as `RowMoments`."""
 
     def __init__(self, moments: RowMoments) -> None:
-        self.moments, self.groups = moments, 1
+        self.moments, self.groups, self.values, self.device = moments, 1, moments.x.shape[1], moments.x.device
 
     def times(self, w: Tensor, groups: slice = slice(None)) -> Tensor:
-        """w xx for w (1, R, K), in the dtype of w, float32 or float64."""
         x, scale = self.moments.x.to(w.dtype), self.moments.scale.to(w.dtype)
         return ((w @ x.mT) * scale) @ x

@@ -8,8 +8,10 @@ import torch
 import asr_kernels as ak
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.statistics import conjugate_gradients, least_squares
+from resuscitate.statistics.conjugate_gradients import RidgeSystems, Solution
 from resuscitate.statistics.fitting import fit
 from resuscitate.statistics.least_squares import Problem
+from resuscitate.statistics.second_moments import Matrices
 
 DENSITIES = {"iterative": 0.4, "direct": 0.05}
 
@@ -36,10 +38,11 @@ def problem(way="iterative", groups=1, channels=100, values=256, ridge=0.01, see
 
 def exact(problem, targets):
     """By one dense solution for each channel."""
-    w = torch.zeros_like(problem.present)
+    present = problem.present.w
+    w = torch.zeros_like(present)
     for channel, (group, places) in enumerate(zip(problem.group, problem.support, strict=True)):
         matrix = problem.moments.xx[group][places][:, places] + problem.rho[channel] * torch.eye(int(places.sum()))
-        right = targets.cross[channel, places] + problem.rho[channel] * problem.present[channel, places]
+        right = targets.cross[channel, places] + problem.rho[channel] * present[channel, places]
         w[channel, places] = torch.linalg.solve(matrix, right)
     return w
 
@@ -47,7 +50,7 @@ def exact(problem, targets):
 def excess(problem, targets, w):
     """By how much the objective exceeds its least value, as a part of the targets' squares."""
     error = w - exact(problem, targets)
-    rises = problem.squares(error) + problem.rho * error.square().sum(1)
+    rises = problem.with_weights(error).squares + problem.rho * error.square().sum(1)
     return float((rises / targets.squares).max())
 
 
@@ -55,7 +58,7 @@ def excess(problem, targets, w):
 def ways(monkeypatch):
     """The number of rows that were solved for by conjugate gradients, and of factors."""
     found = SimpleNamespace(rows=0, factors=0)
-    solve, factor = conjugate_gradients.RidgeSystems.solve, Problem._factor
+    solve, factor = RidgeSystems.solve, Problem._factor
 
     def counted(self, right, *rest):
         found.rows += right[..., 0].numel()
@@ -65,7 +68,7 @@ def ways(monkeypatch):
         found.factors += len(channels)
         return factor(self, channels)
 
-    monkeypatch.setattr(conjugate_gradients.RidgeSystems, "solve", counted)
+    monkeypatch.setattr(RidgeSystems, "solve", counted)
     monkeypatch.setattr(Problem, "_factor", counted_factor)
     return found
 
@@ -75,7 +78,8 @@ def ways(monkeypatch):
 def test_conjugate_gradients_find_the_solution_to_the_stated_excess(groups, ridge, ways):
     given = problem(groups=groups, ridge=ridge)
     targets = given.own_targets()
-    w = given.solve(targets)
+    found = given.solve(targets)
+    w = found.w
     assert (ways.rows, ways.factors) == (100, 0)
     assert excess(given, targets, w) < 10 * least_squares.EXCESS  # which the residual estimates
     assert not w[~given.support].any()
@@ -96,25 +100,27 @@ def test_otherwise_a_factor_for_each_support_is_kept_for_the_next_targets(change
     given = problem(**changes)
     targets = given.own_targets()
     for _ in range(3):
-        assert given.solve(targets) == pytest.approx(exact(given, targets), abs=1e-9)
+        found = given.solve(targets)
+        assert found.w == pytest.approx(exact(given, targets), abs=1e-9)
+        assert found.squares == pytest.approx(given.with_weights(found.w).squares, rel=1e-9)
     assert (ways.rows, ways.factors) == (0, factors)
 
 
 def test_factors_that_do_not_fit_are_made_again(ways, monkeypatch):
     first = problem("direct", alike=slice(40))
-    kept = first.solve(first.own_targets())
+    kept = first.solve(first.own_targets()).w
     monkeypatch.setattr(least_squares, "KEPT_BYTES", first._kept[0].bytes)  # that of the channels alike
     given = problem("direct", alike=slice(40))
     for factors in (61, 60):
         ways.factors = 0
-        assert torch.equal(given.solve(given.own_targets()), kept)
+        assert torch.equal(given.solve(given.own_targets()).w, kept)
         assert ways.factors == factors
 
 
 def test_a_layer_that_takes_too_many_steps_is_solved_directly(ways, monkeypatch):
     monkeypatch.setattr(conjugate_gradients, "STEPS", (2,))
     given = problem()
-    found = fit(given.moments, given.present, given.support, most=1.0)
+    found = fit(given.moments, given.present.w, given.support, most=1.0)
     assert (ways.rows, ways.factors) == (100, 100)
     expected = exact(given, given.own_targets())
     assert found.weight == pytest.approx(expected, rel=1e-2, abs=1e-2)
@@ -124,26 +130,27 @@ def test_without_a_look_at_the_residual_the_solution_is_the_same(monkeypatch):
     """As on a GPU, where each look is a wait."""
     given = problem()
     targets, systems = given.own_targets(), []
-    init = conjugate_gradients.RidgeSystems.__init__
-    monkeypatch.setattr(
-        conjugate_gradients.RidgeSystems, "__init__", lambda self, *parts: init(self, *parts) or systems.append(self)
-    )
+    init = RidgeSystems.__init__
+    monkeypatch.setattr(RidgeSystems, "__init__", lambda self, *parts: init(self, *parts) or systems.append(self))
     given.solve(targets)
-    rows = [part[None, :64] for part in (targets.cross + given.rho[:, None] * given.present, given.present)]
-    w, missed = systems[0].solve(*rows, 1e-7 * targets.squares[None, :64], look=False)
+    right, *start = (
+        part[None, :64]
+        for part in (targets.cross + given.rho[:, None] * given.present.w, given.present.w, given.present.product)
+    )
+    found, missed = systems[0].solve(right, Solution(*start), 1e-7 * targets.squares[None, :64], look=False)
     assert not missed
-    assert w[0] == pytest.approx(exact(given, targets)[:64], abs=1e-3)
+    assert found.w[0] == pytest.approx(exact(given, targets)[:64], abs=1e-3)
 
 
 def test_a_start_near_the_solution_takes_fewer_steps(monkeypatch):
     given, steps = problem(), []
     targets = given.own_targets()
-    descend = conjugate_gradients._descend
-    monkeypatch.setattr(conjugate_gradients, "_descend", lambda *parts: steps.append(1) or descend(*parts))
-    w = given.solve(targets)
+    descend = RidgeSystems._descend
+    monkeypatch.setattr(RidgeSystems, "_descend", lambda *parts: steps.append(1) or descend(*parts))
+    found = given.solve(targets)
     assert steps
     steps.clear()
-    assert torch.equal(given.solve(targets, w), w)
+    assert torch.equal(given.solve(targets, found).w, found.w)
     assert not steps
 
 
@@ -152,7 +159,7 @@ def test_a_start_near_the_solution_takes_fewer_steps(monkeypatch):
 def test_the_ranks_parts_add_up_to_the_solution_of_one_process(way, size):
     def part(rank, size):
         given = problem(way, ranks=SimpleNamespace(rank=rank, size=size, add=lambda w: w))
-        return given.solve(given.own_targets())
+        return given.solve(given.own_targets()).w
 
     tolerance = 0 if way == "iterative" else 1e-12  # the padding of the systems depends on the ranks
     assert sum(part(rank, size) for rank in range(size)) == pytest.approx(part(0, 1), abs=tolerance, rel=0)
@@ -160,14 +167,27 @@ def test_the_ranks_parts_add_up_to_the_solution_of_one_process(way, size):
 
 def test_a_ridge_too_small_for_conjugate_gradients_is_solved_directly(ways):
     given = problem(ridge=1e-4)
-    fit(given.moments, given.present, given.support, ridge=1e-4)
+    fit(given.moments, given.present.w, given.support, ridge=1e-4)
     assert (ways.rows, ways.factors) == (0, 100)
 
 
 def test_channels_without_a_target_and_groups_without_an_input_that_varies():
     given = problem(groups=2, dead=[3], constant=[1])
-    given.present[3] = 0
+    given.present.w[3] = given.present.product[3] = 0
     targets = given.own_targets()
-    w = given.solve(targets)
+    w = given.solve(targets).w
     assert not w[3].any()
-    assert torch.equal(w[50:], given.present[50:])
+    assert torch.equal(w[50:], given.present.w[50:])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_low_rank_part_exceeds_the_second_moments_in_no_direction_and_has_the_largest(groups):
+    given = problem(groups=groups, values=512).moments.xx
+    variances = 1 / torch.arange(1, 513, dtype=torch.float64) ** 2
+    basis = torch.linalg.eigh(given).eigenvectors
+    xx = Matrices((basis * variances) @ basis.mT)
+    part = xx.low_rank.double()
+    assert part.shape == (groups, 16, 512)
+    rest = torch.linalg.eigvalsh(xx.xx - part.mT @ part)
+    assert (rest[:, 0] > -1e-6).all()
+    assert (rest[:, -1] < 2 * variances[15]).all()
