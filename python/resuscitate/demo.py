@@ -123,7 +123,7 @@ def run(seed: int = 0, epochs: int = 15, progress: bool | None = None) -> Demo:
             model = copy.deepcopy(dense)
             sparsify(model, sparsity)
             if column != NO_REPAIR:
-                repair(model, dense, images[training], **METHODS[column], seed=seed, progress=False)
+                repair(model, dense, images[training], **METHODS[column], keep_worse=True, seed=seed, progress=False)
             result.accuracy.setdefault(sparsity, {})[column] = score(model)
             if sparsity == SHOWN_SPARSITY and column in (NO_REPAIR, SHOWN_METHOD):
                 result.variances["pruned" if column == NO_REPAIR else "repaired"] = _variances(model, test)

@@ -15,7 +15,7 @@ from .prune import Allocation
 
 @app.command()
 @takes_methods
-@flags.takes(flags.FLOORS | flags.LAYERS | flags.RUN | flags.RANKS)
+@flags.takes(flags.FLOORS | flags.LAYERS | flags.WORSE | flags.RUN | flags.RANKS)
 def compress(
     model: flags.Model,
     dense: flags.Dense,

@@ -114,7 +114,17 @@ RANKS: Options = {
     "workers": Annotated[int, opt("Processes that read image files.", "--workers", "-j", min=0)],
     "timeout": Annotated[float, opt("Under torchrun: seconds to wait for another rank.", min=1)],
 }
-PRESETS: Options = {**DEFAULTS, "min_per_layer": 1, "min_per_channel": 0, "workers": 0, "timeout": 600.0}
+WORSE: Options = {
+    "keep_worse": Annotated[bool, opt("Keep what takes the outputs further from the dense network's.")],
+}
+PRESETS: Options = {
+    **DEFAULTS,
+    "keep_worse": False,
+    "min_per_layer": 1,
+    "min_per_channel": 0,
+    "workers": 0,
+    "timeout": 600.0,
+}
 
 
 def takes(options: Options) -> Callable[[Command], Command]:

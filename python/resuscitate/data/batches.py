@@ -17,15 +17,24 @@ from ..utils.nested import count_images
 from .calibration import read_batches
 from .checks import warn_of_padding
 
+HELD_OUT, FEWEST_HELD_OUT = 10, 32  # one of so many images is left out of a fit, but no fewer than so many
+
 
 class Batches:
-    """Batches that can be read any number of times: those that the caller holds as they are, others kept in `store`."""
+    """Batches that can be read any number of times: those that the caller holds as they are, others kept in `store`.
+
+    `held_out`: how many of the batches, the last ones, hold images that are left out of a fit.
+    """
 
     def __init__(self, source: Iterable[Any], store: Store | None = None) -> None:
         self.counts: list[int] = []
+        self.held_out = 0
+        self._keys: list[Tensor] = []
         self._turns: Sequence[Tensor] = ()
         self._kept: list[Any] = []
+        self._parts: list[tuple[int, Tensor | None]] = []  # of which of `_kept` each batch is, and which rows of it
         for batch in source:
+            self._parts.append((len(self._kept), None))
             self.counts.append(count_images(batch))
             if store is None:
                 self._kept.append(batch)
@@ -39,12 +48,13 @@ class Batches:
         return len(self.counts)
 
     def __getitem__(self, index: int) -> Any:
-        batch = self._kept[index]
-        if not isinstance(batch, Frame):
-            return batch
-        value = batch.open([0])
-        batch.close({}, keep=[0])
-        return value[0]
+        at, rows = self._parts[index]
+        batch = self._kept[at]
+        if isinstance(batch, Frame):
+            value = batch.open([0])
+            batch.close({}, keep=[0])
+            batch = value[0]
+        return batch if rows is None else batch[rows]
 
     def head(self, batches: int | None = None) -> Iterator[Any]:
         """The first so many batches, one after the other; None for all."""
@@ -54,10 +64,32 @@ class Batches:
         """How many images the first so many batches hold; None for all."""
         return sum(self.counts[:batches])
 
+    def hold_out(self, ranks: Ranks) -> None:
+        """Move a tenth of the images of all ranks, and no fewer than 32, into batches of their own, the last ones.
+
+        They are chosen by their contents, as in `number_images`. None, where 32 are more than a quarter of all. The
+        batches must be tensors.
+        """
+        if (total := ranks.total(self.images())[0]) < 4 * FEWEST_HELD_OUT:
+            return
+        every = min(HELD_OUT, total // FEWEST_HELD_OUT)
+        rows = [(turns % every == every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
+        others = [(turns % every != every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
+        parts = [(index, each) for chosen in (others, rows) for index, each in enumerate(chosen) if len(each)]
+        self.held_out = sum(len(each) > 0 for each in rows)
+        self._keys = [self._keys[index][each] for index, each in parts]
+        self._parts, self.counts = [*parts], [len(each) for _, each in parts]
+
     def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
-        own = torch.tensor([key for batch in self.head() for key in image_keys(batch)], dtype=torch.int64)
-        self._turns = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts)
+        self._turns = self._order(len(self) - self.held_out, ranks)
+
+    def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
+        """For each of the first batches, the places of its images in an order by contents, over all ranks."""
+        if not self._keys:
+            self._keys = [torch.tensor(image_keys(batch), dtype=torch.int64) for batch in self.head()]
+        own = torch.cat([torch.zeros(0, dtype=torch.int64), *self._keys[:batches]])
+        return torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts[:batches])
 
     def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
         """Which of a batch's rows, int64, belong to each fold: image number i is in fold i modulo `folds`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..utils.files import write_rows
+from .agreement import Agreement
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+log = logging.getLogger("resuscitate")
 
 
 class Report(ABC):
@@ -39,10 +43,16 @@ class Report(ABC):
 
 
 class UndoableReport(Report):
-    """A report of a change to a model; `_undo` restores the model, and `work` names the change in messages."""
+    """A report of a change to a model; `_undo` restores the model, and `work` names the change in messages.
+
+    `agreement`: of the model's outputs with those of the dense network, if it was measured. `undone`: it fell, and so
+    the change was undone.
+    """
 
     work: ClassVar[str]
     _undo: Callable[[], None] | None = None
+    agreement: Agreement | None = None
+    undone: bool = False
 
     def undo(self) -> None:
         """Restore the model from before the change, bit for bit. Raises RuntimeError the second time."""
@@ -50,6 +60,21 @@ class UndoableReport(Report):
             raise RuntimeError(f"this {self.work} has been undone already")
         self._undo()
         self._undo = None
+
+    def take_back(self) -> None:
+        """Undo a change that made the outputs worse, and say so."""
+        self.undo()
+        self.note_undone()
+
+    def note_undone(self) -> None:
+        """Note that the change was undone, because it made the outputs worse."""
+        self.undone = True
+        log.warning("%s; keep_worse=True keeps it", ": ".join(reversed(self.outcome())))
+
+    def outcome(self) -> list[str]:
+        """The agreement in words, and whether the change was undone."""
+        undone = [f"the {self.work} was undone, because it made the outputs worse"] if self.undone else []
+        return [*([str(self.agreement)] if self.agreement else []), *undone]
 
 
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import MODEL
+from .agreement import Agreement
 from .base import UndoableReport, terminal_table
 
 
@@ -57,7 +58,8 @@ class RepairReport(UndoableReport):
     the BatchNorm statistics, `skipped` those left out for non-finite activations, each over all ranks. `target` says
     what the outputs were matched to. `walk` is "graph", "suspended" or "none". `bytes_spilled` counts the bytes that
     did not fit the memory budget, `resumed` the updates that came from a journal. `stages` has the seconds of each
-    stage.
+    stage. `agreement` is that of the outputs with the dense network's: None without one, and where they cannot be
+    compared. `undone`: it fell, and so the repair was undone.
     """
 
     work: ClassVar = "repair"
@@ -79,6 +81,8 @@ class RepairReport(UndoableReport):
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+    undone: bool = False
 
     def belongs_to(self, whole: str) -> None:
         """Make this a step of `whole`, which alone can be undone; `undo` then says so."""
@@ -108,7 +112,7 @@ class RepairReport(UndoableReport):
         parts += [f"{self.resumed} updates from the journal"] if self.resumed else []
         yield escape("; ".join([*parts, f"{self.walk} walk", f"{self.seconds:.2f} s"]))
         yield from (escape(f"{row.name or MODEL}: {row.status}, {row.reason}") for row in self.layers if row.reason)
-        yield from map(escape, self.notes)
+        yield from map(escape, [*self.outcome(), *self.notes])
 
 
 def _refuse(whole: str) -> None:

@@ -97,9 +97,9 @@ class Problem:
                 self.missed = self.missed + missed
         for factored in self._factored():
             factored.solve(right, w)
-            rows = factored.rows.flatten()
-            product[rows] = (right[rows] - self.rho[rows, None] * w[rows]) * self.support[rows]
-        w, product = self.ranks.add(torch.stack([w, product]))
+            own = factored.rows.flatten()
+            product[own] = (right[own] - self.rho[own, None] * w[own]) * self.support[own]
+        w, product = self.ranks.add(w), self.ranks.add(product)
         varies = self.varies[self.group, None]
         return Solution(torch.where(varies, w, self.present.w), torch.where(varies, product, 0.0))
 

@@ -79,7 +79,7 @@ class Cells:
 
     def fill(self, job: Job) -> Cell:
         """Prune, repair or regrow, score."""
-        options: dict[str, Any] = {**self.common, **(job.options or {})}
+        options: dict[str, Any] = {**self.common, "keep_worse": True, **(job.options or {})}
         seconds = 0.0
         if "past" in options:
             model, started = copy.deepcopy(self.dense), time.perf_counter()

@@ -19,6 +19,7 @@ from ..network.layers import Selection, reusable, unwrap
 from ..pruning.allocation import check_method, check_sparsity
 from ..pruning.sparsify import parse_pattern, sparsify
 from ..pruning.units import check_floors
+from ..reports.agreement import Agreement
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
@@ -71,6 +72,7 @@ def compress(
     exclude: Selection = None,
     method: Method | str = "refit",
     resume: str | Path | None = None,
+    keep_worse: bool = False,
     **options: Unpack[RunOptions],
 ) -> CompressReport:
     """Prune `model` to a sparsity in steps, in place, and repair it after each step.
@@ -90,6 +92,8 @@ def compress(
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
             once the result is saved.
+        keep_worse: keep repairs that take the outputs further from the dense network's, as in `repair`, than its
+            weights with these masks. By default the model is then left with those.
         options: see `RunOptions`.
 
     Raises what `sparsify` and `repair` raise; ValueError for steps that do not ascend to `sparsity`.
@@ -121,9 +125,21 @@ def compress(
                 measured = None
             reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
+        before = copy.deepcopy(dense)
+        masks.apply_(before)
+        agreement = Agreement.of(each.nearness(before, dense), each.nearness(model, dense))
+        worse = agreement is not None and agreement.fell and plan.follows_dense and not keep_worse
+        if worse:
+            session.snapshot.restore()
+            masks.apply_(model)
         session.snapshot.forget_unchanged()
         seconds, undo = time.perf_counter() - started, session.snapshot.restore
-        return CompressReport(masks=masks, seconds=seconds, _undo=undo, sparsities=stops, steps=reports)
+        report = CompressReport(
+            masks=masks, seconds=seconds, agreement=agreement, _undo=undo, sparsities=stops, steps=reports
+        )
+        if worse:
+            report.note_undone()
+        return report
 
 
 def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:

@@ -49,6 +49,22 @@ class Plan:
         """The recalibration, if it is done within the walk."""
         return self.recalibration if isinstance(self.recalibration, Exact) else None
 
+    @property
+    def holds_out(self) -> bool:
+        """Are some images left out of the fit? A gain and a shift for each channel are not fitted to single images.
+
+        The batches of a `forward_fn` cannot be split.
+        """
+        return self.method.finds_weights and self.run["forward_fn"] is None
+
+    @property
+    def follows_dense(self) -> bool:
+        """Is the aim that the outputs are those of the dense network? A repair that fails in this is undone.
+
+        Not where BatchNorm follows the images, nor on the schedule that is there for comparison.
+        """
+        return self.recalibration is None and self.schedule == "sequential"
+
     def probes(self, layers: Mapping[str, Layer]) -> dict[str, Probe]:
         """What to measure at each layer that the method changes: its probe, with diagnostics where they are wanted."""
         found = {}

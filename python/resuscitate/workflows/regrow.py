@@ -28,6 +28,7 @@ from ..pruning.allocation import check_sparsity
 from ..pruning.importance import ImportanceEstimator, Loss
 from ..pruning.regrowth import Budget, RegrowableChannels, RegrowableWeights, RegrowthSelector, Saliency, sparsity_steps
 from ..pruning.structured import restore_units, shrink
+from ..reports.agreement import Agreement
 from ..reports.repair import COLUMNS, RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice
@@ -110,6 +111,7 @@ def regrow(
     labelled: Iterable[tuple[Any, Tensor]] | None = None,
     loss: Loss | None = None,
     resume: str | Path | None = None,
+    keep_worse: bool = False,
     **options: Unpack[RunOptions],
 ) -> RegrowthReport:
     """Regrow the most important pruned weights of a model until it has a lower sparsity, and repair it, in place.
@@ -144,6 +146,8 @@ def regrow(
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.
         resume: a folder for journals, as in `compress`. They do not contain a fine-tuning.
+        keep_worse: keep a regrowth that takes the outputs further from the dense network's, as in `repair`. By default
+            it is undone, with a warning, unless there is a `finetune`, which may do so on purpose.
         calibration: as in `repair`, held in memory as in `compress`.
         options: see `RunOptions`; the options of the method may be among them, with its name.
 
@@ -182,6 +186,7 @@ def regrow(
         selector = RegrowthSelector(space, estimator, budget, saliency, densities)
         if saliency == "gradient":
             selector.importance = estimator.sensitivity(space.names, labelled or (), loss)
+        before = None if method is None else steps.nearness(model, dense)
         goals = sparsity_steps(*space.counts(masks), sparsity, rounds)
         for index, goal in enumerate(track(goals, "regrow", len(goals), session.show), 1):
             journal = steps.journal(f"round-{index}-importance")
@@ -202,11 +207,16 @@ def regrow(
         counts = {name: int(mask.sum()) - int(given[name].sum()) for name, mask in masks.items()}
         masks = Masks(masks, {name: f"{count:,} regrown" for name, count in counts.items() if count})
         masks.check(model)
+        agreement = Agreement.of(before, steps.nearness(model, dense) if before else None)
         if shrunk and example is not None:
             shrink(model, masks, example)
         session.snapshot.forget_unchanged()
         seconds, undo = time.perf_counter() - started, session.snapshot.restore
-        return RegrowthReport(masks=masks, seconds=seconds, _undo=undo, rounds=found)
+        result = RegrowthReport(masks=masks, seconds=seconds, agreement=agreement, _undo=undo, rounds=found)
+        if agreement is not None and agreement.fell and plan.follows_dense and not keep_worse and finetune is None:
+            result.masks = given
+            result.take_back()
+        return result
 
 
 def plan_of_growth(

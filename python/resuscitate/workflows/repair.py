@@ -24,6 +24,7 @@ from ..methods.batchnorm import EMA, Exact, batchnorms_to_estimate
 from ..network.layers import Selection, running_statistics, unwrap
 from ..network.masks import in_use
 from ..network.runner import first_images
+from ..reports.agreement import Agreement
 from ..reports.repair import RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.journal import Journal
@@ -33,6 +34,7 @@ from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.digest import MODULUS, digest_images, digest_model, digest_tensors, fingerprint
 from ..utils.progress import Stopwatch, track
 from ..utils.readout import differing
+from .agreement import Judge
 from .plan import Plan, Recalibrate, check_read, layers_to_repair, left_out, make_plan, matching_layers
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def repair(
     skip_last: bool | None = None,
     diagnostics: bool = False,
     resume: str | Path | None = None,
+    keep_worse: bool = False,
     **options: Unpack[RunOptions],
 ) -> RepairReport:
     """Repair `model`, a pruned copy of `dense`, from unlabelled images, in place; returns what was done.
@@ -93,6 +96,8 @@ def repair(
             the dense network itself and the sequential schedule.
         resume: a journal file to which each update is appended. A killed run goes on from it; a run that differs in
             models, images or an option that changes the result is refused. Delete it once the result is saved.
+        keep_worse: keep a repair that takes the outputs further from the dense network's: their error has risen, and no
+            more images have the same largest logit. By default it is undone, with a warning. See `Agreement`.
         options: see `RunOptions`.
 
     Raises:
@@ -117,6 +122,7 @@ def repair(
         given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks}
         check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
     given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume}
+    given |= {"keep_worse": keep_worse}
     return carry_out(plan, model, dense, calibration, ranks, **given)
 
 
@@ -134,8 +140,13 @@ def carry_out(
     skip_last: bool | None = None,
     resume: str | Path | None = None,
     measured: KeptStatistics | None = None,
+    judged: bool = True,
+    keep_worse: bool = False,
 ) -> RepairReport:
-    """Repair by a plan; see `repair`. measured: statistics of some layers, which are not measured again."""
+    """Repair by a plan; see `repair`.
+
+    measured: statistics of some layers, which are not measured again. judged: compare the outputs before and after.
+    """
     clock = Stopwatch()
     model, target = unwrap(model), as_target(dense)
     recalibration = plan.recalibration
@@ -145,7 +156,7 @@ def carry_out(
     batchnorms = batchnorms_to_estimate(model, recalibration, report) if recalibration else {}
     if not plan.method.changes_layers and not batchnorms:
         raise ResuscitateError("there is no BatchNorm to re-estimate; use a method that matches the dense outputs")
-    models = [model, target] if layers and isinstance(target, nn.Module) else [model]
+    models = [model, target] if isinstance(target, nn.Module) else [model]
     with Session(models, plan.run, writes=True, ranks=ranks) as session:
         images = _read(session, plan, calibration, bool(layers), report)
         clock.end("reading images")
@@ -163,6 +174,8 @@ def carry_out(
         identity = _identity(session, target, images, options_used, resume is not None)
         if any(probe.folds > 1 for probe in probes.values()):
             images.batches.number_images(ranks)
+        judge = Judge(session, images.batches) if judged else None
+        before = judge.look() if judge else None
         _match_reference(session, target, images, selected, report)
         journal = session.stack.enter_context(Journal(resume, identity, ranks))
         report.resumed = len(journal.entries)
@@ -180,6 +193,9 @@ def carry_out(
         report.bytes_spilled = sum(store.bytes_spilled for store in {session.store, session.image_store})
         session.snapshot.forget_unchanged()
         report._undo = session.snapshot.restore
+        report.agreement = Agreement.of(before, judge.look() if judge else None)
+        if report.agreement is not None and report.agreement.fell and plan.follows_dense and not keep_worse:
+            report.take_back()
         clock.end("checking")
         report.stages, report.seconds = clock.stages, sum(clock.stages.values())
         return report
@@ -200,7 +216,10 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
     beside = plan.diagnostics or (plan.method.dense is DenseAccess.MODEL and plan.method.measures_layers)
     batches = session.read(calibration, most=most, marks=marks, beside=beside)
-    gains = batches.batches_for(marks[0]) if changes_layers else 0
+    if changes_layers and plan.holds_out:
+        batches.hold_out(ranks)
+    fitted = len(batches) - batches.held_out
+    gains = min(batches.batches_for(marks[0]), fitted) if changes_layers else 0
     exact = batches.batches_for(marks[1]) if plan.exact else 0
     counts = [batches.images(count) for count in (None, gains, exact)]
     *totals, report.skipped = ranks.total(*counts, session.skipped["images"])
@@ -208,7 +227,7 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     if not totals[0]:
         cause = f"all {report.skipped} give NaN or infinite activations" if report.skipped else "there are none"
         raise CalibrationError(f"no images are left: {cause}")
-    if session.dense is not None and len(batches) and ranks.rank == 0:
+    if session.dense is not None and changes_layers and len(batches) and ranks.rank == 0:
         heads = (first_images(batch, NORMALISED_FROM) for batch in batches.head())
         warn_of_normalisation(session.dense.model, heads, session.dense.run)
     ema = plan.recalibration if isinstance(plan.recalibration, EMA) else None

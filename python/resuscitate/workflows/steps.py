@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..data.batches import Batches
 from ..engine.kept import KeptStatistics
 from ..engine.probes import Request
 from ..engine.session import Session
@@ -19,12 +20,14 @@ from ..methods.base import Method, option_names
 from ..network.layer_checks import split_by_objections
 from ..network.layers import select_layers
 from ..network.masks import Masks, in_use
-from ..reports.base import UndoableReport, terminal_table
+from ..reports.agreement import Agreement, Nearness
+from ..reports.base import UndoableReport, plain, terminal_table
 from ..reports.repair import RepairReport
 from ..runtime.journal import Journal, fingerprints
 from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
+from .agreement import Judge
 from .plan import Plan, make_plan
 from .repair import carry_out
 
@@ -84,7 +87,7 @@ class Steps:
             yield None
             return
         with Session([copy.deepcopy(dense), dense], self.run, ranks=self.ranks) as session:
-            images = session.read(self.batches, beside=True)
+            images = self._images(session, beside=True)
             wiring, (modules, _) = session.look(images), split_by_objections(select_layers(dense), "repaired")
             called = {name: session.net.modules[name] for name in wiring.calls if name in modules}
             probes = self.plan.probes(session.layers(called, in_use(session.net.model, called, None)))
@@ -93,26 +96,45 @@ class Steps:
                 return
             if any(probe.folds > 1 for probe in probes.values()):
                 images.number_images(session.ranks)
-            requests = [Request(name, replace(probe, replay=False), len(images)) for name, probe in probes.items()]
+            count = len(images) - images.held_out
+            requests = [Request(name, replace(probe, replay=False), count) for name, probe in probes.items()]
             kept = KeptStatistics(session.store)
             with closing(session.walk(images, requests, "dense network")) as walk:
                 for each in walk:
                     kept.add(each.found)
             yield kept
 
+    def nearness(self, model: nn.Module, dense: nn.Module) -> Nearness | None:
+        """How near the outputs of a model are to those of the dense network; None where they cannot be compared."""
+        with Session([model, dense], self.run, ranks=self.ranks) as session:
+            return Judge(session, self._images(session)).look()
+
+    def _images(self, session: Session, **options: Any) -> Batches:
+        """The images; those that a repair does not fit weights to are held out."""
+        images = session.read(self.batches, **options)
+        if self.plan.holds_out:
+            images.hold_out(session.ranks)
+        return images
+
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
         """Repair the model as one step of the function `whole`, see `carry_out`. Only the whole can be undone."""
-        report = carry_out(self.plan, model, dense, self.batches, self.ranks, resume=self.journal(step), **options)
+        options |= {"resume": self.journal(step), "judged": False}
+        report = carry_out(self.plan, model, dense, self.batches, self.ranks, **options)
         report.belongs_to(f"what {whole} returned")
         return report
 
 
 @dataclass(kw_only=True, eq=False)
 class StepsReport(UndoableReport):
-    """The result of repairs in steps: `masks` are those of the last step, `seconds` the time of all steps."""
+    """The result of repairs in steps: `masks` are those of the last step, `seconds` the time of all steps.
+
+    `agreement`: before and after the repairs, for these masks. `undone`: it fell, and so the repairs were undone.
+    """
 
     masks: Masks
     seconds: float
+    agreement: Agreement | None = None
+    undone: bool = False
     _undo: Callable[[], None] | None = field(default=None, repr=False)
 
     step: ClassVar[str]
@@ -129,8 +151,9 @@ class StepsReport(UndoableReport):
 
     def to_dict(self) -> dict[str, Any]:
         """Steps, mask table and seconds as plain data, ready for JSON."""
-        steps, masks = [plain for plain, _, _ in self.each_step()], [row._asdict() for row in self.masks.table()]
-        return {f"{self.step}s": steps, "masks": masks, "seconds": self.seconds}
+        steps, masks = [step for step, _, _ in self.each_step()], [row._asdict() for row in self.masks.table()]
+        outcome = {"agreement": plain(self.agreement), "undone": self.undone}
+        return {f"{self.step}s": steps, "masks": masks, **outcome, "seconds": self.seconds}
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write .safetensors (the masks, see `Masks.save`), .json (everything) or .csv (the rows, no `provenance`).
@@ -144,13 +167,14 @@ class StepsReport(UndoableReport):
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer and step."""
         return [
-            {self.step: index, "sparsity": plain["sparsity"], **layer}
-            for index, (plain, layers, _) in enumerate(self.each_step(), 1)
+            {self.step: index, "sparsity": step["sparsity"], **layer}
+            for index, (step, layers, _) in enumerate(self.each_step(), 1)
             for layer in layers
         ]
 
     def __rich_console__(self, *_: object) -> Iterator[Any]:
-        cells = [(str(i), f"{plain['sparsity']:.2%}", *more) for i, (plain, _, more) in enumerate(self.each_step(), 1)]
+        cells = [(str(i), f"{step['sparsity']:.2%}", *more) for i, (step, _, more) in enumerate(self.each_step(), 1)]
         yield terminal_table([self.step], ["sparsity", *self.titles], cells)
         yield self.masks
+        yield from self.outcome()
         yield f"{self.seconds:.2f} s"

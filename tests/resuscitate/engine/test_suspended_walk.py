@@ -356,13 +356,13 @@ class TestForwardPasses:
     def test_of_a_repair(self, method, recalibrate):
         ran = self.count(seeded(Untraceable), method=method, recalibrate=recalibrate)
         for name in ("body.3", "body.6"):
-            assert ran.count((name, 6)) == 2 * 4
+            assert ran.count((name, 6)) == 2 * 4 + 3  # for the agreement one batch, twice in the model
 
     def test_of_a_shared_layer(self):
         ran = self.count(seeded(Shared), method="asr", skip_first=False, skip_last=False)
         # one pass of the dense network, one to the end of the pruned one, and one more behind the shared layer
-        assert 3 * 2 * 4 <= ran.count(("conv", 6)) <= 3 * 2 * 4 + 2
-        assert 3 * 4 <= ran.count(("last", 6)) <= 3 * 4 + 1
+        assert 3 * 2 * 4 <= ran.count(("conv", 6)) - 6 <= 3 * 2 * 4 + 2
+        assert 3 * 4 <= ran.count(("last", 6)) - 3 <= 3 * 4 + 1
 
 
 class RefusedError(Exception):

@@ -1,0 +1,80 @@
+"""Compares the outputs of a network with those of the dense one, without labels."""
+
+from __future__ import annotations
+
+from math import isfinite, isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batches
+from ..engine.session import Session
+from ..network.wiring import output_leaves
+from ..reports.agreement import Nearness
+from ..utils.nested import count_images
+
+MOST, FEWEST, PART = 32, 8, 4  # images to compare on where none are held out: one of so many, but no more and no fewer
+KEPT_BYTES = 64 << 20  # of dense outputs that are kept for the next look
+
+
+class Judge:
+    """Compares the outputs of a session's first network with those of the dense one.
+
+    On the images that are held out; where there are none, on the first quarter of them, but 8 to 32. With a
+    `forward_fn`, on the first batches with as many.
+    """
+
+    def __init__(self, session: Session, batches: Batches) -> None:
+        self.session, self.batches = session, batches
+        self.chosen, self.most = range(len(batches) - batches.held_out, len(batches)), batches.images()
+        if not batches.held_out:
+            (total,) = session.ranks.total(batches.images())
+            self.most = session.ranks.share(min(max(total // PART, FEWEST), MOST)) or 0
+            self.chosen = range(batches.batches_for(self.most))
+        self._dense: dict[int, list[Tensor]] = {}
+
+    def look(self) -> Nearness | None:
+        """How near the outputs are now; None where they cannot be compared, and without a dense network."""
+        session = self.session
+        if session.dense is None:
+            return None
+        sums, left = torch.zeros(5, dtype=torch.float64, device=session.net.device), self.most
+        whole = session.run["forward_fn"] is not None  # which takes batches as they came
+        for index in self.chosen:
+            batch = self.batches[index]
+            if not whole:
+                batch, left = batch[:left], left - len(batch)
+            theirs = self._dense[index] if index in self._dense else _floats(session.dense.run(batch))
+            if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
+                self._dense[index] = theirs
+            sums += _compared(_floats(session.net.run(batch)), theirs, sums)
+            sums[4] += count_images(batch)
+        same, logits, difference, power, images = session.ranks.add(sums).tolist()
+        if isnan(logits) or not images:
+            return None
+        error = (difference / power) ** 0.5 if power else 0.0 if not difference else float("inf")
+        held_out = self.batches.held_out > 0
+        return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating tensors of an output; of these the first alone if it is a tensor of logits (N, K), K at least 2."""
+    found = [leaf for leaf in output_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return found[:1] if found and found[0].ndim == 2 and found[0].shape[1] > 1 else found
+
+
+def _compared(ours: list[Tensor], theirs: list[Tensor], sums: Tensor) -> Tensor:
+    """Images with the same largest logit, images with logits, squares of differences, and of the dense outputs, and 0.
+
+    NaN where the outputs are not comparable, such as lists of boxes.
+    """
+    found = torch.zeros_like(sums)
+    if not theirs or [each.shape for each in ours] != [each.shape for each in theirs]:
+        return found.fill_(torch.nan)
+    if len(theirs) == 1 and theirs[0].ndim == 2 and theirs[0].shape[1] > 1:
+        found[0], found[1] = (ours[0].argmax(1) == theirs[0].argmax(1)).sum(), len(theirs[0])
+    for mine, other in zip(ours, theirs, strict=True):
+        found[2] += (mine.double() - other.double()).square().sum()
+        found[3] += other.double().square().sum()
+    return found
