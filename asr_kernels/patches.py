@@ -212,5 +212,5 @@ def _moments(x: Tensor, y: Tensor, window: Window, kind: Any) -> PatchMoments:
         products.target.view(G, -1) + left / count,
         xx.view(G, K, K).baddbmm_(sums[:, :, None], sums[:, None, :], alpha=-1 / count),
         xy.baddbmm_(sums[:, :, None], left[:, None, :], alpha=-1 / count),
-        products.squares.view(G, -1) - left.square() / count,
+        (products.squares.view(G, -1) - left.square() / count).clamp(min=0),
     )

@@ -154,3 +154,12 @@ def test_no_copy_of_the_input_is_larger_than_the_budget(monkeypatch):
     patch_moments(x, y, found, budget=20_000)
     assert len(sizes) > 1
     assert max(sizes) <= 20_000
+
+
+def test_squares_of_nearly_constant_outputs_are_not_negative():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(256, generator=generator)
+    y = values.view(1, -1, 1, 1) + 1e-9 * torch.randn(105, 256, 9, 9, generator=generator)
+    x = torch.randn(105, 1, 9, 9, generator=generator)
+    found = ak.patch_moments(x, y, ak.Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    assert (found.yy >= 0).all()

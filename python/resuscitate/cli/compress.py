@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ..workflows.compress import compress as run
 from . import flags
@@ -10,7 +10,8 @@ from .application import app, call, options_of, show, write_results
 from .flags import opt
 from .inputs import load_model, opened
 from .method_options import method_name, method_options, takes_methods
-from .prune import Allocation
+
+Allocation = Literal["measured", "global", "uniform", "erk", "lamp", "rr"]
 
 
 @app.command()
@@ -22,7 +23,7 @@ def compress(
     calibration: flags.Calibration,
     output: flags.Output,
     sparsity: Annotated[float, opt("Fraction of the weights that is pruned, such as 0.9.")],
-    allocation: Annotated[Allocation, opt("How it is distributed over the layers.")] = "global",
+    allocation: Annotated[Allocation, opt("How it is distributed over the layers.")] = "measured",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
     steps: Annotated[
         Any, opt("A number, or each sparsity: 0.5,0.8,0.9.", parser=flags.parse_steps, metavar="STEPS")

@@ -15,7 +15,7 @@ from .application import app, made_by, options_of, run_time_options, show
 from .flags import opt
 from .inputs import load_model, read_images
 
-Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]
+Allocation = Literal["global", "uniform", "erk", "lamp", "rr"]  # "measured" is for `compress`
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import nn
 from ..errors import CalibrationError, called, did_you_mean
 from ..network.layers import Selection, matching, reusable
 from ..runtime.options import RunOptions, run_options
+from .layer_scales import LayerScales
 from .repairability import Repairability, by_repairability
 from .units import Units, check_floors, prunable_layers, units_of
 
@@ -52,7 +54,9 @@ def allocate(
             (arXiv 2010.07611, equation 1).
         "rr": relative repairability, **our reading** of arXiv 2605.25508: weights are removed where they add least to
             the part of a layer's output that no gain and shift per channel can restore; see `Repairability`.
-    calibration: for "rr" only: calibration images, as for `repair`, or a `Repairability` measured on this model.
+        "measured": one ranking of all weights by magnitude times a factor of their layer; see `LayerScales`.
+    calibration: for "rr": calibration images, as for `repair`, or a `Repairability` measured on this model. For
+        "measured": `LayerScales`. Else None.
     densities: {glob over layer names: density in (0, 1]} of layers with a fixed density, such as {"conv1": 1.0}; a
         later glob overrides an earlier one. The rest of the budget is removed from the other layers.
     min_per_layer, min_per_channel: least number of weights kept in each layer and in each output channel.
@@ -79,7 +83,7 @@ def allocate(
 def check_measurement(method: str, calibration: Any, options: Mapping[str, Any]) -> None:
     """Raise ValueError for calibration images, or a run-time option, where nothing is measured."""
     run_options("the measurement for allocation 'rr'", options)
-    if method != "rr" and calibration is not None:
+    if method not in ("rr", "measured") and calibration is not None:
         raise ValueError(f"allocation {method!r} measures nothing: leave calibration out, or choose allocation 'rr'")
     if options and (method != "rr" or isinstance(calibration, Repairability)):
         option, reason = next(iter(options)), "is of the measurement for allocation 'rr', and nothing is measured here"
@@ -88,6 +92,11 @@ def check_measurement(method: str, calibration: Any, options: Mapping[str, Any])
 
 def choose_allocation(method: str, model: nn.Module, calibration: Any, **measuring: Any) -> Allocation:
     """The allocation of this name. "rr" measures when called, after sparsity, floors and densities are checked."""
+    if method == "measured":
+        if not isinstance(calibration, LayerScales):
+            remedy = "use compress, which measures them, or pass calibration=LayerScales({layer: factor})"
+            raise CalibrationError(f"allocation 'measured' needs the factors of the layers: {remedy}")
+        return partial(by_scaled_magnitude, scales=calibration)
     if method != "rr":
         return ALLOCATIONS[method]
     if calibration is None:
@@ -134,6 +143,13 @@ def by_magnitude(units: Mapping[str, Units], budget: int) -> dict[str, int]:
     return _by_rank(ranked, units, budget)
 
 
+def by_scaled_magnitude(units: Mapping[str, Units], budget: int, scales: LayerScales) -> dict[str, int]:
+    """One ranking over all layers by magnitude times the factor of the layer."""
+    factors = scales.factors
+    scaled = {name: replace(layer, scores=layer.scores * factors.get(name, 1.0)) for name, layer in units.items()}
+    return by_magnitude(scaled, budget)
+
+
 def by_lamp(units: Mapping[str, Units], budget: int) -> dict[str, int]:
     """One ranking by LAMP score: w^2 over the sum of squares of all weights of the layer that are no smaller.
 
@@ -162,7 +178,7 @@ def by_erk(units: Mapping[str, Units], budget: int) -> dict[str, int]:
 
 
 ALLOCATIONS: dict[str, Allocation] = {"global": by_magnitude, "uniform": by_size, "erk": by_erk, "lamp": by_lamp}
-METHODS = (*ALLOCATIONS, "rr")
+METHODS = (*ALLOCATIONS, "rr", "measured")
 
 
 def check_method(method: str) -> None:

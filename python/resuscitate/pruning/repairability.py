@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +23,13 @@ from ..statistics.outputs import OutputCovariances, explained
 from ..utils.arguments import IMAGES, NETWORK, check_places
 from ..utils.nested import count_images
 from ..utils.progress import Bar
+from .curves import Curve, by_curves
 from .units import Units, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
-Curve = list[tuple[float, float]]  # (fraction removed, residual), from (0, 0) to (1, 1)
 
 
 @dataclass(frozen=True)
@@ -102,32 +101,8 @@ class Repairability:
 
 
 def by_repairability(units: Mapping[str, Units], budget: int, measured: Repairability) -> dict[str, int]:
-    """An allocation: the least sum of residuals for this budget. Greedy on the lower convex hull of each curve."""
-    steps = []
-    for name, layer in units.items():
-        weights = max(layer.count * layer.size, 1)
-        for (r0, e0), (r1, e1) in pairwise(_lower_hull(measured.curve(name))):
-            steps.append(((e1 - e0) / ((r1 - r0) * weights), name, round(r1 * layer.count)))
-    removed = dict.fromkeys(units, 0)
-    for _, name, upto in sorted(steps, key=lambda step: step[0]):
-        size = units[name].size
-        more = min(max(min(upto, units[name].removable) - removed[name], 0), budget // max(size, 1))
-        removed[name] += more
-        budget -= more * size
-    return removed
-
-
-def _lower_hull(curve: Curve) -> Curve:
-    """The lower convex hull of a curve, left to right (Andrew's monotone chain)."""
-    hull: Curve = []
-    for x, y in sorted(curve):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
+    """An allocation: the least sum of residuals for this budget."""
+    return by_curves(units, budget, {name: measured.curve(name) for name in units})
 
 
 @torch.no_grad()

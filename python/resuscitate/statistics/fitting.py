@@ -139,16 +139,38 @@ def _ridges(device: torch.device) -> Tensor:
     return torch.stack([torch.full((), ridge, dtype=torch.float64, device=device) for ridge in RIDGES])
 
 
+def lost_variance(moments: Moments, weight: Tensor, supports: Tensor, ranks: Ranks) -> Tensor:
+    """The part of the targets' variance that a regression on each support leaves unexplained, on `JUDGES` channels.
+
+    weight (O, K); supports (D, O, K), boolean. Returns float64 (D,); 0 where the targets are constant.
+    """
+    groups, rows = _judging_rows(moments, supports.any(0), 2 * JUDGES)
+    by_group, count = supports.unflatten(1, (len(moments.mean), -1)), len(supports)
+    support = by_group[:, groups, rows].transpose(0, 1).flatten(0, 2)  # by group, then support, then channel
+    several = rows.repeat(1, count)
+    present = weight.unflatten(0, (len(moments.mean), -1))[groups, several].flatten(0, 1) * support
+    problem = Problem(moments.of_channels(groups, several), present, support, RIDGE, ranks)
+    targets = problem.own_targets()
+    left = problem.unexplained(problem.solve(targets, excess=ROUGH_EXCESS), targets)
+    left, total = (each.view(len(groups), count, -1).sum((0, 2)) for each in (left, targets.squares))
+    return torch.where(total > 0, left / total, 0.0)
+
+
+def _judging_rows(moments: Moments, support: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """About `count` channels: groups (S, 1) and channels of each (S, R); those with weights first."""
+    G = len(moments.mean)
+    groups = torch.linspace(0, G - 1, min(G, count), device=support.device).round().long()[:, None]
+    kept = support.view(G, -1, support.shape[1]).any(2).to(torch.int8)[groups[:, 0]]
+    return groups, kept.argsort(dim=1, descending=True, stable=True)[:, : max(count // len(groups), 1)]
+
+
 def _judges(moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
     """The problem of `JUDGES` channels with each of the `RIDGES`, in as many groups; channels with weights first.
 
     The rows run over groups, then ridges, then channels.
     """
-    G = len(moments.mean)
-    by_group = [each.view(G, -1, each.shape[1]) for each in (weight, support)]
-    groups = torch.linspace(0, G - 1, min(G, JUDGES), device=weight.device).round().long()[:, None]
-    kept = by_group[1].any(2).to(torch.int8)[groups[:, 0]]
-    rows = kept.argsort(dim=1, descending=True, stable=True)[:, : max(JUDGES // len(groups), 1)]
+    groups, rows = _judging_rows(moments, support, JUDGES)
+    by_group = [each.unflatten(0, (len(moments.mean), -1)) for each in (weight, support)]
     ridges = _ridges(weight.device).repeat_interleave(rows.shape[1]).repeat(len(groups))
     rows = rows.repeat(1, len(RIDGES))
     weight, support = (each[groups, rows].flatten(0, 1) for each in by_group)

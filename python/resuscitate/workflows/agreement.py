@@ -21,14 +21,14 @@ KEPT_BYTES = 64 << 20  # of dense outputs that are kept for the next look
 class Judge:
     """Compares the outputs of a session's first network with those of the dense one.
 
-    On the images that are held out; where there are none, on the first quarter of them, but 8 to 32. With a
-    `forward_fn`, on the first batches with as many.
+    On the images that are held out; where there are none, or with `fitted`, on the first quarter of all images, but 8
+    to 32. With a `forward_fn`, on the first batches with as many.
     """
 
-    def __init__(self, session: Session, batches: Batches) -> None:
+    def __init__(self, session: Session, batches: Batches, fitted: bool = False) -> None:
         self.session, self.batches = session, batches
         self.chosen, self.most = range(len(batches) - batches.held_out, len(batches)), batches.images()
-        if not batches.held_out:
+        if fitted or not batches.held_out:
             (total,) = session.ranks.total(batches.images())
             self.most = session.ranks.share(min(max(total // PART, FEWEST), MOST)) or 0
             self.chosen = range(batches.batches_for(self.most))

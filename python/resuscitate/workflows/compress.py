@@ -7,12 +7,14 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..methods.base import Method, check_number
 from ..network.layers import Selection, reusable, unwrap
@@ -20,26 +22,33 @@ from ..pruning.allocation import check_method, check_sparsity
 from ..pruning.sparsify import parse_pattern, sparsify
 from ..pruning.units import check_floors
 from ..reports.agreement import Agreement
+from ..reports.base import plain
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
+from .measured import measure_scales
 from .steps import Steps, StepsReport, plan_of_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 log = logging.getLogger("resuscitate")
-FIRST = 0.5  # sparsity after the first step
 WALKS = 2  # number of steps, the last ones, that measure the pruned network
+EXPONENTS = 0.0, 0.5, 1.0  # of the measured factors of the layers; the best of these is chosen
 
 
 @dataclass(kw_only=True)
 class CompressReport(StepsReport):
-    """The result of `compress`: the sparsity after each step, and the report of the repair that followed it."""
+    """The result of `compress`: the sparsity after each step, and the report of the repair that followed it.
+
+    `allocation`: its "name"; for "measured" the "exponent" of the factors, 0 for a global ranking, and the "errors" of
+    the drafts' outputs, by exponent.
+    """
 
     sparsities: list[float]
     steps: list[RepairReport]
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     work, step, titles = "compression", "step", ("explained by the refit", "images", "seconds")
     columns = ("step", "sparsity", *COLUMNS)
@@ -48,6 +57,10 @@ class CompressReport(StepsReport):
     def layers(self) -> list[LayerReport]:
         """The rows of the last repair."""
         return self.steps[-1].layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `StepsReport.to_dict`, and the allocation."""
+        return {**super().to_dict(), "allocation": plain(self.allocation)}
 
     def each_step(self) -> Iterator[tuple[dict[str, Any], Iterable[dict[str, Any]], tuple[str, ...]]]:
         for sparsity, report in zip(self.sparsities, self.steps, strict=True):
@@ -61,7 +74,7 @@ def compress(
     sparsity: float,
     calibration: Any,
     *,
-    allocation: str = "global",
+    allocation: str = "measured",
     pattern: str = "unstructured",
     steps: int | Sequence[float] = 7,
     walks: int = WALKS,
@@ -81,12 +94,16 @@ def compress(
     unchanged.
 
     Args:
-        sparsity, allocation, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
-            "rr" is measured anew in each step.
+        sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
+        allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
+            times a factor for each layer, from the error that the layer's pruning causes at the outputs of the network.
+            The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts of three steps, and the one whose
+            outputs come nearest to the dense network's is taken. For patterns of single weights; else "global", as also
+            where the method measures no inputs.
         calibration: as in `repair`. The images are read once and held in host memory: of a loader no more than fit in
             `memory` if the model runs on the host, else in half of the host's memory.
         steps: the number of steps, or the sparsity after each step, ascending to `sparsity`. With a number, the first
-            step prunes to 0.5, and each later step keeps the same fraction of the remaining weights.
+            step prunes to half of `sparsity`, and each later step keeps the same fraction of the remaining weights.
         walks: number of steps, the last ones, that measure the pruned network. Earlier steps use what was measured once
             with the dense network's inputs, which saves time, if the method measures inputs, as a refit does.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
@@ -103,26 +120,30 @@ def compress(
     check_places("compress(model, sparsity, images)", **places, calibration=(calibration, IMAGES))
     model, stops = unwrap(model), schedule(sparsity, steps)
     check_method(allocation)
-    parse_pattern(pattern)
+    single = parse_pattern(pattern) == "unstructured"
+    used = allocation if single or allocation != "measured" else "global"
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense, reports = copy.deepcopy(model), list[RepairReport]()
     plan = plan_of_steps("compress()", dense, method, options)
-    pruning: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "densities": densities}
+    pruning: dict[str, Any] = {"allocation": used, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session, ExitStack() as stack:
-        choices = {**pruning, "sparsity": sparsity, "steps": stops, "walks": walks}
+        choices = {**pruning, "allocation": allocation, "sparsity": sparsity, "steps": stops, "walks": walks}
         each = Steps(session, plan, calibration, resume, choices)
-        measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if allocation == "rr" else {}
-        measured, first_walk = None, max(len(stops) - walks, 0)
+        measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
+        measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
+        if first_walk or used == "measured":
+            measured = stack.enter_context(each.dense_statistics(dense))
+        if used == "measured":
+            factors, about = _measured(each, dense, measured, stops, pruning)
+            pruning |= factors
         for index, stop in enumerate(track(stops, "compress", len(stops), session.show)):
-            masks = sparsify(model, stop, **pruning, **measuring)
-            if index == 0 and first_walk:
-                measured = stack.enter_context(each.dense_statistics(dense))
-            elif index == first_walk:
+            if index == first_walk:
                 stack.close()
                 measured = None
+            masks = sparsify(model, stop, **pruning, **measuring)
             reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
         before = copy.deepcopy(dense)
@@ -135,15 +156,42 @@ def compress(
         session.snapshot.forget_unchanged()
         seconds, undo = time.perf_counter() - started, session.snapshot.restore
         report = CompressReport(
-            masks=masks, seconds=seconds, agreement=agreement, _undo=undo, sparsities=stops, steps=reports
+            masks=masks,
+            seconds=seconds,
+            agreement=agreement,
+            _undo=undo,
+            sparsities=stops,
+            steps=reports,
+            allocation=about,
         )
         if worse:
             report.note_undone()
         return report
 
 
+def _measured(
+    each: Steps, dense: nn.Module, kept: KeptStatistics | None, stops: list[float], pruning: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `sparsify` for allocation "measured", and what the report says of it."""
+    selected = pruning["include"], pruning["exclude"]
+    scales = None if kept is None else measure_scales(each, dense, kept, stops[-1], *selected)
+    if scales is None:
+        return {"allocation": "global"}, {"name": "global"}
+    errors = dict[float, float]()
+    for exponent in EXPONENTS:
+        options, draft = {**pruning, "calibration": scales.power(exponent)}, copy.deepcopy(dense)
+        for index, stop in enumerate(stops[::-3][::-1], 1):
+            sparsify(draft, stop, **options)
+            each.repair("compress", f"draft-{exponent:g}-{index}", draft, dense, measured=kept)
+        seen = each.nearness(draft, dense, fitted=True)
+        errors[exponent] = inf if seen is None or seen.error is None else seen.error
+    best = min(errors, key=errors.__getitem__)
+    log.info("factors to the power %s: errors of the outputs %s", best, errors)
+    return {"calibration": scales.power(best)}, {"name": "measured", "exponent": best, "errors": errors}
+
+
 def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:
-    """The sparsities of the steps: from `FIRST` on, each step keeps the same fraction of the weights."""
+    """The sparsities of the steps: from half of the last on, each step keeps the same fraction of the weights."""
     check_sparsity(sparsity)
     if not isinstance(steps, int):
         stops = [check_sparsity(stop) for stop in steps]
@@ -152,7 +200,8 @@ def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:
         return stops
     if isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps} must be at least 1, or the sparsities to stop at")
-    if sparsity <= FIRST or steps == 1:
+    if steps == 1 or not sparsity:
         return [sparsity]
-    kept = (1 - sparsity) / (1 - FIRST)
-    return [1 - (1 - FIRST) * kept ** (index / (steps - 1)) for index in range(steps - 1)] + [sparsity]
+    first = sparsity / 2
+    kept = (1 - sparsity) / (1 - first)
+    return [1 - (1 - first) * kept ** (index / (steps - 1)) for index in range(steps - 1)] + [sparsity]

@@ -87,7 +87,7 @@ class Steps:
             yield None
             return
         with Session([copy.deepcopy(dense), dense], self.run, ranks=self.ranks) as session:
-            images = self._images(session, beside=True)
+            images = self.images(session, beside=True)
             wiring, (modules, _) = session.look(images), split_by_objections(select_layers(dense), "repaired")
             called = {name: session.net.modules[name] for name in wiring.calls if name in modules}
             probes = self.plan.probes(session.layers(called, in_use(session.net.model, called, None)))
@@ -104,12 +104,15 @@ class Steps:
                     kept.add(each.found)
             yield kept
 
-    def nearness(self, model: nn.Module, dense: nn.Module) -> Nearness | None:
-        """How near the outputs of a model are to those of the dense network; None where they cannot be compared."""
-        with Session([model, dense], self.run, ranks=self.ranks) as session:
-            return Judge(session, self._images(session)).look()
+    def nearness(self, model: nn.Module, dense: nn.Module, fitted: bool = False) -> Nearness | None:
+        """How near the outputs of a model are to those of the dense network; None where they cannot be compared.
 
-    def _images(self, session: Session, **options: Any) -> Batches:
+        fitted: on images that are not held out.
+        """
+        with Session([model, dense], self.run, ranks=self.ranks) as session:
+            return Judge(session, self.images(session), fitted).look()
+
+    def images(self, session: Session, **options: Any) -> Batches:
         """The images; those that a repair does not fit weights to are held out."""
         images = session.read(self.batches, **options)
         if self.plan.holds_out:

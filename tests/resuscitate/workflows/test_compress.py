@@ -32,12 +32,13 @@ class TestSchedule:
         stops = schedule(sparsity, steps)
         assert stops == sorted(stops)
         assert stops[-1] == sparsity
-        assert len(stops) == (1 if sparsity <= 0.5 else steps)
-        assert len(stops) == 1 or stops[0] == 0.5
+        assert len(stops) == (steps if sparsity else 1)
+        assert len(stops) == 1 or stops[0] == pytest.approx(sparsity / 2)
 
     def test_each_step_keeps_the_same_fraction(self):
         kept = [1 - stop for stop in schedule(0.9, 5)]
-        assert [b / a for a, b in pairwise(kept)] == pytest.approx([0.2**0.25] * 4)
+        assert [b / a for a, b in pairwise(kept)] == pytest.approx([(0.1 / 0.55) ** 0.25] * 4)
+        assert schedule(0.3, 3) == pytest.approx([0.15, 1 - (0.85 * 0.7) ** 0.5, 0.3])
 
     def test_stops_may_be_given(self):
         assert schedule(0.8, [0.3, 0.6, 0.8]) == [0.3, 0.6, 0.8]
@@ -189,7 +190,7 @@ class TestStepsWithoutAWalk:
             return report
 
         monkeypatch.setattr(module, "carry_out", carry_out)
-        compress(model, 0.8, images(40), steps=[0.5, 0.8], walks=1, ridge=0.1)
+        compress(model, 0.8, images(40), steps=[0.5, 0.8], walks=1, ridge=0.1, allocation="global")
         mask = resuscitate.sparsify(pruned, 0.5)["3"]
         with torch.no_grad():
             x = dense[:3](images(40))
@@ -246,21 +247,22 @@ class TestAllOrNothing:
 @pytest.mark.parametrize("killed", [3, 6], ids=["before a walk", "within a walk"])
 def test_an_interrupted_run_goes_on_from_its_journals(killed, tmp_path, monkeypatch):
     undisturbed = seeded(chain)
-    compress(undisturbed, 0.8, images(), steps=3)
+    options = {"steps": 3, "allocation": "global"}
+    compress(undisturbed, 0.8, images(), **options)
     module = sys.modules["resuscitate.methods.refit"]
     original, fits = module.fit, []
 
-    def interrupted(*args, **options):
+    def interrupted(*args, **given):
         fits.append(1)
         if len(fits) == killed:
             raise KeyboardInterrupt
-        return original(*args, **options)
+        return original(*args, **given)
 
     model = seeded(chain)
     monkeypatch.setattr(module, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
-    report = compress(model, 0.8, images(), steps=3, resume=tmp_path / "journals")
+        compress(model, 0.8, images(), **options, resume=tmp_path / "journals")
+    report = compress(model, 0.8, images(), **options, resume=tmp_path / "journals")
     assert len(fits) == 1 + 3 * 4  # nothing is fitted twice but for the one that was interrupted
     assert sum(step.resumed for step in report.steps) == killed - 1
     assert same(model, undisturbed)

@@ -1,0 +1,72 @@
+"""Allocation by measured loss: how much the pruning of each layer moves the outputs of the network, without labels."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.kept import KeptStatistics
+from ..engine.session import Session
+from ..network.layers import Selection, effective_weight, with_weight
+from ..pruning.layer_scales import LayerScales
+from ..pruning.units import Units, prunable_layers, units_of
+from ..runtime.distributed import Ranks
+from ..statistics.fitting import fit, lost_variance
+from ..statistics.patches import PatchCovariances, input_blocks
+from ..statistics.second_moments import Moments, merged
+from .agreement import Judge
+from .steps import Steps
+
+DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
+ALONE = 0.2  # each layer alone is pruned so far that about this part of the variance of its outputs is lost
+
+
+def measure_scales(
+    steps: Steps, dense: nn.Module, kept: KeptStatistics, sparsity: float, include: Selection, exclude: Selection
+) -> LayerScales | None:
+    """The factors of the layers for one sparsity, from the moments of the dense network; None without any.
+
+    For each layer alone: the part e of the variance of its outputs that is lost at each density, after a refit. Then
+    the layer is refitted at the density where e is about `ALONE`, and the error of the outputs of the network is
+    measured; its square over e is the cost of the layer. Each costs one forward pass over a few images.
+    """
+    layers, first_of = prunable_layers(dense, include, exclude)
+    units = {name: units_of(name, layers[name]) for name in dict.fromkeys(first_of.values())}
+    lost, cost = dict[str, dict[float, float]](), dict[str, float]()
+    with Session([copy.deepcopy(dense), dense], steps.run, ranks=steps.ranks) as session:
+        judge = Judge(session, steps.images(session), fitted=True)
+        for name in filter(kept.__contains__, units):
+            found, layer = kept.get(session.place(name)), layers[name]
+            if not isinstance(found, PatchCovariances) or input_blocks(layer) > 1:
+                continue
+            moments, weight = merged(found.folds.values()), effective_weight(name, layer).flatten(1)
+            supports = _supports(units[name]).to(weight.device).view(len(DENSITIES), *weight.shape)
+            parts = lost_variance(moments, weight, supports, steps.ranks).tolist()
+            if not parts[-1]:  # constant outputs
+                continue
+            lost[name] = dict(zip(DENSITIES, parts, strict=True))
+            at = min(range(len(parts)), key=lambda index: abs(parts[index] - ALONE))
+            changed = _refitted(layer, moments, weight, supports[at], steps.ranks)
+            module = session.net.modules[name]
+            handle = module.register_forward_hook(lambda _, args, output, changed=changed: changed(*args))
+            seen = judge.look()
+            handle.remove()
+            if seen is None:
+                return None
+            cost[name] = (1.0 if seen.error is None else seen.error**2) / max(parts[at], 1e-6)
+    budget = round(sparsity * sum(each.count for each in units.values()))
+    return LayerScales.of_losses(units, budget, lost, cost) if cost else None
+
+
+def _supports(units: Units) -> Tensor:
+    """Boolean (densities, weights): the weights that a layer keeps at each density."""
+    counts = (min(units.count - round(density * units.count), units.removable) for density in DENSITIES)
+    return torch.stack([~units.smallest(count) for count in counts])
+
+
+def _refitted(layer: nn.Module, moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> nn.Module:
+    """The layer, refitted to its dense outputs on a support."""
+    found = fit(moments, weight * support, support, ranks=ranks)
+    return with_weight(layer, found.weight.to(weight).view_as(effective_weight("", layer)), found.bias.to(weight))

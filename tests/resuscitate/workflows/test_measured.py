@@ -1,0 +1,138 @@
+"""Allocation by measured loss: layers whose pruning moves the outputs of the network keep more."""
+
+import copy
+import sys
+from types import MappingProxyType
+
+import pytest
+import torch
+from torch import nn
+
+import resuscitate
+from resuscitate.errors import CalibrationError
+from resuscitate.pruning.layer_scales import LayerScales
+from resuscitate.pruning.units import units_of
+from resuscitate.runtime.distributed import Ranks
+from resuscitate.statistics.fitting import RIDGE, fit, lost_variance
+from resuscitate.statistics.second_moments import Matrices
+from resuscitate.workflows.compress import compress
+from tests.networks import Residual, chain, images, seeded
+from tests.resuscitate.statistics.test_least_squares import problem
+from tests.user import same
+
+
+def depthwise():
+    """Pairs of a depthwise and a pointwise convolution; the depthwise weights are the smaller ones."""
+    stages = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    for _ in range(2):
+        stages += [nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.ReLU()]
+        stages += [nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                layer.weight *= 0.1
+    return model
+
+
+def test_layers_that_a_global_ranking_would_strip_are_kept():
+    dense, found = seeded(depthwise), {}
+    resuscitate.recalibrate_batchnorm(dense, images(140))
+    for allocation in ("global", "measured"):
+        model = copy.deepcopy(dense)
+        found[allocation] = compress(model, 0.6, images(140), allocation=allocation)
+    measured, ranked = found["measured"], found["global"]
+    assert measured.allocation["name"] == "measured"
+    assert measured.allocation["exponent"] > 0
+    assert measured.masks["2"].float().mean() > 2 * ranked.masks["2"].float().mean()
+    assert measured.agreement.error_after < 0.8 * ranked.agreement.error_after
+    assert measured.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_the_draft_with_the_least_error_is_taken():
+    report = compress(seeded(Residual), 0.8, images(40), steps=4)
+    about = report.to_dict()["allocation"]
+    assert list(about["errors"]) == [0.0, 0.5, 1.0]
+    assert about["exponent"] == min(about["errors"], key=about["errors"].get)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "filter"}, {"method": "channelwise"}])
+def test_otherwise_the_ranking_is_global(options):
+    by_default, ranked = seeded(chain), seeded(chain)
+    report = compress(by_default, 0.6, images(40), steps=2, **options)
+    assert report.allocation == {"name": "global"}
+    compress(ranked, 0.6, images(40), steps=2, allocation="global", **options)
+    assert same(by_default.state_dict(), ranked.state_dict())
+
+
+def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
+    undisturbed, model = seeded(chain), seeded(chain)
+    compress(undisturbed, 0.8, images(), steps=3)
+    module = sys.modules["resuscitate.methods.refit"]
+    original, fits = module.fit, []
+
+    def interrupted(*args, **options):
+        fits.append(1)
+        if len(fits) == 7:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, 0.8, images(), steps=3, resume=tmp_path)
+    compress(model, 0.8, images(), steps=3, resume=tmp_path)
+    assert len(fits) == 1 + (3 + 3) * 4  # three drafts and three steps, of four layers
+    assert same(model.state_dict(), undisturbed.state_dict())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_lost_variance_is_that_of_a_fit_on_each_support(groups):
+    given = problem(groups=groups, channels=8, values=48)
+    moments, weight = given.moments, given.present.w
+    order = weight.abs().argsort(1, descending=True)
+    supports = torch.stack([torch.zeros_like(given.support).scatter(1, order[:, :count], 1) for count in (12, 4)])
+    lost = lost_variance(moments, weight, supports, Ranks())
+    for part, support in zip(lost.tolist(), supports, strict=True):
+        assert part == pytest.approx(1 - fit(moments, weight * support, support, ridge=RIDGE).explained, abs=1e-6)
+    assert 0 < lost[0] < lost[1] < 1
+
+
+class TestScales:
+    LOST = MappingProxyType({0.5: 0.1, 0.1: 0.5, 0.01: 0.9})
+
+    @staticmethod
+    def model():
+        return seeded(lambda: nn.ModuleDict({name: nn.Linear(30, 30) for name in "ab"}))
+
+    def scales(self, cost, budget=1200):
+        units = {name: units_of(name, layer) for name, layer in self.model().items()}
+        return LayerScales.of_losses(units, budget, dict.fromkeys(units, self.LOST), cost)
+
+    def kept(self, cost, exponent=1.0, budget=1200):
+        scales = self.scales(cost, budget).power(exponent)
+        found = resuscitate.allocate(self.model(), budget / 1800, "measured", calibration=scales)
+        return found, resuscitate.allocate(self.model(), budget / 1800)
+
+    def test_equal_costs_keep_as_much(self):
+        found, _ = self.kept({"a": 1.0, "b": 1.0})
+        assert found["a"] == pytest.approx(found["b"], abs=0.1)  # the curve has few points
+
+    def test_the_higher_cost_keeps_more(self):
+        found, _ = self.kept({"a": 9.0, "b": 1.0})
+        assert found["a"] > 2 * found["b"]
+        assert (found["a"] + found["b"]) / 2 == pytest.approx(1 / 3)
+
+    def test_the_power_0_is_a_global_ranking(self):
+        found, ranked = self.kept({"a": 9.0, "b": 1.0}, exponent=0.0)
+        assert found == ranked
+
+    def test_a_layer_that_was_not_measured_gets_the_median(self):
+        assert self.scales({"a": 2.0}).factors == {"a": 1.0, "b": 1.0}
+
+    def test_sparsify_needs_them(self):
+        with pytest.raises(CalibrationError, match="needs the factors of the layers: use compress"):
+            resuscitate.sparsify(seeded(chain), 0.5, allocation="measured", calibration=images())
+
+
+def test_second_moments_of_few_values_have_a_low_rank_part_of_rank_1():
+    assert Matrices(torch.eye(9, dtype=torch.float64)[None]).low_rank.shape == (1, 1, 9)
