@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 OUTSIDE := $(VENV)/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
+.PHONY: help demo test outside headline ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -37,6 +37,9 @@ headline: $(READY) ## what each tool brings back on real networks, and how fast;
 
 ablation: $(READY) ## what each part of the compression is worth; an hour
 	@$(BIN)/python benchmarks/accuracy/ablation.py $(ARGS)
+
+allocation: $(READY) ## the measured allocation of the compression against a global ranking; ten minutes
+	@$(BIN)/python benchmarks/accuracy/allocation.py $(ARGS)
 
 accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy/accuracy.py $(ARGS)

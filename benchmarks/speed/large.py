@@ -3,8 +3,9 @@
 Networks of torchvision with random weights, 80 % of the weights pruned by magnitude with Erdős-Rényi-kernel densities,
 smooth random images of 224 x 224 pixels in batches of 16. Each row runs in its own process, with what a user gets by
 default: PyTorch's number of threads and the system's malloc. The table has the seconds of the forward passes of both
-networks and of the refit (medians), their ratio, the part of the refit that was spent on solving for weights, and the
-peak resident memory of the process. Writes large.json and large.md (the table in docs/walk.md).
+networks and of the refit (medians of three rounds, or of one), their ratio, the part of the refit that was spent on
+solving for weights, and the peak resident memory of the process. Writes large.json and large.md (the table in
+docs/walk.md).
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from resuscitate.statistics.least_squares import Problem
 from tests.outside.networks import liven, package, settle, smooth_images
 
 BATCH, SIZE = 16, 224
+# the network of torchvision, the number of images, and of rounds
 ROWS = {
-    "ResNet-50, 32 images": ("resnet50", 32),
-    "ResNet-50, 256 images": ("resnet50", 256),
-    "MobileNetV2, 32 images": ("mobilenet_v2", 32),
-    "VGG-16, 32 images": ("vgg16", 32),
-    "ConvNeXt-T, 32 images": ("convnext_tiny", 32),
-    "ViT-B/16, 32 images": ("vit_b_16", 32),
+    "ResNet-50, 32 images": ("resnet50", 32, 3),
+    "ResNet-50, 256 images": ("resnet50", 256, 1),
+    "MobileNetV2, 32 images": ("mobilenet_v2", 32, 3),
+    "VGG-16, 32 images": ("vgg16", 32, 1),
+    "ConvNeXt-T, 32 images": ("convnext_tiny", 32, 1),
+    "ViT-B/16, 32 images": ("vit_b_16", 32, 1),
 }
 
 
@@ -51,9 +53,9 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
     return call
 
 
-def one(row: str, rounds: int) -> dict[str, Any]:
+def one(row: str) -> dict[str, Any]:
     """The numbers of one row, in this process; forward passes and refits alternate."""
-    name, count = ROWS[row]
+    name, count, rounds = ROWS[row]
     torch.manual_seed(0)
     dense: nn.Module = getattr(package("torchvision").models, name)(weights=None).eval()
     images = smooth_images(count, SIZE)
@@ -94,17 +96,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main(
     row: Annotated[list[str], typer.Option(help="Rows; repeatable.")] = list(ROWS),  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Rounds of each row.")] = 3,
     output: Annotated[Path, typer.Option(help="The .json; .md goes beside it.")] = RESULTS / "large.json",
     within: Annotated[bool, typer.Option("--within", hidden=True)] = False,
 ) -> None:
     """Time refits at the size of real networks."""
     if within:
-        output.write_text(json.dumps(one(row[0], rounds)))
+        output.write_text(json.dumps(one(row[0])))
         return
     rows = []
     for name in row:
-        rows.append(in_own_process(__file__, "--within", "--row", name, "--rounds", rounds))
+        rows.append(in_own_process(__file__, "--within", "--row", name))
         console.print(rows[-1])
         write(output, {**machine(), "rows": rows}, markdown(rows))
 

@@ -33,6 +33,7 @@ from .network.masks import Masks
 from .network.mean_layers import densify, replace_by_means
 from .network.updates import Gain, Unchanged, Weights
 from .pruning.allocation import allocate
+from .pruning.layer_scales import LayerScales
 from .pruning.repairability import Repairability
 from .pruning.sparsify import sparsify
 from .pruning.structured import Shrinkage, shrink
@@ -56,7 +57,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "Refit", "ASR", "ChannelWise", "LayerWise", "MeanReplacement", "BatchNormOnly", "Exact", "EMA",
     "Method", "register", "DenseAccess", "Layer", "Probe", "OutputMoments", "OutputCovariances",
     "PatchCovariances", "Gain", "Weights", "Unchanged",
-    "DenseStatistics", "Repairability", "Masks", "Accuracy", "ImageStream", "load_images", "load_labels",
+    "DenseStatistics", "Repairability", "LayerScales", "Masks", "Accuracy", "ImageStream", "load_images", "load_labels",
     "load_weights",
     "RepairReport", "LayerReport", "CompressReport", "RegrowthReport", "GrowthRound", "RecoverabilityMap",
     "LayerDamage", "Shrinkage",

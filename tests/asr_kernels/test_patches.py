@@ -161,5 +161,5 @@ def test_squares_of_nearly_constant_outputs_are_not_negative():
     values = torch.randn(256, generator=generator)
     y = values.view(1, -1, 1, 1) + 1e-9 * torch.randn(105, 256, 9, 9, generator=generator)
     x = torch.randn(105, 1, 9, 9, generator=generator)
-    found = ak.patch_moments(x, y, ak.Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    found = patch_moments(x, y, Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)))
     assert (found.yy >= 0).all()
