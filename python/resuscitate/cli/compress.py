@@ -16,7 +16,7 @@ Allocation = Literal["measured", "global", "uniform", "erk", "lamp", "rr"]
 
 @app.command()
 @takes_methods
-@flags.takes(flags.FLOORS | flags.LAYERS | flags.WORSE | flags.RUN | flags.RANKS)
+@flags.takes(flags.FLOORS | flags.LAYERS | flags.WORSE | flags.COPIES | flags.RUN | flags.RANKS)
 def compress(
     model: flags.Model,
     dense: flags.Dense,

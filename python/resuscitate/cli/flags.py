@@ -32,6 +32,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
+def parse_names(text: str) -> list[str]:
+    """flip or flip,crop"""
+    return text.replace(",", " ").split()
+
+
 def parse_steps(text: str | int) -> int | list[float]:
     """A number of steps, or the sparsity after each step."""
     if isinstance(text, int) or text.isdecimal():
@@ -117,9 +122,17 @@ RANKS: Options = {
 WORSE: Options = {
     "keep_worse": Annotated[bool, opt("Keep what takes the outputs further from the dense network's.")],
 }
+COPIES: Options = {
+    "augment": Annotated[
+        Any, opt("Use changed copies of the images too: flip, crop, or flip,crop.", parser=parse_names)
+    ],
+    "draws": Annotated[int, opt("Number of changed copies of each image.", min=1)],
+}
 PRESETS: Options = {
     **DEFAULTS,
     "keep_worse": False,
+    "augment": None,
+    "draws": 1,
     "min_per_layer": 1,
     "min_per_channel": 0,
     "workers": 0,

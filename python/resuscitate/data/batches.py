@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,19 @@ from ..runtime.activations import Frame, Store
 from ..runtime.distributed import Ranks
 from ..utils.digest import image_keys
 from ..utils.nested import count_images
+from .augment import Augment, augmented
 from .calibration import read_batches
 from .checks import warn_of_padding
 
 HELD_OUT, FEWEST_HELD_OUT = 10, 32  # one of so many images is left out of a fit, but no fewer than so many
+
+
+class _Part(NamedTuple):
+    """A batch as some rows of one that was read, by its number; `draw` is the number of a changed copy."""
+
+    source: int
+    rows: Tensor | None = None
+    draw: int | None = None
 
 
 class Batches:
@@ -32,9 +41,10 @@ class Batches:
         self._keys: list[Tensor] = []
         self._turns: Sequence[Tensor] = ()
         self._kept: list[Any] = []
-        self._parts: list[tuple[int, Tensor | None]] = []  # of which of `_kept` each batch is, and which rows of it
+        self._parts: list[_Part] = []
+        self._augment: Augment | None = None
         for batch in source:
-            self._parts.append((len(self._kept), None))
+            self._parts.append(_Part(len(self._kept)))
             self.counts.append(count_images(batch))
             if store is None:
                 self._kept.append(batch)
@@ -48,13 +58,16 @@ class Batches:
         return len(self.counts)
 
     def __getitem__(self, index: int) -> Any:
-        at, rows = self._parts[index]
-        batch = self._kept[at]
+        part = self._parts[index]
+        batch = self._kept[part.source]
         if isinstance(batch, Frame):
             value = batch.open([0])
             batch.close({}, keep=[0])
             batch = value[0]
-        return batch if rows is None else batch[rows]
+        batch = batch if part.rows is None else batch[part.rows]
+        if part.draw is None or self._augment is None:
+            return batch
+        return augmented(batch, self._augment, part.draw, seed=index)
 
     def head(self, batches: int | None = None) -> Iterator[Any]:
         """The first so many batches, one after the other; None for all."""
@@ -75,10 +88,22 @@ class Batches:
         every = min(HELD_OUT, total // FEWEST_HELD_OUT)
         rows = [(turns % every == every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
         others = [(turns % every != every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
-        parts = [(index, each) for chosen in (others, rows) for index, each in enumerate(chosen) if len(each)]
+        parts = [_Part(index, each) for chosen in (others, rows) for index, each in enumerate(chosen) if len(each)]
         self.held_out = sum(len(each) > 0 for each in rows)
-        self._keys = [self._keys[index][each] for index, each in parts]
-        self._parts, self.counts = [*parts], [len(each) for _, each in parts]
+        self._keys = [self._keys[part.source][part.rows] for part in parts]
+        self._parts, self.counts = parts, [len(keys) for keys in self._keys]
+
+    def augment(self, augment: Augment, draws: int) -> None:
+        """Follow the batches that are not held out by `draws` changed copies of each; see `augmented`.
+
+        A copy is in the same fold as its image. It is made anew each time that it is read.
+        """
+        fitted = len(self) - self.held_out
+        places = [*range(fitted), *(index for _ in range(draws) for index in range(fitted)), *range(fitted, len(self))]
+        draw = [None] * fitted + [each for each in range(draws) for _ in range(fitted)] + [None] * self.held_out
+        parts = [self._parts[index]._replace(draw=each) for index, each in zip(places, draw, strict=True)]
+        self._parts, self.counts, self._augment = parts, [self.counts[index] for index in places], augment
+        self._keys = [self._keys[index] for index in places] if self._keys else []
 
     def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
@@ -87,7 +112,9 @@ class Batches:
     def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
         """For each of the first batches, the places of its images in an order by contents, over all ranks."""
         if not self._keys:
-            self._keys = [torch.tensor(image_keys(batch), dtype=torch.int64) for batch in self.head()]
+            originals = {part.source: at for at, part in enumerate(self._parts) if part.draw is None}
+            keys = {source: torch.tensor(image_keys(self[at])) for source, at in originals.items()}
+            self._keys = [keys[part.source] for part in self._parts]
         own = torch.cat([torch.zeros(0, dtype=torch.int64), *self._keys[:batches]])
         return torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts[:batches])
 

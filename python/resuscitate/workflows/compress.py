@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..data.augment import Augment
 from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..methods.base import Method, check_number
@@ -84,6 +85,8 @@ def compress(
     include: Selection = None,
     exclude: Selection = None,
     method: Method | str = "refit",
+    augment: Augment | None = None,
+    draws: int = 1,
     resume: str | Path | None = None,
     keep_worse: bool = False,
     **options: Unpack[RunOptions],
@@ -107,6 +110,7 @@ def compress(
         walks: number of steps, the last ones, that measure the pruned network. Earlier steps use what was measured once
             with the dense network's inputs, which saves time, if the method measures inputs, as a refit does.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
+        augment, draws: as in `repair`.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
             once the result is saved.
         keep_worse: keep repairs that take the outputs further from the dense network's, as in `repair`, than its
@@ -125,7 +129,7 @@ def compress(
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense, reports = copy.deepcopy(model), list[RepairReport]()
-    plan = plan_of_steps("compress()", dense, method, options)
+    plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
     pruning: dict[str, Any] = {"allocation": used, "pattern": pattern, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}

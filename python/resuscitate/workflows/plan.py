@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..data.augment import Augment, check_augment
+from ..data.batches import Batches
 from ..engine.probes import Layer, Probe
 from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called
@@ -22,6 +24,7 @@ from ..reports.repair import LayerReport, RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, check_choice, check_count, run_options
 from ..statistics.outputs import OutputCovariances, OutputMoments
+from ..utils.digest import fingerprint
 
 log = logging.getLogger("resuscitate")
 Recalibrate = Exact | EMA | Literal["auto", "exact", "ema"] | None
@@ -36,6 +39,8 @@ class Plan:
     schedule: Schedule
     diagnostics: bool
     gain_samples: int | None
+    augment: Augment | None
+    draws: int
     run: RunOptions
 
     @property
@@ -55,7 +60,8 @@ class Plan:
 
         The batches of a `forward_fn` cannot be split.
         """
-        return self.method.finds_weights and self.run["forward_fn"] is None
+        changes = self.method.changes_layers and self.method.finds_weights
+        return changes and self.run["forward_fn"] is None
 
     @property
     def follows_dense(self) -> bool:
@@ -85,7 +91,15 @@ class Plan:
         """The choices that change the result, as plain values, for a journal."""
         ways = {"method": self.method, "recalibrate": self.recalibration}
         named = {key: way and {"name": way.name, **asdict(way)} for key, way in ways.items()}
-        return {**named, "schedule": self.schedule, "diagnostics": self.diagnostics}
+        copies = {} if self.augment is None else {"augment": fingerprint(self.augment), "draws": self.draws}
+        return {**named, "schedule": self.schedule, "diagnostics": self.diagnostics, **copies}
+
+    def prepare(self, batches: Batches, ranks: Ranks) -> None:
+        """Hold out and augment the batches that were read."""
+        if self.holds_out:
+            batches.hold_out(ranks)
+        if self.augment is not None:
+            batches.augment(self.augment, self.draws)
 
     def check_dense(self, dense: Any) -> None:
         """Raise where the method needs more of the dense network than `dense` is: ValueError, ModelMismatchError."""
@@ -109,6 +123,8 @@ def make_plan(
     recalibrate: Recalibrate = "auto",
     diagnostics: bool = False,
     gain_samples: int | None = None,
+    augment: Augment | None = None,
+    draws: int = 1,
     **options: Any,
 ) -> Plan:
     """The plan of a repair with these options; the fields of the method may be among them, with its name.
@@ -133,7 +149,8 @@ def make_plan(
     several = run["group"] is not None and Ranks(run["group"]).size > 1
     if isinstance(recalibration, EMA) and (several or run["forward_fn"] is not None):
         raise ValueError("recalibrate='ema' cuts its own batches: it takes no forward_fn and no group of several ranks")
-    return Plan(chosen, recalibration, schedule, diagnostics, gain_samples, run)
+    check_augment(augment, draws, run["forward_fn"] is not None)
+    return Plan(chosen, recalibration, schedule, diagnostics, gain_samples, augment, draws, run)
 
 
 def check_read(method: Method, **options: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..data.augment import Augment
 from ..engine.session import Session
 from ..errors import MaskError, ModelMismatchError
 from ..methods.base import Method, check_number
@@ -110,6 +111,8 @@ def regrow(
     finetune: Callable[[nn.Module, Masks], Any] | None = None,
     labelled: Iterable[tuple[Any, Tensor]] | None = None,
     loss: Loss | None = None,
+    augment: Augment | None = None,
+    draws: int = 1,
     resume: str | Path | None = None,
     keep_worse: bool = False,
     **options: Unpack[RunOptions],
@@ -145,6 +148,7 @@ def regrow(
         finetune: called as `finetune(model, masks)` after each round's repair; pruned weights are set to zero after it.
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.
+        augment, draws: as in `repair`, for the repairs.
         resume: a folder for journals, as in `compress`. They do not contain a fine-tuning.
         keep_worse: keep a regrowth that takes the outputs further from the dense network's, as in `repair`. By default
             it is undone, with a warning, unless there is a `finetune`, which may do so on purpose.
@@ -160,7 +164,17 @@ def regrow(
     check_places("regrow(model, dense, masks, sparsity, images)", **places)
     choices: dict[str, Any] = {"budget": budget, "saliency": saliency, "initial": initial, "rounds": rounds}
     choices |= {"labelled": labelled, "loss": loss}
-    plan = plan_of_growth(dense, pattern, method=method, evaluate=evaluate, accuracy=accuracy, **choices, **options)
+    plan = plan_of_growth(
+        dense,
+        pattern,
+        method=method,
+        evaluate=evaluate,
+        accuracy=accuracy,
+        augment=augment,
+        draws=draws,
+        **choices,
+        **options,
+    )
     check_sparsity(sparsity)
     model, dense, masks = unwrap(model), unwrap(dense), Masks(masks)
     found, given = list[GrowthRound](), masks
@@ -232,6 +246,8 @@ def plan_of_growth(
     accuracy: float | None = None,
     labelled: object = None,
     loss: object = None,
+    augment: Augment | None = None,
+    draws: int = 1,
     **options: Any,
 ) -> Plan:
     """The plan of the repairs in a `regrow` with these choices, and with options of the method and of the run.
@@ -253,7 +269,7 @@ def plan_of_growth(
         raise ValueError("loss is for saliency 'gradient'")
     if accuracy is not None and evaluate is None:
         raise ValueError("accuracy is a goal for evaluate(model): pass that too")
-    plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options)
+    plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options, augment=augment, draws=draws)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     if initial == "refit" and (method is None or not plan.method.finds_weights):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..data.augment import Augment
 from ..data.batches import Batches, most_images, rebatch
 from ..data.checks import NORMALISED_FROM, warn_of_normalisation
 from ..engine.kept import KeptStatistics
@@ -59,6 +60,8 @@ def repair(
     skip_first: bool | None = None,
     skip_last: bool | None = None,
     diagnostics: bool = False,
+    augment: Augment | None = None,
+    draws: int = 1,
     resume: str | Path | None = None,
     keep_worse: bool = False,
     **options: Unpack[RunOptions],
@@ -94,6 +97,9 @@ def repair(
             no BatchNorm reads it (the classifier). None: as the method says (`skips_first`, `skips_last`).
         diagnostics: report which part of each layer's dense variance a gain can restore. It changes no weight. Needs
             the dense network itself and the sequential schedule.
+        augment: use changed copies of the images too: "flip" mirrors them, "crop" moves them by up to an eighth of
+            their size, a list has both, and a function gets a batch and returns it changed, with as many images.
+        draws: the number of copies of each image. Every other one is mirrored, from the first on.
         resume: a journal file to which each update is appended. A killed run goes on from it; a run that differs in
             models, images or an option that changes the result is refused. Delete it once the result is saved.
         keep_worse: keep a repair that takes the outputs further from the dense network's: their error has risen, and no
@@ -113,7 +119,7 @@ def repair(
     ranks = Ranks(options.get("group"))
     with ranks.together():
         choices: dict[str, Any] = {"method": method, "schedule": schedule, "recalibrate": recalibrate}
-        choices |= {"diagnostics": diagnostics, "gain_samples": gain_samples}
+        choices |= {"diagnostics": diagnostics, "gain_samples": gain_samples, "augment": augment, "draws": draws}
         plan = make_plan("repair()", dense, **choices, **options)
         if plan.method.dense is DenseAccess.NONE and calibration is None and not isinstance(dense, Dense | None):
             dense, calibration = None, dense  # no dense network is needed, and these are the images
@@ -216,8 +222,7 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
     beside = plan.diagnostics or (plan.method.dense is DenseAccess.MODEL and plan.method.measures_layers)
     batches = session.read(calibration, most=most, marks=marks, beside=beside)
-    if changes_layers and plan.holds_out:
-        batches.hold_out(ranks)
+    plan.prepare(batches, ranks)
     fitted = len(batches) - batches.held_out
     gains = min(batches.batches_for(marks[0]), fitted) if changes_layers else 0
     exact = batches.batches_for(marks[1]) if plan.exact else 0

@@ -32,10 +32,10 @@ from .plan import Plan, make_plan
 from .repair import carry_out
 
 
-def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any]) -> Plan:
-    """The plan of each repair, from run-time options and fields of the method. Raises as `make_plan`."""
+def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of each repair, from run-time options and fields of the method, and `more`. Raises as `make_plan`."""
     run_options(call, {name: value for name, value in options.items() if name not in option_names()})
-    plan = make_plan(call, dense, method=method, **options)
+    plan = make_plan(call, dense, method=method, **options, **more)
     plan.check_dense(dense)
     return plan
 
@@ -113,10 +113,9 @@ class Steps:
             return Judge(session, self.images(session), fitted).look()
 
     def images(self, session: Session, **options: Any) -> Batches:
-        """The images; those that a repair does not fit weights to are held out."""
+        """The images as a repair prepares them."""
         images = session.read(self.batches, **options)
-        if self.plan.holds_out:
-            images.hold_out(session.ranks)
+        self.plan.prepare(images, session.ranks)
         return images
 
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
