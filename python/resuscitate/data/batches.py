@@ -109,6 +109,12 @@ class Batches:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
         self._turns = self._order(len(self) - self.held_out, ranks)
 
+    def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
+        """Which rows of which batches are the first `images` of all ranks by contents, none of them held out."""
+        places = enumerate(self._order(len(self) - self.held_out, ranks))
+        rows = {index: (turns < images).nonzero().flatten() for index, turns in places}
+        return {index: each for index, each in rows.items() if len(each)}
+
     def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
         """For each of the first batches, the places of its images in an order by contents, over all ranks."""
         if not self._keys:

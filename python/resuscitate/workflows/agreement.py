@@ -21,17 +21,21 @@ KEPT_BYTES = 64 << 20  # of dense outputs that are kept for the next look
 class Judge:
     """Compares the outputs of a session's first network with those of the dense one.
 
-    On the images that are held out; where there are none, or with `fitted`, on the first quarter of all images, but 8
-    to 32. With a `forward_fn`, on the first batches with as many.
+    On the images that are held out. Where there are none, or with `fitted`: on a quarter of all images, but 8 to 32,
+    chosen by their contents, so that ranks choose as one process does. With a `forward_fn`, which takes batches as they
+    came: on the first batches with as many.
     """
 
     def __init__(self, session: Session, batches: Batches, fitted: bool = False) -> None:
         self.session, self.batches = session, batches
-        self.chosen, self.most = range(len(batches) - batches.held_out, len(batches)), batches.images()
+        self.chosen = dict[int, Tensor | None].fromkeys(range(len(batches) - batches.held_out, len(batches)))
         if fitted or not batches.held_out:
             (total,) = session.ranks.total(batches.images())
-            self.most = session.ranks.share(min(max(total // PART, FEWEST), MOST)) or 0
-            self.chosen = range(batches.batches_for(self.most))
+            count = min(max(total // PART, FEWEST), MOST)
+            if session.run["forward_fn"] is None:
+                self.chosen = {**batches.sample(count, session.ranks)}
+            else:
+                self.chosen = dict.fromkeys(range(batches.batches_for(session.ranks.share(count))))
         self._dense: dict[int, list[Tensor]] = {}
 
     def look(self) -> Nearness | None:
@@ -39,12 +43,9 @@ class Judge:
         session = self.session
         if session.dense is None:
             return None
-        sums, left = torch.zeros(5, dtype=torch.float64, device=session.net.device), self.most
-        whole = session.run["forward_fn"] is not None  # which takes batches as they came
-        for index in self.chosen:
-            batch = self.batches[index]
-            if not whole:
-                batch, left = batch[:left], left - len(batch)
+        sums = torch.zeros(5, dtype=torch.float64, device=session.net.device)
+        for index, rows in self.chosen.items():
+            batch = self.batches[index] if rows is None else self.batches[index][rows]
             theirs = self._dense[index] if index in self._dense else _floats(session.dense.run(batch))
             if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
                 self._dense[index] = theirs

@@ -43,14 +43,14 @@ def nearness(model, dense, given):
 
 @pytest.mark.parametrize("method", ["refit", "asr", "bn"])
 def test_a_repair_reports_its_agreement(method):
-    dense, given = seeded(chain), images(100)
+    dense, given = seeded(chain), images(8)
     model = pruned_copy(dense)
-    before = nearness(model, dense, given[:25])
+    before = nearness(model, dense, given)
     report = resuscitate.repair(model, dense, given, method=method)
     found = report.to_dict()["agreement"]
     assert list(found) == KEYS
-    assert (found["images"], found["held_out"]) == (25, False)
-    after = nearness(model, dense, given[:25])
+    assert (found["images"], found["held_out"]) == (8, False)
+    after = nearness(model, dense, given)
     assert [found[key] for key in KEYS[:4]] == pytest.approx([before[0], after[0], before[1], after[1]], rel=1e-5)
     assert found["error_after"] < found["error_before"] or method == "bn"  # which follows the images
     assert not report.undone
