@@ -59,7 +59,7 @@ def sparse(
         resuscitate.sparsify(model, sparsity, allocation=allocation)
         resuscitate.repair(model, dense, images, **quiet)
     elif row == "compress":
-        resuscitate.compress(model, sparsity, images, **quiet)
+        resuscitate.compress(model, sparsity, images, allocation="global", **quiet)
     elif row in REGROWN:
         options = {**REGROWN[row], **quiet}
         options |= {"labelled": labelled} if "labelled" in options else {}
@@ -69,7 +69,7 @@ def sparse(
         masks = resuscitate.sparsify(model, PAST[sparsity], allocation=allocation)
         resuscitate.regrow(model, dense, masks, sparsity, images, **quiet)
     else:
-        masks = resuscitate.compress(model, PAST[sparsity], images, **quiet).masks
+        masks = resuscitate.compress(model, PAST[sparsity], images, allocation="global", **quiet).masks
         resuscitate.regrow(model, dense, masks, sparsity, images, **quiet)
     return model
 

@@ -94,7 +94,7 @@ def test_every_node_runs_once_per_batch_and_model_however_many_layers(monkeypatc
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     # two networks, four batches; for the normalisation the dense stem once more; the rest are looks at few images
     assert ran.count(6) == 2 * len(convolutions) * 4 + 4
-    assert all(count in (2, 6) for count in ran)
+    assert set(ran) <= {1, 2, 3, 6}
 
 
 def output_of(name, batches):
