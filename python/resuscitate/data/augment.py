@@ -28,7 +28,7 @@ def check_augment(augment: Augment | None, draws: int, raw: bool) -> None:
         raise ValueError(f"draws={draws!r} must be a whole number of at least 1")
     if augment is None or callable(augment):
         return
-    names = [augment] if isinstance(augment, str) else list(augment)
+    names = _names(augment)
     if not names or any(name not in get_args(Named) for name in names):
         raise ValueError(f"augment={augment!r} is unknown; there are 'flip', 'crop', both in a list, or a function")
     if raw:
@@ -52,13 +52,17 @@ def augmented(batch: Any, augment: Augment, draw: int, seed: int) -> Any:
             counts = f"{count_images(found)} images from a batch of {count_images(batch)}"
             raise CalibrationError(f"augment returned {counts}; it must return as many as it gets")
         return found
-    names = [augment] if isinstance(augment, str) else list(augment)
+    names = _names(augment)
     if not isinstance(batch, Tensor) or batch.ndim != 4:
         shape = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
         raise CalibrationError(f"augment={augment!r} is for images (N, C, H, W), not {shape}; give a function")
     if "flip" in names and draw % 2 == 0:
         batch = batch.flip(3)
     return _moved(batch, torch.Generator().manual_seed(seed)) if "crop" in names else batch
+
+
+def _names(augment: Named | Sequence[Named]) -> list[str]:
+    return [augment] if isinstance(augment, str) else list(augment)
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -64,7 +64,7 @@ class Batches:
             value = batch.open([0])
             batch.close({}, keep=[0])
             batch = value[0]
-        batch = batch if part.rows is None else batch[part.rows]
+        batch = batch if part.rows is None else take(batch, part.rows)
         if part.draw is None or self._augment is None:
             return batch
         return augmented(batch, self._augment, part.draw, seed=index)
@@ -86,10 +86,12 @@ class Batches:
         if (total := ranks.total(self.images())[0]) < 4 * FEWEST_HELD_OUT:
             return
         every = min(HELD_OUT, total // FEWEST_HELD_OUT)
-        rows = [(turns % every == every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
-        others = [(turns % every != every - 1).nonzero().flatten() for turns in self._order(len(self), ranks)]
-        parts = [_Part(index, each) for chosen in (others, rows) for index, each in enumerate(chosen) if len(each)]
-        self.held_out = sum(len(each) > 0 for each in rows)
+        chosen = [turns % every == every - 1 for turns in self._order(len(self), ranks)]
+        fitted, held = (
+            [_Part(index, rows) for index, each in enumerate(chosen) if len(rows := (each == out).nonzero().flatten())]
+            for out in (False, True)
+        )
+        parts, self.held_out = fitted + held, len(held)
         self._keys = [self._keys[part.source][part.rows] for part in parts]
         self._parts, self.counts = parts, [len(keys) for keys in self._keys]
 
@@ -110,8 +112,9 @@ class Batches:
         self._turns = self._order(len(self) - self.held_out, ranks)
 
     def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
-        """Which rows of which batches are the first `images` of all ranks by contents, none of them held out."""
-        places = enumerate(self._order(len(self) - self.held_out, ranks))
+        """Which rows of which batches are the first `images` of all ranks by contents, none held out, none a copy."""
+        originals = sum(part.draw is None for part in self._parts) - self.held_out  # which come first
+        places = enumerate(self._order(originals, ranks))
         rows = {index: (turns < images).nonzero().flatten() for index, turns in places}
         return {index: each for index, each in rows.items() if len(each)}
 
@@ -138,6 +141,11 @@ class Batches:
         if images is None:
             return len(self)
         return min(sum(before < images for before in accumulate(self.counts, initial=0)), len(self))
+
+
+def take(batch: Tensor, rows: Tensor) -> Tensor:
+    """Some rows, int64 (R,) on the host, of a batch, without a wait for its device."""
+    return batch[rows.to(batch.device, non_blocking=True)]
 
 
 def read_share(calibration: Any, ranks: Ranks, *, max_samples: int | None, **options: Any) -> Iterable[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batches
+from ..data.batches import Batches, take
 from ..engine.session import Session
 from ..network.wiring import output_leaves
 from ..reports.agreement import Nearness
@@ -45,7 +45,7 @@ class Judge:
             return None
         sums = torch.zeros(5, dtype=torch.float64, device=session.net.device)
         for index, rows in self.chosen.items():
-            batch = self.batches[index] if rows is None else self.batches[index][rows]
+            batch = self.batches[index] if rows is None else take(self.batches[index], rows)
             theirs = self._dense[index] if index in self._dense else _floats(session.dense.run(batch))
             if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
                 self._dense[index] = theirs

@@ -64,6 +64,16 @@ def test_copies_follow_the_images_and_held_out_ones_have_none():
         assert others == [first, first]
 
 
+def test_a_sample_has_no_copy_and_no_held_out_image():
+    batches = Batches(images(128).split(40))
+    batches.hold_out(Ranks())
+    batches.augment("flip", 2)
+    originals = (len(batches) - batches.held_out) // 3
+    found = batches.sample(32, Ranks())
+    assert set(found) <= set(range(originals))
+    assert sum(map(len, found.values())) == 32
+
+
 @pytest.mark.parametrize("method", [resuscitate.Refit(ridge=0.1), resuscitate.ASR()])
 def test_a_repair_with_copies_is_that_of_all_images(method):
     dense, given = seeded(chain), images(20)
