@@ -28,11 +28,11 @@ class LayerScales:
     def of_losses(
         cls,
         units: Mapping[str, Units],
-        budget: int,
+        sparsity: float,
         lost: Mapping[str, Mapping[float, float]],
         cost: Mapping[str, float],
     ) -> LayerScales:
-        """The factors with which one ranking removes `budget` weights at the least sum of losses.
+        """The factors with which one ranking reaches a sparsity at the least sum of losses.
 
         lost: {layer: {density: part of the variance of its outputs that is lost}}. cost: for each layer, by how much
         the loss at the network's output rises with that part e. The loss of a layer is -cost log(1 - e), which is cost
@@ -40,11 +40,8 @@ class LayerScales:
         gets the median factor.
         """
         known = {name: each for name, each in units.items() if name in cost}
-        share = sum(each.count * each.size for each in known.values()) / max(
-            sum(each.count * each.size for each in units.values()), 1
-        )
-        curves = {name: _curve(lost[name], cost[name]) for name in known}
-        removed = by_curves(known, round(budget * share), curves)
+        budget = round(sparsity * sum(each.count * each.size for each in known.values()))
+        removed = by_curves(known, budget, {name: _curve(lost[name], cost[name]) for name in known})
         factors = {name: 1 / max(_threshold(each, removed[name]), 1e-12) for name, each in known.items() if each.count}
         usual = median(factors.values()) if factors else 1.0
         return cls({name: factors.get(name, usual) / usual for name in units})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +43,31 @@ def measure_scales(
             found, layer = kept.get(session.place(name)), layers[name]
             if not isinstance(found, PatchCovariances) or input_blocks(layer) > 1:
                 continue
-            moments, weight = merged(found.folds.values()), effective_weight(name, layer).flatten(1)
-            supports = _supports(units[name]).to(weight.device).view(len(DENSITIES), *weight.shape)
-            parts = lost_variance(moments, weight, supports, steps.ranks).tolist()
+            moments, weight = merged(found.folds.values()), effective_weight(name, layer)
+            supports = _supports(units[name]).to(weight.device).view(len(DENSITIES), len(weight), -1)
+            parts = lost_variance(moments, weight.flatten(1), supports, steps.ranks).tolist()
             if not parts[-1]:  # constant outputs
                 continue
             lost[name] = dict(zip(DENSITIES, parts, strict=True))
             at = min(range(len(parts)), key=lambda index: abs(parts[index] - ALONE))
             changed = _refitted(layer, moments, weight, supports[at], steps.ranks)
-            module = session.net.modules[name]
-            handle = module.register_forward_hook(lambda _, args, output, changed=changed: changed(*args))
-            seen = judge.look()
-            handle.remove()
+            with in_its_place(session.net.modules[name], changed):
+                seen = judge.look()
             if seen is None:
                 return None
+            # outputs that are not finite count as if nothing of them were left
             cost[name] = (1.0 if seen.error is None else seen.error**2) / max(parts[at], 1e-6)
-    budget = round(sparsity * sum(each.count for each in units.values()))
-    return LayerScales.of_losses(units, budget, lost, cost) if cost else None
+    return LayerScales.of_losses(units, sparsity, lost, cost) if cost else None
+
+
+@contextmanager
+def in_its_place(layer: nn.Module, changed: nn.Module) -> Iterator[None]:
+    """Within this context another layer gives the outputs of a layer."""
+    handle = layer.register_forward_hook(lambda _, args, kwargs, output: changed(*args, **kwargs), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _supports(units: Units) -> Tensor:
@@ -67,6 +77,6 @@ def _supports(units: Units) -> Tensor:
 
 
 def _refitted(layer: nn.Module, moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> nn.Module:
-    """The layer, refitted to its dense outputs on a support."""
-    found = fit(moments, weight * support, support, ranks=ranks)
-    return with_weight(layer, found.weight.to(weight).view_as(effective_weight("", layer)), found.bias.to(weight))
+    """The layer, refitted to its dense outputs on a support (O, K) of its weight (O, ...)."""
+    found = fit(moments, weight.flatten(1) * support, support, ranks=ranks)
+    return with_weight(layer, found.weight.to(weight).view_as(weight), found.bias.to(weight))

@@ -191,3 +191,7 @@ def test_the_low_rank_part_exceeds_the_second_moments_in_no_direction_and_has_th
     rest = torch.linalg.eigvalsh(xx.xx - part.mT @ part)
     assert (rest[:, 0] > -1e-6).all()
     assert (rest[:, -1] < 2 * variances[15]).all()
+
+
+def test_second_moments_of_few_values_have_a_low_rank_part_of_rank_1():
+    assert Matrices(torch.eye(9, dtype=torch.float64)[None]).low_rank.shape == (1, 1, 9)

@@ -14,7 +14,6 @@ from resuscitate.pruning.layer_scales import LayerScales
 from resuscitate.pruning.units import units_of
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.statistics.fitting import RIDGE, fit, lost_variance
-from resuscitate.statistics.second_moments import Matrices
 from resuscitate.workflows.compress import compress
 from tests.networks import Residual, chain, images, seeded
 from tests.resuscitate.statistics.test_least_squares import problem
@@ -101,6 +100,19 @@ def test_the_lost_variance_is_that_of_a_fit_on_each_support(groups):
     assert 0 < lost[0] < lost[1] < 1
 
 
+def test_a_layer_that_is_called_by_keyword_is_measured():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(input=self.conv(input=x).relu().mean((2, 3)))
+
+    report = compress(seeded(Named), 0.5, images(40), steps=3)
+    assert report.allocation["name"] == "measured"
+
+
 class TestScales:
     LOST = MappingProxyType({0.5: 0.1, 0.1: 0.5, 0.01: 0.9})
 
@@ -108,14 +120,14 @@ class TestScales:
     def model():
         return seeded(lambda: nn.ModuleDict({name: nn.Linear(30, 30) for name in "ab"}))
 
-    def scales(self, cost, budget=1200):
+    def scales(self, cost):
         units = {name: units_of(name, layer) for name, layer in self.model().items()}
-        return LayerScales.of_losses(units, budget, dict.fromkeys(units, self.LOST), cost)
+        return LayerScales.of_losses(units, 2 / 3, dict.fromkeys(units, self.LOST), cost)
 
-    def kept(self, cost, exponent=1.0, budget=1200):
-        scales = self.scales(cost, budget).power(exponent)
-        found = resuscitate.allocate(self.model(), budget / 1800, "measured", calibration=scales)
-        return found, resuscitate.allocate(self.model(), budget / 1800)
+    def kept(self, cost, exponent=1.0):
+        scales = self.scales(cost).power(exponent)
+        found = resuscitate.allocate(self.model(), 2 / 3, "measured", calibration=scales)
+        return found, resuscitate.allocate(self.model(), 2 / 3)
 
     def test_equal_costs_keep_as_much(self):
         found, _ = self.kept({"a": 1.0, "b": 1.0})
@@ -136,7 +148,3 @@ class TestScales:
     def test_sparsify_needs_them(self):
         with pytest.raises(CalibrationError, match="needs the factors of the layers: use compress"):
             resuscitate.sparsify(seeded(chain), 0.5, allocation="measured", calibration=images())
-
-
-def test_second_moments_of_few_values_have_a_low_rank_part_of_rank_1():
-    assert Matrices(torch.eye(9, dtype=torch.float64)[None]).low_rank.shape == (1, 1, 9)
