@@ -74,7 +74,7 @@ def gradual(
         for stop in SHOWN if alone else stops:
             model = copy.deepcopy(dense) if alone else model
             resuscitate.sparsify(model, stop, allocation=allocation)
-            resuscitate.repair(model, dense, images, **options, progress=False)
+            resuscitate.repair(model, dense, images, **options, keep_worse=True, progress=False)
             if stop in SHOWN:
                 found[f"{stop:.0%}"] = score(model)
     return found

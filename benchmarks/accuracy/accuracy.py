@@ -46,7 +46,7 @@ def run(net: str, sparsity: float, data: dict[str, Any], gain_samples: int) -> l
     rows: list[Row] = [{"method": "none", "accuracy": data["score"](pruned), "seconds": 0.0}]
     for options in configurations(gain_samples):
         model = copy.deepcopy(pruned)
-        report = resuscitate.repair(model, dense, data["calibration"], **options, progress=False)
+        report = resuscitate.repair(model, dense, data["calibration"], **options, keep_worse=True, progress=False)
         masks.check(model)
         rows.append({**options, "accuracy": data["score"](model), "seconds": round(report.seconds, 2)})
     blank = {"schedule": None, "recalibrate": None}

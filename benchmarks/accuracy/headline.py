@@ -46,7 +46,7 @@ def _nncf(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
 
 def _repair(**options: Any) -> Tool:
     def run(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
-        resuscitate.repair(model, dense, images, **options, progress=False)
+        resuscitate.repair(model, dense, images, **options, keep_worse=True, progress=False)
 
     return run
 

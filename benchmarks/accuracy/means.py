@@ -62,7 +62,7 @@ def main(
         model, total = copy.deepcopy(dense), numbers(dense)
         resuscitate.sparsify(model, 1 - rows[-1]["stored"] if "as many" in row else sparsity)
         if options is not None:
-            resuscitate.repair(model, dense, calibration, **options, progress=False)
+            resuscitate.repair(model, dense, calibration, **options, keep_worse=True, progress=False)
         found = {"stored": numbers(model) / total, "accuracy": score(model)}
         rows.append({"net": net, "dense": score(dense), "sparsity": sparsity, "row": row, **found})
     publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, markdown(rows))

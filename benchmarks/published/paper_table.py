@@ -117,7 +117,7 @@ def repair(model: nn.Module, job: Job, study: Study) -> int:
         else:
             refit = {"method": "refit", "ridge": 1e-2}
             options = {"method": METHODS[job.method]["method"]} if job.protocol == "sequential" else refit
-            resuscitate.repair(model, dense, images, **options, progress=False)
+            resuscitate.repair(model, dense, images, **options, keep_worse=True, progress=False)
         return len(images)
     options = dict(METHODS[job.method])
     options |= {} if job.method == "BN only" else {"schedule": "parallel", "gain_samples": how.gain_samples}
@@ -129,7 +129,7 @@ def repair(model: nn.Module, job: Job, study: Study) -> int:
     images = study.calibration(how.most, job.seed)
     if job.method.endswith(", bias"):
         give_biases(model)
-    resuscitate.repair(model, dense, images, **options, batch_size=how.batch_size, progress=False)
+    resuscitate.repair(model, dense, images, **options, keep_worse=True, batch_size=how.batch_size, progress=False)
     return count
 
 
