@@ -37,6 +37,7 @@ from .pruning.layer_scales import LayerScales
 from .pruning.repairability import Repairability
 from .pruning.sparsify import sparsify
 from .pruning.structured import Shrinkage, shrink
+from .reports.agreement import Agreement
 from .reports.damage import LayerDamage
 from .reports.recoverability import RecoverabilityMap
 from .reports.repair import LayerReport, RepairReport
@@ -59,7 +60,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "PatchCovariances", "Gain", "Weights", "Unchanged",
     "DenseStatistics", "Repairability", "LayerScales", "Masks", "Accuracy", "ImageStream", "load_images", "load_labels",
     "load_weights",
-    "RepairReport", "LayerReport", "CompressReport", "RegrowthReport", "GrowthRound", "RecoverabilityMap",
+    "RepairReport", "LayerReport", "Agreement", "CompressReport", "RegrowthReport", "GrowthRound", "RecoverabilityMap",
     "LayerDamage", "Shrinkage",
     "replace_by_means", "densify", "fold_batchnorm", "FoldReport", "export", "Exported", "to_semi_structured",
     "SemiStructured",

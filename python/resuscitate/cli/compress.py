@@ -10,20 +10,19 @@ from .application import app, call, options_of, show, write_results
 from .flags import opt
 from .inputs import load_model, opened
 from .method_options import method_name, method_options, takes_methods
-
-Allocation = Literal["measured", "global", "uniform", "erk", "lamp", "rr"]
+from .prune import Allocation
 
 
 @app.command()
 @takes_methods
-@flags.takes(flags.FLOORS | flags.LAYERS | flags.WORSE | flags.COPIES | flags.RUN | flags.RANKS)
+@flags.takes(flags.FLOORS | flags.LAYERS | flags.REPAIRS | flags.RUN | flags.RANKS)
 def compress(
     model: flags.Model,
     dense: flags.Dense,
     calibration: flags.Calibration,
     output: flags.Output,
     sparsity: Annotated[float, opt("Fraction of the weights that is pruned, such as 0.9.")],
-    allocation: Annotated[Allocation, opt("How it is distributed over the layers.")] = "measured",
+    allocation: Annotated[Literal["measured", Allocation], opt("How it is distributed over the layers.")] = "measured",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
     steps: Annotated[
         Any, opt("A number, or each sparsity: 0.5,0.8,0.9.", parser=flags.parse_steps, metavar="STEPS")

@@ -119,14 +119,12 @@ RANKS: Options = {
     "workers": Annotated[int, opt("Processes that read image files.", "--workers", "-j", min=0)],
     "timeout": Annotated[float, opt("Under torchrun: seconds to wait for another rank.", min=1)],
 }
-WORSE: Options = {
-    "keep_worse": Annotated[bool, opt("Keep what takes the outputs further from the dense network's.")],
-}
-COPIES: Options = {
+REPAIRS: Options = {
     "augment": Annotated[
-        Any, opt("Use changed copies of the images too: flip, crop, or flip,crop.", parser=parse_names)
+        Any, opt("Use changed copies of the images too: flip, crop, or flip,crop.", parser=parse_names, metavar="LIST")
     ],
     "draws": Annotated[int, opt("Number of changed copies of each image.", min=1)],
+    "keep_worse": Annotated[bool, opt("Keep what takes the outputs further from the dense network's.")],
 }
 PRESETS: Options = {
     **DEFAULTS,

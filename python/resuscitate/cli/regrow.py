@@ -20,7 +20,7 @@ from .method_options import method_name, method_options, takes_methods
 
 @app.command()
 @takes_methods
-@flags.takes(flags.WORSE | flags.COPIES | flags.RUN | flags.RANKS)
+@flags.takes(flags.REPAIRS | flags.RUN | flags.RANKS)
 def regrow(
     model: flags.Model,
     pruned: flags.Pruned,

@@ -28,7 +28,7 @@ METHODS = f"{AUTO}, {', '.join(registered())}, or package.module:Class; its opti
 
 @app.command()
 @takes_methods
-@flags.takes(flags.LAYERS | flags.WORSE | flags.COPIES | flags.RUN | flags.RANKS | of_recalibrations())
+@flags.takes(flags.LAYERS | flags.REPAIRS | flags.RUN | flags.RANKS | of_recalibrations())
 def repair(
     model: flags.Model,
     pruned: flags.Pruned,

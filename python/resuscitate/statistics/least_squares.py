@@ -37,9 +37,10 @@ class Targets:
 class Problem:
     """The least-squares problem of one layer: moments of its inputs, present weights, support and ridge strength.
 
-    With G groups, O output channels and K weights per channel: weight, present and support (O, K); xx: the sums of
-    products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of xx. ridge: a number or (O,).
-    direct: factor every matrix. missed: how many channels conjugate gradients did not solve for to `EXCESS` so far.
+    With G groups, O output channels and K weights per channel: weight and support (O, K), with weights outside of the
+    support ignored; xx: the sums of products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of
+    xx. ridge: a number or (O,). present: the weights as a `Solution`. direct: factor every matrix. missed: how many
+    channels conjugate gradients did not solve for to `EXCESS` so far.
     """
 
     def __init__(

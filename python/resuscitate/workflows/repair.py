@@ -127,8 +127,7 @@ def repair(
         plan.check_dense(dense)
         given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks}
         check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
-    given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume}
-    given |= {"keep_worse": keep_worse}
+    given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume, "keep_worse": keep_worse}
     return carry_out(plan, model, dense, calibration, ranks, **given)
 
 
