@@ -101,7 +101,7 @@ class TestInTheProcess:
     @pytest.mark.parametrize(("build", "options"), CASES)
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
     def test_out_of_memory_or_an_interrupt_in_any_layer_at_any_time(self, build, options, error, monkeypatch):
-        """A layer's own forward fails at its n-th call, for every n, or for twelve or more of them."""
+        """A layer's own forward fails at its n-th call, for every n, or for twenty or more of them."""
         dense = seeded(build)
         model = pruned_copy(dense)
         before = state(model)
@@ -121,7 +121,7 @@ class TestInTheProcess:
             repair(copy.deepcopy(model), dense, images(), **options, batch_size=8)
         total = next(calls) - 1
         assert total >= 3
-        for at in range(1, total + 1, max(1, total // 12)):
+        for at in range(1, total + 1, max(1, total // 20)):
             calls, fatal = itertools.count(1), at
             with pytest.raises(error):
                 repair(model, dense, images(), **options, batch_size=8)
@@ -133,14 +133,14 @@ class TestInTheProcess:
     @pytest.mark.usefixtures("two_at_a_time")
     @pytest.mark.parametrize("options", INTERRUPTED.values(), ids=INTERRUPTED)
     def test_an_interrupt_at_any_of_our_own_lines(self, options):
-        """What SIGINT does, at twelve points of a repair: the model is as it was, or wholly repaired."""
+        """What SIGINT does, at twenty points of a repair: the model is as it was, or wholly repaired."""
         dense = seeded(chain)
         model = pruned_copy(dense)
         before, repaired = state(model), copy.deepcopy(model)
         repair(copy.deepcopy(model), dense, images(), **options)  # the first time has one look more at the images
         total = traced(partial(repair, repaired, dense, images(), **options), None)
         after = state(repaired)
-        for at in range(1, total, max(1, total // 12)):
+        for at in range(1, total, max(1, total // 20)):
             report = None
             with contextlib.suppress(KeyboardInterrupt):
                 traced(partial(repair, model, dense, images(), **options), at)
