@@ -59,12 +59,13 @@ class Measurement:
     """The statistic at one layer, measured when all earlier layers had their final weights.
 
     `correct(gain, shift)` must be called when the output of a layer that was probed at its output has become
-    gain * output + shift, so that later layers see it.
+    gain * output + shift, so that later layers see it. `note(text)` shows beside the progress what was done.
     """
 
     name: str
     found: Statistic
     correct: Callable[[Tensor, Tensor], None] = field(default=lambda gain, shift: None)
+    note: Callable[[str], None] = field(default=lambda text: None)
 
 
 @dataclass(frozen=True, eq=False)

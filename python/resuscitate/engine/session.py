@@ -152,6 +152,7 @@ class Session:
             for measurement in found:
                 if measurement.name not in known:
                     measurement.found = self.merged(measurement.found)
+                measurement.note = walk.bar.note
                 yield measurement
         self.walk_taken = walk.taken
 

@@ -88,6 +88,7 @@ class Writer:
         if isinstance(update, Gain):
             kept = torch.zeros_like(update.shift) if row.shift_into == "running_mean" else update.shift
             measurement.correct(update.gain, kept)
+        measurement.note(row.summary())
         log.info("%s: %s %s", name or "the model", row.status, row.reason)
 
     def note_batchnorm(self, name: str) -> None:

@@ -86,8 +86,9 @@ class Refit(Method):
         else:
             fitted = fit(moments, rows, support, **options)
         new, bias = merge_input_blocks(fitted.weight, weight.shape, count), fitted.bias.view(count, -1).sum(0)
-        shares = {"variance_before": fitted.before, "variance_after": fitted.after, "explained": fitted.explained}
-        return Weights(new, bias, means, reason=", ".join(notes), details={"ridge": fitted.ridge, **shares})
+        details = {"variance_before": fitted.before, "variance_after": fitted.after, "explained": fitted.explained}
+        details |= {"error_before": fitted.error_before, "error_after": fitted.error_after, "ridge": fitted.ridge}
+        return Weights(new, bias, means, reason=", ".join(notes), details=details)
 
 
 def _replay(ranks: Ranks, weight: Tensor, moments: Moments, replay: Any, w: Tensor, bias: Tensor) -> CrossProducts:

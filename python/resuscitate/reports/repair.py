@@ -22,7 +22,10 @@ class LayerReport:
     outputs are constant). `gain` is the least and the greatest gain, None for a refit. `shift_into` says what took the
     shift. `explained`, with diagnostics, is the part of the dense variance that a gain and a shift for each channel can
     restore (the squared correlation before it, weighted by the dense variance). Of a refit it is the part that the
-    refit explains, and `ridge` is the ridge of the refit.
+    refit explains, and `ridge` is the ridge of the refit. `error_before` and `error_after`, of a refit, are the
+    standard deviation of the layer's outputs less the dense ones over that of the dense ones, all channels together:
+    with the pruned weights on the inputs that the layer now has, and with the new weights. Where a ReLU reads the
+    layer, the second does not count outputs that the ReLU sets to zero in both networks.
     """
 
     name: str
@@ -36,7 +39,19 @@ class LayerReport:
     gain: tuple[float, float] | None = None
     shift_into: str | None = None
     explained: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
     ridge: float | None = None
+
+    def summary(self) -> str:
+        """What was done, in a few words."""
+        for what, before, after in (
+            ("error", self.error_before, self.error_after),
+            ("variance", self.variance_before, self.variance_after),
+        ):
+            if before is not None and after is not None:
+                return f"{self.name or MODEL}: {what} {before:.3f} -> {after:.3f}"
+        return f"{self.name or MODEL}: {self.status}"
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:

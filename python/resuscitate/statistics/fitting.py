@@ -13,6 +13,7 @@ from torch import Tensor
 from asr_kernels import CrossProducts, PatchMoments
 
 from ..runtime.distributed import Ranks
+from .conjugate_gradients import Solution
 from .least_squares import EXCESS, LEAST_RIDGE, Problem
 from .second_moments import Moments
 
@@ -28,8 +29,9 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    ridge: its strength. The others are variances over that of the targets, summed over channels, and None where the
-    targets are constant.
+    ridge: its strength. The others are over the variance of the targets, summed over channels, and None where the
+    targets are constant. The errors are the standard deviation of the layer's outputs less the targets, over that of
+    the targets.
     """
 
     weight: Tensor
@@ -38,6 +40,8 @@ class Fit:
     before: float | None  # the variance of the layer's outputs before the refit
     after: float | None  # and after it
     explained: float | None  # the part of the targets' variance that the weights explain
+    error_before: float | None  # of the present weights, with the dense outputs as targets
+    error_after: float | None  # of the new ones, with the targets of the fit
 
 
 def fit(
@@ -77,7 +81,7 @@ def fit(
 
 
 def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and biases of `fit`, and the variances (3,) of `Fit`, NaN where the targets are constant."""
+    """Weights and biases of `fit`, and the last numbers (5,) of `Fit`, NaN where the targets are constant."""
     targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
     total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
     if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
@@ -91,9 +95,13 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
         found = problem.solve(targets, found)
     w, varies = found.w, found.squares
     gain = torch.where((varies > 0) & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
-    before, after = problem.present.squares.sum(), (varies * gain.square()).sum()
-    shares = torch.stack([before, after, total - problem.unexplained(found, targets).sum()]) / total
     w = w * gain[:, None]
+    new = Solution(w, found.product * gain[:, None])
+    before, after = problem.present.squares.sum(), new.squares.sum()
+    explained = total - problem.unexplained(found, targets).sum()
+    pairs = (problem.present, problem.own_targets()), (new, targets)
+    shares = torch.stack([before, after, explained, *(problem.unexplained(*pair).sum() for pair in pairs)]) / total
+    shares[3:] = shares[3:].clamp(min=0).sqrt()
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one
     count = max(problem.moments.count, 1)

@@ -1,72 +1,91 @@
-"""A progress bar where standard error is a terminal, and a stopwatch: seconds by stage."""
+"""Progress where standard error is a terminal, a line for each work within another; a stopwatch: seconds by stage."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_displays: list[Any] = []  # the display on the terminal, if there is one: work within other work adds a line to it
+
+
+@contextmanager
+def progress_line(title: str, total: int, show: bool | None = None) -> Iterator[Callable[..., None] | None]:
+    """A line with a title, a bar, the time left and a note; gives a function that updates it, see `Bar`.
+
+    None where nothing is shown. `show=None`: only where standard error is a terminal; True: in a pipe too.
+    """
+    if not (sys.stderr.isatty() if show is None else show):
+        yield None
+        return
+    with ExitStack() as stack:
+        if not _displays:
+            _displays.append(stack.enter_context(_new_display(show)))
+            stack.callback(_displays.clear)
+        display = _displays[0]
+        line = display.add_task(title, total=total, note="")
+        stack.callback(display.remove_task, line)
+        yield lambda **changes: display.update(line, **changes)
+
+
+def _new_display(show: bool | None) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(16), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    return Progress(*columns, console=Console(stderr=True, force_terminal=show), transient=True)
 
 
 class Bar:
-    """A context that shows which layer of how many, which image of how many, images per second and the time left.
+    """A context that shows which layer of how many, the time left, and what was last done to a layer.
 
-    `show=None`: only where standard error is a terminal. Without output it costs nothing.
+    Where there is one name only: which image of how many. `show`: see `progress_line`. Without output it costs nothing.
     """
 
     def __init__(self, title: str, names: Sequence[str], images: int, show: bool | None = None) -> None:
         self.title, self.images, self.show = title, max(images, 1), show
         self.place = {name: index for index, name in enumerate(names)}
-        self.at, self.here, self.seen, self.started = "", 0, 0, time.perf_counter()
-        self._progress: Any = None
+        self.at, self.here = "", 0
+        self._stack = ExitStack()
+        self._update: Callable[..., None] | None = None
 
     def __enter__(self) -> Bar:
-        if _shown(self.show):
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-            console = Console(stderr=True, force_terminal=self.show)  # True: in a pipe too
-            self._progress = Progress(*columns, console=console, transient=True)
-            self._progress.start()
-            self._task = self._progress.add_task(self.title, total=len(self.place))
+        self._update = self._stack.enter_context(progress_line(self.title, len(self.place), self.show))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._update = None
+        self._stack.close()
 
     def advance(self, name: str, images: int) -> None:
         """So many more images have reached this layer, or passed the step of this name."""
-        if self._progress is None:
+        if self._update is None:
             return
         if name != self.at:
             self.at, self.here = name, 0
         self.here += images
-        self.seen += images
-        rate = self.seen / max(time.perf_counter() - self.started, 1e-9)
         before = self.place.get(name, 0)
-        where = f"{before + 1}/{len(self.place)} {name}" if name in self.place else name
-        where += f", image {self.here:,}/{self.images:,}"
+        where = f"{before + 1}/{len(self.place)} {name}" if name in self.place and len(self.place) > 1 else name
+        where += "" if len(self.place) > 1 else f", image {self.here:,}/{self.images:,}"
         completed = before + min(self.here / self.images, 1.0)
-        self._progress.update(self._task, completed=completed, description=f"{self.title}: {where}, {rate:,.0f}/s")
+        self._update(completed=completed, description=f"{self.title}: {where}")
+
+    def note(self, text: str) -> None:
+        """Show this beside the bar."""
+        if self._update is not None:
+            self._update(note=text)
 
 
-def track(items: Iterable[T], title: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
-    """Yield the items behind a progress bar on standard error; `show=None`: only where that is a terminal."""
-    if not _shown(show):
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    yield from rich_track(items, title, total=total, console=Console(stderr=True), transient=True)
-
-
-def _shown(show: bool | None) -> bool:
-    return sys.stderr.isatty() if show is None else show
+def track(items: Iterable[T], title: str, total: int, show: bool | None = None) -> Iterator[T]:
+    """Yield the items behind a line of progress; `show`: see `progress_line`."""
+    with progress_line(title, total, show) as update:
+        for index, item in enumerate(items):
+            if update is not None:
+                update(completed=index, description=f"{title}: {index + 1}/{total}")
+            yield item
 
 
 class Stopwatch:

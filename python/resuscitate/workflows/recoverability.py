@@ -114,7 +114,7 @@ def recoverability(
         raise ValueError("a recoverability map takes no group: its cells are shared out with workers=")
     if isinstance(parse_pattern(pattern), NofM) or pattern == "channels":
         raise ValueError(f'pattern {pattern!r} has no sparsity to vary; a map is of "unstructured" or "filter"')
-    common = options_of_steps(run)
+    common: RunOptions = {**options_of_steps(run), "progress": False}
     jobs = _jobs(sparsities, allocations, methods, dense, common)
     room = in_memory(run["memory"], "cpu", dense, workers)  # each worker holds a copy
     limits: dict[str, Any] = {name: run[name] for name in ("max_samples", "max_batches", "batch_size")}

@@ -42,7 +42,7 @@ def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Ma
 
 def options_of_steps(run: RunOptions) -> RunOptions:
     """The options of a step: the limits have been applied when the images were read."""
-    return {**run, "max_samples": None, "max_batches": None, "progress": False}
+    return {**run, "max_samples": None, "max_batches": None}
 
 
 def run_identity(run: RunOptions) -> dict[str, object]:

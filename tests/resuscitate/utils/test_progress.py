@@ -1,0 +1,47 @@
+"""Progress: a line for each work within another; nothing in a pipe."""
+
+import pytest
+
+from resuscitate.utils import progress
+from resuscitate.utils.progress import Bar, track
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_work_within_work_has_a_line_of_its_own(capsys):
+    for _ in track([0.5, 0.9], "compress", 2, show=True):
+        with Bar("refit", ["conv1", "conv2"], 8, show=True) as bar:
+            bar.advance("conv1", 8)
+            bar.note("conv1: error 0.900 -> 0.100")
+            bar.advance("conv2", 4)
+            progress._displays[0].refresh()
+    shown = capsys.readouterr().err
+    assert "compress: 2/2" in shown
+    assert "refit: 2/2 conv2" in shown
+    assert "conv1: error 0.900 -> 0.100" in shown
+    assert not progress._displays
+
+
+def test_a_single_step_counts_its_images(capsys):
+    with Bar("dense statistics", ["all layers"], 1000, show=True) as bar:
+        bar.advance("all layers", 600)
+        bar.advance("all layers", 300)
+        progress._displays[0].refresh()
+    assert "dense statistics: all layers, image 900/1,000" in capsys.readouterr().err
+
+
+def test_in_a_pipe_nothing_is_shown(capsys):
+    assert list(track([1, 2], "compress", 2)) == [1, 2]
+    with Bar("refit", ["conv1"], 8) as bar:
+        bar.advance("conv1", 8)
+        bar.note("done")
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_ends_the_display():
+    with pytest.raises(RuntimeError), Bar("refit", ["conv1"], 8, show=True):
+        raise RuntimeError
+    assert not progress._displays
