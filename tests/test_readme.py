@@ -18,7 +18,12 @@ from tests.networks import pruned_copy, seeded
 from tests.user import invoke
 
 ROOT = Path(__file__).parents[1]
-FILES = ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))
+FILES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 PAGES = {path: path.read_text() for path in FILES}
 TEXT = "\n".join(PAGES.values())
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
