@@ -46,6 +46,7 @@ from .statistics.patches import PatchCovariances
 from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain
 from .version import __version__ as __version__
 from .workflows.compress import CompressReport, compress
+from .workflows.compress_to_agreement import TargetReport, Trial, compress_to_agreement
 from .workflows.damage import damage
 from .workflows.recoverability import Accuracy, recoverability
 from .workflows.regrow import GrowthRound, RegrowthReport, regrow
@@ -53,15 +54,15 @@ from .workflows.repair import recalibrate_batchnorm, repair
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by topic
-    "repair", "compress", "regrow", "recoverability", "damage", "recalibrate_batchnorm", "sparsify", "allocate",
-    "shrink",
+    "repair", "compress", "compress_to_agreement", "regrow", "recoverability", "damage", "recalibrate_batchnorm",
+    "sparsify", "allocate", "shrink",
     "Refit", "ASR", "ChannelWise", "LayerWise", "MeanReplacement", "BatchNormOnly", "Exact", "EMA",
     "Method", "register", "DenseAccess", "Layer", "Probe", "OutputMoments", "OutputCovariances",
     "PatchCovariances", "Gain", "Weights", "Unchanged",
     "DenseStatistics", "Repairability", "LayerScales", "Masks", "Accuracy", "ImageStream", "load_images", "load_labels",
     "load_weights",
-    "RepairReport", "LayerReport", "Agreement", "CompressReport", "RegrowthReport", "GrowthRound", "RecoverabilityMap",
-    "LayerDamage", "Shrinkage",
+    "RepairReport", "LayerReport", "Agreement", "CompressReport", "TargetReport", "Trial", "RegrowthReport",
+    "GrowthRound", "RecoverabilityMap", "LayerDamage", "Shrinkage",
     "replace_by_means", "densify", "fold_batchnorm", "FoldReport", "export", "Exported", "to_semi_structured",
     "SemiStructured",
     "to_hyperspherical", "to_plain", "PruningPenalty",

@@ -19,12 +19,14 @@ from typer.core import TyperGroup
 
 from ..deploy.checkpoints import provenance, write_state_dict
 from ..errors import ResuscitateError
+from ..network.masks import Masks
 from ..runtime.options import DEFAULTS
 from ..utils.files import atomic
 from ..version import __version__
 from .flags import Options, opt
 from .inputs import Images
 from .method_options import load_methods
+from .summary import size_of, summarise
 
 
 def _say(error: Exception) -> int:
@@ -101,8 +103,13 @@ def run_time_options(options: Options) -> Options:
 
 def call(function: Callable[..., Any], options: Options, **others: Any) -> Any:
     """Call a function of the library with the options of a command, which are named like its keywords, and others."""
+    return function(**keywords(function, options) | others)
+
+
+def keywords(function: Callable[..., Any], options: Options) -> Options:
+    """The options of a command that are keywords of a function of the library."""
     own = {name: options[name] for name in inspect.signature(function).parameters if name in options}
-    return function(**own | run_time_options(options) | others)
+    return own | run_time_options(options)
 
 
 def made_by(command: str, options: Options) -> dict[str, Any]:
@@ -112,15 +119,17 @@ def made_by(command: str, options: Options) -> dict[str, Any]:
     return provenance(command, {name: str(v) if isinstance(v, Path) else v for name, v in said.items()})
 
 
-def write_results(
+def finish(
     name: str, network: nn.Module, options: Options, done: Any, images: Images, masks: Path | None = None, **more: Any
-) -> dict[str, Any]:
-    """Write masks, weights and report; after an error, no report of weights that are not there. Returns the report.
+) -> None:
+    """Write masks, weights and report, and print the report; after an error, no report of weights that are not there.
 
     done: the report of the library, of which a .csv has the rows. more: further parts of the report.
     """
     about, report, output = made_by(name, options), options["report"], options["output"]
-    document = {**done.to_dict(), **more, "calibration": images.measured, "output": str(output), "provenance": about}
+    kept = [row._asdict() for row in Masks.from_zeros(network).table()]
+    document = {"masks": kept, **done.to_dict(), **more, "size": size_of(network)}
+    document |= {"calibration": images.measured, "output": str(output), "provenance": about}
     with ExitStack() as stack:
         if report is not None and report.suffix == ".json":
             stack.enter_context(atomic(report)).write_text(json.dumps(document, indent=2) + "\n")
@@ -129,7 +138,10 @@ def write_results(
         write_state_dict(output, network.state_dict(), about)
     if report is not None and report.suffix == ".csv":
         done.save(report)
-    return document
+    if options["json_"]:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        show(done, images.describe(), "", *summarise(document, options))
 
 
 def show(*parts: Any) -> None:

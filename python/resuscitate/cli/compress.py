@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import typer
+
+from ..workflows.compress import CompressReport
 from ..workflows.compress import compress as run
+from ..workflows.compress_to_agreement import compress_to_agreement
 from . import flags
-from .application import app, call, options_of, show, write_results
+from .application import app, finish, keywords, options_of
 from .flags import opt
 from .inputs import load_model, opened
 from .method_options import method_name, method_options, takes_methods
 from .prune import Allocation
+
+AGREEMENT = 0.98  # where neither a sparsity nor an agreement is given
 
 
 @app.command()
@@ -21,7 +27,11 @@ def compress(
     dense: flags.Dense,
     calibration: flags.Calibration,
     output: flags.Output,
-    sparsity: Annotated[float, opt("Fraction of the weights that is pruned, such as 0.9.")],
+    sparsity: Annotated[float | None, opt("Fraction of the weights that is pruned, such as 0.9.")] = None,
+    target_agreement: Annotated[
+        float | None, opt("In its place: find the highest sparsity that keeps this agreement; default: 0.98.")
+    ] = None,
+    trials: Annotated[int, opt("Number of sparsities that are tried for it; a compression each.", min=1)] = 6,
     allocation: Annotated[Literal["measured", Allocation], opt("How it is distributed over the layers.")] = "measured",
     pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
     steps: Annotated[
@@ -33,15 +43,24 @@ def compress(
     resume: flags.Journals = None,
     masks: flags.WrittenMasks = None,
     report: flags.Report = None,
+    json_: flags.Json = False,
     **given: Any,
 ) -> None:
     """Prune in steps, and repair after each step from unlabelled images. Runs under torchrun too."""
     options = options_of(locals())
+    if sparsity is not None and target_agreement is not None:
+        raise typer.BadParameter("--sparsity and --target-agreement are two ways to say how much: give one")
+    target = AGREEMENT if target_agreement is None else target_agreement
     network = load_model(model, dense)
     chosen = {"method": method_name(method), "densities": flags.parse_densities(densities), **method_options(options)}
     with opened(network, options) as (images, ranks):
-        done = call(run, options, model=network, calibration=images.all, group=ranks.group, **chosen)
+        settings = keywords(run, options) | chosen
+        settings |= {"model": network, "calibration": images.all, "group": ranks.group}
+        if sparsity is None:
+            del settings["sparsity"]
+            done: CompressReport = compress_to_agreement(agreement=target, trials=trials, **settings)
+        else:
+            done = run(**settings)
         if ranks.rank:
             return
-    write_results("compress", network, options, done, images, masks)
-    show(done, images.describe(), f"written to {output}")
+    finish("compress", network, options, done, images, masks)

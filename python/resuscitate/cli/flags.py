@@ -80,7 +80,7 @@ def opt(help: str, *names: str, **more: Any) -> Any:
 
 
 SOURCES = "an .npz, .npy, folder, .parquet, .tar shards, or package.module:loader"
-Model = Annotated[str, opt("A name, such as resnet20, or package.module:factory.", "--model", "-m")]
+Model = Annotated[str, opt("A name, such as resnet20, or package.module:factory, or file.py:factory.", "--model", "-m")]
 Dense = Annotated[Path, opt("The weights before pruning: .safetensors, .pt or .pth.")]
 Pruned = Annotated[Path, opt("The pruned weights: .safetensors, .pt or .pth.")]
 Calibration = Annotated[Path, opt(f"Unlabelled images: {SOURCES}.", "--calibration", "-c")]
@@ -88,6 +88,7 @@ MaxSamples = Annotated[int | None, opt("Read at most so many images.", min=1)]
 Output = Annotated[Path, opt("The .safetensors file to write.", "--output", "-o", callback=check_safetensors)]
 WrittenMasks = Annotated[Path | None, opt("Write the masks to this .safetensors file too.", callback=check_safetensors)]
 Report = Annotated[Path | None, opt("Write the report to this .json or .csv file.", callback=check_report)]
+Json = Annotated[bool, opt("Print the report as JSON.", "--json")]
 Journals = Annotated[Path | None, opt("Folder of journals: a killed run continues from it.")]
 Densities = Annotated[list[str] | None, opt("Layers with a fixed density: GLOB=DENSITY; repeatable.")]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -70,10 +71,15 @@ def method_name(given: str) -> str:
 
 
 def import_users(module: str) -> Any:
-    """A module of the user; the current folder is searched first."""
-    if sys.path[0] != os.getcwd():
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(module)
+    """A module of the user, by its name or its file, such as nets.small or nets/small.py.
+
+    The current folder is searched first, or that of the file.
+    """
+    path = Path(module)
+    folder, name = (str(path.resolve().parent), path.stem) if path.suffix == ".py" else (os.getcwd(), module)
+    if sys.path[0] != folder:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
 
 
 def method_options(options: Options) -> dict[str, Any]:

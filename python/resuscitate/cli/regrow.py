@@ -12,7 +12,7 @@ from ..pruning.regrowth import Budget, Saliency
 from ..workflows.regrow import Initial, Pattern
 from ..workflows.regrow import regrow as run
 from . import flags
-from .application import app, call, options_of, show, write_results
+from .application import app, call, finish, options_of
 from .flags import opt
 from .inputs import load_model, opened, read_labelled
 from .method_options import method_name, method_options, takes_methods
@@ -43,6 +43,7 @@ def regrow(
     resume: flags.Journals = None,
     write_masks: flags.WrittenMasks = None,
     report: flags.Report = None,
+    json_: flags.Json = False,
     **given: Any,
 ) -> None:
     """Restore the most important weights of a network pruned too far, and repair it. Runs under torchrun too."""
@@ -65,5 +66,4 @@ def regrow(
         done = call(run, options, calibration=images.all, group=ranks.group, **chosen)
         if ranks.rank:
             return
-    write_results("regrow", network, options, done, images, write_masks)
-    show(done, images.describe(), f"written to {output}")
+    finish("regrow", network, options, done, images, write_masks)

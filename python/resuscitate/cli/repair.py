@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from ..network.mean_layers import densify
 from ..workflows.plan import make_plan
 from ..workflows.repair import repair as run
 from . import flags
-from .application import app, call, made_by, options_of, run_time_options, show, write_results
+from .application import app, call, finish, made_by, options_of, run_time_options, show
 from .compare import Comparison
 from .flags import opt
 from .inputs import load_model, opened, read_labelled
@@ -49,7 +48,7 @@ def repair(
     test: Annotated[Path | None, opt("An .npz of images and `labels`: report accuracy before and after.")] = None,
     detail: Annotated[bool, opt("Report each channel's variance before and after; needs --dense.")] = False,
     report: flags.Report = None,
-    json_: Annotated[bool, opt("Print the report as JSON.", "--json")] = False,
+    json_: flags.Json = False,
     **given: Any,
 ) -> None:
     """Repair a pruned network from unlabelled images and write its weights. Runs under torchrun too."""
@@ -79,15 +78,9 @@ def repair(
             return
     if fill:
         densify(network)
-    document = write_results(done.method, network, options, done, images, **comparison.found())
+    finish(done.method, network, options, done, images, **comparison.found())
     if resume is not None:
         resume.unlink()
-    if json_:
-        typer.echo(json.dumps(document, indent=2))
-    else:
-        scores = ", ".join(f"{name} {score:.2f}" for name, score in comparison.scores.items())
-        scored = [f"accuracy in per cent: {scores}"] if scores else []
-        show(done, images.describe(), *scored, f"written to {output}")
 
 
 @app.command()

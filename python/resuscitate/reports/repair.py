@@ -62,6 +62,16 @@ class LayerReport:
 # given a gain; new weights; means of pruned weights; a BatchNorm with new statistics; not changed though selected; not
 # selected by default
 STATUSES = ("repaired", "refitted", "replaced", "re-estimated", "unchanged", "skipped")
+# of the table on a terminal: the title and the value; a column without any value is not shown
+NUMBERS = {
+    "error before": "error_before",
+    "error after": "error_after",
+    "variance before": "variance_before",
+    "variance after": "variance_after",
+    "gain from": "gain_least",
+    "to": "gain_greatest",
+    "explained": "explained",
+}
 COLUMNS = [*(field.name for field in fields(LayerReport) if field.name != "gain"), "gain_least", "gain_greatest"]
 
 
@@ -112,14 +122,14 @@ class RepairReport(UndoableReport):
         from rich.markup import escape
 
         yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {self.recalibrate or 'as in the dense model'}"
-        paired, rows = any(layer.explained is not None for layer in self.layers), []
-        for layer in self.layers:
-            ends = layer.gain or (None, None)
-            numbers = (layer.variance_before, layer.variance_after, *ends, *[layer.explained] * paired)
-            cells = [layer.name or MODEL, layer.kind, layer.status, str(layer.channels), str(layer.dead)]
-            rows.append(cells + ["" if number is None else f"{number:.3f}" for number in numbers])
-        titles = ["channels", "dead", "variance before", "after", "gain from", "to", *["explained"] * paired]
-        yield terminal_table(["layer", "kind", "status"], titles, rows)
+        rows = self.rows()
+        shown = {title: key for title, key in NUMBERS.items() if any(row[key] is not None for row in rows)}
+        cells = [
+            [row["name"] or MODEL, row["kind"], row["status"], str(row["channels"]), str(row["dead"])]
+            + ["" if row[key] is None else f"{row[key]:.3f}" for key in shown.values()]
+            for row in rows
+        ]
+        yield terminal_table(["layer", "kind", "status"], ["channels", "dead", *shown], cells)
         parts = [f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped"]
         parts += [f"target: {self.target}"] if self.target != "none" else []
         parts += [f"{self.ranks} ranks"] if self.ranks > 1 else []

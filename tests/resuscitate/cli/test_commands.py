@@ -140,12 +140,13 @@ def test_the_command_line_has_the_choices_of_the_library():
         ),
         (
             resuscitate.compress,
-            {"dense", "masks", *OF_FILES},
+            # without a sparsity, `compress_to_agreement` is called
+            {"dense", "masks", "sparsity", "target_agreement", "trials", "json_", *OF_FILES},
             set(),
         ),
         (
             resuscitate.regrow,
-            {"pruned", "masks", "write_masks", "denser", "test", *OF_FILES},
+            {"pruned", "masks", "write_masks", "denser", "test", "json_", *OF_FILES},
             # files stand for the labelled batches and for what evaluates; training takes a program
             {"evaluate", "finetune", "loss"},
         ),

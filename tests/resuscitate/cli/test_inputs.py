@@ -51,6 +51,13 @@ def test_a_library_that_is_missing_is_named_with_its_remedy(monkeypatch, source,
         build_model(f"{source}:anything")
 
 
+def test_from_the_users_file(user, monkeypatch, tmp_path):
+    """By its path, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    network = build_model(f"{user / 'users_networks.py'}:small")
+    assert [name for name, _ in network.named_children()][-1] == "11"
+
+
 class TestLoader:
     SOURCE = """
 import torch
