@@ -62,7 +62,8 @@ class LayerReport:
 # given a gain; new weights; means of pruned weights; a BatchNorm with new statistics; not changed though selected; not
 # selected by default
 STATUSES = ("repaired", "refitted", "replaced", "re-estimated", "unchanged", "skipped")
-# of the table on a terminal: the title and the value; a column without any value is not shown
+# of the table on a terminal: the title and the value. Columns without values are not shown, and of a layer with errors
+# no other number decides that
 NUMBERS = {
     "error before": "error_before",
     "error after": "error_after",
@@ -123,7 +124,12 @@ class RepairReport(UndoableReport):
 
         yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {self.recalibrate or 'as in the dense model'}"
         rows = self.rows()
-        shown = {title: key for title, key in NUMBERS.items() if any(row[key] is not None for row in rows)}
+        others = [row for row in rows if row["error_before"] is None]
+        shown = {
+            title: key
+            for title, key in NUMBERS.items()
+            if any(row[key] is not None for row in (rows if key.startswith("error") else others))
+        }
         cells = [
             [row["name"] or MODEL, row["kind"], row["status"], str(row["channels"]), str(row["dead"])]
             + ["" if row[key] is None else f"{row[key]:.3f}" for key in shown.values()]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import resuscitate
 from resuscitate.errors import ResuscitateError
 from resuscitate.reports.page import render
-from resuscitate.reports.page.figures import log_axis, slope
+from resuscitate.reports.page.figures import linear_axis, log_axis, slope
 from tests.networks import chain, images, pruned_copy, seeded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -74,7 +74,16 @@ def test_it_shows_what_the_report_holds():
     document = report()
     parser = read(render(document))
     text = " ".join(parser.text)
-    for said in ("97.2 %", "12.5 %", "resuscitate repair -m x", "torch 9", "slope 0.98", "79.99%", "Time by stage"):
+    for said in (
+        "97.2 %",
+        "12.5 %",
+        "resuscitate repair -m x",
+        "torch 9",
+        "slope 0.98",
+        "79.99%",
+        "Time",
+        "Variance of each layer",
+    ):
         assert said in text, said
     heads = [tag for tag, _ in parser.tags].count("th")
     assert heads == 11  # no column without a value
@@ -103,6 +112,50 @@ def test_layers_and_batchnorms_are_counted_apart(options, layers, batchnorms):
     assert cards["images"] == "24"
 
 
+def test_a_reader_who_has_not_run_it_is_told_what_came_of_it():
+    dense = seeded(chain)
+    model = copy.deepcopy(dense)
+    masks = [row._asdict() for row in resuscitate.sparsify(model, 0.8).table()]
+    found = resuscitate.repair(model, dense, images(), progress=False).to_dict() | {"masks": masks}
+    page = render(found)
+    text = " ".join(read(page).text)
+    before, after = (f"{found['agreement'][when]:.1%}" for when in ("before", "after"))
+    done = (
+        "A pruned network was repaired from 24 unlabelled images. 80.0% of its weights are zero. On 8 of these images"
+    )
+    came = f"it gives the same class as the network before pruning for {after} (without repair: {before})."
+    assert f"{done}, {came}" in text
+    assert "Error of each layer" in text
+    assert "Variance of each layer" not in text
+    errors = re.findall(r"<title>11, (\w+): ([\d.]+)</title>", page)
+    assert errors == [
+        ("before", f"{found['layers'][-1]['error_before']:.3g}"),
+        ("after", f"{found['layers'][-1]['error_after']:.3g}"),
+    ]
+    assert "what the words mean" in text
+    assert "was undone" in render(found | {"undone": True})
+
+
+def test_a_search_shows_what_it_tried_and_an_allocation_its_name():
+    trials = [
+        {"sparsity": 0.75, "agreement": 0.99, "seconds": 1.0},
+        {"sparsity": 0.5, "agreement": 1.0, "seconds": 1.0},
+    ]
+    document = report() | {"trials": trials, "target": 0.98, "allocation": {"name": "measured", "exponent": 0.5}}
+    text = " ".join(read(render(document)).text)
+    assert text.index("50.0% pruned") < text.index("75.0% pruned")
+    assert "wanted: 98.0%" in text
+    assert "measured allocation (factors to the power 0.5)" in text
+
+
+def test_of_a_long_name_the_end_is_shown_and_the_whole_is_a_hint():
+    document = report()
+    document["layers"][1]["name"] = "resnet.encoder.stages.0.layers.0.convolution"
+    page = render(document)
+    assert ">….0.layers.0.convolution</text>" in page
+    assert "<title>resnet.encoder.stages.0.layers.0.convolution</title>" in page
+
+
 def test_it_needs_nothing_beside_itself():
     page = render(report())
     assert not re.findall(r"(?:src|href|@import|url\()", page)
@@ -113,7 +166,7 @@ def test_it_needs_nothing_beside_itself():
 
 def test_its_pictures_are_sound_svg_within_their_frames():
     pictures = re.findall(r"<svg.*?</svg>", render(report()), re.DOTALL)
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for picture in pictures:
         root = ElementTree.fromstring(picture)
         _, _, width, height = map(float, root.get("viewBox").split())
@@ -175,6 +228,16 @@ def test_an_axis_holds_all_its_values_between_its_first_and_last_mark(values):
     assert all(99.9 <= place(value) <= 500.1 for value in values)
     assert place(ticks[0]) == pytest.approx(100)
     assert len(ticks) <= 10
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8))
+def test_a_linear_axis_begins_at_zero_and_holds_all_its_values(values):
+    place, ticks = linear_axis(values, 100, 500)
+    assert all(100 <= place(value) <= 500.1 for value in values)
+    assert place(ticks[0]) == 100
+    assert place(ticks[-1]) == pytest.approx(500)
+    assert len(ticks) <= 6
 
 
 def test_a_browser_sorts_and_reads_it(tmp_path):

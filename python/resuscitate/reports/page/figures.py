@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+Axis = tuple[Callable[[float], float], list[float]]  # where a value lies, and the values to mark
+LONGEST = 24  # characters of a name in a figure
+
 
 def tag(kind: str, content: str = "", **attributes: Any) -> str:
     """An element: `content` is markup, attributes are escaped and numbers rounded; class_="a" is class="a"."""
@@ -20,6 +23,12 @@ def tag(kind: str, content: str = "", **attributes: Any) -> str:
 def text(x: float, y: float, words: str, **attributes: Any) -> str:
     """Text in a figure."""
     return tag("text", escape(words), x=x, y=y, **attributes)
+
+
+def label(x: float, y: float, name: str) -> str:
+    """The name of a row of a figure; of a long one the end, and the whole as a hint."""
+    shown = name if len(name) <= LONGEST else "\u2026" + name[1 - LONGEST :]
+    return tag("text", tag("title", escape(name)) + escape(shown), x=x, y=y)
 
 
 def line(x: tuple[float, float], y: tuple[float, float], kind: str = "axis", **attributes: Any) -> str:
@@ -36,14 +45,14 @@ def slope(pairs: Iterable[tuple[float, float]]) -> float | None:
     return sum((x - mx) * (y - my) for x, y in logs) / sum((x - mx) ** 2 for x, _ in logs)
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, str]], caption: str) -> str:
-    """Horizontal bars: name, share of the full length, label."""
+def bars(title: str, rows: Sequence[tuple[str, float, str] | tuple[str, float, str, str]], caption: str) -> str:
+    """Horizontal bars: name, share of the full length, label, and the colour "before" or "after", the default."""
     parts = []
-    for y, (name, share, label) in enumerate(rows):
-        width = 260.0 * max(share, 0)
-        parts.append(text(0, 24 * y + 19, name))
-        parts.append(tag("rect", class_="after", x=160, y=24 * y + 6, width=width, height=16, rx=3))
-        parts.append(text(166 + width, 24 * y + 19, label))
+    for y, (name, share, shown, *colour) in enumerate(rows):
+        width = 250.0 * max(share, 0)
+        parts.append(label(0, 24 * y + 19, name))
+        parts.append(tag("rect", class_=(*colour, "after")[0], x=190, y=24 * y + 6, width=width, height=16, rx=3))
+        parts.append(text(196 + width, 24 * y + 19, shown))
     return figure(title, parts, 24 * len(rows) + 10, caption) if rows else ""
 
 
@@ -82,7 +91,15 @@ def grid(ticks: Iterable[float], place: Callable[[float], float], bottom: int) -
     return parts
 
 
-def log_axis(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
+def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """Where a value from 0 on lies between two coordinates, and values to mark."""
+    unit = 10.0 ** math.floor(math.log10(max(values)))
+    step = next(part * unit for part in (0.2, 0.5, 1.0, 2.0, 5.0) if max(values) <= 5 * part * unit * (1 + 1e-9))
+    count = max(math.ceil(max(values) / step - 1e-9), 1)
+    return lambda value: start + (end - start) * value / (count * step), [step * tick for tick in range(count + 1)]
+
+
+def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """Where a value lies between two coordinates, and powers of ten (or of two, where they are few) to mark."""
     low, high = math.log10(min(values)), math.log10(max(values))
     unit = 1.0 if high - low > 1.2 else math.log10(2)
