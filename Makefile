@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 OUTSIDE := $(VENV)/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
+.PHONY: help demo test outside headline picture ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -34,6 +34,9 @@ outside: $(OUTSIDE)/.ready ## thirty networks of torchvision, timm and transform
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
 	@$(BIN)/python benchmarks/accuracy/headline.py $(ARGS)
+
+picture: $(READY) ## the picture of a run in README.md; a quarter of a minute
+	@$(BIN)/python benchmarks/accuracy/picture.py $(ARGS)
 
 ablation: $(READY) ## what each part of the compression is worth; an hour
 	@$(BIN)/python benchmarks/accuracy/ablation.py $(ARGS)

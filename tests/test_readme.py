@@ -91,6 +91,17 @@ def test_every_table_is_the_committed_result(table):
     assert table.read_text().strip() in TEXT
 
 
+def test_the_picture_of_a_run_and_its_last_lines_are_the_committed_result():
+    results = ROOT / "benchmarks" / "results"
+    shown, picture = (results / "picture.txt").read_text(), (results / "picture.svg").read_text()
+    assert "(benchmarks/results/picture.svg)" in PAGES[ROOT / "README.md"]
+    last = shown.splitlines()[-5:]
+    assert "\n".join(last) in PAGES[ROOT / "docs/command-line.md"]
+    assert all(line.split()[-1] in picture for line in last)
+    for share in re.findall(r"same class (\S+) -> (\S+),", last[0])[0]:
+        assert f"for {share}" in PAGES[ROOT / "README.md"]
+
+
 @pytest.mark.parametrize(
     ("column", "words", "pages"),
     [

@@ -136,7 +136,9 @@ class RepairReport(UndoableReport):
             for row in rows
         ]
         yield terminal_table(["layer", "kind", "status"], ["channels", "dead", *shown], cells)
-        parts = [f"{self.images} images for gains, {self.batchnorm_images} for BatchNorm, {self.skipped} skipped"]
+        parts = [f"{self.images} images measured"] if self.images else []
+        parts += [f"{self.batchnorm_images} images for BatchNorm"] if self.batchnorm_images else []
+        parts += [f"{self.skipped} images skipped"] if self.skipped else []
         parts += [f"target: {self.target}"] if self.target != "none" else []
         parts += [f"{self.ranks} ranks"] if self.ranks > 1 else []
         parts += [f"{self.bytes_spilled / 2**20:,.0f} MiB spilled"] if self.bytes_spilled else []

@@ -260,7 +260,7 @@ def test_torchrun_agrees_with_one_process_and_one_rank_prints(files, tmp_path):
     done = torchrun(tmp_path, "repair", *repair, "--output", tmp_path / "ranks.safetensors", "--batch-size", 8)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1
-    assert "37 images for gains" in " ".join(done.stdout.split())
+    assert "37 images measured" in " ".join(done.stdout.split())
     assert "2 ranks" in " ".join(done.stdout.split())
     alone = [*repair[:-2], "--method", "asr", "--dense", files / "dense.safetensors"]
     alone += ["--output", tmp_path / "alone.safetensors"]

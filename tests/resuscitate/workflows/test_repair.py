@@ -277,7 +277,7 @@ def test_the_report_is_plain_data_and_a_table():
     console.print(report)
     text = console.export_text()
     assert "re-estimated" in text
-    assert "24 images for gains, 24 for BatchNorm" in text
+    assert "24 images measured; 24 images for BatchNorm" in text
     report.undo()
 
 
