@@ -23,9 +23,9 @@ class LayerReport:
     shift. `explained`, with diagnostics, is the part of the dense variance that a gain and a shift for each channel can
     restore (the squared correlation before it, weighted by the dense variance). Of a refit it is the part that the
     refit explains, and `ridge` is the ridge of the refit. `error_before` and `error_after`, of a refit, are the
-    standard deviation of the layer's outputs less the dense ones over that of the dense ones, all channels together:
-    with the pruned weights on the inputs that the layer now has, and with the new weights. Where a ReLU reads the
-    layer, the second does not count outputs that the ReLU sets to zero in both networks.
+    standard deviation of the layer's outputs less the targets over that of the dense outputs, all channels together:
+    with the pruned weights on the inputs that the layer now has, and with the new weights. The targets are the dense
+    outputs, or where a ReLU reads the layer, the nearest outputs that it maps to the dense values.
     """
 
     name: str

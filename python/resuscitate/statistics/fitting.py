@@ -40,8 +40,8 @@ class Fit:
     before: float | None  # the variance of the layer's outputs before the refit
     after: float | None  # and after it
     explained: float | None  # the part of the targets' variance that the weights explain
-    error_before: float | None  # of the present weights, with the dense outputs as targets
-    error_after: float | None  # of the new ones, with the targets of the fit
+    error_before: float | None  # of the present weights
+    error_after: float | None  # and of the new ones
 
 
 def fit(
@@ -99,8 +99,8 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
     new = Solution(w, found.product * gain[:, None])
     before, after = problem.present.squares.sum(), new.squares.sum()
     explained = total - problem.unexplained(found, targets).sum()
-    pairs = (problem.present, problem.own_targets()), (new, targets)
-    shares = torch.stack([before, after, explained, *(problem.unexplained(*pair).sum() for pair in pairs)]) / total
+    missed = [problem.unexplained(each, targets).sum() for each in (problem.present, new)]
+    shares = torch.stack([before, after, explained, *missed]) / total
     shares[3:] = shares[3:].clamp(min=0).sqrt()
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one

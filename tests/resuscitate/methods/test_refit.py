@@ -28,6 +28,14 @@ from tests.networks import Dense, Excited, Residual, Shared, Untraceable, Zoo, c
 PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 
 
+def at(network, name, x):
+    """What a layer reads, and its output."""
+    seen = []
+    with network.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append((*args, out))):
+        network(x)
+    return seen[0]
+
+
 def problem(groups=1, count=30, noise=1.0, seed=0):
     """Inputs, outputs of a random convolution of them with noise, and its weight (O, K), all float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -213,6 +221,26 @@ class TestRepair:
             assert row.status == "refitted"
             assert 0 < row.explained <= 1 + 1e-6
             assert row.variance_after == pytest.approx(1, abs=0.2)
+
+    def test_the_report_says_the_error_of_each_layer_before_and_after(self):
+        dense, x = seeded(chain), images(60)
+        model = pruned_copy(dense)
+        old = copy.deepcopy(model)
+        report = resuscitate.repair(model, dense, x, relu_aware=False, progress=False)
+        for row in report.layers:  # on the inputs that the layer has in the repaired network
+            (inputs, _), (_, wanted) = (at(network, row.name, x) for network in (model, dense))
+            wanted = wanted.transpose(0, 1).flatten(1)
+            errors = []
+            for layer in (old.get_submodule(row.name), model.get_submodule(row.name)):
+                missed = layer(inputs).transpose(0, 1).flatten(1) - wanted
+                errors.append((missed.var(1).sum() / wanted.var(1).sum()).sqrt().item())
+            assert [row.error_before, row.error_after] == pytest.approx(errors, rel=1e-3)
+            assert row.error_after < row.error_before
+
+    def test_relu_aware_errors_fall_too(self):
+        dense = seeded(Residual)
+        report = resuscitate.repair(pruned_copy(dense), dense, images(60), progress=False)
+        assert all(row.error_after <= row.error_before for row in report.layers)
 
     def test_undo_brings_everything_back(self):
         dense = seeded(chain)
