@@ -138,7 +138,8 @@ def compress(
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session, ExitStack() as stack:
-        choices = {**pruning, "allocation": allocation, "pattern": pattern, "steps": stops, "walks": walks}
+        choices = {**pruning, "allocation": allocation, "pattern": pattern, "sparsity": sparsity}
+        choices |= {"steps": stops, "walks": walks}
         each = Steps(session, plan, calibration, resume, choices)
         measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
         measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
