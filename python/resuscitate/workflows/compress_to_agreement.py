@@ -23,6 +23,7 @@ from .compress import CompressReport, compress
 from .steps import options_of_steps
 
 log = logging.getLogger("resuscitate")
+PATTERNS = "unstructured", "filter"
 LEAST_DENSITY = 1 / 64  # of the weights, the fewest that a trial keeps is a little more
 
 
@@ -76,7 +77,7 @@ def compress_to_agreement(
         calibration: as in `compress`. The images are read once.
         trials: the number of sparsities to try. 6: each prunes a sixteenth of what the one before keeps.
         resume: a folder, with one folder of journals for each trial, as in `compress`.
-        options: of `compress`, but for the sparsity; `steps` is a number.
+        options: of `compress`, but for the sparsity; `steps` is a number, `pattern` "unstructured" or "filter".
 
     Raises what `compress` raises; ResuscitateError where no trial keeps the agreement, or the outputs are not logits;
     ValueError for an agreement or a number that is out of range.
@@ -88,6 +89,8 @@ def compress_to_agreement(
     check_number("trials", trials, 1, whole=True)
     if not isinstance(options.get("steps", 1), int):
         raise ValueError("steps must be a number here: the sparsities are searched for")
+    if (pattern := options.get("pattern", "unstructured")) not in PATTERNS:
+        raise ValueError(f"pattern={pattern!r} has no sparsity to search for; there are {', '.join(PATTERNS)}")
     model, started = unwrap(model), time.perf_counter()
     run = run_options("compress_to_agreement()", {name: options[name] for name in DEFAULTS if name in options})
     with Session([model], run, writes=True, measures=False) as session:

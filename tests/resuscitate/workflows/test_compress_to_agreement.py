@@ -88,6 +88,7 @@ def test_images_that_can_be_read_once_are_enough(monkeypatch):
         (0.9, {"trials": 0}, ValueError, "trials"),
         (0.9, {"steps": [0.5, 0.9]}, ValueError, "steps must be a number"),
         (0.9, {"sparsity": 0.5}, TypeError, "sparsity"),
+        (0.9, {"pattern": "2:4"}, ValueError, "no sparsity to search for"),
         (0.9, {"calibration": None}, CalibrationError, "missing"),
         (0.9, {"ridge": -1}, ValueError, "ridge"),
     ],
