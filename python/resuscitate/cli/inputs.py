@@ -36,8 +36,9 @@ HEAD = 512  # images to look at
 def build_model(name: str) -> nn.Module:
     """A new model in eval mode: by its name in `models.py`, from a library of models, or from the user's own module.
 
-    "timm:NAME", "torchvision:NAME", "hf:FOLDER" with a Hugging Face configuration for image classification, or
-    `package.module:factory`, a function that returns the model. Without trained weights and without network access.
+    "timm:NAME", "torchvision:NAME", "hf:FOLDER" with a Hugging Face configuration for image classification, or a
+    function that returns the model, `package.module:factory` or `file.py:factory`. Without trained weights and without
+    network access.
     Raises typer.BadParameter for an unknown name, ResuscitateError where the model cannot be built.
     """
     source, _, wanted = name.partition(":")
@@ -45,7 +46,7 @@ def build_model(name: str) -> nn.Module:
         try:
             return build(name).eval()
         except ValueError as error:
-            others = "timm:NAME, torchvision:NAME, hf:FOLDER, or package.module:factory"
+            others = "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory, or file.py:factory"
             raise typer.BadParameter(f"{error}, {others}") from None
     try:
         network = LIBRARIES[source](wanted) if source in LIBRARIES else getattr(import_users(source), wanted)()

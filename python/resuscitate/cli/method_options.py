@@ -73,9 +73,11 @@ def method_name(given: str) -> str:
 def import_users(module: str) -> Any:
     """A module of the user, by its name or its file, such as nets.small or nets/small.py.
 
-    The current folder is searched first, or that of the file.
+    The current folder is searched first, or that of the file. Raises FileNotFoundError for a file that is not there.
     """
     path = Path(module)
+    if path.suffix == ".py" and not path.exists():
+        raise FileNotFoundError(f"there is no file {module}")
     folder, name = (str(path.resolve().parent), path.stem) if path.suffix == ".py" else (os.getcwd(), module)
     if sys.path[0] != folder:
         sys.path.insert(0, folder)

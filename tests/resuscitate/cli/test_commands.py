@@ -53,6 +53,7 @@ FAILURES = [
     (["-m", "digitnet"], "pruned.safetensors does not fit the model"),
     (["-m", "users_networks:large"], "--model users_networks:large cannot be built: AttributeError"),
     (["-m", "nowhere:small"], "No module named 'nowhere'"),
+    (["-m", "nowhere.py:small"], "there is no file nowhere.py"),
     (["-m", "users_networks:broken"], "RuntimeError: out of networks"),
     (["-m", "users_networks:number"], "gave a int, not a torch.nn.Module"),
     (["-c", "none.npz"], "none.npz"),
