@@ -141,3 +141,16 @@ def test_distillation_brings_the_outputs_nearer_and_keeps_the_masks():
     distil(pruned, dense, images, masks, seconds=2.0, augmented=False)
     assert (pruned(images) - dense(images)).norm().item() < before
     assert resuscitate.Masks.from_zeros(pruned) == masks
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_picture_of_a_run_has_both_commands_and_the_last_lines(tmp_path):
+    data = Path(os.environ.get("RESUSCITATE_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "cifar10_resnet20.safetensors").exists():
+        pytest.skip("needs the trained networks and images")
+    run("benchmarks/accuracy/picture.py", "--data", str(data), "--output", str(tmp_path / "picture.svg"))
+    shown = (tmp_path / "picture.txt").read_text()
+    assert [line.split()[2] for line in shown.splitlines() if line.startswith("$ ")] == ["prune", "repair"]
+    assert [line.split()[0] for line in shown.splitlines()[-5:]] == ["agreement", "sparsity", "size", "time", "next"]
+    assert "@font-face" not in (tmp_path / "picture.svg").read_text()
