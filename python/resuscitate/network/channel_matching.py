@@ -176,6 +176,8 @@ class _Matching:
             proportional = ~(1 - cosines > PROPORTIONAL)
             narrowed |= group.narrow(proportional)
             narrowed |= group.narrow(proportional & same_norm)
+            if bool(group.matched.all()):
+                break
         self._note(group)
         return narrowed
 
