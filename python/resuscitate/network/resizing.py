@@ -30,16 +30,19 @@ def smaller_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Siz
 def resize_layers(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     """Give these parameters and buffers their shapes, in place, and each module the sizes that follow; values are zero.
 
-    A depthwise convolution stays one. Another grouped convolution keeps the number of its groups.
+    A depthwise convolution stays one; another grouped convolution keeps its number of groups. Tied tensors stay tied.
     """
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    smaller = {id(old): old.new_zeros(shapes[name]) for name, old in tensors if name in shapes}
+    smaller |= {
+        id(old): nn.Parameter(smaller[id(old)], old.requires_grad)
+        for _, old in model.named_parameters()
+        if id(old) in smaller
+    }
+    for module in model.modules():
         depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
         for slots in (module._parameters, module._buffers):
-            for key, old in slots.items():
-                if old is not None and (shape := shapes.get(prefix + key)) is not None:
-                    new = old.new_zeros(shape)
-                    slots[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            slots |= {key: smaller[id(old)] for key, old in slots.items() if id(old) in smaller}
         vars(module).update(_sizes(module, depthwise))
 
 
