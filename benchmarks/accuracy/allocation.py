@@ -15,16 +15,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 import typer
-from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "python")]  # this checkout
 
 import resuscitate
-from benchmarks.common.inputs import DataFolder, Nets, calibration_images, data_folder, network, scorer
+from benchmarks.common.inputs import DataFolder, Nets, case, data_folder
 from benchmarks.common.results import RESULTS, markdown_table, progress, publish
-from benchmarks.networks.dscnn import load_dscnn
 
 ALLOCATIONS = "global", "measured"
 # network -> sparsities, number of seeds
@@ -34,18 +31,6 @@ CASES = {
     "resnet32": ((0.8, 0.9, 0.95), 1),
 }
 NETS = ",".join(CASES)
-
-
-def case(net: str, seed: int, folder: Path, test_images: int) -> tuple[nn.Module, Tensor, resuscitate.Accuracy]:
-    """A dense network, calibration images, and a score in per cent."""
-    generator = torch.Generator().manual_seed(seed)
-    if net == "dscnn":
-        dense, clips, labels = load_dscnn(folder)
-        order = torch.randperm(len(clips), generator=generator)
-        return dense, clips[order[:300]], resuscitate.Accuracy(clips[order[300:]], labels[order[300:]])
-    pool = calibration_images(folder, 5120)
-    images = pool[torch.randperm(len(pool), generator=generator)[:512]]
-    return network(net, folder, pool), images, scorer(folder, test_images)
 
 
 def main(data: DataFolder = None, nets: Nets = NETS, test_images: int = 2000, output: Path = RESULTS) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import resuscitate
 from benchmarks.common.results import ROOT
+from benchmarks.networks.dscnn import load_dscnn
 from resuscitate.data.images import load_images, load_labels
 from resuscitate.models import build
 
@@ -58,6 +59,21 @@ def network(name: str, folder: Path, images: Tensor) -> nn.Module:
     else:
         resuscitate.recalibrate_batchnorm(model, images[:512])
     return model
+
+
+def case(net: str, draw: int, folder: Path, test_images: int) -> tuple[nn.Module, Tensor, resuscitate.Accuracy]:
+    """A dense network, the calibration images of this draw, and a score in per cent on others.
+
+    "dscnn": 300 of the clips, the other 200 to test on. Else 512 of 5,120 training images of CIFAR-10.
+    """
+    generator = torch.Generator().manual_seed(draw)
+    if net == "dscnn":
+        dense, clips, labels = load_dscnn(folder)
+        order = torch.randperm(len(clips), generator=generator)
+        return dense, clips[order[:300]], resuscitate.Accuracy(clips[order[300:]], labels[order[300:]])
+    pool = calibration_images(folder, 5120)
+    images = pool[torch.randperm(len(pool), generator=generator)[:512]]
+    return network(net, folder, pool), images, scorer(folder, test_images)
 
 
 def pruned_copy(dense: nn.Module, sparsity: float = 0.8) -> nn.Module:

@@ -19,8 +19,8 @@ from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..methods.base import Method, check_number
 from ..network.layers import Selection, reusable, unwrap
-from ..pruning.allocation import check_method, check_sparsity
-from ..pruning.sparsify import parse_pattern, sparsify
+from ..pruning.allocation import check_method
+from ..pruning.sparsify import sparsify
 from ..pruning.units import check_floors
 from ..reports.agreement import Agreement
 from ..reports.base import plain
@@ -29,6 +29,7 @@ from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
 from .measured import measure_scales
+from .stages import stages
 from .steps import Steps, StepsReport, plan_of_steps
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def compress(
             `memory` if the model runs on the host, else in half of the host's memory.
         steps: the number of steps, or the sparsity after each step, ascending to `sparsity`. With a number, the first
             step prunes to half of `sparsity`, and each later step keeps the same fraction of the remaining weights.
+            Pattern "n:m" goes by m-1:m, m-2:m, ... to n:m, all of them or as many as this number.
         walks: number of steps, the last ones, that measure the pruned network. Earlier steps use what was measured once
             with the dense network's inputs, which saves time, if the method measures inputs, as a refit does.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
@@ -124,19 +126,20 @@ def compress(
     started = time.perf_counter()
     places: dict[str, Any] = {"model": (model, NETWORK), "sparsity": (sparsity, NUMBER)}
     check_places("compress(model, sparsity, images)", **places, calibration=(calibration, IMAGES))
-    model, stops = unwrap(model), schedule(sparsity, steps)
+    model, patterns = unwrap(model), stages(sparsity, steps, pattern)
+    stops = list(patterns)
     check_method(allocation)
-    single = parse_pattern(pattern) == "unstructured"
-    used = allocation if single or allocation != "measured" else "global"
+    used = allocation if pattern == "unstructured" or allocation != "measured" else "global"
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense, reports = copy.deepcopy(model), list[RepairReport]()
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
-    pruning: dict[str, Any] = {"allocation": used, "pattern": pattern, "densities": densities}
+    pruning: dict[str, Any] = {"allocation": used, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session, ExitStack() as stack:
-        choices = {**pruning, "allocation": allocation, "sparsity": sparsity, "steps": stops, "walks": walks}
+        choices = {**pruning, "allocation": allocation, "pattern": pattern, "sparsity": sparsity}
+        choices |= {"steps": stops, "walks": walks}
         each = Steps(session, plan, calibration, resume, choices)
         measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
         measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
@@ -149,7 +152,7 @@ def compress(
             if index == first_walk:
                 stack.close()
                 measured = None
-            masks = sparsify(model, stop, **pruning, **measuring)
+            masks = sparsify(model, stop, pattern=patterns[stop], **pruning, **measuring)
             reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
         before = copy.deepcopy(dense)
@@ -195,20 +198,3 @@ def _measured(
     best = best if errors[best] < CLEARLY * errors[0.0] else 0.0
     log.info("factors to the power %s: errors of the outputs %s", best, errors)
     return {"calibration": scales.power(best)}, {"name": "measured", "exponent": best, "errors": errors}
-
-
-def schedule(sparsity: float, steps: int | Sequence[float]) -> list[float]:
-    """The sparsities of the steps: from half of the last on, each step keeps the same fraction of the weights."""
-    check_sparsity(sparsity)
-    if not isinstance(steps, int):
-        stops = [check_sparsity(stop) for stop in steps]
-        if not stops or stops != sorted(set(stops)) or stops[-1] != sparsity:
-            raise ValueError(f"steps={stops} must ascend to sparsity={sparsity}, the last of them")
-        return stops
-    if isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1, or the sparsities to stop at")
-    if steps == 1 or not sparsity:
-        return [sparsity]
-    first = sparsity / 2
-    kept = (1 - sparsity) / (1 - first)
-    return [1 - (1 - first) * kept ** (index / (steps - 1)) for index in range(steps - 1)] + [sparsity]

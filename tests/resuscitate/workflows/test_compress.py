@@ -17,7 +17,7 @@ import resuscitate
 from resuscitate import ASR, Masks, Refit, compress
 from resuscitate.errors import CalibrationError, JournalError
 from resuscitate.statistics.fitting import fit
-from resuscitate.workflows.compress import schedule
+from resuscitate.workflows.stages import stages
 from tests.networks import Residual, Untraceable, chain, images, seeded
 
 
@@ -26,13 +26,17 @@ def same(a, b):
     return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
-class TestSchedule:
+def schedule(sparsity, steps):
+    return list(stages(sparsity, steps, "unstructured"))
+
+
+class TestStages:
     @given(sparsity=st.floats(0, 0.999), steps=st.integers(1, 12))
     def test_it_ascends_to_the_sparsity_in_at_most_so_many_steps(self, sparsity, steps):
         stops = schedule(sparsity, steps)
         assert stops == sorted(stops)
         assert stops[-1] == sparsity
-        assert len(stops) == (steps if sparsity else 1)
+        assert len(stops) == (steps if sparsity else 1) or sparsity < 1e-6  # where steps round to one another
         assert len(stops) == 1 or stops[0] == pytest.approx(sparsity / 2)
 
     def test_each_step_keeps_the_same_fraction(self):
@@ -50,6 +54,26 @@ class TestSchedule:
                 schedule(0.8, wrong)
         with pytest.raises(TypeError, match="give a float"):
             schedule(1, 3)
+
+    @pytest.mark.parametrize(
+        ("pattern", "sparsity", "steps", "expected"),
+        [
+            ("2:4", 0.5, 7, {0.25: "3:4", 0.5: "2:4"}),
+            ("1:4", 0.75, 7, {0.25: "3:4", 0.5: "2:4", 0.75: "1:4"}),
+            ("1:4", 0.75, 2, {0.25: "3:4", 0.75: "1:4"}),
+            ("1:4", 0.75, 1, {0.75: "1:4"}),
+            ("1:4", 0.75, [0.5, 0.75], {0.5: "2:4", 0.75: "1:4"}),
+            ("1:3", 0.6666666666666667, 1, {1 - 1 / 3: "1:3"}),
+        ],
+    )
+    def test_n_of_m_goes_by_fewer_and_fewer_of_m(self, pattern, sparsity, steps, expected):
+        assert stages(sparsity, steps, pattern) == expected
+
+    def test_sparsities_that_n_of_m_does_not_have_are_refused(self):
+        with pytest.raises(ValueError, match=r"pattern 2:4 keeps 2 of 4: give sparsity=0\.5"):
+            stages(0.8, 3, "2:4")
+        with pytest.raises(ValueError, match=r"1:4 is reached by the sparsities 0\.25, 0\.5, 0\.75"):
+            stages(0.75, [0.3, 0.75], "1:4")
 
 
 class TestCompress:
@@ -75,6 +99,15 @@ class TestCompress:
         assert masks["6"].flatten(1).sum(1).min() >= 2
         filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
         assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
+
+    def test_n_of_m_is_reached_in_steps(self):
+        model = seeded(chain)
+        report = compress(model, 0.75, images(40), pattern="1:4")
+        assert report.sparsities == [0.25, 0.5, 0.75]
+        kept = report.masks["3"].unflatten(1, (-1, 4)).sum(2)
+        assert (kept == 1).all()
+        assert report.masks["0"].all()  # its 3 input channels are no groups of 4
+        assert Masks.from_zeros(model)["3"].equal(report.masks["3"])
 
     def test_relative_repairability_is_measured_with_the_callers_options(self, monkeypatch):
         batches = [{"a": part, "scale": 2.0} for part in images(40).split(8)]
