@@ -5,7 +5,7 @@ channels within a block can be removed, because the shortcuts pad with zeros. Th
 images. Accuracy on images that no repair used. Writes structured.json and .md, two tables:
 
 1. Masked, repaired, then removed by `shrink`: no repair, exact BatchNorm, ridge aggregation alone (`two_stage.py`), a
-   refit alone, and two-stage, which is aggregation and then a refit.
+   refit alone, and two-stage, which is aggregation and then a refit; last `compress`, in seven steps to the same share.
 2. Removed by Torch-Pruning, then repaired: no repair, exact BatchNorm, channel-wise gains, and the default, a refit.
 """
 
@@ -30,6 +30,7 @@ from benchmarks.common.results import RESULTS, accuracy_cell, markdown_table, pr
 from resuscitate.network.comparison import count_flops
 
 REPAIRS = ("no repair", "BN exact", "aggregate", "refit", "two-stage")
+COMPRESS = "compress"
 OF_SMALLER = ("no repair", "BN exact", "channelwise", "refit")
 
 
@@ -51,13 +52,15 @@ def prune_by_torch_pruning(dense: nn.Module, sparsity: float, example: Tensor) -
     return model, count_flops(dense, [example]) / count_flops(model, [example])
 
 
-def at_ratio(prune: Callable[..., Any], dense: nn.Module, ratio: float, example: Tensor) -> Any:
-    """What `prune` gives for the smallest share of channels that reduces the FLOPs at least `ratio` times; bisected."""
+def at_ratio(
+    prune: Callable[..., tuple[Any, ...]], dense: nn.Module, ratio: float, example: Tensor
+) -> tuple[float, tuple[Any, ...]]:
+    """The smallest share of channels, by bisection, with at least `ratio` times fewer FLOPs, and what `prune` gives."""
     low, high = 0.0, 0.9
     for _ in range(6):
         middle = (low + high) / 2
         low, high = (low, middle) if prune(dense, middle, example)[-1] >= ratio else (middle, high)
-    return prune(dense, high, example)
+    return high, prune(dense, high, example)
 
 
 def repair(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> None:
@@ -94,15 +97,18 @@ def main(
     rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     for net, ratio in progress(jobs, "repairing"):
         dense = network(net, folder, calibration)
-        pruned, masks, reached = at_ratio(prune, dense, ratio, calibration[:2])
+        share, (pruned, masks, reached) = at_ratio(prune, dense, ratio, calibration[:2])
         row: dict[str, Any] = {"net": net, "dense": score(dense), "ratio": round(reached, 2), "accuracy": {}}
         for name in REPAIRS:
             model = copy.deepcopy(pruned)
             repair(name, model, dense, calibration)
             resuscitate.shrink(model, masks, calibration[:2])
             row["accuracy"][name] = score(model)
+        model, options = copy.deepcopy(dense), {"relu_aware": False, "ridge": 1e-2}
+        resuscitate.compress(model, share, calibration, pattern="channels", keep_worse=True, progress=False, **options)
+        row["accuracy"][COMPRESS] = score(model)
         rows.append(row)
-        small, reached = at_ratio(prune_by_torch_pruning, dense, ratio, calibration[:2])
+        _, (small, reached) = at_ratio(prune_by_torch_pruning, dense, ratio, calibration[:2])
         row = {"net": net, "dense": row["dense"], "ratio": round(reached, 2), "accuracy": {}}
         for name in OF_SMALLER:
             model = copy.deepcopy(small)
@@ -110,7 +116,7 @@ def main(
             row["accuracy"][name] = score(model)
         smaller.append(row)
     found = {"images": {"calibration": images, "test": test_images}, "rows": rows, "smaller": smaller}
-    publish(output, found, f"{markdown(rows, REPAIRS)}\n{markdown(smaller, OF_SMALLER)}")
+    publish(output, found, f"{markdown(rows, (*REPAIRS, COMPRESS))}\n{markdown(smaller, OF_SMALLER)}")
 
 
 def markdown(rows: list[dict[str, Any]], repairs: Sequence[str]) -> str:
