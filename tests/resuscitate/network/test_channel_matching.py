@@ -14,7 +14,7 @@ from resuscitate.network.channel_flow import Axis, channel_labels, channelwise_m
 from resuscitate.network.channel_matching import find_kept_channels, is_smaller
 from resuscitate.network.layers import effective_weight, find_layers
 from resuscitate.network.runner import Network
-from tests.networks import Residual, chain, images, seeded
+from tests.networks import Residual, chain, disturb, images, seeded, without_channels
 from tests.wired import Wired, conv, masked, networks, projection, separable
 
 
@@ -30,21 +30,6 @@ def cut(build, seed=0, fraction=0.5):
     """A dense network, a smaller copy of it, and what `shrink` says that this has kept."""
     small, _, _, masks = masked(build, fraction, seed)
     return seeded(build, seed), small, shrink(small, masks, images(2))
-
-
-def without(dense, channels):
-    """A copy of a `chain` whose first layer has these channels alone."""
-    small = copy.deepcopy(dense)
-    first, norm, second = (small[at] for at in (0, 1, 3))
-    first.weight, first.out_channels = nn.Parameter(first.weight[channels].detach()), len(channels)
-    second.weight, second.in_channels = nn.Parameter(second.weight[:, channels].detach()), len(channels)
-    for slots in (norm._parameters, norm._buffers):
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            if key in slots:
-                value = slots[key].detach()[channels]
-                slots[key] = nn.Parameter(value) if slots is norm._parameters else value
-    norm.num_features = len(channels)
-    return small
 
 
 class TestFlow:
@@ -100,7 +85,7 @@ class TestFinding:
 
     def test_any_order_of_the_channels_is_found(self):
         dense, order = seeded(chain), [5, 0, 7, 2]
-        kept = find(without(dense, order), dense)
+        kept = find(without_channels(dense, order), dense)
         assert kept.outputs["0"].tolist() == kept.outputs["1"].tolist() == kept.inputs["3"].tolist() == order
 
     def test_a_network_with_all_channels_is_not_smaller(self):
@@ -112,26 +97,24 @@ class TestFinding:
     def test_equal_filters_are_told_apart_by_the_columns_that_read_them(self):
         dense = seeded(chain)
         twins(dense, norm=True)
-        assert find(without(dense, [0, 3, 6]), dense).outputs["0"].tolist() == [0, 3, 6]
+        assert find(without_channels(dense, [0, 3, 6]), dense).outputs["0"].tolist() == [0, 3, 6]
 
     def test_equal_filters_are_told_apart_by_their_norms(self):
         dense = seeded(chain)
         twins(dense, columns=True)
-        assert find(without(dense, [0, 3, 6]), dense).outputs["0"].tolist() == [0, 3, 6]
+        assert find(without_channels(dense, [0, 3, 6]), dense).outputs["0"].tolist() == [0, 3, 6]
 
     def test_a_filter_of_zeros_is_told_apart_by_its_norm(self):
         dense = seeded(chain)
-        small = without(dense, [0, 3, 6])
+        small = without_channels(dense, [0, 3, 6])
         small[0].weight.data[1] = 0
         small[3].weight.data[:, 1] = 0
         assert find(small, dense).outputs["0"].tolist() == [0, 3, 6]
 
     def test_other_weights_are_told_apart_by_correlated_outputs(self):
         dense = seeded(chain)
-        small = without(dense, [0, 3, 6])
-        for layer in (small[0], small[3]):
-            layer.weight.data += 0.3 * layer.weight.std() * images(layer.weight.numel(), 1, 1).view_as(layer.weight)
-        small[1].weight.data *= 1.1
+        small = without_channels(dense, [0, 3, 6])
+        disturb(small, 0.3)
         asked = []
 
         def correlations(names):
@@ -161,16 +144,16 @@ class TestRefusal:
             r"3 \(similarity 1\.000\); say it with channels=\{'0': indices\}"
         )
         with pytest.raises(ModelMismatchError, match=expected):
-            find(without(dense, [0, 3, 6]), dense, correlations=lambda names: {})
+            find(without_channels(dense, [0, 3, 6]), dense, correlations=lambda names: {})
 
     def test_given_channels_decide_and_couple(self):
         dense = seeded(chain)
         twins(dense, norm=True, columns=True)
-        kept = find(without(dense, [0, 3, 6]), dense, {"0": [0, 3, 6]})
+        kept = find(without_channels(dense, [0, 3, 6]), dense, {"0": [0, 3, 6]})
         assert kept.outputs["1"].tolist() == kept.inputs["3"].tolist() == [0, 3, 6]
 
     def test_the_three_best_candidates_of_another_network_are_named(self):
-        dense, small = seeded(chain), without(seeded(chain, 1), [0, 3, 6])
+        dense, small = seeded(chain), without_channels(seeded(chain, 1), [0, 3, 6])
         named = r"layer '0': it is not clear .* channel 0 is, \d \(sim.*\), \d \(sim.*\), \d \(sim[^,]*; say"
         with pytest.raises(ModelMismatchError, match=named):
             find(small, dense, correlations=lambda names: {})
@@ -188,13 +171,13 @@ class TestRefusal:
     def test_given_channels_are_checked(self, given, problem):
         dense = seeded(chain)
         with pytest.raises(ValueError, match=problem):
-            find(without(dense, [0, 3, 6]), dense, given)
+            find(without_channels(dense, [0, 3, 6]), dense, given)
 
     def test_given_channels_that_contradict_each_other_are_refused(self):
         dense = seeded(chain)
         problem = r"cannot be channel \d of the dense network: another layer is coupled with it"
         with pytest.raises(ModelMismatchError, match=problem):
-            find(without(dense, [0, 3, 6]), dense, {"0": [0, 3, 6], "1": [0, 3, 7]})
+            find(without_channels(dense, [0, 3, 6]), dense, {"0": [0, 3, 6], "1": [0, 3, 7]})
 
     def test_layers_that_are_wired_otherwise_are_refused(self):
         small = Wired(lambda net, x: net.last(net.first(x).relu()), first=conv(3, 4, 3), last=conv(4, 2))

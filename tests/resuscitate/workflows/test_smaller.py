@@ -14,7 +14,7 @@ from resuscitate.errors import JournalError, ModelMismatchError
 from resuscitate.network.channels import KeptChannels
 from resuscitate.network.layers import find_layers
 from resuscitate.statistics.patches import contributions
-from tests.networks import Dense, Residual, Untraceable, Zoo, chain, images, seeded
+from tests.networks import Dense, Residual, Untraceable, Zoo, chain, disturb, images, seeded
 from tests.wired import (
     concatenated,
     flattened,
@@ -136,13 +136,7 @@ class TestRepair:
 
     def test_changed_weights_are_matched_by_outputs(self):
         dense, _, small, found = pair(chain)
-        generator = torch.Generator().manual_seed(0)
-        for layer in find_layers(small).values():
-            layer.weight.data += 0.1 * layer.weight.std() * torch.randn(layer.weight.shape, generator=generator)
-            if layer.bias is not None:
-                layer.bias.data += 0.01
-        for norm in (small[1], small[4], small[7]):
-            norm.weight.data *= 1.05
+        disturb(small, 0.1)
         report = run(small, dense, method="channelwise")
         assert any("of the dense network" in note for note in report.notes)
         truth = copy.deepcopy(small)
