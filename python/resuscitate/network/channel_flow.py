@@ -54,9 +54,12 @@ def channel_labels(
 ) -> dict[Axis, Tensor]:
     """For each axis that a forward pass reaches, int64 (channels,): coupled channels have the same label.
 
-    channelwise: the modules to treat as channelwise. The model is unchanged. Raises what its forward pass raises.
+    channelwise: the modules to treat as channelwise. The model must be in eval mode, and is unchanged. Raises what its
+    forward pass raises.
     """
-    net = Network(trial_copy(model), forward_fn)
+    net = Network(model, forward_fn)
+    if torch.promote_types(net.dtype, torch.float32) != net.dtype:
+        net = Network(trial_copy(model), forward_fn)
     flow = _Flow(net, channelwise)
     with torch.enable_grad(), ExitStack() as hooks:
         for name, module in net.modules.items():
@@ -90,7 +93,7 @@ class _Flow:
         self.variables: list[tuple[Axis, int, Tensor]] = []  # with the axis of the channels in the tensor
         self.pairs: list[tuple[Axis, Axis, Tensor]] = []
         self.axes: dict[Axis, int] = {}  # the number of channels
-        self.generator = torch.Generator(self.net.device).manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
     def read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         axis = Axis(name, "out" if name in self.channelwise else "in")
@@ -116,8 +119,7 @@ class _Flow:
             return output
         self.axes.setdefault(Axis(name, "out"), width(module, "out"))
         # values for which no usual activation function has a derivative of zero
-        values = torch.rand(output.shape, generator=self.generator, dtype=output.dtype, device=output.device)
-        variable = (0.2 + 0.6 * values).requires_grad_()
+        variable = (0.2 + 0.6 * torch.rand(output.shape, generator=self.generator)).to(output).requires_grad_()
         self.variables.append((Axis(name, "out"), _channel_dim(module), variable))
         return variable * 1  # no leaf, so that an operator may overwrite it
 

@@ -146,7 +146,9 @@ class _Matching:
         self._repeat(lambda group: self._by_similarity(group, found))
         for group in self._open():
             self._check(group, found)
-        known = {axis: kept for axis, kept in self.kept.items() if self._is_part(axis, kept)}
+        # on the device of the networks, lest each use copies them there
+        device = self.dense.device
+        known = {axis: kept.to(device) for axis, kept in self.kept.items() if self._is_part(axis, kept)}
         outputs, inputs = ({a.module: kept for a, kept in known.items() if a.side == side} for side in ("out", "in"))
         depthwise = {name: kept for name, kept in outputs.items() if Axis(name, "in") not in self.kept}
         return KeptChannels(outputs, depthwise | inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,15 @@ class KeptChannels:
             raise ModelMismatchError(f"which of the dense input channels {called(name)} reads is not clear; exclude it")
         return by_group(small, full).reshape(shape)
 
-    def blocks_of_inputs(self, name: str, dense: nn.Module, count: int) -> list[Tensor]:
+    def blocks_of_inputs(self, name: str, dense: nn.Module, count: int) -> list[Any]:
         """The input channels of a dense layer in blocks, each with as many kept ones, in order, and some others."""
-        every = torch.arange(width(dense, "in"))
-        kept = self.inputs.get(name, every)
-        others = every[~torch.isin(every, kept)]
-        return [torch.cat(pair) for pair in zip(kept.chunk(count), others.tensor_split(count), strict=True)]
+        kept, channels = self.inputs.get(name), width(dense, "in")
+        if kept is None:
+            size = channels // count
+            return [slice(start, start + size) for start in range(0, channels, size)]
+        every = torch.arange(channels, device=kept.device)
+        others = every[~torch.isin(every, kept)].tensor_split(count)
+        return [torch.cat(pair) for pair in zip(kept.chunk(count), others, strict=True)]
 
 
 def width(module: nn.Module, side: Literal["out", "in"]) -> int:
