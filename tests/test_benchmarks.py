@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import resuscitate
+from benchmarks.accuracy.peers import distil, one_shot
 from benchmarks.accuracy.two_stage import aggregate
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +109,35 @@ def test_aggregation_reads_a_removed_channel_from_its_copy():
         assert aggregate(pruned, dense, images.split(16), ridge=1e-7) == ["2"]
         assert (pruned[2].weight[:, 3] == 0).all()
         torch.testing.assert_close(pruned(images), dense(images), atol=1e-4, rtol=0)
+
+
+def peers_network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8 * 6 * 6, 5)).eval(), torch.randn(96, 4, 8, 8)
+
+
+@pytest.mark.parametrize(("target", "n_of_m"), [({"sparsity": 0.6}, None), ({"pattern": "2:4"}, (2, 4))])
+def test_one_shot_pruning_beats_magnitude_at_the_same_densities(target, n_of_m):
+    dense, images = peers_network()
+    pruned, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    masks = resuscitate.sparsify(pruned, **target)
+    one_shot(other, images, masks, n_of_m)
+    found = resuscitate.Masks.from_zeros(other)
+    for name, mask in masks.items():
+        assert abs(float(found[name].float().mean() - mask.float().mean())) < 0.02
+        if n_of_m:
+            assert (found[name].unflatten(1, (-1, 4)).sum(2) == 2).all()
+    with torch.no_grad():
+        errors = [float((each(images) - dense(images)).norm()) for each in (pruned, other)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_distillation_brings_the_outputs_nearer_and_keeps_the_masks():
+    dense, images = peers_network()
+    pruned = copy.deepcopy(dense)
+    masks = resuscitate.sparsify(pruned, 0.6)
+    before = (pruned(images) - dense(images)).norm().item()
+    distil(pruned, dense, images, masks, seconds=2.0, augmented=False)
+    assert (pruned(images) - dense(images)).norm().item() < before
+    assert resuscitate.Masks.from_zeros(pruned) == masks

@@ -1,9 +1,13 @@
-"""The README's first table: `make headline`, or `python benchmarks/accuracy/headline.py`.
+"""What each tool brings back on real networks: `make headline`, or `python benchmarks/accuracy/headline.py`.
 
-Trained ResNet-20 and ResNet-32 for CIFAR-10 are pruned to 80, 90 and 95 % by global magnitude and repaired with the
-same unlabelled images by each tool: PyTorch's `update_bn`, NNCF's BatchNorm adaptation (if nncf is installed), the
-published ASR with a momentum re-estimate, and this project's methods with a ridge of 1e-2. Accuracy on images that no
-tool used. Writes headline.json and .md.
+Trained ResNet-20 and ResNet-32 for CIFAR-10 and a DS-CNN for keywords are pruned by global magnitude, or to n weights
+of m, and repaired with the same unlabelled images by each tool: PyTorch's `update_bn`, NNCF's BatchNorm adaptation
+(where nncf is installed), the published ASR with a momentum re-estimate, one-shot pruning as SparseGPT's, and this
+project's methods by their defaults. With gradients: distillation for as long as `compress` takes, alone and after it.
+Each draw has its own calibration images. Accuracy on images that no tool used.
+
+headline.json is written after each network, target and draw. A run leaves out what it has: it goes on where it was
+stopped. headline.md is the README's table, headline_all.md that of docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Annotated, Any
 
 import torch
@@ -26,98 +33,184 @@ from torch.optim.swa_utils import update_bn
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "python")]  # this checkout
 
 import resuscitate
-from benchmarks.common.inputs import DataFolder, ImageCount, Nets, calibration_images, data_folder, network, scorer
-from benchmarks.common.results import RESULTS, accuracy_cell, markdown_table, progress, publish
+from benchmarks.accuracy.peers import distil, one_shot
+from benchmarks.common.inputs import DataFolder, Nets, case, data_folder
+from benchmarks.common.results import RESULTS, accuracy_cell, machine, markdown_table, progress, write
+from resuscitate.pruning.sparsify import NofM, parse_pattern
 
-Tool = Callable[[nn.Module, nn.Module, Tensor], None]  # pruned network (changed in place), dense network, images
+NETS = {"resnet20": "ResNet-20", "resnet32": "ResNet-32", "dscnn": "DS-CNN"}
+TARGETS = "50%", "70%", "80%", "90%", "95%", "98%", "2:4", "1:4"
+SHOWN = {"resnet20": ("80%", "90%", "95%"), "resnet32": ("80%", "90%", "95%"), "dscnn": ("50%", "70%", "80%")}
+HIDDEN = "NNCF adaptation", "ASR + EMA, as published"  # in docs/results.md only
 
 
-def _update_bn(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
-    update_bn(images.split(128), model)
-    model.eval()
+@dataclass(frozen=True)
+class Cell:
+    """A network and what it is pruned to; the images of one draw, which may be mirrored and moved or not."""
+
+    dense: nn.Module
+    target: str
+    images: Tensor
+    augmented: bool
+
+    @cached_property
+    def pattern(self) -> str | NofM:
+        return parse_pattern(self.target if ":" in self.target else "unstructured")
+
+    def pruned(self) -> tuple[nn.Module, resuscitate.Masks]:
+        """A pruned copy of the network, not repaired."""
+        model = copy.deepcopy(self.dense)
+        if isinstance(self.pattern, NofM):
+            return model, resuscitate.sparsify(model, pattern=self.target)
+        return model, resuscitate.sparsify(model, float(self.target.rstrip("%")) / 100)
+
+    @cached_property
+    def compressed(self) -> tuple[nn.Module, resuscitate.Masks, float]:
+        """What `compress` makes of a copy, and its seconds."""
+        model, started = copy.deepcopy(self.dense), time.perf_counter()
+        if isinstance(self.pattern, NofM):
+            n, m = self.pattern
+            report = resuscitate.compress(model, 1 - n / m, self.images, pattern=self.target, progress=False)
+        else:
+            report = resuscitate.compress(model, float(self.target.rstrip("%")) / 100, self.images, progress=False)
+        return model, report.masks, time.perf_counter() - started
 
 
-def _nncf(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
+Tool = Callable[[Cell], nn.Module]
+
+
+def _update_bn(cell: Cell) -> nn.Module:
+    model, _ = cell.pruned()
+    update_bn(cell.images.split(128), model)
+    return model.eval()
+
+
+def _nncf(cell: Cell) -> nn.Module:
     import nncf
 
-    nncf.batch_norm_adaptation(model, nncf.Dataset(list(images.split(128))))
-    model.eval()
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    model, _ = cell.pruned()
+    nncf.batch_norm_adaptation(model, nncf.Dataset(list(cell.images.split(128))))
+    return model.eval()
 
 
 def _repair(**options: Any) -> Tool:
-    def run(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
-        resuscitate.repair(model, dense, images, **options, keep_worse=True, progress=False)
+    def run(cell: Cell) -> nn.Module:
+        model, _ = cell.pruned()
+        resuscitate.repair(model, cell.dense, cell.images, **options, keep_worse=True, progress=False)
+        return model
 
     return run
 
 
-def _compress(sparsity: float) -> Tool:
-    def run(model: nn.Module, dense: nn.Module, images: Tensor) -> None:
-        resuscitate.compress(model, sparsity, images, ridge=1e-2, progress=False)
-
-    return run
-
-
-def tools(images: int, sparsity: float) -> dict[str, Tool]:
-    """The tools by name. Each gets the pruned network, "compress" the dense one."""
+def _asr_as_published(cell: Cell) -> nn.Module:
     # 20 batches, as published; the batch size follows from the number of images
-    ema = resuscitate.EMA(batches=20, batch_size=images // 20)
-    found: dict[str, Tool] = {"no repair": lambda model, dense, images: None, "update_bn": _update_bn}
-    if find_spec("nncf") is not None:
-        logging.getLogger("nncf").setLevel(logging.ERROR)
-        found["NNCF adaptation"] = _nncf
-    found["ASR + EMA, as published"] = _repair(method="asr", schedule="parallel", recalibrate=ema)
-    found["ASR, sequential"] = _repair(method="asr")
-    found["channel-wise, sequential"] = _repair(method="channelwise")
-    found["refit"] = _repair(method="refit", ridge=1e-2)
-    found["compress"] = _compress(sparsity)
-    return found
+    ema = resuscitate.EMA(batches=20, batch_size=len(cell.images) // 20)
+    return _repair(method="asr", schedule="parallel", recalibrate=ema)(cell)
+
+
+def _one_shot(cell: Cell) -> nn.Module:
+    model = copy.deepcopy(cell.dense)
+    one_shot(model, cell.images, cell.pruned()[1], cell.pattern if isinstance(cell.pattern, NofM) else None)
+    return model
+
+
+def _distillation(cell: Cell) -> nn.Module:
+    model, masks = cell.pruned()
+    distil(model, cell.dense, cell.images, masks, cell.compressed[2], cell.augmented)
+    return model
+
+
+def _compress(cell: Cell) -> nn.Module:
+    return cell.compressed[0]
+
+
+def _after_compress(cell: Cell) -> nn.Module:
+    model, masks, seconds = cell.compressed
+    model = copy.deepcopy(model)
+    distil(model, cell.dense, cell.images, masks, seconds, cell.augmented)
+    return model
+
+
+TOOLS: dict[str, Tool] = {
+    "no repair": lambda cell: cell.pruned()[0],
+    "update_bn": _update_bn,
+    **({"NNCF adaptation": _nncf} if find_spec("nncf") else {}),
+    "ASR + EMA, as published": _asr_as_published,
+    "ASR": _repair(method="asr"),
+    "one-shot, SparseGPT": _one_shot,
+    "refit": _repair(method="refit"),
+    "compress": _compress,
+    "distillation": _distillation,
+    "compress, then distillation": _after_compress,
+}
+
+
+def measure(cell: Cell, score: resuscitate.Accuracy, tools: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """The accuracy and the seconds of each tool."""
+    accuracy, seconds = {}, {}
+    for name in tools:
+        if "distillation" in name:
+            _ = cell.compressed  # its time is not that of the distillation
+        started = time.perf_counter()
+        model = TOOLS[name](cell)
+        seconds[name] = round(cell.compressed[2] if name == "compress" else time.perf_counter() - started, 2)
+        accuracy[name] = score(model)
+    return accuracy, seconds
 
 
 def main(
     data: DataFolder = None,
-    nets: Nets = "resnet20,resnet32",
-    sparsities: Annotated[str, typer.Option(help="by comma")] = "0.8,0.9,0.95",
-    images: ImageCount = 512,
-    only: Annotated[str, typer.Option(help="these tools alone, by comma; the others keep their figures")] = "",
-    test_images: int = 2000,
+    nets: Nets = "resnet20,resnet32,dscnn",
+    targets: Annotated[str, typer.Option(help="sparsities and patterns, by comma")] = "50%,70%,80%,90%,95%,98%,2:4,1:4",
+    draws: Annotated[int, typer.Option(help="of the calibration images")] = 5,
+    only: Annotated[str, typer.Option(help="measure these tools again, by comma; the others keep their figures")] = "",
+    test_images: int = 10_000,
     output: Path = RESULTS,
 ) -> None:
-    """Repair trained networks with every tool; print accuracies and seconds."""
-    folder = data_folder(data)
-    calibration, score = calibration_images(folder, images), scorer(folder, test_images)
-    jobs = [(net, float(sparsity)) for net in nets.split(",") for sparsity in sparsities.split(",")]
-    before = json.loads((output / "headline.json").read_text())["rows"] if only else []
-    kept, rows = {(row["net"], row["sparsity"]): row for row in before}, []
-    for net, sparsity in progress(jobs, "repairing"):
-        dense = network(net, folder, calibration)
-        pruned = copy.deepcopy(dense)
-        resuscitate.sparsify(pruned, sparsity)
-        row: dict[str, Any] = {"net": net, "sparsity": sparsity, "dense": score(dense), "accuracy": {}, "seconds": {}}
-        row = kept.get((net, sparsity), row)
-        for name, tool in tools(images, sparsity).items():
-            if name not in (only.split(",") if only else (name,)):
-                continue
-            model, started = copy.deepcopy(dense if name == "compress" else pruned), time.perf_counter()
-            tool(model, dense, calibration)
-            row["seconds"][name] = round(time.perf_counter() - started, 2)
-            row["accuracy"][name] = score(model)
-        rows.append(row)
-    found = {"images": {"calibration": images, "test": test_images}, "pruning": "global L1", "rows": rows}
-    publish(output, found, markdown(rows))
+    """Repair trained networks with every tool; write accuracies and seconds."""
+    folder, file = data_folder(data), output / "headline.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    known = {(row["net"], row["target"], row["draw"]): row for row in rows}
+    jobs = [(net, target, draw) for draw in range(draws) for net in nets.split(",") for target in targets.split(",")]
+    jobs = [job for job in jobs if only or job not in known]
+    for net, target, draw in progress(jobs, "repairing"):
+        dense, images, score = case(net, draw, folder, test_images)
+        accuracy, seconds = measure(
+            Cell(dense, target, images, net != "dscnn"), score, only.split(",") if only else TOOLS
+        )
+        row = known.setdefault(
+            (net, target, draw),
+            {"net": net, "target": target, "draw": draw, "dense": score(dense), "accuracy": {}, "seconds": {}},
+        )
+        row["accuracy"].update(accuracy)
+        row["seconds"].update(seconds)
+        publish(file, list(known.values()), test_images)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Accuracy and seconds: a row for each network and sparsity, a column for each tool, the best in bold."""
-    names = list(rows[0]["accuracy"])
+def publish(file: Path, rows: list[dict[str, Any]], test_images: int) -> None:
+    """Write the rows and both tables."""
+    order = [(net, target) for net in NETS for target in TARGETS]
+    rows.sort(key=lambda row: (order.index((row["net"], row["target"])), row["draw"]))
+    found = {**machine(), "images": {"test": test_images}, "rows": rows}
+    write(file, found, table([row for row in rows if row["target"] in SHOWN[row["net"]]], HIDDEN))
+    file.with_name("headline_all.md").write_text(table(rows))
+
+
+def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
+    """A row for each network and target; for each tool mean accuracy, its spread over draws, and median seconds."""
+    names = [name for name in TOOLS if any(name in row["accuracy"] for row in rows) and name not in hidden]
     lines = []
-    for row in rows:
-        best = max(row["accuracy"].values())
+    for net, target in dict.fromkeys((row["net"], row["target"]) for row in rows):
+        chosen = [row for row in rows if (row["net"], row["target"]) == (net, target)]
+        means = {name: mean(row["accuracy"][name] for row in chosen) for name in names}
         cells = []
-        for name, accuracy in row["accuracy"].items():
-            figure = accuracy_cell(accuracy, best)
-            cells.append(figure if name == "no repair" else f"{figure} ({row['seconds'][name]:.1f} s)")
-        lines.append([f"{row['net']} ({row['dense']:.1f}), {row['sparsity']:.0%}", *cells])
+        for name in names:
+            spread = f" ± {stdev(row['accuracy'][name] for row in chosen):.1f}" if len(chosen) > 1 else ""
+            spent = "" if name == "no repair" else f" ({median(row['seconds'][name] for row in chosen):.1f} s)"
+            cells.append(f"{accuracy_cell(means[name], max(means.values()))}{spread}{spent}")
+        dense = mean(row["dense"] for row in chosen)
+        lines.append([f"{NETS[net]} ({dense:.1f}), {target}", *cells])
     return markdown_table(["network (dense), sparsity", *names], lines)
 
 

@@ -133,9 +133,9 @@ def distil(
     images, moved by up to 4 pixels. Pruned weights stay zero; BatchNorms are in training mode, and in the end have the
     mean statistics of the images.
     """
-    started, step, generator = time.perf_counter(), 0, torch.Generator().manual_seed(0)
-    optimiser = torch.optim.Adam(model.parameters(), RATE)
+    generator, optimiser = torch.Generator().manual_seed(0), torch.optim.Adam(model.parameters(), RATE)
     model.train()
+    started = time.perf_counter()  # not before: the first optimiser of a process imports much
     while (spent := time.perf_counter() - started) < seconds:
         for group in optimiser.param_groups:
             group["lr"] = RATE * (1 - spent / seconds)
@@ -148,7 +148,6 @@ def distil(
         loss.backward()
         optimiser.step()
         masks.apply_(model)
-        step += 1
     update_bn(images.split(BATCH), model)
     model.eval()
 
