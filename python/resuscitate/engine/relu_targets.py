@@ -75,13 +75,13 @@ def relu_equivalent_products(
     targets = ReluEquivalentTargets(*shaped, rising=rises)
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
-        ours = [each if each is None else kept.of_outputs(name, each, net.axis(name)) for each in batch[2:]]
-        parts = with_batch_axis(layer, *batch[:2], *ours)
+        wanted = [each if each is None else kept.of_outputs(name, each, net.axis(name)) for each in batch[2:]]
+        parts = with_batch_axis(layer, *batch[:2], *wanted)
         chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in parts]
         for x, own, y, theirs in zip(*chunks, strict=False):
             read, window = operands(name, layer, x)
-            wanted = targets.nearest(product(read, weight, bias, window), y, own, theirs)
-            found += cross_products(read, wanted, window, patches.mean, patches.target)
+            nearest = targets.nearest(product(read, weight, bias, window), y, own, theirs)
+            found += cross_products(read, nearest, window, patches.mean, patches.target)
     return found
 
 

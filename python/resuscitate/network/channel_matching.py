@@ -123,7 +123,7 @@ class _Matching:
                 raise ModelMismatchError(f"the channels of {called(lost[0])} {problem}; {_remedy(lost[0])}")
             return
         group = _Group(tables, dense_tables, torch.ones(count, dense_count, dtype=torch.bool))
-        for axis in self.known.keys() & tables.keys():
+        for axis in filter(self.known.__contains__, tables):
             wanted = self.known[axis][tables[axis]]
             fits = (wanted[:, None] == dense_tables[axis]).all(2)
             if not bool((possible := (fits & group.candidates).any(1)).all()):

@@ -151,6 +151,8 @@ def compress(
     check_number("walks", walks, 1, whole=True)
     dense, reports = copy.deepcopy(model), list[RepairReport]()
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
+    if pattern == "channels" and plan.run["forward_fn"] is not None:
+        raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     pruning: dict[str, Any] = {"allocation": used, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}

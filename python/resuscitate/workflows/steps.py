@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.batches import Batches
 from ..engine.kept import KeptStatistics
 from ..engine.probes import Request
 from ..engine.session import Session
-from ..errors import CalibrationError
 from ..methods.base import Method, option_names
 from ..network.layer_checks import split_by_objections
 from ..network.layers import select_layers
@@ -75,15 +74,9 @@ class Steps:
             identity = {"model": digest_model(session.models[0]), "images": images % MODULUS, "options": options}
             session.stack.enter_context(Journal(self.folder / "run.journal", identity, session.ranks))
 
-    def example(self) -> Tensor:
-        """Up to 32 images, the first ones of this rank or of the first rank that has any. Raises CalibrationError."""
-        first = self.ranks.lend(first_images(self.batches[0], MOST) if self.batches else None)
-        if not isinstance(first, Tensor):
-            kind = type(first).__name__
-            raise CalibrationError(
-                f"pattern 'channels' traces the model on plain images, not on a batch of type {kind}"
-            )
-        return first
+    def example(self) -> Any:
+        """Up to 32 images, the first ones of this rank or of the first rank that has any."""
+        return self.ranks.lend(first_images(self.batches[0], MOST) if self.batches else None)
 
     def journal(self, step: str) -> Path | None:
         """The journal of a step; None without a folder."""

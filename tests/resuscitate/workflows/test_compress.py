@@ -460,10 +460,14 @@ class TestChannels:
         assert all(step.resumed for step in report.steps)
         assert same(model, again)
 
-    def test_a_batch_that_is_no_tensor_is_refused(self):
-        batches = [{"image": images(4), "name": ["a"] * 4}]
+    def test_a_forward_fn_is_refused(self):
+        with pytest.raises(ValueError, match="traces the model on plain images: it takes no forward_fn"):
+            compress(seeded(chain), 0.5, images(16), pattern="channels", forward_fn=lambda model, batch: model(batch))
+
+    def test_repairs_that_make_the_outputs_worse_are_undone_and_the_channels_removed_all_the_same(self, monkeypatch):
+        monkeypatch.setattr(resuscitate.workflows.compress.Agreement, "fell", True)
         model = seeded(chain)
-        run = {"pattern": "channels", "forward_fn": lambda model, batch: model(batch["image"]), "progress": False}
-        with pytest.raises(CalibrationError, match="traces the model on plain images, not on a batch of type dict"):
-            compress(model, 0.5, batches, **run)
-        assert same(model, seeded(chain))
+        report = compress(model, 0.5, images(32), pattern="channels", steps=2, progress=False)
+        assert report.undone
+        kept = report.removal.kept["0"]
+        assert torch.equal(model[0].weight, seeded(chain)[0].weight[kept])
