@@ -50,7 +50,7 @@ accuracy: $(READY) ## the accuracy table on real networks and images
 map: $(READY) ## where sparsity may go and which repair holds it; an hour, or less with ARGS='--workers 2'
 	@$(BIN)/python benchmarks/accuracy/recoverability.py $(ARGS)
 
-structured: $(READY) ## channels out of real networks, and what comes back; ten minutes
+structured: $(READY) ## channels out of real networks, and what comes back; fifteen minutes
 	@$(BIN)/python benchmarks/accuracy/structured.py $(ARGS)
 
 regrow: $(READY) ## one shot, in steps, or past the target and back, on real networks; half an hour

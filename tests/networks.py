@@ -59,6 +59,26 @@ def chain(bias: bool = False, batchnorm: bool = True, width: int = 8) -> nn.Modu
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
+def without_channels(dense: nn.Module, channels: list[int]) -> nn.Module:
+    """A copy of a `chain` whose first layer has these channels alone."""
+    small: nn.Module = copy.deepcopy(dense)
+    first, norm, second = (small.get_submodule(name) for name in ("0", "1", "3"))
+    first.weight, first.out_channels = nn.Parameter(first.weight[channels].detach()), len(channels)
+    second.weight, second.in_channels = nn.Parameter(second.weight[:, channels].detach()), len(channels)
+    norm.weight, norm.bias = (nn.Parameter(x[channels].detach()) for x in (norm.weight, norm.bias))
+    norm.running_mean, norm.running_var = (x[channels].clone() for x in (norm.running_mean, norm.running_var))
+    norm.num_features = len(channels)
+    return small
+
+
+def disturb(model: nn.Module, part: float) -> nn.Module:
+    """Add noise to the weights and parameters of all layers and norms, in place: this part of their deviation."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += part * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def linears(rows: list[list[float]]) -> nn.Module:
     """A model of one bias-free linear layer for each list of weights."""
     model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in rows))

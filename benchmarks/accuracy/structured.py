@@ -2,17 +2,22 @@
 
 Channels are removed from trained ResNet-20 and ResNet-32 for CIFAR-10, the same share from each group of channels. Only
 channels within a block can be removed, because the shortcuts pad with zeros. The repairs use the same unlabelled
-images: none, exact BatchNorm, ridge aggregation alone (`two_stage.py`), a refit alone, and two-stage, which is
-aggregation and then a refit. Accuracy on images that no repair used. Writes structured.json and .md.
+images. Accuracy on images that no repair used. Writes structured.json and .md, two tables:
+
+1. Masked, repaired, then removed by `shrink`: no repair, exact BatchNorm, ridge aggregation alone (`two_stage.py`), a
+   refit alone, and two-stage, which is aggregation and then a refit; last `compress`, in seven steps to the same share.
+2. Removed by Torch-Pruning, then repaired: no repair, exact BatchNorm, channel-wise gains, and the default, a refit.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch_pruning  # type: ignore[import-untyped]
 import typer
 from torch import Tensor, nn
 
@@ -22,8 +27,11 @@ import resuscitate
 from benchmarks.accuracy.two_stage import aggregate
 from benchmarks.common.inputs import DataFolder, ImageCount, Nets, calibration_images, data_folder, network, scorer
 from benchmarks.common.results import RESULTS, accuracy_cell, markdown_table, progress, publish
+from resuscitate.network.comparison import count_flops
 
 REPAIRS = ("no repair", "BN exact", "aggregate", "refit", "two-stage")
+COMPRESS = "compress"
+OF_SMALLER = ("no repair", "BN exact", "channelwise", "refit")
 
 
 def prune(dense: nn.Module, sparsity: float, example: Tensor) -> tuple[nn.Module, resuscitate.Masks, float]:
@@ -34,13 +42,25 @@ def prune(dense: nn.Module, sparsity: float, example: Tensor) -> tuple[nn.Module
     return model, masks, before / after
 
 
-def at_ratio(dense: nn.Module, ratio: float, example: Tensor) -> tuple[nn.Module, resuscitate.Masks, float]:
-    """`prune` with the smallest share of channels that reduces the FLOPs at least `ratio` times; by bisection."""
+def prune_by_torch_pruning(dense: nn.Module, sparsity: float, example: Tensor) -> tuple[nn.Module, float]:
+    """A smaller copy by Torch-Pruning's magnitude pruner, and the FLOPs before over after."""
+    model = copy.deepcopy(dense)
+    kept = [module for name, module in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    options = {"importance": importance, "pruning_ratio": sparsity, "ignored_layers": kept}
+    torch_pruning.pruner.BasePruner(model, example, **options).step()
+    return model, count_flops(dense, [example]) / count_flops(model, [example])
+
+
+def at_ratio(
+    prune: Callable[..., tuple[Any, ...]], dense: nn.Module, ratio: float, example: Tensor
+) -> tuple[float, tuple[Any, ...]]:
+    """The smallest share of channels, by bisection, with at least `ratio` times fewer FLOPs, and what `prune` gives."""
     low, high = 0.0, 0.9
     for _ in range(6):
         middle = (low + high) / 2
-        low, high = (low, middle) if prune(dense, middle, example)[2] >= ratio else (middle, high)
-    return prune(dense, high, example)
+        low, high = (low, middle) if prune(dense, middle, example)[-1] >= ratio else (middle, high)
+    return high, prune(dense, high, example)
 
 
 def repair(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> None:
@@ -52,6 +72,14 @@ def repair(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> Non
     if name in ("refit", "two-stage"):
         # without ReLU-aware refinement: half the time
         resuscitate.repair(model, dense, images, method="refit", relu_aware=False, ridge=1e-2, progress=False)
+
+
+def repair_smaller(name: str, model: nn.Module, dense: nn.Module, images: Tensor) -> None:
+    """One of `OF_SMALLER`, in place."""
+    if name == "BN exact":
+        resuscitate.repair(model, calibration=images, method="bn", progress=False)
+    elif name != "no repair":
+        resuscitate.repair(model, dense, images, method=name, keep_worse=True, progress=False)
 
 
 def main(
@@ -66,28 +94,39 @@ def main(
     folder = data_folder(data)
     calibration, score = calibration_images(folder, images), scorer(folder, test_images)
     jobs = [(net, float(ratio)) for net in nets.split(",") for ratio in ratios.split(",")]
-    rows = []
+    rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     for net, ratio in progress(jobs, "repairing"):
         dense = network(net, folder, calibration)
-        pruned, masks, reached = at_ratio(dense, ratio, calibration[:2])
+        share, (pruned, masks, reached) = at_ratio(prune, dense, ratio, calibration[:2])
         row: dict[str, Any] = {"net": net, "dense": score(dense), "ratio": round(reached, 2), "accuracy": {}}
         for name in REPAIRS:
             model = copy.deepcopy(pruned)
             repair(name, model, dense, calibration)
             resuscitate.shrink(model, masks, calibration[:2])
             row["accuracy"][name] = score(model)
+        model, options = copy.deepcopy(dense), {"relu_aware": False, "ridge": 1e-2}
+        resuscitate.compress(model, share, calibration, pattern="channels", keep_worse=True, progress=False, **options)
+        row["accuracy"][COMPRESS] = score(model)
         rows.append(row)
-    publish(output, {"images": {"calibration": images, "test": test_images}, "rows": rows}, markdown(rows))
+        _, (small, reached) = at_ratio(prune_by_torch_pruning, dense, ratio, calibration[:2])
+        row = {"net": net, "dense": row["dense"], "ratio": round(reached, 2), "accuracy": {}}
+        for name in OF_SMALLER:
+            model = copy.deepcopy(small)
+            repair_smaller(name, model, dense, calibration)
+            row["accuracy"][name] = score(model)
+        smaller.append(row)
+    found = {"images": {"calibration": images, "test": test_images}, "rows": rows, "smaller": smaller}
+    publish(output, found, f"{markdown(rows, (*REPAIRS, COMPRESS))}\n{markdown(smaller, OF_SMALLER)}")
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], repairs: Sequence[str]) -> str:
     """A row for each network and ratio of FLOPs, a column for each repair: accuracy, the best of a row in bold."""
     lines = []
     for row in rows:
         best = max(row["accuracy"].values())
         cells = [accuracy_cell(accuracy, best) for accuracy in row["accuracy"].values()]
         lines.append([f"{row['net']} ({row['dense']:.1f}), {row['ratio']:.2f}x fewer", *cells])
-    return markdown_table(["network (dense), FLOPs", *REPAIRS], lines)
+    return markdown_table(["network (dense), FLOPs", *repairs], lines)
 
 
 if __name__ == "__main__":

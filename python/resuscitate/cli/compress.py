@@ -33,7 +33,9 @@ def compress(
     ] = None,
     trials: Annotated[int, opt("Number of sparsities that are tried for it; a compression each.", min=1)] = 6,
     allocation: Annotated[Literal["measured", Allocation], opt("How it is distributed over the layers.")] = "measured",
-    pattern: Annotated[str, opt("unstructured or filter.")] = "unstructured",
+    pattern: Annotated[
+        str, opt("unstructured, filter, channels (which are removed), or n:m, such as 2:4.")
+    ] = "unstructured",
     steps: Annotated[
         Any, opt("A number, or each sparsity: 0.5,0.8,0.9.", parser=flags.parse_steps, metavar="STEPS")
     ] = 7,

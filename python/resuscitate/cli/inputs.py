@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,10 +76,22 @@ LIBRARIES: dict[str, Callable[[str], Any]] = {
 
 
 def load_model(name: str, weights: Path | str) -> nn.Module:
-    """A model by its name, with the weights of a file."""
+    """A model by its name, with the weights of a file, which may have fewer channels."""
     network = build_model(name)
-    load_weights(network, weights)
+    load_weights(network, weights, smaller=True)
     return network
+
+
+def read_channels(path: Path) -> dict[str, list[int]]:
+    """The kept channels, {layer: [indices]}, from a JSON file. Raises typer.BadParameter for other content."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise typer.BadParameter(f"{path}: not JSON ({error})") from None
+    lists = isinstance(found, dict) and all(isinstance(each, list) for each in found.values())
+    if not lists or not all(type(index) is int for each in found.values() for index in each):
+        raise typer.BadParameter(f'{path}: needs lists of indices by layer, such as {{"conv1": [0, 2, 5]}}')
+    return found
 
 
 @dataclass

@@ -10,6 +10,7 @@ import typer
 from ..data.batches import most_images
 from ..engine.reference import DenseStatistics
 from ..methods.base import AUTO, DenseAccess, Schedule, method_named, registered
+from ..network.channel_matching import is_smaller
 from ..network.masks import Masks
 from ..network.mean_layers import densify
 from ..workflows.plan import make_plan
@@ -18,7 +19,7 @@ from . import flags
 from .application import app, call, finish, made_by, options_of, run_time_options, show
 from .compare import Comparison
 from .flags import opt
-from .inputs import load_model, opened, read_labelled
+from .inputs import load_model, opened, read_channels, read_labelled
 from .method_options import method_name, method_options, of_recalibrations, recalibration, takes_methods
 
 Recalibrate = Literal["auto", "exact", "ema", "none"]
@@ -40,6 +41,10 @@ def repair(
     recalibrate: Annotated[Recalibrate, opt("BatchNorm; auto: exact for bn, else none (dense statistics).")] = "auto",
     gain_samples: Annotated[int | None, opt("Measure the layers on at most so many images.", min=1)] = None,
     masks: Annotated[Path | None, opt("Weights in use, by `prune --masks`; default: those not zero.")] = None,
+    channels: Annotated[
+        Path | None,
+        opt("JSON, {layer: [indices]}: which dense channels a smaller network has, where that is not clear."),
+    ] = None,
     fill: Annotated[bool, opt("Write mean layers as plain dense weights.")] = False,
     skip_first: Annotated[bool | None, opt("Leave the first layer unchanged; default: unless refitted.")] = None,
     skip_last: Annotated[bool | None, opt("Leave the classifier unchanged; default: if its inputs differ.")] = None,
@@ -66,7 +71,10 @@ def repair(
     target = dense_stats or dense if whole is None else whole
     chosen = {"dense": target, "method": name, **method_options(options), "recalibrate": recalibration(options)}
     most = most_images(call(make_plan, options, call="repair", **chosen).image_counts, options["max_samples"])
+    if detail and whole is not None and is_smaller(network, whole):
+        raise typer.BadParameter("--detail compares channel by channel: the pruned network has fewer")
     chosen |= {"model": network, "masks": None if masks is None else Masks.load(masks)}
+    chosen["channels"] = None if channels is None else read_channels(channels)
     with opened(network, options, max_samples=most) as (images, ranks):
         score = None if test is None or ranks.rank else read_labelled(test, options)
         seen = images.head if detail else None

@@ -23,6 +23,8 @@ from torch.nn.parameter import is_lazy
 from ..errors import CheckpointError
 from ..network.layers import LAYERS, out_channels, unwrap
 from ..network.mean_layers import can_have_means, means_fit, to_mean_layer
+from ..network.resizing import resize_layers, smaller_shapes
+from ..network.snapshot import Snapshot
 from ..utils.files import write_safetensors
 from ..version import __version__
 
@@ -62,7 +64,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -> None:
     """Load a checkpoint into `model`, strictly: file and model must have the same tensors.
 
     These differences are allowed; all but the last are logged:
@@ -71,14 +73,31 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     - a bias of a convolution or linear layer that has none in the model is added to the layer (a repair adds one where
       no BatchNorm can take the shift), as are the `means` of a layer (see `replace_by_means`);
     - a tied tensor may be stored once, and `num_batches_tracked` may be missing.
+    smaller: the file may have fewer channels, as after structured pruning; layers and norms are made smaller then.
     Raises CheckpointError, naming the keys that do not fit, with the model unchanged.
     """
     model = unwrap(model)
     wanted = model.state_dict()
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
-    optional = {f"{name}.{part}" for name in layers for part in ("bias", "means")}
+    optional = {f"{name}.{part}" for name in _layers(model) for part in ("bias", "means")}
     state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
     state = _bake_masks(path, state, wanted)
+    shapes = smaller_shapes(wanted, {key: value.shape for key, value in state.items()}) if smaller else {}
+    if not shapes:
+        return _load(model, path, state)
+    log.info("%s: has fewer channels than the model: %s", path, _abbreviated(list(shapes)))
+    with Snapshot(model):
+        resize_layers(model, shapes)
+        _load(model, path, state)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Layers by each of their names."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+
+
+def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor]) -> None:
+    wanted, layers = model.state_dict(), _layers(model)
+    optional = {f"{name}.{part}" for name in layers for part in ("bias", "means")}
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
     common = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
     stored_memory = {wanted[key].data_ptr() for key in common}

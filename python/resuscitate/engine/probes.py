@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..network.channels import KeptChannels
 from ..network.layers import dead_channels, effective_weight, out_channels
 from ..runtime.distributed import Ranks
 from ..statistics.base import Statistic
@@ -74,7 +75,8 @@ class Layer:
 
     `dense` is the same layer of the dense network, if that is there. `in_use`, boolean in the shape of the weight, is
     False where a weight is pruned. `is_product`: the output is the weight times patches of one input, and a bias.
-    `ranks` are the processes over which a method may divide its work.
+    `ranks` are the processes over which a method may divide its work. `kept`: the dense channels that the network has,
+    where it is smaller than the dense one.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Layer:
     in_use: Tensor
     is_product: bool
     ranks: Ranks
+    kept: KeptChannels = field(default_factory=KeptChannels)
 
     @property
     def channels(self) -> int:
@@ -93,6 +96,16 @@ class Layer:
     def weight(self) -> Tensor:
         """The weight that a forward pass uses."""
         return effective_weight(self.name, self.module)
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """The weight of the dense layer; of a larger one the part between the channels that this layer has.
+
+        Raises ModelMismatchError where its input channels are not known, ValueError without a dense network.
+        """
+        if self.dense is None:
+            raise ValueError(f"{self.name}: there is no dense network")
+        return self.kept.of_weight(self.name, self.module, self.dense)
 
     @property
     def dead(self) -> Tensor:

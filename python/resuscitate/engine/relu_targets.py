@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from asr_kernels import CrossProducts, PatchMoments, cross_products
 
+from ..network.channels import KeptChannels
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import Network
 from ..network.wiring import ReluConsumer
@@ -51,6 +53,7 @@ def relu_equivalent_products(
     name: str,
     consumers: Sequence[ReluConsumer],
     rises: bool,
+    kept: KeptChannels,
     seen: Callable[[], Iterable[Seen]],
     weight: Tensor,
     bias: Tensor,
@@ -59,24 +62,26 @@ def relu_equivalent_products(
     """The cross products of a layer's inputs with the ReLU-equivalent targets that are nearest to its outputs.
 
     weight, bias: those that make the outputs, in the layer's shape and (O,). `consumers`: those of the layer in the
-    pruned and in the dense network; `rises`: the layer's value in `rising`. About the means of `patches`, the moments
-    of the same inputs and the dense outputs.
+    pruned and in the dense network; `rises`: the layer's value in `rising`; `kept`: the dense channels that it has.
+    About the means of `patches`, the moments of the same inputs and the dense outputs.
     """
     layer = net.modules[name]
     mean = patches.target.view(-1)
     reach = FURTHEST * (patches.yy.view(-1) / patches.count).sqrt()
-    vectors = *_affine(net, consumers[0], mean), *_affine(dense, consumers[1], mean), mean - reach, mean + reach
+    affine = *_affine(net, consumers[0], mean), *_affine(dense, consumers[1], mean, partial(kept.of_outputs, name))
+    vectors = *affine, mean - reach, mean + reach
     dtype = torch.float64 if net.dtype == torch.float64 else torch.float32
     shaped = (vector.to(dtype).view([-1] + [1] * (-1 - net.axis(name))) for vector in vectors)
     targets = ReluEquivalentTargets(*shaped, rising=rises)
     found = CrossProducts(*(torch.zeros_like(part) for part in (patches.xy, patches.target, patches.yy)))
     for batch in seen():
-        parts = with_batch_axis(layer, *batch)
+        wanted = [each if each is None else kept.of_outputs(name, each, net.axis(name)) for each in batch[2:]]
+        parts = with_batch_axis(layer, *batch[:2], *wanted)
         chunks = [[None] * len(batch[0]) if part is None else part.split(IMAGES) for part in parts]
         for x, own, y, theirs in zip(*chunks, strict=False):
             read, window = operands(name, layer, x)
-            wanted = targets.nearest(product(read, weight, bias, window), y, own, theirs)
-            found += cross_products(read, wanted, window, patches.mean, patches.target)
+            nearest = targets.nearest(product(read, weight, bias, window), y, own, theirs)
+            found += cross_products(read, nearest, window, patches.mean, patches.target)
     return found
 
 
@@ -119,13 +124,19 @@ class ReluEquivalentTargets:
         return torch.where(hidden, low.clamp_(self.least, self.greatest), wanted)
 
 
-def _affine(net: Network, consumer: ReluConsumer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and shift (O,) of the BatchNorm; 1 and 0 without one."""
+def _affine(
+    net: Network,
+    consumer: ReluConsumer,
+    like: Tensor,
+    pick: Callable[[Tensor, int], Tensor] = lambda vector, axis: vector,
+) -> tuple[Tensor, Tensor]:
+    """Gain and shift (O,) of the BatchNorm; 1 and 0 without one. pick: the channels of the dense one to take."""
     if consumer.batchnorm is None:
         return torch.ones_like(like), torch.zeros_like(like)
     module = net.modules[consumer.batchnorm]
     assert isinstance(module, _BatchNorm)
-    return gain_and_shift(module)
+    gain, shift = gain_and_shift(module)
+    return pick(gain, 0), pick(shift, 0)
 
 
 def added_node(graph: fx.Graph, consumer: ReluConsumer, name: str) -> fx.Node | None:

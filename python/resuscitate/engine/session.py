@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..data.batches import Batches, cut, read_share
 from ..data.calibration import hold, is_held
 from ..errors import ModelMismatchError, called
+from ..network.channel_matching import find_kept_channels, is_smaller
+from ..network.channels import KeptChannels
 from ..network.runner import Network, check_tensors
 from ..network.snapshot import Snapshot, evaluation_mode, moved_to
 from ..network.wiring import Wiring, observe
@@ -22,6 +24,7 @@ from ..runtime.activations import Store
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
+from ..statistics.correlations import OutputCorrelations
 from ..statistics.outputs import OutputMoments
 from .graph_walk import GraphPasses, NoGraphError, graph_walk
 from .measure import measure, screen
@@ -42,8 +45,8 @@ class Session:
     all ranks, and `snapshot` is its copy. `measures=False`: only that, for a function that calls others which measure.
     `ranks`: those of the group of the options, if they are made already. `store` is the memory budget, `skipped` counts
     images left out for non-finite activations. `nets` are the networks, `net` the first of them, `dense` the second, if
-    any. After `look`, `wiring` and `example` are the wiring of the first network and a small batch; after a walk,
-    `walk_taken` is its kind.
+    any. After `look`, `wiring` and `example` are the wiring of the first network and a small batch; after
+    `match_channels`, `kept` are the dense channels that the first network has; after a walk, `walk_taken` is its kind.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Session:
         self.models, self.run, self.writes, self.measures = models, run, writes, measures
         self.ranks = Ranks(run["group"]) if ranks is None else ranks
         self.skipped = Counter[str]()
-        self.wiring, self.example = Wiring(), None
+        self.wiring, self.example, self.kept = Wiring(), None, KeptChannels()
         self.walk_taken = "none"
 
     def __enter__(self) -> Session:
@@ -128,15 +131,33 @@ class Session:
         self.wiring = observe(self.net.model, lambda: self.net.run(self.example))
         return self.wiring
 
+    def match_channels(self, given: Mapping[str, Any], batches: Iterable[Any]) -> KeptChannels:
+        """Find the dense channels that the first network has kept, if it is smaller; see `find_kept_channels`.
+
+        batches: to correlate outputs on, where weights and parameters do not decide.
+        """
+        assert self.dense is not None
+        if given or is_smaller(self.net.model, self.dense.model):
+
+            def correlations(names: Iterable[str]) -> dict[str, Tensor]:
+                found = self.compare(batches, names, OutputCorrelations)
+                return {name: statistic.correlations.cpu() for name, statistic in found.items()}
+
+            self.kept = find_kept_channels(self.net, self.dense, self.example, given, correlations)
+            torch.manual_seed(self.run["seed"])  # again, as in `look`
+        return self.kept
+
     def place(self, name: str) -> Place:
         """Where a statistic of this layer is measured."""
         dense = None if self.dense is None else self.dense.modules.get(name)
-        return Place(name, self.net.modules[name], dense)
+        return Place(name, self.net.modules[name], dense, self.kept)
 
     def layers(self, modules: Mapping[str, nn.Module], in_use: Mapping[str, Tensor]) -> dict[str, Layer]:
         """The modules as a method sees them; `in_use` has the masks of their weights."""
         return {
-            name: Layer(name, module, self.place(name).dense, in_use[name], name in self.wiring.products, self.ranks)
+            name: Layer(
+                name, module, self.place(name).dense, in_use[name], name in self.wiring.products, self.ranks, self.kept
+            )
             for name, module in modules.items()
         }
 
@@ -147,7 +168,7 @@ class Session:
 
         known: names whose updates are known already. They are measured nowhere, and not merged.
         """
-        walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show)
+        walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show, self.kept)
         with closing(measurements(walk)) as found:
             for measurement in found:
                 if measurement.name not in known:
@@ -162,7 +183,8 @@ class Session:
         merged = {}
         for name in names:
             statistic = OutputMoments(self.place(name))
-            statistic.calls, statistic.dense_calls = ours[name], theirs[0][name] if theirs else []
+            statistic.calls = ours[name]
+            statistic.dense_calls = self.kept.of_moments(name, theirs[0][name]) if theirs else []
             merged[name] = self.merged(statistic)
         return merged
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import asr_kernels as ak
 
 from ..data.batches import Batches
+from ..network.channels import KeptChannels
 from ..network.runner import Network
 from ..network.wiring import ReluConsumer, Wiring, observe
 from ..runtime.activations import Store
@@ -31,6 +32,7 @@ class Walk:
     `wiring` is that of the pruned network, `example` a small batch to try the networks with. `requests` are put into
     the order of execution, without modules that a forward pass does not call. `taken` becomes "graph" or "suspended".
     `beside` is the dense network where it runs beside the pruned one. `counts` are the batches of each request.
+    `kept`: the dense channels that the pruned network has, where it is smaller.
     `consumers` has for the pruned and for the dense network, by layer, the ReLU consumer of each layer to replay.
     """
 
@@ -42,6 +44,7 @@ class Walk:
     requests: Sequence[Request]
     title: str = ""
     progress: bool | None = False
+    kept: KeptChannels = field(default_factory=KeptChannels)
     taken: str = field(default="none", init=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class Collector:
         self.request, self.walk = request, walk
         name, probe, batches = request.name, request.probe, walk.batches
         dense = None if walk.beside is None else walk.beside.modules.get(name)
-        place = Place(name, walk.pruned.modules[name], dense)
+        place = Place(name, walk.pruned.modules[name], dense, walk.kept)
         if probe.folds > 1:
             place = replace(place, folds=lambda batch, rows: batches.folds(batch, probe.folds, rows))
         self.found = probe.statistic(place)
@@ -117,6 +120,8 @@ class Collector:
     def add(self, index: int, pruned: Any, dense: Any = None) -> None:
         """Add what one batch has in the pruned network, and in the dense one; None where the layer was not reached."""
         x, y = pruned if index < self.measured else None, dense if index < self.dense_measured else None
+        if isinstance(y, Tensor) and self.request.probe.dense == "output":
+            y = self.walk.kept.of_outputs(self.request.name, y, self.walk.pruned.axis(self.request.name))
         if x is not None or y is not None:
             self.found.update(index, x, y)
 
@@ -130,12 +135,12 @@ class Collector:
             found.by_batch = {index: [each] for index, each in enumerate(self.known)}
         found.finish(self.request.batches)
         if isinstance(found, OutputMoments):
-            found.dense_calls = found.dense_calls or walk.apart.get(name, [])
+            found.dense_calls = found.dense_calls or walk.kept.of_moments(name, walk.apart.get(name, []))
             if self.behind is not None:
                 walk.inputs[self.behind] = self._inputs_of(self.behind, found)
         if walk.beside is not None and name in walk.consumers[0]:
             layer = walk.pruned, walk.beside, name, [each[name] for each in walk.consumers], walk.rising[name]
-            found.replay = partial(relu_equivalent_products, *layer, seen)
+            found.replay = partial(relu_equivalent_products, *layer, walk.kept, seen)
 
         def correct(gain: Tensor, shift: Tensor) -> None:
             corrected(gain, shift)

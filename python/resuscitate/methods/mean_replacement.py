@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..engine.probes import Layer, Probe
-from ..network.layers import effective_weight, refuse_means
+from ..network.layers import refuse_means
 from ..network.mean_layers import can_have_means, means_of_pruned
 from ..network.updates import Unchanged, Weights
 from ..runtime.options import check_choice
@@ -50,6 +50,6 @@ class MeanReplacement(Method):
         pruned, weight = ~layer.in_use, layer.weight
         if layer.dense is None or not can_have_means(layer.module) or not pruned.any():
             return Unchanged("nothing to replace")
-        means = means_of_pruned(effective_weight(layer.name, layer.dense).to(weight), pruned, self.means)
+        means = means_of_pruned(layer.dense_weight.to(weight), pruned, self.means)
         survivors = weight - means.to(weight.dtype)
         return Weights(survivors, means=means, status="replaced", reason=f"{means.numel():,} means of pruned weights")

@@ -45,8 +45,11 @@ def split_by_objections(layers: Mapping[str, nn.Module], act: str) -> tuple[dict
     return {name: layer for name, layer in layers.items() if name not in found}, found
 
 
-def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
-    """Are all weights equal? ModelMismatchError unless the dense model has these layers, in memory of its own."""
+def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module, *, smaller: bool = False) -> bool:
+    """Are all weights equal? ModelMismatchError unless the dense model has these layers, in memory of its own.
+
+    smaller: the layers may have fewer channels than in the dense model.
+    """
     originals, same = dict(dense.named_modules()), True
     for name, layer in layers.items():
         if name not in originals:
@@ -55,13 +58,19 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module) -> bool:
         if not isinstance(originals[name], LAYERS) or kind != dense_kind:
             raise ModelMismatchError(f"{called(name)} is {kind} in the pruned model and {dense_kind} in the dense one")
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
-        if weight.shape != original.shape:
+        if not (_fits_into(weight, original) if smaller else weight.shape == original.shape):
             shapes = f"{tuple(weight.shape)} in the pruned model and {tuple(original.shape)} in the dense one"
             raise ModelMismatchError(f"the weight of {called(name)} is {shapes}")
         if weight.data_ptr() == original.data_ptr():
             raise ModelMismatchError(f"{called(name)} shares its weight with the dense model; pass a deep copy")
         same = same and torch.equal(weight, original.to(weight.device))
     return same
+
+
+def _fits_into(weight: Tensor, original: Tensor) -> bool:
+    """Have both the same kernel, and the weight no more channels?"""
+    channels = zip(weight.shape[:2], original.shape[:2], strict=True)
+    return weight.shape[2:] == original.shape[2:] and all(own <= whole for own, whole in channels)
 
 
 @torch.no_grad()

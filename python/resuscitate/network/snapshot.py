@@ -34,7 +34,7 @@ class Snapshot:
         self.copies = {id(x): (module, name, x.detach().clone()) for module, name, x in slots if x is not None}
         self.records = []
         for module in model.modules():
-            sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float)}
+            sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float, tuple)}
             tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
             self.records.append((module, type(module), sizes, tensors))
         self._interrupts = Interrupts()

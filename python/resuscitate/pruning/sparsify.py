@@ -95,8 +95,7 @@ def sparsify(
     indivisible: for "n:m", layers whose input channels m does not divide (a stem, a depthwise convolution): "dense"
         leaves them unchanged, "pad" pads the last group with channels of zeros, "raise" refuses. The masks note them.
     remove: for "channels": remove the channels from the model, which becomes smaller and faster and computes the same.
-        The masks keep the shapes from before. A repair needs these shapes in the pruned model too: repair it first,
-        then call `shrink(model, masks, example)`.
+        The masks keep the shapes from before. `shrink(model, masks, example)` does the same later.
     include, exclude: globs over layer names, or module types (see `select_layers`).
     options: of the measurement for "rr", see `RunOptions`.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 import asr_kernels as ak
+
+from ..network.channels import KeptChannels
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +25,7 @@ class Place:
     name: str
     module: nn.Module
     dense: nn.Module | None = None  # the same module of the dense network, if that is there
+    kept: KeptChannels = field(default_factory=KeptChannels)  # the dense channels of a smaller network
     # (batch, rows) -> by fold of the images that the batch has, which of so many rows belong to it, int64; None: all
     folds: Callable[[int, int], Mapping[int, Tensor | None]] = lambda batch, rows: {0: None}
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import register_pytree_node
 
 import asr_kernels as ak
 
+from ..network.channels import KeptChannels
 from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import check_finite, check_tensors
@@ -57,7 +58,7 @@ class PatchCovariances(Statistic):
         x, y = batched
         (x, window), count = operands(name, layer, x), input_blocks(layer)
         if count > 1:
-            y = contributions(name, self.place.dense, y, count)
+            y = contributions(name, self.place.dense, y, count, self.place.kept)
             window = replace(window, groups=count)
         for fold, rows in self.place.folds(batch, len(x)).items():
             places = None if rows is None else rows.to(x.device, non_blocking=True)
@@ -108,9 +109,16 @@ def merge_input_blocks(weight: Tensor, shape: torch.Size, count: int) -> Tensor:
     return weight.unflatten(0, (count, -1)).transpose(0, 1).reshape(shape)
 
 
-def contributions(name: str, layer: nn.Module, x: Tensor, count: int) -> Tensor:
-    """What each block of input channels adds to the output, (N, count * O, ...); the first block adds the bias."""
-    (x, window), old = operands(name, layer, x), stored_bias(name, layer)
-    weight = split_input_blocks(effective_weight(name, layer), count)
-    bias = None if old is None else torch.cat([old, old.new_zeros(len(weight) - len(old))])
-    return product(x, weight, bias, replace(window, groups=count))
+def contributions(name: str, layer: nn.Module, x: Tensor, count: int, kept: KeptChannels | None = None) -> Tensor:
+    """What each block of input channels adds to the output, (N, count * O, ...); the first block adds the bias.
+
+    kept: the channels that a smaller network has: of the outputs these, and of the inputs blocks of these. An input
+    channel that it lacks is in one of the blocks too.
+    """
+    kept = KeptChannels() if kept is None else kept
+    (x, window), bias = operands(name, layer, x), stored_bias(name, layer)
+    weight = kept.of_outputs(name, effective_weight(name, layer), 0)
+    biases = [None if bias is None else kept.of_outputs(name, bias, 0), *[None] * (count - 1)]
+    blocks = kept.blocks_of_inputs(name, layer, count)
+    parts = (product(x[:, block], weight[:, block], bias, window) for block, bias in zip(blocks, biases, strict=True))
+    return torch.cat(list(parts), 1)

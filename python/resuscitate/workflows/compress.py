@@ -21,6 +21,7 @@ from ..methods.base import Method, check_number
 from ..network.layers import Selection, reusable, unwrap
 from ..pruning.allocation import check_method
 from ..pruning.sparsify import sparsify
+from ..pruning.structured import Shrinkage, shrink
 from ..pruning.units import check_floors
 from ..reports.agreement import Agreement
 from ..reports.base import plain
@@ -28,6 +29,7 @@ from ..reports.repair import COLUMNS, LayerReport, RepairReport
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
+from .latency import latency
 from .measured import measure_scales
 from .stages import stages
 from .steps import Steps, StepsReport, plan_of_steps
@@ -47,12 +49,15 @@ class CompressReport(StepsReport):
     """The result of `compress`: the sparsity after each step, and the report of the repair that followed it.
 
     `allocation`: its "name"; for "measured" the "exponent" of the factors, 0 for a global ranking, and the "errors" of
-    the drafts' outputs, by exponent.
+    the drafts' outputs, by exponent. For pattern "channels": `removal`, with FLOPs and parameters before and after, and
+    the `latency` before and after, in seconds, of a forward pass of up to 32 images.
     """
 
     sparsities: list[float]
     steps: list[RepairReport]
     allocation: dict[str, Any] = field(default_factory=dict)
+    removal: Shrinkage | None = None
+    latency: tuple[float, float] | None = None
 
     work, step, titles = "compression", "step", ("explained by the refit", "images", "seconds")
     columns = ("step", "sparsity", *COLUMNS)
@@ -63,8 +68,18 @@ class CompressReport(StepsReport):
         return self.steps[-1].layers
 
     def to_dict(self) -> dict[str, Any]:
-        """As `StepsReport.to_dict`, and the allocation."""
-        return {**super().to_dict(), "allocation": plain(self.allocation)}
+        """As `StepsReport.to_dict`, and the allocation; for pattern "channels" also the removal and the latency."""
+        smaller = {} if self.removal is None else {"removal": plain(self.removal), "latency": plain(self.latency)}
+        return {**super().to_dict(), "allocation": plain(self.allocation), **smaller}
+
+    def outcome(self) -> list[str]:
+        """As `UndoableReport.outcome`, and what the removal of channels brought."""
+        if self.removal is None or self.latency is None:
+            return super().outcome()
+        counts = {"FLOPs": self.removal.flops, "parameters": self.removal.parameters}
+        words = [f"{name} {before:,} -> {after:,}" for name, (before, after) in counts.items()]
+        before, after = (f"{1e3 * seconds:.3g} ms" for seconds in self.latency)
+        return [*super().outcome(), f"{', '.join(words)}, a forward pass {before} -> {after}"]
 
     def each_step(self) -> Iterator[tuple[dict[str, Any], Iterable[dict[str, Any]], tuple[str, ...]]]:
         for sparsity, report in zip(self.sparsities, self.steps, strict=True):
@@ -100,12 +115,13 @@ def compress(
     unchanged.
 
     Args:
-        sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`.
+        sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`. With pattern
+            "channels" they are removed from the model at the end (`shrink`), which is then smaller and faster.
         allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
             times a factor for each layer, from the error that the layer's pruning causes at the outputs of the network.
             The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts of three steps. The one whose
             outputs come nearest to the dense network's is taken, if by 5 %; else no factors. For patterns of single
-            weights; else "global", as also where the method measures no inputs.
+            weights; else "uniform" for channels, and "global", as also where the method measures no inputs.
         calibration: as in `repair`. The images are read once and held in host memory: of a loader no more than fit in
             `memory` if the model runs on the host, else in half of the host's memory.
         steps: the number of steps, or the sparsity after each step, ascending to `sparsity`. With a number, the first
@@ -129,11 +145,14 @@ def compress(
     model, patterns = unwrap(model), stages(sparsity, steps, pattern)
     stops = list(patterns)
     check_method(allocation)
-    used = allocation if pattern == "unstructured" or allocation != "measured" else "global"
+    other = "uniform" if pattern == "channels" else "global"
+    used = allocation if pattern == "unstructured" or allocation != "measured" else other
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense, reports = copy.deepcopy(model), list[RepairReport]()
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
+    if pattern == "channels" and plan.run["forward_fn"] is not None:
+        raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     pruning: dict[str, Any] = {"allocation": used, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
@@ -145,6 +164,9 @@ def compress(
         measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
         if first_walk or used == "measured":
             measured = stack.enter_context(each.dense_statistics(dense))
+        example = each.example() if pattern == "channels" else None
+        if example is not None:
+            pruning["example"] = example
         if used == "measured":
             factors, about = _measured(each, dense, measured, stops, pruning)
             pruning |= factors
@@ -162,6 +184,10 @@ def compress(
         if worse:
             session.snapshot.restore()
             masks.apply_(model)
+        removal = speeds = None
+        if example is not None:
+            removal = shrink(model, masks, example)
+            speeds = latency(dense, example, each.run, each.ranks), latency(model, example, each.run, each.ranks)
         session.snapshot.forget_unchanged()
         seconds, undo = time.perf_counter() - started, session.snapshot.restore
         report = CompressReport(
@@ -172,6 +198,8 @@ def compress(
             sparsities=stops,
             steps=reports,
             allocation=about,
+            removal=removal,
+            latency=speeds,
         )
         if worse:
             report.note_undone()

@@ -177,7 +177,7 @@ def matching_layers(
     for name, layer in layers.items():
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):
-        if same_layers(layers, dense):
+        if same_layers(layers, dense, smaller=True):
             report.notes.append("the two models' weights are equal: nothing was pruned")
             log.warning(report.notes[-1])
     elif isinstance(dense, DenseStatistics):
@@ -188,7 +188,10 @@ def matching_layers(
             for had in (moments.channels for moments in dense.layers[name]):
                 if had != has:
                     problem = f"{called(name)} had {had} channels, the model has {has}"
-                    raise ModelMismatchError(f"{dense.path}: {problem}; measure the dense model of this very network")
+                    remedy = (
+                        "measure the dense model of this very network, or pass that model where channels are removed"
+                    )
+                    raise ModelMismatchError(f"{dense.path}: {problem}; {remedy}")
     return layers
 
 

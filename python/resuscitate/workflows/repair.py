@@ -57,6 +57,7 @@ def repair(
     include: Selection = None,
     exclude: Selection = None,
     masks: Mapping[str, Any] | None = None,
+    channels: Mapping[str, Any] | None = None,
     skip_first: bool | None = None,
     skip_last: bool | None = None,
     diagnostics: bool = False,
@@ -72,8 +73,9 @@ def repair(
     requires_grad, device, dtype, memory format and random state stay as found. `report.undo()` undoes the repair.
 
     Args:
-        dense: the network before pruning, with the same layers. Or `DenseStatistics` or their file: many prunings then
-            need one run of the dense network. Or "running": outputs are matched to the running statistics of the
+        dense: the network before pruning, with the same layers. Where they have more channels, it is found which ones
+            `model` has kept; see `channels`. Or `DenseStatistics` or their file: many prunings then need one run of the
+            dense network. Or "running": outputs are matched to the running statistics of the
             BatchNorm behind the layer, without a dense network. With "channelwise" and skip_first=False this is **exact
             recalibration by another name**, and no stronger. Method "bn" takes None, or the images in this place.
         calibration: images: a tensor (N, ...), or any iterable of tensors, tuples or dicts that hold one, or a
@@ -93,6 +95,8 @@ def repair(
         include, exclude: layers to repair, as globs over their names or as module types.
         masks: which weights are in use, as `Masks` or {layer: boolean tensor}; a refit then finds values also for
             weights that are in use but zero. None, or a layer without a mask: the weights that are not zero.
+        channels: for a model with fewer channels than `dense`, {layer: indices}: which of the dense layer's channels
+            each of its channels is, of layers where that is not clear. Channels that are coupled with them follow.
         skip_first: leave the first convolution unchanged, as published. skip_last: leave the last layer unchanged where
             no BatchNorm reads it (the classifier). None: as the method says (`skips_first`, `skips_last`).
         diagnostics: report which part of each layer's dense variance a gain can restore. It changes no weight. Needs
@@ -125,7 +129,9 @@ def repair(
             dense, calibration = None, dense  # no dense network is needed, and these are the images
         check_places(CALL, model=(model, NETWORK), dense=(dense, TARGET), calibration=(calibration, IMAGES))
         plan.check_dense(dense)
-        given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks}
+        if channels is not None and not isinstance(dense, nn.Module):
+            raise ValueError("channels are those of a dense network: pass dense as a model")
+        given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks, "channels": channels}
         check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
     given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume, "keep_worse": keep_worse}
     return carry_out(plan, model, dense, calibration, ranks, **given)
@@ -141,6 +147,7 @@ def carry_out(
     include: Selection = None,
     exclude: Selection = None,
     masks: Mapping[str, Any] | None = None,
+    channels: Mapping[str, Any] | None = None,
     skip_first: bool | None = None,
     skip_last: bool | None = None,
     resume: str | Path | None = None,
@@ -166,6 +173,9 @@ def carry_out(
         images = _read(session, plan, calibration, bool(layers), report)
         clock.end("reading images")
         wiring, selected = session.look(images.batches), layers
+        if selected and isinstance(target, nn.Module):
+            kept = session.match_channels(channels or {}, images.batches.head(images.gains))
+            report.notes += kept.notes(model, target)
         first = plan.method.skips_first if skip_first is None else skip_first
         active = recalibration if batchnorms else None
         last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
@@ -176,6 +186,8 @@ def carry_out(
         probes = plan.probes(seen)
         options_used = {**plan.identity(), "layers": list(layers), "batchnorms": list(batchnorms)}
         options_used["masks"] = None if masks is None else digest_tensors(zeros)
+        if session.kept.outputs:
+            options_used["channels"] = digest_tensors(session.kept.outputs)
         identity = _identity(session, target, images, options_used, resume is not None)
         if any(probe.folds > 1 for probe in probes.values()):
             images.batches.number_images(ranks)
@@ -282,8 +294,9 @@ def _match_reference(
     for name, mine in running_statistics(session.net.model).items():
         if name in kept:
             continue
-        theirs, channels = originals.get(name), len(mine[0])
-        if theirs is None or len(theirs[0]) != channels:
+        found, channels = originals.get(name), len(mine[0])
+        theirs = [] if found is None else [session.kept.of_outputs(name, each, 0) for each in found]
+        if not theirs or len(theirs[0]) != channels:
             raise ModelMismatchError(f"the dense model has no BatchNorm {name!r} with {channels} channels")
         pairs |= {(name, at): (m, original.to(m)) for at, (m, original) in enumerate(zip(mine, theirs, strict=True))}
     stale = differing(pairs)

@@ -20,6 +20,7 @@ from ..methods.base import Method, option_names
 from ..network.layer_checks import split_by_objections
 from ..network.layers import select_layers
 from ..network.masks import Masks, in_use
+from ..network.runner import first_images
 from ..reports.agreement import Agreement, Nearness
 from ..reports.base import UndoableReport, plain, terminal_table
 from ..reports.repair import RepairReport
@@ -27,7 +28,7 @@ from ..runtime.journal import Journal, fingerprints
 from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
-from .agreement import Judge
+from .agreement import MOST, Judge
 from .plan import Plan, make_plan
 from .repair import carry_out
 
@@ -72,6 +73,10 @@ class Steps:
             options = {**plan.identity(), **run_identity(plan.run), **fingerprints(choices)}
             identity = {"model": digest_model(session.models[0]), "images": images % MODULUS, "options": options}
             session.stack.enter_context(Journal(self.folder / "run.journal", identity, session.ranks))
+
+    def example(self) -> Any:
+        """Up to 32 images, the first ones of this rank or of the first rank that has any."""
+        return self.ranks.lend(first_images(self.batches[0], MOST) if self.batches else None)
 
     def journal(self, step: str) -> Path | None:
         """The journal of a step; None without a folder."""

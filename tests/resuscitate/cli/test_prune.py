@@ -203,3 +203,17 @@ class TestCompress:
         written = json.loads(Path("run.json").read_text())
         assert [step["sparsity"] for step in written["steps"]] == report.sparsities
         assert "written to out.safetensors" in done.stdout
+
+    def test_a_network_without_its_channels_is_read_by_the_name_of_the_model(self, user):
+        pytest.importorskip("torch_pruning")
+        files = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "small.safetensors", "--report", "run.json"]
+        invoke("compress", "-m", MODEL, "--sparsity", 0.5, "--pattern", "channels", "--steps", 2, *files)
+        flops, parameters = (
+            json.loads(Path("run.json").read_text())["removal"][key] for key in ("flops", "parameters")
+        )
+        assert flops[1] < flops[0]
+        state = load_file("small.safetensors")
+        trained = [key for key in state if key.endswith(("weight", "bias"))]
+        assert parameters[1] == sum(state[key].numel() for key in trained) < parameters[0]
+        files = ["--weights", "small.safetensors", "-c", "images.npz", "-o", "small.pt2"]
+        assert "read again" in invoke("export", "-m", MODEL, *files).stdout

@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate.data.images import load_images
-from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same
+from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same, unframed
+
+
+def smaller(path):
+    """The dense network with fewer channels, which is also written to a file."""
+    pytest.importorskip("torch_pruning")
+    model = loaded("dense.safetensors")
+    resuscitate.sparsify(model, 0.4, pattern="channels", remove=True, example=load_images("images.npz")[:2])
+    save_file(model.state_dict(), path)
+    return model
 
 
 class TestRepair:
@@ -102,6 +111,35 @@ class TestRepair:
         options = ["--dense", "repaired.safetensors", "--sparsity", 0.7, "-o", "again.safetensors"]
         invoke("prune", "-m", BARE, *options)
         assert torch.equal(load_file("again.safetensors")["2.bias"], load_file("repaired.safetensors")["2.bias"])
+
+    def test_a_smaller_network_is_repaired_and_read_again(self, user):
+        small, images = smaller("small.safetensors"), load_images("images.npz")
+        resuscitate.repair(small, loaded("dense.safetensors"), images, method="channelwise", progress=False)
+        repair("--pruned", "small.safetensors", "--method", "channelwise")
+        assert same(load_file("repaired.safetensors"), small.state_dict())
+        invoke("export", "-m", MODEL, "--weights", "repaired.safetensors", "-c", "images.npz", "-o", "small.pt2")
+
+    def test_the_channels_of_a_smaller_network_may_be_given(self, user):
+        kept = len(smaller("small.safetensors")[0].weight)
+        options = ["--pruned", "small.safetensors", "--channels", "channels.json", "--method", "channelwise"]
+        repaired = []
+        for channels in (range(kept), range(8 - kept, 8)):
+            Path("channels.json").write_text(json.dumps({"0": [*channels]}))
+            repair(*options, "--keep-worse")
+            repaired.append(load_file("repaired.safetensors"))
+        assert not same(*repaired)
+        Path("channels.json").write_text(json.dumps({"0": [0] * kept}))
+        assert f"must be {kept} different indices from 0 to 7" in unframed(repair(*options, code=2).output)
+
+    @pytest.mark.parametrize("text", ["[1, 2]", '{"0": 1}', '{"0": [true]}', "nonsense"])
+    def test_a_file_of_channels_is_checked(self, user, text):
+        Path("channels.json").write_text(text)
+        assert "channels.json" in unframed(repair("--channels", "channels.json", code=2).output)
+
+    def test_detail_needs_all_channels(self, user):
+        smaller("small.safetensors")
+        done = repair("--pruned", "small.safetensors", "--detail", code=2)
+        assert "--detail compares channel by channel" in unframed(done.output)
 
     @pytest.mark.parametrize("how", ["workers", "little memory"])
     def test_images_that_fill_the_memory_are_read_as_they_are_wanted(self, user, monkeypatch, how):

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn.utils import prune
 
+from resuscitate import shrink
 from resuscitate.deploy.checkpoints import load_weights, read_state_dict, write_state_dict
 from resuscitate.errors import CheckpointError
 from resuscitate.utils.files import atomic
-from tests.networks import Shared, chain, seeded
+from tests.networks import Shared, chain, images, seeded
+from tests.wired import everything, masked, networks, outputs, unchanged
 
 
 def same(a, b):
@@ -143,6 +145,51 @@ class TestLoading:
         save_file(state, tmp_path / "a.safetensors")
         with pytest.raises(CheckpointError, match=r"1 unexpected: 0\.bias"):
             load_weights(seeded(chain), tmp_path / "a.safetensors")
+
+
+class TestSmaller:
+    @networks
+    def test_a_file_with_fewer_channels_makes_the_model_smaller(self, tmp_path, build):
+        small, _, _, masks = masked(build)
+        shrink(small, masks, images(2))
+        save_file(small.state_dict(), tmp_path / "small.safetensors")
+        model = seeded(build, seed=1)
+        load_weights(model, tmp_path / "small.safetensors", smaller=True)
+        assert same(model.state_dict(), small.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(outputs(model, images(3)), outputs(small, images(3)), strict=True))
+        assert repr(model) == repr(small)
+
+    def test_tied_weights_stay_tied(self, tmp_path):
+        def tied(width):
+            model = nn.ModuleDict({"a": nn.Linear(width, 3), "b": nn.Linear(width, 3)})
+            model["b"].weight = model["a"].weight
+            return model
+
+        save_model(tied(2), str(tmp_path / "small.safetensors"))
+        model = tied(4)
+        load_weights(model, tmp_path / "small.safetensors", smaller=True)
+        assert model["a"].weight is model["b"].weight
+        assert model["b"].in_features == 2
+
+    def test_only_if_it_is_asked_for_and_only_in_channels(self, tmp_path):
+        model = seeded(chain)
+        save_file(seeded(lambda: chain(width=4)).state_dict(), tmp_path / "small.safetensors")
+        with pytest.raises(CheckpointError, match="of another shape"):
+            load_weights(model, tmp_path / "small.safetensors")
+        kernel = seeded(chain).state_dict() | {"0.weight": torch.ones(8, 3, 1, 1)}
+        save_file(kernel, tmp_path / "kernel.safetensors")
+        with pytest.raises(CheckpointError, match=r"1 of another shape: 0\.weight"):
+            load_weights(model, tmp_path / "kernel.safetensors", smaller=True)
+
+    def test_the_model_is_unchanged_where_something_else_does_not_fit(self, tmp_path):
+        model = seeded(chain)
+        before = everything(model)
+        state = seeded(lambda: chain(width=4)).state_dict()
+        del state["3.weight"]
+        save_file(state, tmp_path / "small.safetensors")
+        with pytest.raises(CheckpointError, match=r"1 missing: 3\.weight"):
+            load_weights(model, tmp_path / "small.safetensors", smaller=True)
+        assert unchanged(before, everything(model))
 
 
 class TestWriting:

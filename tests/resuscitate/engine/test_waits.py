@@ -16,7 +16,7 @@ from resuscitate import EMA, Exact, repair
 from resuscitate.errors import NonFiniteError
 from resuscitate.statistics import conjugate_gradients
 from tests.device import device, waits
-from tests.networks import Residual, Shared, Zoo, images, pruned_copy, seeded
+from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded, without_channels
 from tests.user import same
 
 A_LAYER = 2  # are the moments finite; the row of the report, with whether the new weights fit
@@ -49,10 +49,10 @@ def deep(depth):
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
 
 
-def repaired(build, options, batches=2, where=None):
+def repaired(build, options, batches=2, where=None, prune=pruned_copy):
     """The repaired network, on a device; the number of rows of the report, and of waits."""
     dense = seeded(build)
-    model = pruned_copy(dense)
+    model = prune(dense)
     for net in (dense, model):
         net.to(where or device())
     with ak.use_backend("reference"), waits() as found:
@@ -96,6 +96,15 @@ def test_the_host_waits_few_times_for_a_layer_and_never_for_a_batch(options):
 def test_nor_for_a_batch_of_other_networks(build, options):
     (_, rows, few), (_, _, many) = (repaired(build, options, batches) for batches in (2, 4))
     assert few == many <= most(options) * rows + SETUP
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "asr"}], ids=["refit", "asr"])
+def test_nor_for_a_batch_of_a_smaller_network(options):
+    smaller = partial(without_channels, channels=[0, 3, 6])
+    (_, _, few), (model, _, many) = (repaired(chain, options, batches, prune=smaller) for batches in (2, 4))
+    on_cpu, _, _ = repaired(chain, options, 4, where="cpu", prune=smaller)
+    assert few == many
+    near(model, on_cpu)
 
 
 def test_a_model_that_is_moved_for_the_repair_comes_back_repaired_and_can_be_restored():

@@ -21,7 +21,17 @@ from resuscitate.models import digitnet
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.statistics.base import Place
 from resuscitate.statistics.outputs import OutputCovariances
-from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
+from tests.networks import (
+    Residual,
+    Shared,
+    Untraceable,
+    chain,
+    disturb,
+    images,
+    pruned_copy,
+    seeded,
+    without_channels,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")
 BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared, "Untraceable": Untraceable}
@@ -50,6 +60,7 @@ AGREEING = {
     "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
     "refit by suspended passes": {"options": {"ridge": 0.01}, "build": "Untraceable", "sizes": (12, 11, 0)},
     "compress": {"options": {}, "build": "Residual", "sizes": (12, 11, 0), "compress": True},
+    "smaller": {"options": {"ridge": 0.01}, "sizes": (12, 11, 0), "smaller": True},
     "means": {"options": {"method": "mean", "recalibrate": "exact"}, "sizes": (12, 11, 0)},
     "refit with means": {"options": {"means": "kernel"}, "sizes": (12, 11, 0)},
     "regrow": {"options": {"budget": "damage", "saliency": "residual"}, "sizes": (12, 11, 0), "regrow": True},
@@ -79,7 +90,7 @@ def worker(rank, size, folder, jobs):
 
 def work(rank, size, job):
     dense = seeded(BUILDS[job["build"]])
-    model, part, options = pruned_copy(dense), shard(rank, size, job.get("sizes")), dict(job["options"])
+    model, part, options = pruned(dense, job), shard(rank, size, job.get("sizes")), dict(job["options"])
     if rank == job.get("kill"):
         resuscitate.engine.writer.write_change = die_at_the_second
     if rank == job.get("broken"):
@@ -103,6 +114,11 @@ def work(rank, size, job):
     except Exception as error:
         unchanged = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         return {"error": f"{type(error).__name__}: {error}", "unchanged": unchanged}, model.state_dict()
+
+
+def pruned(dense, job):
+    """A copy with zeros; or with fewer channels, and other weights, so that they are found by their outputs."""
+    return disturb(without_channels(dense, [0, 3, 6]), 0.1) if job.get("smaller") else pruned_copy(dense)
 
 
 def work_on(model, dense, x, job, **options):
@@ -157,7 +173,7 @@ def test_ranks_are_bit_identical_and_agree_with_one_process(job, ranks):
     for _, other in found.values():
         assert all(torch.equal(v, state[k]) for k, v in other.items())
     dense = seeded(BUILDS[AGREEING[job].get("build", "chain")])
-    alone = pruned_copy(dense)
+    alone = pruned(dense, AGREEING[job])
     report = work_on(alone, dense, images(23), AGREEING[job], **options)
     torch.testing.assert_close(dict(alone.state_dict()), dict(state), rtol=2e-5, atol=2e-6)
     assert (found[0][0]["images"], found[0][0]["walk"]) == (report.images, report.walk)

@@ -1,0 +1,65 @@
+"""Layers and norms made smaller: the sizes of a network whose channels were removed, from the shapes of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+
+def smaller_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Of the shapes those that are smaller than the tensor of the same name in the numbers of channels alone."""
+    found = {}
+    for name in filter(shapes.__contains__, tensors):
+        old, new = tensors[name].shape, shapes[name]
+        both = zip(old[:2], new[:2], strict=False)
+        if (
+            old != new
+            and len(old) == len(new)
+            and old[2:] == new[2:]
+            and all(after <= before for before, after in both)
+        ):
+            found[name] = new
+    return found
+
+
+@torch.no_grad()
+def resize_layers(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Give these parameters and buffers their shapes, in place, and each module the sizes that follow; values are zero.
+
+    A depthwise convolution stays one; another grouped convolution keeps its number of groups. Tied tensors stay tied.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    smaller = {id(old): old.new_zeros(shapes[name]) for name, old in tensors if name in shapes}
+    smaller |= {
+        id(old): nn.Parameter(smaller[id(old)], old.requires_grad)
+        for _, old in model.named_parameters()
+        if id(old) in smaller
+    }
+    for module in model.modules():
+        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+        for slots in (module._parameters, module._buffers):
+            slots |= {key: smaller[id(old)] for key, old in slots.items() if id(old) in smaller}
+        vars(module).update(_sizes(module, depthwise))
+
+
+def _sizes(module: nn.Module, depthwise: bool) -> dict[str, Any]:
+    """The attributes with the sizes of a module, by its tensors."""
+    tensors = {**module._parameters, **module._buffers}
+    weight = tensors.get("weight", tensors.get("weight_orig"))
+    if isinstance(module, _ConvNd) and weight is not None:
+        groups = len(weight) if depthwise else module.groups
+        ends = (len(weight), weight.shape[1] * groups)
+        inputs, outputs = ends if isinstance(module, _ConvTransposeNd) else ends[::-1]
+        return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"in_features": weight.shape[1], "out_features": len(weight)}
+    if isinstance(module, nn.LayerNorm) and weight is not None:
+        return {"normalized_shape": tuple(weight.shape)}
+    counts = {nn.PReLU: "num_parameters", nn.GroupNorm: "num_channels"}
+    counted = next((name for kind, name in counts.items() if isinstance(module, kind)), "num_features")
+    per_channel = weight if weight is not None else tensors.get("running_mean")
+    return {counted: len(per_channel)} if counted in vars(module) and per_channel is not None else {}
