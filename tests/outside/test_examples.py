@@ -11,7 +11,7 @@ from tests.outside.networks import package
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 QUICK = ("transformers_resnet",)  # `make test` runs these, `make outside` all
-PACKAGES = "torchvision", "timm", "transformers"
+PACKAGES = "torchvision", "timm", "transformers", "torch_pruning"
 
 
 def _parameter(path):
