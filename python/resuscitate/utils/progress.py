@@ -28,6 +28,7 @@ def progress_line(title: str, total: int, show: bool | None = None) -> Iterator[
         display = _displays[0]
         line = display.add_task(title, total=total, note="")
         stack.callback(display.remove_task, line)
+        stack.callback(display.refresh)  # so that the last state is seen, however short the work
         yield lambda **changes: display.update(line, **changes)
 
 
