@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..views import ncl_parts
-from .triton_tiles import SIZES, Launch, Plans, Repeated, lanes_left, on_device_of, signature, tiles_of
+from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
+from .triton_tiles import SIZES, lanes_left, tiles_of
 
 PLANS = Plans()
 # most tiles per program: they share one load of the factors; with more, the last programs would leave the device idle

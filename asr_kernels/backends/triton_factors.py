@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import factors
 from ..factors import Prior, Rule
 from ..merging import Moments
-from .triton_tiles import Launch, Plans, Repeated, on_device_of
+from .triton_launch import Launch, Plans, Repeated, on_device_of
 
 PLANS = Plans()
 # rules that the kernel computes; for any other rule, and for more channels, the PyTorch formula is used

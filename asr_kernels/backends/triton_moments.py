@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..merging import Moments
 from ..views import as_ncl
+from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
 from .triton_pieces import ROW, aligned, pieces_of
-from .triton_tiles import Launch, Plans, Repeated, on_device_of, signature
 
 PLANS = Plans()
 # pieces x channels in a tile of finish_kernel, four for each thread: for many pieces, and for few

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_launch import Launch
 from .triton_sums import planes_kernel, rows_kernel
-from .triton_tiles import Launch
 
 # bytes of a vector, and of all vectors that a thread asks for before it uses the first
 VECTOR, IN_FLIGHT = 16, 64

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import Launch
+from .triton_launch import Launch
 
 # values of a patch in a tile, at most, and patches read at a time: tl.dot takes no fewer than 16
 TILE_K, TILE_M = 64, 16

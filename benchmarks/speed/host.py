@@ -29,9 +29,9 @@ import asr_kernels as ak
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Run the Triton backend on CPU tensors, without its launches."""
-    from asr_kernels.backends import triton_affine, triton_factors, triton_moments, triton_tiles
+    from asr_kernels.backends import triton_affine, triton_factors, triton_launch, triton_moments
 
-    prepare = triton_tiles.Repeated.__init__
+    prepare = triton_launch.Repeated.__init__
 
     def prepared(self: Any, launch: Any, first: int) -> None:
         prepare(self, launch, first)
@@ -39,7 +39,7 @@ def without_launches() -> Iterator[None]:
 
     kernels = (triton_moments, triton_factors, triton_affine)
     with (
-        patch.object(triton_tiles.Repeated, "__init__", prepared),
+        patch.object(triton_launch.Repeated, "__init__", prepared),
         patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
         ak.use_backend("triton"),
     ):

@@ -41,10 +41,10 @@ def test_a_plan_is_kept_for_each_shape_layout_dtype_and_alignment():
 
 
 def test_the_oldest_plans_are_forgotten(monkeypatch):
-    from asr_kernels.backends import triton_tiles
+    from asr_kernels.backends import triton_launch
 
-    monkeypatch.setattr(triton_tiles, "MOST_PLANS", 2)
-    plans = triton_tiles.Plans()
+    monkeypatch.setattr(triton_launch, "MOST_PLANS", 2)
+    plans = triton_launch.Plans()
     for key in "abc":
         assert plans.add(key, 2 * key) == 2 * key
     assert plans == {"b": "bb", "c": "cc"}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import asr_kernels as ak
+from asr_kernels.backends.triton_affine import plan_affine
+from asr_kernels.backends.triton_factors import plan_factors
 from asr_kernels.backends.triton_moments import plan_moments
 from asr_kernels.backends.triton_pieces import _reciprocal, pieces_of
+from asr_kernels.views import as_ncl
 
 SHAPES = [(64, 64, 12544), (64, 256, 3136), (64, 512, 784), (64, 1024, 196), (64, 2048, 49), (32, 2048, 49)]
 SHAPES += [(256, c, l) for _, c, l in SHAPES[:5]] + [(20, 6, 65536), (4, 128, 1 << 20)]
@@ -71,3 +77,38 @@ def test_planes_that_start_in_different_lanes_are_read_value_by_value():
     ):
         arguments = pieces_of((8, 8 if len(starts) > 1 or starts[0] else 3, 49), strides, starts, 2).arguments
         assert (arguments["EDGES"], arguments["VEC"]) == (False, 1)
+
+
+RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)]
+RESNET50 += [(512, 14), (512, 7), (2048, 7)]
+
+
+def variant(launch):
+    """What Triton compiles a kernel for."""
+    found = [launch.kernel, launch.threads, launch.registers]
+    for parameter in launch.kernel.params:
+        value, special = launch.arguments[parameter.name], not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            found.append(value.dtype)
+        elif parameter.is_constexpr or value is None or (special and value == 1):
+            found.append(str(value))
+        else:
+            found.append((parameter.annotation_type or value < 2**31, special and value % 16 == 0))
+    return tuple(found)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter compiles no kernels")
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("images", [64, 37])
+def test_a_walk_through_a_resnet50_compiles_at_most_ten_kernels(images, dtype, last):
+    found = set()
+    for channels, size in RESNET50:
+        x = torch.empty(images, channels, size, size, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        (x,) = as_ncl(x, channel_dim=1)
+        moments, factor = ak.ChannelMoments.empty(channels, "meta"), torch.empty(channels, device="meta")
+        launches = [*plan_moments(x)[0], *plan_moments(x, running=moments)[0], plan_affine(x, factor, factor)]
+        launches.append(plan_factors(moments, moments, "asr", "median", True, 1e-8)[0])
+        found |= {variant(launch) for launch in launches}
+    assert len(found) <= 10
