@@ -354,7 +354,7 @@ def measure_all(found: Found, only: str, dry_run: bool, rounds: int, deadline: f
                 if time.monotonic() > deadline:
                     return False
     if only in ("all", "repair") and not found.repairs:
-        found.repairs = measure_repair(device, *((4, 32, 4, 2) if dry_run else (4096, 224, 64, 64)))
+        found.repairs = measure_repair(device, *((2, 32, 1, 2) if dry_run else (4096, 224, 64, 64)))
         found.save()
     if only == "inductor":
         for row in found.rows:
