@@ -278,7 +278,8 @@ def test_planes_with_edges_compile(target, variant, tmp_path):
     launch = variant.launch()
     assert launch.arguments["EDGES"]
     kernel = compiled(launch, target)
-    assert assert_sound(kernel, launch, target, tmp_path) >= 3
+    programs = assert_sound(kernel, launch, target, tmp_path)
+    assert programs * launch.threads * 64 >= {"moments": 65_000, "paired": 49_000}[variant.kernel]
     assert widths_of(kernel, target, "load") == {128, 8 * variant.dtype.itemsize}
 
 
