@@ -63,15 +63,12 @@ def masks_of(v, BLOCK: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def deviations(b, m, b_shift):
     """The tiles minus the shift, in its dtype, and 0 where a mask is false."""
-    if b is None:
-        return None
-    else:
-        found = ()
-        for t in tl.static_range(len(b)):
-            b_d = b[t].to(b_shift.dtype) - b_shift
-            # after the shift, not before
-            found += (b_d if m is None else tl.where(m[t], b_d, 0.0),)
-        return found
+    found = ()
+    for t in tl.static_range(len(b)):
+        b_d = b[t].to(b_shift.dtype) - b_shift
+        # after the shift, not before
+        found += (b_d if m is None else tl.where(m[t], b_d, 0.0),)
+    return found
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def no_sums(BLOCK: tl.constexpr, WIDTH: tl.constexpr, SUM: tl.constexpr, PAIRED:
 def add_chunk(sums, d, e):
     """The sums with the deviations of one more chunk; each lane has its own."""
     found = (sums[0] + total_of(d), add_products(sums[1], d, d))
-    if e is not None:
+    if len(e) > 0:
         found += (sums[2] + total_of(e), add_products(sums[3], e, e), add_products(sums[4], d, e))
     return found
 
@@ -134,25 +131,23 @@ def sums_over(b, axis: tl.constexpr):
 def read_planes(
     p, m, v, length, magic, bits, step, stride_n, BLOCK: tl.constexpr, VEC: tl.constexpr, TILES: tl.constexpr
 ):
-    """The tiles [BLOCK, VEC] of the chunk that starts at vector v."""
-    if p is None:
-        return None
-    else:
-        b = ()
+    """The tiles [BLOCK, VEC] of the chunk that starts at vector v; none of no tensor."""
+    b = ()
+    if p is not None:
         for t in tl.static_range(TILES):
             p_t = p + offset_of(v + t * BLOCK, length, magic, bits, step, stride_n, VEC) + tl.arange(0, VEC)[None, :]
             b += (tl.load(p_t) if m is None else tl.load(p_t, mask=m[t], other=0.0),)  # type: ignore[assignment]
-        return b
+    return b
 
 
 @triton.jit
 def read_edges(p, m, i_n, o_l, stride_n, VEC: tl.constexpr):
     """A tile [BLOCK, VEC] of values before or behind the whole vectors of planes i_n, at positions o_l."""
-    if p is None:
-        return None
-    else:
+    b = ()
+    if p is not None:
         o_n = i_n.to(tl.int64) * stride_n * VEC
-        return (tl.load(p + (o_n[:, None] + o_l), mask=m, other=0.0),)
+        b += (tl.load(p + (o_n[:, None] + o_l), mask=m, other=0.0),)  # type: ignore[assignment]
+    return b
 
 
 @triton.jit(do_not_specialize=OF_PLANES)
@@ -212,7 +207,7 @@ def planes_kernel(
     # the last tile is the fullest
     n_first = (tl.minimum(count, BLOCK) * VEC).to(SUM)
     shift_a = tl.sum(a[TILES - 1].to(SUM)) / n_first
-    shift_b = None if b is None else tl.sum(b[TILES - 1].to(SUM)) / n_first
+    shift_b = None if b_ptr is None else tl.sum(b[TILES - 1].to(SUM)) / n_first
     sums = no_sums(BLOCK, VEC, SUM, b_ptr is not None)
     sums = add_chunk(sums, deviations(a, m, shift_a), deviations(b, m, shift_b))
     for _ in range(1, whole):
@@ -251,14 +246,12 @@ def read_rows(
     p, m_c, m, v, length, magic, bits, step, stride_n, BLOCK: tl.constexpr, VEC: tl.constexpr, TILES: tl.constexpr
 ):
     """The tiles [BLOCK, WIDTH] of the chunk that starts at row v. Lanes of channels that do not exist are undefined."""
-    if p is None:
-        return None
-    else:
-        b = ()
+    b = ()
+    if p is not None:
         for t in tl.static_range(TILES):
             p_t = p + offset_of(v + t * BLOCK, length, magic, bits, step, stride_n, VEC)
             b += (tl.load(p_t, mask=m_c) if m is None else tl.load(p_t, mask=m_c & m[t], other=0.0),)  # type: ignore[assignment]
-        return b
+    return b
 
 
 @triton.jit(do_not_specialize=OF_ROWS)
@@ -306,7 +299,7 @@ def rows_kernel(
     b = read_rows(p_b, m_c, m, v, length, magic, bits, step_b, stride_bn, BLOCK, VEC, TILES)
     n_first = tl.minimum(count, BLOCK).to(SUM)
     b_shift_a = tl.sum(a[TILES - 1].to(SUM), axis=0, keep_dims=True) / n_first
-    b_shift_b = None if b is None else tl.sum(b[TILES - 1].to(SUM), axis=0, keep_dims=True) / n_first
+    b_shift_b = None if b_ptr is None else tl.sum(b[TILES - 1].to(SUM), axis=0, keep_dims=True) / n_first
     sums = add_chunk(
         no_sums(BLOCK, WIDTH, SUM, b_ptr is not None), deviations(a, m, b_shift_a), deviations(b, m, b_shift_b)
     )
@@ -326,5 +319,5 @@ def rows_kernel(
     layer = splits.to(tl.int64) * width
     b_n = tl.zeros([WIDTH], dtype=SUM) + (count * 1.0).to(SUM)
     b_shift_a = tl.reshape(b_shift_a, [WIDTH])
-    b_shift_b = None if b is None else tl.reshape(b_shift_b, [WIDTH])
+    b_shift_b = None if b_ptr is None else tl.reshape(b_shift_b, [WIDTH])
     store_partials(p_out, layer, b_n, b_shift_a, b_shift_b, sums_over(sums, 0))
