@@ -68,7 +68,7 @@ means: $(READY) ## means of pruned weights on real networks; a quarter of an hou
 bench: $(READY) ## the kernels on this CPU against PyTorch's own; four minutes
 	@$(BIN)/python benchmarks/speed/cpu_kernels.py $(ARGS)
 
-gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair (make gpu PYTHON=python3)
+gpu: ## on a GPU, with the Python that is there: tests, the kernel table, a whole repair; nine minutes a call, the next goes on (make gpu PYTHON=python3)
 	@PYTHONPATH=.:python $(PYTHON) benchmarks/speed/gpu.py $(ARGS)
 
 bench-repair: $(READY) $(if $(ARGS),,bench-large) ## the whole repair against bare forward passes and peers; an hour

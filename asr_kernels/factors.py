@@ -16,6 +16,7 @@ Rule = Literal["layerwise", "channelwise", "asr"]
 Prior = Literal["median", "mean"] | float
 
 
+@torch.no_grad()
 def repair_factors(
     dense: Moments, pruned: Moments, rule: Rule, prior: Prior, bias: bool, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,8 @@ def channel_moments(
     eager.check(x, channel_dim)
     if running is not None and running.channels != x.shape[channel_dim]:
         raise ValueError(f"moments of {running.channels} and of {x.shape[channel_dim]} channels do not merge")
-    running = running and running.to(x.device)
+    if running is not None and running.mean.device != x.device:
+        running = running.to(x.device)
     if torch.compiler.is_compiling():
         count = x.numel() // x.shape[channel_dim]
         found = ChannelMoments(count, *compiled.channel_moments(x, channel_dim, tolerance))

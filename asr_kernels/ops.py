@@ -37,6 +37,13 @@ def repair_factors(
 
     Raises ValueError for moments of no values, a different C, an unknown rule or prior, a negative eps.
     """
+    return _factors(dense, pruned, rule, prior, bias, eps)[:2]
+
+
+def _factors(
+    dense: ChannelMoments, pruned: ChannelMoments, rule: Rule, prior: Prior, bias: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gain and shift, checked; then both again, in float32 where that costs nothing."""
     if dense.channels != pruned.channels:
         raise ValueError(f"{dense.channels} dense channels cannot repair {pruned.channels} pruned ones")
     if not dense.count or not pruned.count:
@@ -47,8 +54,11 @@ def repair_factors(
         raise ValueError(f"unknown rule {rule!r}; there are {', '.join(get_args(Rule))}")
     if prior not in ("median", "mean") and (isinstance(prior, str) or not 0 < prior < float("inf")):
         raise ValueError(f"prior must be 'median', 'mean' or a positive variance, not {prior!r}")
-    decide = factors.repair_factors if torch.compiler.is_compiling() else eager.repair_factors
-    return decide(dense.to(pruned.mean.device), pruned, rule, prior, bias, eps)
+    dense = dense.to(pruned.mean.device)
+    if torch.compiler.is_compiling():
+        gain, shift = factors.repair_factors(dense, pruned, rule, prior, bias, eps)
+        return gain, shift, gain, shift
+    return eager.repair_factors(dense, pruned, rule, prior, bias, eps)
 
 
 def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int = 1, *, relu: bool = False) -> Tensor:
@@ -88,11 +98,12 @@ def repair_(
     """Measure the pruned outputs `x`, compute their correction with `repair_factors`, and apply it in place.
 
     Returns the applied gain and shift, float64 (C,), and the moments of `x` before the correction. On a GPU this takes
-    four launches and two conversions, without waiting for the host, so a CUDA graph can capture it. Dense moments from
+    four launches, without waiting for the host, so a CUDA graph can capture it. Dense moments from
     another device are moved first. Raises the errors of `channel_moments`, `repair_factors` and `affine_`; after an
     error `x` is unchanged.
     """
     pruned = channel_moments(x, channel_dim)
-    gain, shift = repair_factors(dense_moments, pruned, rule=rule, prior=prior, bias=bias, eps=eps)
-    affine_(x, gain, shift, channel_dim, relu=relu)
+    gain, shift, gain_32, shift_32 = _factors(dense_moments, pruned, rule, prior, bias, eps)
+    double = x.dtype == torch.float64
+    affine_(x, gain if double else gain_32, shift if double else shift_32, channel_dim, relu=relu)
     return gain, shift, pruned

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -65,18 +65,29 @@ def device() -> str:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Call it, and a tensor that the interpreter can afford has many pieces of many tiles, some of them cut."""
     tiles = pytest.importorskip("asr_kernels.backends.triton_tiles")
-    kernels = pytest.importorskip("asr_kernels.backends.triton_moments")
+    pieces = pytest.importorskip("asr_kernels.backends.triton_pieces")
+    moments = pytest.importorskip("asr_kernels.backends.triton_moments")
+    affine = pytest.importorskip("asr_kernels.backends.triton_affine")
+    small = {
+        tiles: {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4, "WORTH_FOLDING": 1},
+        pieces: {"THREADS": 4, "FEW_THREADS": 4, "PROGRAMS": 4, "WIDTH": 8, "LONGEST_SUM": 8, "WORTH": 1},
+        moments: {"MANY": (2, 8), "FEW": (1, 8)},
+    }
+
+    def forget() -> None:
+        tiles._tiles.cache_clear()
+        pieces.pieces_of.cache_clear()
+        for kernels in (moments, affine):
+            kernels.PLANS.clear()
 
     def shrink() -> None:
-        tiles._tiles.cache_clear()
-        small = {"TILE": 32, "TILE_CHANNELS": 2, "PROGRAMS": 4, "PROGRAMS_FOLDED": 4, "WORTH_FOLDING": 1}
-        for name, value in small.items():
-            monkeypatch.setattr(tiles, name, value)
-        for name, value in {"MAX_TILES": 5, "MERGE": 4, "MERGE_CHANNELS": 1}.items():
-            monkeypatch.setattr(kernels, name, value)
+        forget()
+        for module, values in small.items():
+            for name, value in values.items():
+                monkeypatch.setattr(module, name, value)
 
     yield shrink
-    tiles._tiles.cache_clear()
+    forget()
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,13 @@ class Layout:
     shape: tuple[int, ...]
     view: Callable[[Tensor], Tensor] = lambda x: x
     channel_dim: int = 1
+    start: int = 1  # elements before it: with 1 its address is no multiple of 16 bytes
 
     def place(self, dtype: torch.dtype, device: str, mean: float = 0.5, std: float = 2.0) -> tuple[Tensor, Tensor]:
         """(view, memory): normal values in the view, NaN in all of the memory that the view leaves out."""
-        memory = torch.full((torch.Size(self.shape).numel() + 32,), torch.nan, dtype=dtype, device=device)
-        # one element in: no 16-byte alignment to lean on
-        view = self.view(memory[1:-31].view(self.shape))
+        size = torch.Size(self.shape).numel()
+        memory = torch.full((size + 32,), torch.nan, dtype=dtype, device=device)
+        view = self.view(memory[self.start : self.start + size].view(self.shape))
         values = torch.randn(view.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         view.copy_(values.mul_(std).add_(mean))
         return view, memory
@@ -129,6 +141,9 @@ LAYOUTS = {
     "sequence": Layout((2, 3, 31)),
     "volume": Layout((2, 3, 3, 4, 5)),
 }
+
+
+LAYOUTS |= {f"{name}, aligned": replace(layout, start=16) for name, layout in LAYOUTS.items()}
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())

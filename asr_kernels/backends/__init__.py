@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -40,17 +41,28 @@ def backend_for(x: Tensor, part: Literal["moments", "factors", "affine", "patche
     """
     name = _chosen.get() or _checked(os.environ.get("ASR_BACKEND", "auto"))
     if name == "auto":
-        name = "triton" if x.is_cuda and find_spec("triton") else "torch"
+        name = "triton" if x.is_cuda and _has_triton() else "torch"
     if name != "triton":
-        return import_module(f".{name}_ops" if name == "torch" else f".{name}", __name__)
-    if find_spec("triton") is None:
+        return _module(f".{name}_ops" if name == "torch" else f".{name}")
+    if not _has_triton():
         raise RuntimeError("the triton backend needs the package triton (pip install triton); or use_backend('torch')")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"the triton backend needs a tensor on a GPU, not on {x.device}; move it, use_backend('auto'), or set "
             "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
         )
-    return import_module(f".triton_{part}", __name__)
+    return _module(f".triton_{part}")
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    # the lookup in sys.modules takes a microsecond, and find_spec five
+    return import_module(name, __name__)
 
 
 def _checked(name: str) -> str:

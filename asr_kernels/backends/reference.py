@@ -1,34 +1,41 @@
-"""The float64 reference that the other backends are tested against: simple and slow. Inputs are (N, C, L) views."""
+"""The float64 reference that the other backends are tested against: simple and slow."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
+from ..views import contiguous_ncl, ncl_parts
 from ..window import Window
 from . import torch_patches
 
 
-def channel_moments(x: Tensor, tolerance: float, running: Moments | None) -> Moments:
+@torch.no_grad()
+def channel_moments(x: Tensor, channel_dim: int, tolerance: float, running: Moments | None) -> Moments:
     """Mean and m2 = sum((x - mean)^2) of each channel, in float64 for any tolerance, merged with `running`."""
+    (x,) = contiguous_ncl(x, channel_dim=channel_dim)
     found = Moments(x.shape[0] * x.shape[2], *_moments(x.double()))
     return found if running is None else merge(running, found)[0]
 
 
-def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def paired_moments(a: Tensor, b: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mean and m2 of a, of b, and sum((a - mean_a) * (b - mean_b))."""
-    a, b = a.double(), b.double()
+    a, b = (x.double() for x in contiguous_ncl(a, b, channel_dim=channel_dim))
     mean_a, m2_a = _moments(a)
     mean_b, m2_b = _moments(b)
     comoment = ((a - mean_a[:, None]) * (b - mean_b[:, None])).sum(dim=(0, 2))
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+@torch.no_grad()
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, relu: bool) -> None:
     """x <- gain * x + shift, rounded once; then ReLU with `relu`."""
-    y = gain.double()[:, None] * x.double() + shift.double()[:, None]
-    x.copy_(y.relu() if relu else y)
+    for part in ncl_parts(x, channel_dim):
+        y = gain.double()[:, None] * part.double() + shift.double()[:, None]
+        part.copy_(y.relu() if relu else y)
 
 
 class PatchProducts(torch_patches.PatchProducts):

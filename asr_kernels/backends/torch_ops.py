@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
+from ..views import contiguous_ncl, ncl_parts
 from .torch_patches import products_for as products_for
 
 # values per float32 sum: for values of similar size its rounding error stays below 3e-7; pieces are added in float64
@@ -37,21 +38,32 @@ TOLERANCE = 1e-6
 Tensors = tuple[list[Tensor], list[Tensor]]
 
 
-def channel_moments(x: Tensor, tolerance: float, running: Moments | None) -> Moments:
-    """Moments of each channel of an (N, C, L) view, merged with `running`."""
+@torch.no_grad()
+def channel_moments(x: Tensor, channel_dim: int, tolerance: float, running: Moments | None) -> Moments:
+    """Moments of each channel of x, merged with `running`."""
+    (x,) = contiguous_ncl(x, channel_dim=channel_dim)
     (mean,), (m2,) = _moments((x,), tolerance)
     found = Moments(x.shape[0] * x.shape[2], mean, m2)
     return found if running is None else merge(running, found)[0]
 
 
-def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mean and m2 of a, of b, and their co-moment, float64 (C,), of two (N, C, L) views."""
+@torch.no_grad()
+def paired_moments(a: Tensor, b: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mean and m2 of a, of b, and their co-moment, float64 (C,)."""
+    a, b = contiguous_ncl(a, b, channel_dim=channel_dim)
     (mean_a, mean_b), (m2_a, m2_b, comoment) = _moments((a, b), TOLERANCE)
     return mean_a, m2_a, mean_b, m2_b, comoment
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
-    """x <- gain * x + shift in place on an (N, C, L) view of any strides; then ReLU with `relu`.
+@torch.no_grad()
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, relu: bool) -> None:
+    """x <- gain * x + shift in place, for any strides; then ReLU with `relu`."""
+    for view in ncl_parts(x, channel_dim):
+        _affine(view, gain, shift, relu)
+
+
+def _affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
+    """x <- gain * x + shift in place on an (N, C, L) view; then ReLU with `relu`.
 
     Computed as a BatchNorm of mean 0 and variance 1 that overwrites its input: the only PyTorch operator that applies
     one factor per channel, vectorised, in half precision too, in one pass. It would turn an infinite gain into NaN.

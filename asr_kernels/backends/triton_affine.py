@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import SIZES, Launch, lanes_left, tiles_of
+from ..views import ncl_parts
+from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
+from .triton_tiles import SIZES, lanes_left, tiles_of
 
+PLANS = Plans()
 # most tiles per program: they share one load of the factors; with more, the last programs would leave the device idle
 MAX_TILES = 8
 
@@ -41,11 +44,12 @@ def affine_kernel(
 ):
     """x <- gain * x + shift on one piece, fused in float32 (float64 for float64) and rounded once to the dtype of x.
 
-    Programs go from the end of the tensor to its start: the values measured last may still be in cache.
+    Programs go from the start of the tensor to its end: the moments were measured from its end, so the values at its
+    start may still be in the L2 cache.
     """
     VEC: tl.constexpr = VEC_C * VEC_L
     # int64 before any product: offsets exceed 2^31. Divide before: a 64-bit division would be a function call
-    i_p = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_p = tl.program_id(0)
     i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
     n_start = (i_s // splits_l).to(tl.int64) * tiles_n * BLOCK_N
     l_start = (i_s % splits_l).to(tl.int64) * tiles_l * BLOCK_L
@@ -87,12 +91,23 @@ def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> L
     tiles = tiles_of(x, most=MAX_TILES)
     arguments: dict[str, Any] = {"x_ptr": x, "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
     arguments |= {"fold": tiles.fold, "FOLDED": tiles.fold > 1, "RELU": relu}
-    return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values)
+    return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values // 8)
 
 
-def affine_(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
-    """x <- gain * x + shift in place on an (N, C, L) view of any strides; then ReLU with `relu`."""
-    plan_affine(x, gain, shift, relu).run()
+def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, relu: bool) -> None:
+    """x <- gain * x + shift in place, for any strides; then ReLU with `relu`."""
+    key = (channel_dim, relu, (gain.data_ptr() | shift.data_ptr()) % 16, *signature(x))
+    launch = PLANS.get(key)
+    with on_device_of(x):
+        if launch is None:
+            parts = list(ncl_parts(x.detach(), channel_dim))
+            launches = [Repeated(plan_affine(part, gain, shift, relu), 3) for part in parts]
+            for each, part in zip(launches, parts, strict=True):
+                each(part, gain, shift)
+            if len(launches) == 1:
+                PLANS.add(key, launches[0])
+        else:
+            launch(x, gain, shift)
     # PyTorch does not see a kernel's writes: without this, autograd would treat x and its views as unchanged
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)

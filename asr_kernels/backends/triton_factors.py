@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,117 +12,101 @@ from torch import Tensor
 from .. import factors
 from ..factors import Prior, Rule
 from ..merging import Moments
-from .triton_tiles import Launch
+from .triton_launch import Launch, Plans, Repeated, on_device_of
 
-# rules that the kernel computes; for any other rule the PyTorch formula is used
+PLANS = Plans()
+# rules that the kernel computes; for any other rule, and for more channels, the PyTorch formula is used
 RULES = ("layerwise", "channelwise", "asr")
-# channels per iteration
-BLOCK = 2048
+# most channels of the only program, which keeps them in registers: eight or 32 for each of 256 threads
+BLOCKS = (2048, 8192)
 ROUNDING = tl.constexpr(factors.ROUNDING)
 
 
 @triton.jit
-def squares(mean_ptr, m2_ptr, i, C, count, BLOCK: tl.constexpr):
-    """M2 of channels i .. i + BLOCK, float64, and which are finite. If means are given, M2 is 0 for constant channels.
-
-    A channel is constant if its deviation is at most float32's rounding of its mean, as in factors.repair_factors.
-    """
-    o_c = i + tl.arange(0, BLOCK)
-    b_m2 = tl.load(m2_ptr + o_c, mask=o_c < C, other=float("nan"))
-    if mean_ptr is not None:
-        b_noise = ROUNDING * tl.load(mean_ptr + o_c, mask=o_c < C, other=0.0)
-        b_m2 = tl.where(b_m2 <= count * (b_noise * b_noise), 0.0, b_m2)
-    # false for NaN too
-    return b_m2, b_m2 < float("inf")
+def finite_mean(b_v, m):
+    """Mean of the values where m, 0 if there are none."""
+    return tl.sum(tl.where(m, b_v, 0.0), axis=0) / tl.maximum(tl.sum(m.to(tl.float64), axis=0), 1.0)
 
 
 @triton.jit
-def finite_mean(mean_ptr, m2_ptr, C, count, BLOCK: tl.constexpr):
-    """Mean of the finite variances, 0 if there is none."""
-    b_sum = tl.zeros([BLOCK], dtype=tl.float64)
-    b_finite = tl.zeros([BLOCK], dtype=tl.float64)
-    for i in range(0, C, BLOCK):
-        b_m2, m = squares(mean_ptr, m2_ptr, i, C, count, BLOCK)
-        b_sum += tl.where(m, b_m2 / count, 0.0)
-        b_finite += m.to(tl.float64)
-    return tl.sum(b_sum, axis=0) / tl.maximum(tl.sum(b_finite, axis=0), 1.0)
+def lower_median(b_v, m):
+    """Lower median of the values b_v >= 0 where m, 0 if there are none.
 
-
-@triton.jit
-def lower_median(mean_ptr, m2_ptr, C, count, BLOCK: tl.constexpr):
-    """Lower median of the finite variances, 0 if there is none.
-
-    Found bit by bit: non-negative floats are ordered as their bit patterns, and the number of rank k is the largest
-    with at most k numbers below it. This takes 63 counts. A sorting network of this size takes seconds to compile.
+    Non-negative floats are ordered as their bit patterns. The median is between `low` and `high`, values that occur;
+    their middle decides which of the two moves to the nearest value. A dozen turns suffice for 2048 channels, and 63
+    for any. A sorting network of this size takes seconds to compile.
     """
-    b_finite = tl.zeros([BLOCK], dtype=tl.int32)
-    for i in range(0, C, BLOCK):
-        b_finite += squares(mean_ptr, m2_ptr, i, C, count, BLOCK)[1].to(tl.int32)
-    finite = tl.sum(b_finite, axis=0)
-    rank = (finite - 1) // 2
-    found = tl.zeros((), dtype=tl.int64)
-    bit = tl.full((), 1 << 62, dtype=tl.int64)
-    for _ in range(63):
-        b_below = tl.zeros([BLOCK], dtype=tl.int32)
-        for i in range(0, C, BLOCK):
-            b_m2, m = squares(mean_ptr, m2_ptr, i, C, count, BLOCK)
-            b_below += (m & (b_m2.to(tl.int64, bitcast=True) < (found | bit))).to(tl.int32)
-        found = tl.where(tl.sum(b_below, axis=0) <= rank, found | bit, found)
-        bit = bit >> 1
-    return tl.where(finite > 0, found.to(tl.float64, bitcast=True) / count, 0.0)
+    b_bits = b_v.to(tl.int64, bitcast=True)
+    most = tl.full((), 0x7FF0000000000000, dtype=tl.int64)
+    finite = tl.sum(m.to(tl.int32), axis=0)
+    low = tl.min(tl.where(m, b_bits, most), axis=0)
+    high = tl.max(tl.where(m, b_bits, 0), axis=0)
+    while low < high:
+        middle = low + (high - low) // 2
+        m_low = m & (b_bits <= middle)
+        # the median has rank (finite - 1) // 2
+        below = 2 * tl.sum(m_low.to(tl.int32), axis=0) >= finite
+        high = tl.where(below, tl.max(tl.where(m_low, b_bits, 0), axis=0), high)
+        low = tl.where(below, low, tl.min(tl.where(m & (b_bits > middle), b_bits, most), axis=0))
+    return tl.where(finite > 0, low, 0).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["C", "count_d", "count_p"])
+@triton.jit(
+    do_not_specialize=["C", "count_d", "count_p"],
+    do_not_specialize_on_alignment=["mean_d_ptr", "m2_d_ptr", "mean_p_ptr", "m2_p_ptr"],
+)
 def factors_kernel(
-    mean_d_ptr,  # float64 (C,), as are all pointers below
+    mean_d_ptr,  # float64 (C,), as are the next three
     m2_d_ptr,
     mean_p_ptr,
     m2_p_ptr,
-    gain_ptr,
-    shift_ptr,
+    found_ptr,  # float64 (2, C): gain and shift
+    rounded_ptr,  # float32 (2, C): the same
+    count_d: tl.int64,  # values per channel
+    count_p: tl.int64,
     C,
-    count_d,  # values per channel
-    count_p,
     RULE: tl.constexpr,
     PRIOR: tl.constexpr,
     EPS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The formulas of factors.repair_factors for one layer, in one program."""
-    n_d, n_p = count_d.to(tl.float64), count_p.to(tl.float64)
+    """The formulas of factors.repair_factors for one layer, in one program that keeps all channels in registers."""
+    # [BLOCK]
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < C
+    b_mean_p = tl.load(mean_p_ptr + o_c, mask=m_c, other=0.0)
+    b_vd = tl.load(m2_d_ptr + o_c, mask=m_c, other=float("nan")) / count_d.to(tl.float64)
+    b_vp = tl.load(m2_p_ptr + o_c, mask=m_c, other=float("nan")) / count_p.to(tl.float64)
+    # a constant channel has variance 0; what is left is float32 rounding
+    b_noise = ROUNDING * b_mean_p
+    b_vp = tl.where(b_vp <= b_noise * b_noise, 0.0, b_vp)
+    # false for NaN too
+    m_p = b_vp < float("inf")
+    b_raw = tl.where(b_vp == 0.0, 1.0, tl.sqrt(b_vd / (b_vp + EPS)))
     if RULE == "layerwise":
-        mean_vd = finite_mean(None, m2_d_ptr, C, n_d, BLOCK)
-        mean_vp = finite_mean(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
-        gain = tl.where(mean_vp == 0.0, 1.0, tl.sqrt(mean_vd / (mean_vp + EPS)))
+        mean_vp = finite_mean(b_vp, m_p)
+        gain = tl.sqrt(finite_mean(b_vd, b_vd < float("inf")) / (mean_vp + EPS))
+        b_gain = tl.zeros([BLOCK], dtype=tl.float64) + tl.where(mean_vp == 0.0, 1.0, gain)
     elif RULE == "asr":
         if PRIOR == "median":
-            prior = lower_median(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
+            prior = lower_median(b_vp, m_p)
         elif PRIOR == "mean":
-            prior = finite_mean(mean_p_ptr, m2_p_ptr, C, n_p, BLOCK)
+            prior = finite_mean(b_vp, m_p)
         else:
-            prior = n_p * 0.0 + PRIOR
-    for i in range(0, C, BLOCK):
-        # [BLOCK]
-        o_c = i + tl.arange(0, BLOCK)
-        m_c = o_c < C
-        b_vd = squares(None, m2_d_ptr, i, C, n_d, BLOCK)[0] / n_d
-        b_vp = squares(mean_p_ptr, m2_p_ptr, i, C, n_p, BLOCK)[0] / n_p
-        b_raw = tl.where(b_vp == 0.0, 1.0, tl.sqrt(b_vd / (b_vp + EPS)))
-        if RULE == "layerwise":
-            b_gain = tl.zeros([BLOCK], dtype=tl.float64) + gain
-        elif RULE == "asr":
-            b_trust = b_vp / (b_vp + prior)
-            b_gain = tl.where(prior == 0.0, 1.0, b_trust * b_raw + (1.0 - b_trust))
-        else:
-            tl.static_assert(RULE == "channelwise", "the kernel computes no other rule")
-            b_gain = b_raw
-        b_shift = tl.zeros([BLOCK], dtype=tl.float64)
-        if BIAS:
-            b_mean_d = tl.load(mean_d_ptr + o_c, mask=m_c, other=0.0)
-            b_shift = b_mean_d - b_gain * tl.load(mean_p_ptr + o_c, mask=m_c, other=0.0)
-        tl.store(gain_ptr + o_c, b_gain, mask=m_c)
-        tl.store(shift_ptr + o_c, b_shift, mask=m_c)
+            prior = count_p.to(tl.float64) * 0.0 + PRIOR
+        b_trust = b_vp / (b_vp + prior)
+        b_gain = tl.where(prior == 0.0, 1.0, b_trust * b_raw + (1.0 - b_trust))
+    else:
+        tl.static_assert(RULE == "channelwise", "the kernel computes no other rule")
+        b_gain = b_raw
+    b_shift = tl.zeros([BLOCK], dtype=tl.float64)
+    if BIAS:
+        b_shift = tl.load(mean_d_ptr + o_c, mask=m_c, other=0.0) - b_gain * b_mean_p
+    tl.store(found_ptr + o_c, b_gain, mask=m_c)
+    tl.store(found_ptr + C + o_c, b_shift, mask=m_c)
+    tl.store(rounded_ptr + o_c, b_gain.to(tl.float32), mask=m_c)
+    tl.store(rounded_ptr + C + o_c, b_shift.to(tl.float32), mask=m_c)
 
 
 def plan_factors(
@@ -129,32 +115,33 @@ def plan_factors(
     """The launch that computes gain and shift, and the float64 (2, C) tensor that it fills with them."""
     channels = pruned.channels
     found = torch.empty((2, channels), dtype=torch.float64, device=pruned.mean.device)
-    block = min(triton.next_power_of_2(channels), BLOCK)
-    arguments = {
-        "mean_d_ptr": dense.mean.contiguous(),
-        "m2_d_ptr": dense.m2.contiguous(),
-        "mean_p_ptr": pruned.mean.contiguous(),
-        "m2_p_ptr": pruned.m2.contiguous(),
-        "gain_ptr": found[0],
-        "shift_ptr": found[1],
-        "C": channels,
-        "count_d": dense.count,
-        "count_p": pruned.count,
-        "RULE": rule,
-        "PRIOR": prior,
-        "EPS": eps,
-        "BIAS": bias,
-        "BLOCK": block,
+    block = next(block for block in BLOCKS if channels <= block)
+    arguments: dict[str, Any] = {
+        "mean_d_ptr": dense.mean,
+        "m2_d_ptr": dense.m2,
+        "mean_p_ptr": pruned.mean,
+        "m2_p_ptr": pruned.m2,
     }
-    return Launch(factors_kernel, (1,), arguments, block), found
+    arguments |= {"found_ptr": found, "rounded_ptr": found.float(), "C": channels, "BLOCK": block}
+    arguments |= {"count_d": dense.count, "count_p": pruned.count}
+    arguments |= {"RULE": rule, "PRIOR": prior, "EPS": eps, "BIAS": bias}
+    return Launch(factors_kernel, (1,), arguments, 256), found
 
 
 def repair_factors(
     dense: Moments, pruned: Moments, rule: Rule, prior: Prior, bias: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 (C,); all moments on one device."""
-    if rule not in RULES:
+) -> tuple[Tensor, ...]:
+    """Gain and shift, float64 (C,), then both in float32; all moments on one device."""
+    channels, device = pruned.channels, pruned.mean.device
+    if rule not in RULES or channels > BLOCKS[-1]:
         return factors.repair_factors(dense, pruned, rule, prior, bias, eps)
-    launch, found = plan_factors(dense, pruned, rule, prior, bias, eps)
-    launch.run()
-    return found[0], found[1]
+    key = (channels, device, rule, prior, bias, eps)
+    launch = PLANS.get(key)
+    if launch is None:
+        launch = PLANS.add(key, Repeated(plan_factors(dense, pruned, rule, prior, bias, eps)[0], 8))
+    found = torch.empty((2, channels), dtype=torch.float64, device=device)
+    rounded = torch.empty((2, channels), dtype=torch.float32, device=device)
+    moments = (dense.mean, dense.m2, pruned.mean, pruned.m2)
+    with on_device_of(found):
+        launch(*(each.contiguous() for each in moments), found, rounded, dense.count, pruned.count)
+    return *found.unbind(), *rounded.unbind()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,227 +10,104 @@ import triton.language as tl
 from torch import Tensor
 
 from ..merging import Moments
-from .triton_tiles import SIZES, Launch, lanes_left, tiles_of
+from ..views import as_ncl
+from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
+from .triton_pieces import ROW, aligned, pieces_of
 
-# most tiles per program: a lane adds 64 float32 values before the merge in float64, an error below 64 * 2^-24
-MAX_TILES = 64
-# pieces x channels in a tile of finish_kernel, and its channels: 64 contiguous bytes
-MERGE, MERGE_CHANNELS = 1024, 8
-
-
-@triton.jit(do_not_specialize=[*SIZES, "splits", "stride_an", "stride_bn"])
-def partials_kernel(
-    a_ptr,  # (N, C, L), any strides
-    b_ptr,  # (N, C, L), any strides, or None
-    counts_ptr,  # float64 [splits]
-    partials_ptr,  # float32, or float64 for float64, [3 or 7, splits, C]: shift, D and DD of a; then of b, and DE
-    N,
-    C,  # in vectors of VEC_C
-    L,  # in vectors of VEC_L
-    stride_an,  # in vectors, as is the stride of C or L, whichever is not the vector's axis
-    stride_ac,
-    stride_al,
-    stride_bn,
-    stride_bc,
-    stride_bl,
-    blocks,  # of channels
-    splits,  # pieces per channel, each a range of images x a range of positions
-    splits_l,  # ranges of positions
-    tiles_n,  # tiles per range
-    tiles_l,
-    VEC_C: tl.constexpr,
-    VEC_L: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Partial sums of one piece of BLOCK_C channels, with d = a - shift_a and e = b - shift_b:
-
-    D = sum(d)        DD = sum(d^2)        DE = sum(d e)
-
-    The shift is the mean of the first tile: moments about it do not cancel, whatever the mean (Chan, Golub and LeVeque,
-    "Algorithms for computing the sample variance", 1983). d^2 is float32, so |d| must be in 1e-19 .. 1e19; for float64
-    data d^2 is float64.
-    """
-    PAIRED: tl.constexpr = b_ptr is not None
-    SUM: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    VEC: tl.constexpr = VEC_C * VEC_L
-    # int64 before any product: offsets exceed 2^31. Divide before: a 64-bit division would be a function call
-    i_p = tl.program_id(0)
-    i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
-    i_sn, i_sl, i_s = (i_s // splits_l).to(tl.int64), (i_s % splits_l).to(tl.int64), i_s.to(tl.int64)
-    channels = C.to(tl.int64) * VEC_C
-    length = L.to(tl.int64) * VEC_L
-
-    # a range starts at a tile: only its last tiles are partly masked. The first tile, which sets the shift, is fullest
-    n_start = i_sn * tiles_n * BLOCK_N
-    l_start = i_sl * tiles_l * BLOCK_L
-    count_n = tl.minimum(tiles_n.to(tl.int64) * BLOCK_N, N - n_start)
-    count_l = tl.minimum(tiles_l.to(tl.int64) * BLOCK_L, length - l_start)
-    steps_l = tl.cdiv(count_l, BLOCK_L)
-    steps = tl.cdiv(count_n, BLOCK_N) * steps_l
-
-    # [BLOCK_C]
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    # [BLOCK_N * BLOCK_L] images and positions within a tile
-    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
-    o_n, o_l = n_start + o_t // BLOCK_L, l_start + o_t % BLOCK_L
-
-    # [BLOCK_C, BLOCK_N * BLOCK_L]
-    m = lanes_left(m_c, count_n, count_l, BLOCK_N, BLOCK_L)
-    p_a = a_ptr + (o_c * stride_ac * VEC_L)[:, None] + (o_n * stride_an * VEC + o_l * stride_al * VEC_C)[None, :]
-    b_a = tl.load(p_a, mask=m, other=0.0)
-    first = (tl.minimum(count_n, BLOCK_N) * tl.minimum(count_l, BLOCK_L)).to(SUM)
-    b_shift_a = tl.sum(b_a.to(SUM), axis=1) / first
-    b_sum_a = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
-    b_sum_aa = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
-    if PAIRED:
-        p_b = b_ptr + (o_c * stride_bc * VEC_L)[:, None] + (o_n * stride_bn * VEC + o_l * stride_bl * VEC_C)[None, :]
-        b_b = tl.load(p_b, mask=m, other=0.0)
-        b_shift_b = tl.sum(b_b.to(SUM), axis=1) / first
-        b_sum_b = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
-        b_sum_bb = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
-        b_sum_ab = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_L], dtype=SUM)
-
-    # position of this tile in the piece
-    i_n, i_l = steps * 0, steps * 0
-    for i in range(steps):
-        # load the next tile while this one is added; in the last iteration the mask is empty and nothing is read
-        end_of_row = i_l + 1 == steps_l
-        j_n, j_l = tl.where(end_of_row, i_n + 1, i_n), tl.where(end_of_row, 0, i_l + 1)
-        rest_l = tl.where(i + 1 < steps, count_l - j_l * BLOCK_L, 0)
-        m_next = lanes_left(m_c, count_n - j_n * BLOCK_N, rest_l, BLOCK_N, BLOCK_L)
-        o_a = j_n * BLOCK_N * stride_an * VEC + j_l * BLOCK_L * stride_al * VEC_C
-        b_next_a = tl.load(p_a + o_a, mask=m_next, other=0.0)
-        if PAIRED:
-            o_b = j_n * BLOCK_N * stride_bn * VEC + j_l * BLOCK_L * stride_bl * VEC_C
-            b_next_b = tl.load(p_b + o_b, mask=m_next, other=0.0)
-
-        m = lanes_left(m_c, count_n - i_n * BLOCK_N, count_l - i_l * BLOCK_L, BLOCK_N, BLOCK_L)
-        # a masked lane must be 0 after the shift, not before
-        b_a = tl.where(m, b_a.to(SUM) - b_shift_a[:, None], 0.0)
-        b_sum_a += b_a
-        b_sum_aa = tl.fma(b_a, b_a, b_sum_aa)
-        if PAIRED:
-            b_b = tl.where(m, b_b.to(SUM) - b_shift_b[:, None], 0.0)
-            b_sum_b += b_b
-            b_sum_bb = tl.fma(b_b, b_b, b_sum_bb)
-            b_sum_ab = tl.fma(b_a, b_b, b_sum_ab)
-            b_b = b_next_b
-        b_a = b_next_a
-        i_n, i_l = j_n, j_l
-
-    tl.store(counts_ptr + i_s, (count_n * count_l).to(tl.float64), mask=i_c == 0)
-    p_out = partials_ptr + i_s * channels + o_c
-    rows = splits * channels
-    tl.store(p_out, b_shift_a, mask=m_c)
-    tl.store(p_out + rows, tl.sum(b_sum_a, axis=1), mask=m_c)
-    tl.store(p_out + 2 * rows, tl.sum(b_sum_aa, axis=1), mask=m_c)
-    if PAIRED:
-        tl.store(p_out + 3 * rows, b_shift_b, mask=m_c)
-        tl.store(p_out + 4 * rows, tl.sum(b_sum_b, axis=1), mask=m_c)
-        tl.store(p_out + 5 * rows, tl.sum(b_sum_bb, axis=1), mask=m_c)
-        tl.store(p_out + 6 * rows, tl.sum(b_sum_ab, axis=1), mask=m_c)
+PLANS = Plans()
+# pieces x channels in a tile of finish_kernel, four for each thread: for many pieces, and for few
+MANY, FEW = (128, 8), (16, 32)
 
 
 @triton.jit
-def pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S: tl.constexpr):
-    """BLOCK_S pieces of channels o_c, from piece i on: their pointers, mask, counts and inverse counts."""
-    o_s = i + tl.arange(0, BLOCK_S)
-    m = m_c[:, None] & (o_s < pieces)[None, :]
-    p_s = partials_ptr + o_c[:, None] * fold + ((o_s // fold).to(tl.int64) * n_c * fold + o_s % fold)[None, :]
-    b_n = tl.load(counts_ptr + o_s // fold, mask=o_s < pieces, other=1.0)
-    return p_s, m, b_n[None, :], (1.0 / b_n)[None, :]
-
-
-@triton.jit
-def mean_of_piece(p_s, rows, m, b_inverse):
-    """shift + D / n, and D / n, float64."""
-    b_rest = tl.load(p_s + rows, mask=m, other=0.0).to(tl.float64) * b_inverse
-    return tl.load(p_s, mask=m, other=0.0).to(tl.float64) + b_rest, b_rest
-
-
-@triton.jit
-def squares_of_piece(p_s, rows, m, b_n, b_inverse, b_mean):
-    """M2_s + n_s (mean_s - mean)^2 with M2_s = DD - D^2 / n_s, then mean_s - mean, and D / n_s, float64."""
-    b_mean_s, b_rest = mean_of_piece(p_s, rows, m, b_inverse)
-    b_step = tl.where(m, b_mean_s - b_mean[:, None], 0.0)
-    b_m2 = tl.load(p_s + 2 * rows, mask=m, other=0.0).to(tl.float64) - b_n * b_rest * b_rest
+def merge_pieces(p_s, layer, m, b_n, b_about):
+    """For one tensor: the mean of each piece minus `b_about`, its M2, D and D / n. Float64 [BLOCK_S, BLOCK_C]."""
+    b_shift = tl.load(p_s, mask=m, other=0.0).to(tl.float64)
+    b_d = tl.load(p_s + layer, mask=m, other=0.0).to(tl.float64)
+    b_rest = b_d / b_n
+    b_mean = tl.where(m, (b_shift - b_about) + b_rest, 0.0)
+    b_m2 = tl.load(p_s + 2 * layer, mask=m, other=0.0).to(tl.float64) - b_d * b_rest
     # rounding must not make M2 negative; where, not maximum: maximum would turn a NaN into 0
-    return tl.where(b_m2 < 0.0, 0.0, b_m2) + b_n * b_step * b_step, b_step, b_rest
+    return b_mean, tl.where(b_m2 < 0.0, 0.0, b_m2), b_d, b_rest
 
 
-@triton.jit(do_not_specialize=["C", "splits", "fold", "count", "count_r"])
+@triton.jit(
+    do_not_specialize=["C", "splits", "rows", "count", "count_r"],
+    do_not_specialize_on_alignment=["mean_r_ptr", "m2_r_ptr"],
+)
 def finish_kernel(
-    counts_ptr,  # float64 [splits]
-    partials_ptr,  # float32 or float64 [3 or 7, splits, C, fold]: shift, D and DD of a; then of b, and DE
+    partials_ptr,  # float32 or float64 [4 or 8, splits, rows * ROW]: n, shift, D and DD of a; then of b, and DE
     mean_r_ptr,  # float64 [C]: mean and M2 of the running moments of a, or None
     m2_r_ptr,
     moments_ptr,  # float64 [2 or 5, C]: mean and M2 of a; then mean and M2 of b, and the co-moment
+    count_r: tl.int64,
     C,
     splits,
-    fold,
-    count,  # values per channel, all pieces together
-    count_r,
+    rows,
+    count: tl.int64,  # values of a channel, all pieces together
     PAIRED: tl.constexpr,
+    WHOLE: tl.constexpr,  # all of the width was written, not C alone
+    ROW: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merge all pieces s of BLOCK_C channels, in float64 and in their order (Chan, Golub and LeVeque 1979, for many):
+    """Merge all pieces s of BLOCK_C channels in float64, in one pass (Chan, Golub and LeVeque 1979, for many):
 
-    mean = sum(n_s mean_s) / n        M2 = sum(M2_s + n_s (mean_s - mean)^2)        C2 likewise, with a cross product
+    mean = about + T / n, T = sum(n_s t_s)        M2 = sum(M2_s + n_s t_s^2) - T^2 / n        t_s = mean_s - about
 
-    The running moments count as one more piece.
+    and the co-moment likewise. `about` is the shift of the first piece. The difference cancels by no more than the
+    number of pieces, because a first mean far from the mean makes M2 large as well.
     """
     # [BLOCK_C]
     o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    width = rows.to(tl.int64) * ROW
+    layer = splits * width
+    # a mask by the width is one for each vector
+    m_w = o_c < (width if WHOLE else C)
     m_c = o_c < C
-    n_c = C.to(tl.int64)
-    pieces = splits * fold
-    rows = pieces.to(tl.int64) * n_c
     n = count.to(tl.float64)
-    b_sum_a = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
+    b_about_a = tl.load(partials_ptr + layer + o_c, mask=m_w, other=0.0).to(tl.float64)
+    b_t_a = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float64)
+    b_q_a = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float64)
     if PAIRED:
-        b_sum_b = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-    for i in range(0, pieces, BLOCK_S):
-        # [BLOCK_C, BLOCK_S]
-        p_s, m, b_n, b_inverse = pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S)
-        b_sum_a += b_n * mean_of_piece(p_s, rows, m, b_inverse)[0]
+        b_about_b = tl.load(partials_ptr + 4 * layer + o_c, mask=m_w, other=0.0).to(tl.float64)
+        b_t_b = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float64)
+        b_q_b = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float64)
+        b_q_ab = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float64)
+    for i in range(0, splits, BLOCK_S):
+        # [BLOCK_S, BLOCK_C]
+        o_s = i + tl.arange(0, BLOCK_S)
+        m = (o_s < splits)[:, None] & m_w[None, :]
+        p_s = partials_ptr + o_s.to(tl.int64)[:, None] * width + o_c[None, :]
+        b_n = tl.load(p_s, mask=m, other=1.0).to(tl.float64)
+        b_mean_a, b_m2_a, b_d, _ = merge_pieces(p_s + layer, layer, m, b_n, b_about_a)
+        b_t_a += b_n * b_mean_a
+        b_q_a += b_m2_a + b_n * b_mean_a * b_mean_a
         if PAIRED:
-            b_sum_b += b_n * mean_of_piece(p_s + 3 * rows, rows, m, b_inverse)[0]
-    b_total_a = tl.sum(b_sum_a, axis=1)
+            b_mean_b, b_m2_b, _, b_rest_b = merge_pieces(p_s + 4 * layer, layer, m, b_n, b_about_b)
+            b_t_b += b_n * b_mean_b
+            b_q_b += b_m2_b + b_n * b_mean_b * b_mean_b
+            b_de = tl.load(p_s + 7 * layer, mask=m, other=0.0).to(tl.float64) - b_d * b_rest_b
+            b_q_ab += b_de + b_n * b_mean_a * b_mean_b
+
+    p_out = moments_ptr + o_c
+    b_total_a = tl.sum(b_t_a, axis=0)
+    b_mean = b_about_a + b_total_a / n
+    b_m2 = tl.sum(b_q_a, axis=0) - b_total_a * (b_total_a / n)
+    b_m2 = tl.where(b_m2 < 0.0, 0.0, b_m2)
+    if PAIRED:
+        b_total_b = tl.sum(b_t_b, axis=0)
+        b_m2_b = tl.sum(b_q_b, axis=0) - b_total_b * (b_total_b / n)
+        tl.store(p_out + 2 * C.to(tl.int64), b_about_b + b_total_b / n, mask=m_c)
+        tl.store(p_out + 3 * C.to(tl.int64), tl.where(b_m2_b < 0.0, 0.0, b_m2_b), mask=m_c)
+        tl.store(p_out + 4 * C.to(tl.int64), tl.sum(b_q_ab, axis=0) - b_total_a * (b_total_b / n), mask=m_c)
     if mean_r_ptr is not None:
         n_r = count_r.to(tl.float64)
-        b_mean_r = tl.load(mean_r_ptr + o_c, mask=m_c, other=0.0)
-        b_total_a += n_r * b_mean_r
-        n += n_r
-    b_mean_a = b_total_a / n
-    tl.store(moments_ptr + o_c, b_mean_a, mask=m_c)
-    if PAIRED:
-        b_mean_b = tl.sum(b_sum_b, axis=1) / n
-        tl.store(moments_ptr + 2 * n_c + o_c, b_mean_b, mask=m_c)
-
-    b_sum_aa = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-    if PAIRED:
-        b_sum_bb = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-        b_sum_ab = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float64)
-    for i in range(0, pieces, BLOCK_S):
-        p_s, m, b_n, b_inverse = pieces_of(counts_ptr, partials_ptr, i, pieces, o_c, m_c, n_c, fold, BLOCK_S)
-        b_squares_a, b_step_a, b_rest_a = squares_of_piece(p_s, rows, m, b_n, b_inverse, b_mean_a)
-        b_sum_aa += b_squares_a
-        if PAIRED:
-            b_squares_b, b_step_b, b_rest_b = squares_of_piece(p_s + 3 * rows, rows, m, b_n, b_inverse, b_mean_b)
-            b_sum_bb += b_squares_b
-            b_de = tl.load(p_s + 6 * rows, mask=m, other=0.0).to(tl.float64)
-            b_sum_ab += b_de + b_n * (b_step_a * b_step_b - b_rest_a * b_rest_b)
-    b_m2_a = tl.sum(b_sum_aa, axis=1)
-    if mean_r_ptr is not None:
-        b_m2_a += tl.load(m2_r_ptr + o_c, mask=m_c, other=0.0) + n_r * (b_mean_r - b_mean_a) * (b_mean_r - b_mean_a)
-    tl.store(moments_ptr + n_c + o_c, b_m2_a, mask=m_c)
-    if PAIRED:
-        tl.store(moments_ptr + 3 * n_c + o_c, tl.sum(b_sum_bb, axis=1), mask=m_c)
-        tl.store(moments_ptr + 4 * n_c + o_c, tl.sum(b_sum_ab, axis=1), mask=m_c)
+        b_step = tl.load(mean_r_ptr + o_c, mask=m_c, other=0.0) - b_mean
+        b_m2 += tl.load(m2_r_ptr + o_c, mask=m_c, other=0.0) + b_step * b_step * (n * (n_r / (n + n_r)))
+        b_mean += b_step * (n_r / (n + n_r))
+    tl.store(p_out, b_mean, mask=m_c)
+    tl.store(p_out + C.to(tl.int64), b_m2, mask=m_c)
 
 
 def plan_moments(a: Tensor, b: Tensor | None = None, running: Moments | None = None) -> tuple[list[Launch], Tensor]:
@@ -238,43 +115,84 @@ def plan_moments(a: Tensor, b: Tensor | None = None, running: Moments | None = N
 
     The moments of a are merged with `running`.
     """
-    tiles = tiles_of(*([a] if b is None else [a, b]), most=MAX_TILES)
+    views = [a] if b is None else [a, b]
+    bases, starts = zip(*map(aligned, views), strict=True)
+    pieces = pieces_of(tuple(a.shape), tuple(x.stride() for x in views), starts, a.itemsize)
+    tensors = list(bases) if pieces.arguments.get("start_a") else views
     channels, paired = a.shape[1], b is not None
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    counts = torch.empty(tiles.splits, dtype=torch.float64, device=a.device)
-    partials = torch.empty((7 if paired else 3, tiles.splits, tiles.channels), dtype=dtype, device=a.device)
+    partials = torch.empty((8 if paired else 4, pieces.splits, pieces.width), dtype=dtype, device=a.device)
     moments = torch.empty((5 if paired else 2, channels), dtype=torch.float64, device=a.device)
-    measure: dict[str, Any] = {
-        "a_ptr": a,
-        "b_ptr": b,
-        "counts_ptr": counts,
-        "partials_ptr": partials,
-    }
-    measure |= {"stride_bn": 0, "stride_bc": 0, "stride_bl": 0, "splits": tiles.splits, **tiles.arguments}
-
-    block_c = min(triton.next_power_of_2(channels), MERGE_CHANNELS)
-    block_s = min(triton.next_power_of_2(tiles.splits * tiles.fold), MERGE // block_c)
-    finish: dict[str, Any] = {"counts_ptr": counts, "partials_ptr": partials, "moments_ptr": moments, "C": channels}
+    block_s, block_c = FEW if pieces.splits <= FEW[0] else MANY
+    finish: dict[str, Any] = {"partials_ptr": partials, "moments_ptr": moments, "C": channels}
     finish |= {"mean_r_ptr": running and running.mean.contiguous(), "m2_r_ptr": running and running.m2.contiguous()}
-    finish |= {"splits": tiles.splits, "fold": tiles.fold, "count": a.shape[0] * a.shape[2]}
-    finish |= {"count_r": running.count if running else 0, "PAIRED": paired, "BLOCK_S": block_s, "BLOCK_C": block_c}
-    return [
-        Launch(partials_kernel, (tiles.programs,), measure, tiles.values),
-        Launch(finish_kernel, (triton.cdiv(channels, block_c),), finish, block_s * block_c),
-    ], moments
+    finish |= {"splits": pieces.splits, "rows": pieces.width // ROW, "count": a.shape[0] * a.shape[2]}
+    finish |= {
+        "count_r": running.count if running else 0,
+        "PAIRED": paired,
+        "WHOLE": channels % ROW == 0 or "WIDTH" in pieces.arguments,
+        "ROW": ROW,
+    }
+    finish |= {"BLOCK_S": block_s, "BLOCK_C": block_c}
+    grid = (triton.cdiv(channels, block_c),)
+    return [pieces.launch(tensors, partials), Launch(finish_kernel, grid, finish, block_s * block_c // 4)], moments
 
 
-def channel_moments(x: Tensor, tolerance: float, running: Moments | None) -> Moments:
-    """Moments of each channel of an (N, C, L) view, merged with `running`; sums are shifted for any tolerance."""
-    launches, moments = plan_moments(x, running=running)
-    for launch in launches:
-        launch.run()
-    return Moments(x.shape[0] * x.shape[2] + (running.count if running else 0), moments[0], moments[1])
+class Plan(NamedTuple):
+    """The two launches that measure tensors of one signature, and what they fill."""
+
+    measure: Repeated
+    finish: Repeated
+    partials: tuple[int, ...]
+    moments: tuple[int, ...]
+    dtype: torch.dtype  # of the partial moments
+    values: int  # of a channel
+    shifted: bool  # the first kernel takes the aligned address before a tensor
 
 
-def paired_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mean and m2 of a, of b, and their co-moment, float64 (C,), of two (N, C, L) views, in one pass over both."""
-    launches, moments = plan_moments(a, b)
-    for launch in launches:
-        launch.run()
-    return moments[0], moments[1], moments[2], moments[3], moments[4]
+def plan_for(tensors: tuple[Tensor, ...], channel_dim: int, running: Moments | None) -> Plan | None:
+    """The plan for tensors of any shape; None where their strides forbid (N, C, L) views."""
+    key = (channel_dim, running is None, *map(signature, tensors))
+    if plan := PLANS.get(key):
+        return plan
+    if not (views := as_ncl(*tensors, channel_dim=channel_dim)):
+        return None
+    (measure, finish), moments = plan_moments(views[0], views[1] if len(views) > 1 else None, running)
+    partials = measure.arguments["partials_ptr"]
+    plan = Plan(
+        *(Repeated(measure, 3), Repeated(finish, 5), partials.shape, moments.shape, partials.dtype),
+        *(views[0].shape[0] * views[0].shape[2], bool(measure.arguments.get("start_a"))),
+    )
+    return PLANS.add(key, plan)
+
+
+def measured(tensors: tuple[Tensor, ...], channel_dim: int, running: Moments | None) -> tuple[int, tuple[Tensor, ...]]:
+    """The number of values, and the float64 (C,) rows that `finish_kernel` computes."""
+    plan = plan_for(tensors, channel_dim, running)
+    if plan is None:
+        return measured(tuple(x.contiguous() for x in tensors), channel_dim, running)
+    x = tensors[0]
+    partials = torch.empty(plan.partials, dtype=plan.dtype, device=x.device)
+    moments = torch.empty(plan.moments, dtype=torch.float64, device=x.device)
+    a, b = (*tensors, None)[:2]
+    if plan.shifted:
+        a, b = (x if x is None else aligned(x)[0] for x in (a, b))
+    with on_device_of(x):
+        plan.measure(a, b, partials)
+        if running is None:
+            plan.finish(partials, None, None, moments, 0)
+        else:
+            plan.finish(partials, running.mean.contiguous(), running.m2.contiguous(), moments, running.count)
+    return plan.values, moments.unbind()
+
+
+def channel_moments(x: Tensor, channel_dim: int, tolerance: float, running: Moments | None) -> Moments:
+    """Moments of each channel of x, merged with `running`; sums are shifted for any tolerance."""
+    count, (mean, m2) = measured((x,), channel_dim, running)
+    return Moments(count + (running.count if running else 0), mean, m2)
+
+
+def paired_moments(a: Tensor, b: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mean and m2 of a, of b, and their co-moment, float64 (C,), in one pass over both."""
+    mean_a, m2_a, mean_b, m2_b, comoment = measured((a, b), channel_dim, None)[1]
+    return mean_a, m2_a, mean_b, m2_b, comoment

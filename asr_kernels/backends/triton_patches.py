@@ -30,7 +30,7 @@ class PatchProducts:
         self._images = x.sum(0, dtype=torch.float64)
         self._about = (self._images.mean((1, 2)) / len(x)).float()
         self.shift = self._about.double()
-        found = channel_moments(y.flatten(2), 0.0, None)
+        found = channel_moments(y, 1, 0.0, None)
         self._outputs = found.mean.float()
         self.target = self._outputs.double()
         left = found.count * (found.mean - self.target)

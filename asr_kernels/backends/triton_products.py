@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import Launch
+from .triton_launch import Launch
 
 # values of a patch in a tile, at most, and patches read at a time: tl.dot takes no fewer than 16
 TILE_K, TILE_M = 64, 16
@@ -264,4 +264,4 @@ def plan_products(a: Read, b: Read, rows: int, columns: int, groups: int) -> tup
     arguments |= {"tiles_b": tiles_b, "pieces_h": pieces_h, "piece_n": piece_n, "piece_h": piece_h}
     arguments |= {"SYMMETRIC": a is b, "INDEX": tl.int64 if wide else tl.int32, "PRECISION": PRECISION}
     arguments |= {"BLOCK_K": block, "BLOCK_M": TILE_M}
-    return Launch(products_kernel, (tiles * groups * len(partials),), arguments, block * TILE_M), partials
+    return Launch(products_kernel, (tiles * groups * len(partials),), arguments, block * TILE_M // 8), partials

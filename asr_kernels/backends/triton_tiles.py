@@ -1,4 +1,4 @@
-"""How the kernels divide a tensor: into pieces, one per program, and pieces into tiles.
+"""How `affine_` divides a tensor: into pieces, one per program, and pieces into tiles.
 
 A tensor is a strided (N, C, L) view. A tile is the part that a program holds in registers at a time: BLOCK_N images x
 BLOCK_L positions of BLOCK_C channels. It has one channel where positions are contiguous ("planes"), many where channels
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,33 +21,12 @@ from torch import Tensor
 TILE = 2048
 # channels in a tile of rows: 256 contiguous bytes of half precision
 TILE_CHANNELS = 128
-# longest plane that is read as rows, and the bytes of all images at one position that make it worthwhile: the partial
-# moments, 12 bytes per position that are read twice, stay small beside them
+# longest plane that is read as rows, and the bytes of all images at one position that make it worthwhile
 SHORT_PLANE, WORTH_FOLDING = 512, 128
-# programs to aim for: several per multiprocessor of a large GPU, for any number of channels; fewer with folded planes,
-# where each program writes moments of single positions
+# programs to aim for: several per multiprocessor of a large GPU, for any number of channels; fewer with folded planes
 PROGRAMS, PROGRAMS_FOLDED = 2048, 512
-# threads that run in lockstep: 64 on AMD's data-centre GPUs, 32 on NVIDIA's
-WARP = 64 if torch.version.hip else 32
 # arguments that Triton does not specialise: VEC gives the divisors, and each special value would compile a new kernel
 SIZES = ["N", "C", "L", "blocks", "splits_l", "tiles_n", "tiles_l"]
-
-
-class Launch(NamedTuple):
-    """A kernel, its grid and every argument by name: `run` launches it, the ahead-of-time tests compile it."""
-
-    kernel: Any
-    grid: tuple[int]
-    arguments: dict[str, Any]
-    values: int  # per tile
-
-    def options(self, warp: int = WARP) -> dict[str, Any]:
-        """8 values per thread. Fusion is written as tl.fma: Triton's default changes between 3.9 and 3.10."""
-        return {"num_warps": min(max(self.values // (8 * warp), 1), 8), "enable_fp_fusion": False}
-
-    def run(self) -> None:
-        """Launch on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, **self.options())
 
 
 class Tiles(NamedTuple):

@@ -1,11 +1,13 @@
 """The Triton kernels and a whole repair on a GPU against PyTorch: `make gpu` runs this file.
 
-    python benchmarks/speed/kernels.py [--seconds 100] [--only kernels|repair] [--output results/gpu.json]
+    python benchmarks/speed/kernels.py [--seconds 500] [--only kernels|inductor|repair] [--output results/gpu.json]
 
-Kernels: with a cold L2 (a gigabyte is written before every call), median with 20th and 80th percentiles. GB/s counts
-each tensor that is read and each that is written once; the table also has the share of the speed of a device-to-device
-copy. Peers, in the same dtype: eager PyTorch, and the same formula compiled by torch.compile (Inductor) for as many
-cases as `--seconds` allow. Our result is first compared with float64; a wrong result gets no ratio.
+Kernels: median with 20th and 80th percentiles. Calls take turns with tensors that together are larger than three times
+the L2 cache, so none finds its input there, and none has to wait until the cache is written back. The host queues all
+calls behind a pause of the device, so the device time has no gaps; the host time is reported apart. GB/s counts each
+tensor that is read and each that is written once. Just before each row a copy of the same tensor is timed: the share of
+its speed does not depend on the clocks of the moment. Peers, in the same dtype: eager PyTorch, and the same formula
+compiled by torch.compile (Inductor). Our result is first compared with float64; a wrong result gets no ratio.
 
 Second moments for a refit, "refit 3x3" and "refit 1x1": layers of a ResNet-50, against the same function in PyTorch,
 which copies patches and multiplies in IEEE float32. GB/s counts input and output once; the bound here is arithmetic.
@@ -13,8 +15,10 @@ which copies patches and multiplies in IEEE float32. GB/s counts input and outpu
 Repair: sequential ASR and exact BatchNorm on a ResNet-50 of random weights, 4,096 images of 224x224, against its bare
 forward passes and against `update_bn`.
 
-Writes a .json, a .md and a .png (bytes against time). `--dry-run` runs everything on a CPU, on tiny tensors in Triton's
-interpreter, as a test: its figures mean nothing.
+Writes a .json after each row, then a .md and a .png (bytes against time). A run continues an unfinished .json of the
+same code on the same GPU. After `--seconds` it stops and exits with 75. Inductor is measured by a process of its own,
+`--only inductor`; a row that twice does not end is left out. `--dry-run` runs everything on a CPU, on tiny
+tensors in Triton's interpreter, as a test: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +29,12 @@ import sys
 if "--dry-run" in sys.argv:  # read when Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -41,7 +48,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "pyt
 import asr_kernels as ak
 import resuscitate
 from benchmarks.common.inputs import pruned_copy
-from benchmarks.common.results import RESULTS, machine, write
+from benchmarks.common.results import RESULTS, ROOT, machine, write
 from benchmarks.common.timing import candidates, medians, race
 from benchmarks.networks import resnet50
 from benchmarks.speed.gpu_report import draw, markdown, missed, show
@@ -59,6 +66,8 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 AXES = (0, 2, 3)
 TOLERANCE = 1e-5  # of a statistic, at a standard deviation of 1
+
+AGAIN = 75  # exit status: the time was up, so run again to continue
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -80,6 +89,13 @@ def make_case(shape: tuple[int, ...], layout: str, dtype: str, device: str) -> C
     pair = (x + 1, 0.6 * x + 0.8 * noise + 1)
     x, y = (t.to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for t in pair)
     return Case(x, y, 0.4 + 0.5 * gain, 0.5 + shift)
+
+
+def turns(case: Case) -> list[Case]:
+    """The case and copies of it, all inputs together larger than three times the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if case.x.is_cuda else 0
+    copies = max(3 * cache // case.x.nbytes, 1)
+    return [case, *(Case(case.x.clone(), case.y.clone(), case.gain, case.shift) for _ in range(copies))]
 
 
 def var_mean(x: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +120,7 @@ def moments(case: Case) -> tuple[Candidates, Callable[..., Any], tuple[Tensor, .
 
     def ours() -> tuple[Tensor, ...]:
         found = ak.channel_moments(x)
-        return found.mean, found.m2 / found.count
+        return found.mean, found.m2
 
     peers: Candidates = {"ours": ours, "eager": lambda: var_mean(x)}
     if x.is_cuda:
@@ -118,7 +134,7 @@ def paired(case: Case) -> tuple[Candidates, Callable[..., Any], tuple[Tensor, ..
 
     def ours() -> tuple[Tensor, ...]:
         pair = ak.paired_moments(x, y)
-        return pair.dense.mean, pair.dense.var, pair.pruned.mean, pair.pruned.var, pair.cov
+        return pair.dense.mean, pair.dense.m2, pair.pruned.mean, pair.pruned.m2, pair.comoment
 
     return {"ours": ours, "eager": lambda: pair_eager(x, y)}, pair_eager, (x, y)
 
@@ -148,69 +164,113 @@ def is_right(operation: str, case: Case) -> bool:
         tolerance = torch.finfo(before.dtype).eps
     else:
         truth = pair_eager(before.double(), case.y.double()) if operation == "paired" else var_mean(before.double())
+        # ours are means and sums of products; the others are variances and a covariance
+        count = before.numel() // before.shape[1]
+        found = tuple(each / count if i in (1, 3, 4) else each for i, each in enumerate(found))
         tolerance = TOLERANCE
     return all(bool(((a - b).abs() <= tolerance * (1 + b.abs())).all()) for a, b in zip(found, truth, strict=True))
 
 
 class Clock:
-    """Times calls, on a GPU with a cold L2."""
+    """Times calls that take turns."""
 
     def __init__(self, device: str, rounds: int) -> None:
         self.cuda, self.rounds = device == "cuda", rounds
-        # writing it takes so long that the next launches are queued before it ends
-        self.flush = torch.empty((1 << 30) // 4 if self.cuda else 1, dtype=torch.int32, device=device)
 
-    def milliseconds(self, call: Callable[[], Any]) -> list[float]:
-        """20th percentile, median, 80th percentile."""
-        for _ in range(3):
+    def times(self, calls: list[Callable[[], Any]]) -> tuple[list[float], float]:
+        """20th percentile, median and 80th percentile of the device's milliseconds; microseconds of the host."""
+        calls = [calls[i % len(calls)] for i in range(self.rounds)]
+        for call in calls[:3]:
             call()
         if not self.cuda:
             times = []
-            for _ in range(self.rounds):
+            for call in calls:
                 started = time.perf_counter()
                 call()
                 times.append(1e3 * (time.perf_counter() - started))
+            host = 1e3 * min(times)
         else:
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.rounds)]
-            for start, stop in events:
-                self.flush.zero_()
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+            self._pause()
+            for call, (start, stop) in zip(calls, events, strict=True):
                 start.record()
                 call()
                 stop.record()
             torch.cuda.synchronize()
             times = [start.elapsed_time(stop) for start, stop in events]
-        return [times[round(q * (len(times) - 1))] for times in [sorted(times)] for q in (0.2, 0.5, 0.8)]
+            self._pause()
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            host = 1e6 * (time.perf_counter() - started) / len(calls)
+            torch.cuda.synchronize()
+        return [times[round(q * (len(times) - 1))] for times in [sorted(times)] for q in (0.2, 0.5, 0.8)], host
+
+    def milliseconds(self, call: Callable[[], Any]) -> list[float]:
+        """The device's milliseconds of one call, repeated."""
+        return self.times([call])[0]
+
+    def _pause(self) -> None:
+        # 10 ms at 2 GHz: the host queues all calls meanwhile
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)
+
+
+def cases_of(shapes: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], str, str]]:
+    """Shape, layout and dtype of every case; NCHW first."""
+    found = [(s, layout, d) for s in shapes for layout in LAYOUTS for d in DTYPES if s[3] > 1 or layout == "NCHW"]
+    return sorted(found, key=lambda case: case[1])
 
 
 def measure_kernels(
-    device: str, shapes: list[tuple[int, ...]], clock: Clock, seconds: float
+    device: str, shapes: list[tuple[int, ...]], clock: Clock, known: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """One row for each operation and case; cases are compiled by Inductor until `seconds` have passed."""
-    deadline = time.monotonic() + seconds
-    cases = [(s, layout, d) for s in shapes for layout in LAYOUTS for d in DTYPES if s[3] > 1 or layout == "NCHW"]
-    for shape, layout, dtype in sorted(cases, key=lambda case: case[1]):
-        case = make_case(shape, layout, dtype, device)
+    """One row for each operation and case that is not known yet."""
+    for shape, layout, dtype in cases_of(shapes):
+        if all((operation, shape, layout, dtype) in known for operation in OPERATIONS):
+            continue
+        cases = turns(make_case(shape, layout, dtype, device))
+        x = cases[0].x
+        target = torch.empty_like(x)
         for operation, (build, tensors) in OPERATIONS.items():
-            right = is_right(operation, case)
-            candidates, formula, arguments = build(case)
-            if device == "cuda" and time.monotonic() < deadline:
-                torch._dynamo.reset()
-                compiled = torch.compile(formula)
-                candidates["inductor"] = lambda f=compiled, a=arguments: f(*a)
-            times = {name: clock.milliseconds(call) for name, call in candidates.items()}
-            moved = tensors * case.x.numel() * case.x.element_size()
-            ours = times["ours"][1]
+            if (operation, shape, layout, dtype) in known:
+                continue
+            right = is_right(operation, cases[0])
+            copied = clock.times([partial(target.copy_, case.x) for case in cases])[0][1]
+            built = [build(case)[0] for case in cases]
+            found = {name: clock.times([each[name] for each in built]) for name in built[0]}
             row = {"operation": operation, "shape": shape, "layout": layout, "dtype": dtype, "right": right}
-            row |= {"bytes": moved, "ms_p20_p50_p80": times, "gb_per_s": moved / ours / 1e6}
-            ratios = {name: t[1] / ours for name, t in times.items() if name != "ours"}
-            yield {**row, "speedup": ratios if right else None}
+            row |= {"bytes": tensors * x.nbytes, "copy_gb_per_s": 2 * x.nbytes / copied / 1e6}
+            row |= {"ms_p20_p50_p80": {name: times for name, (times, _) in found.items()}}
+            yield {**row, "host_us": {name: host for name, (_, host) in found.items()}}
 
 
-def measure_patches(device: str, shapes: list[tuple[int, ...]], clock: Clock) -> Iterator[dict[str, Any]]:
+def measure_inductor(device: str, row: dict[str, Any], clock: Clock) -> tuple[list[float], float]:
+    """The times of a row's formula, compiled by Inductor."""
+    cases = turns(make_case(tuple(row["shape"]), row["layout"], row["dtype"], device))
+    torch._dynamo.reset()
+    _, formula, _ = OPERATIONS[row["operation"]][0](cases[0])
+    compiled = torch.compile(formula)
+    arguments = [OPERATIONS[row["operation"]][0](case)[2] for case in cases]
+    return clock.times([lambda a=each: compiled(*a) for each in arguments])
+
+
+def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what follows from its times: GB/s, and how many times as fast as each peer; None if wrong."""
+    ours = row["ms_p20_p50_p80"]["ours"][1]
+    ratios = {name: times[1] / ours for name, times in row["ms_p20_p50_p80"].items() if name != "ours"}
+    return {**row, "gb_per_s": row["bytes"] / ours / 1e6, "speedup": ratios if row["right"] else None}
+
+
+def measure_patches(
+    device: str, shapes: list[tuple[int, ...]], clock: Clock, known: set[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
     """One row for each layer and case: `patch_moments` in Triton against PyTorch's products; few on a CPU."""
     dtypes = DTYPES if device == "cuda" else ["fp32"]
     layouts = LAYOUTS if device == "cuda" else ["NCHW"]
     for shape, layout, dtype, size in product(shapes, layouts, dtypes, (3, 1)):
+        if (f"refit {size}x{size}", shape, layout, dtype) in known:
+            continue
         x, y, *_ = make_case(shape, layout, dtype, device)
         window = ak.Window((size, size), (1, 1), ((size // 2, size // 2),) * 2, (1, 1))
 
@@ -226,10 +286,10 @@ def measure_patches(device: str, shapes: list[tuple[int, ...]], clock: Clock) ->
         del found, truth
         calls: Candidates = {"ours": lambda call=on: call("triton"), "eager": lambda call=on: call("torch")}
         times = {name: clock.milliseconds(call) for name, call in calls.items()}
-        moved, ours = x.nbytes + y.nbytes, times["ours"][1]
+        copied = clock.milliseconds(lambda x=x, y=y: y.copy_(x))[1]
         row = {"operation": f"refit {size}x{size}", "shape": shape, "layout": layout, "dtype": dtype, "right": right}
-        row |= {"bytes": moved, "ms_p20_p50_p80": times, "gb_per_s": moved / ours / 1e6}
-        yield {**row, "speedup": {"eager": times["eager"][1] / ours} if right else None}
+        row |= {"bytes": x.nbytes + y.nbytes, "copy_gb_per_s": 2 * x.nbytes / copied / 1e6, "host_us": {}}
+        yield {**row, "ms_p20_p50_p80": times}
 
 
 def measure_repair(device: str, count: int, size: int, width: int, batch: int) -> list[dict[str, Any]]:
@@ -246,50 +306,97 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
     return rows
 
 
-def copy_speed(clock: Clock, device: str) -> float:
-    """GB/s of a device-to-device copy; bytes read and bytes written both count."""
-    source = torch.empty(1 << (30 if device == "cuda" else 20), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / clock.milliseconds(lambda: target.copy_(source))[1] / 1e6
+def of_this_code(gpu: str | None) -> str:
+    """A digest of the kernels, this benchmark, the GPU and PyTorch: results of others are not continued."""
+    files = [*sorted((ROOT / "asr_kernels").rglob("*.py")), Path(__file__)]
+    return hashlib.sha256(
+        b"".join([f"{gpu} {torch.__version__}".encode(), *(f.read_bytes() for f in files)])
+    ).hexdigest()
+
+
+class Found:
+    """The results so far, written after each row."""
+
+    def __init__(self, output: Path, about: dict[str, Any]) -> None:
+        self.output, self.about = output, about | {"code": of_this_code(about["gpu"])}
+        before = json.loads(output.read_text()) if output.exists() else {}
+        same = before.get("code") == self.about["code"]
+        self.rows: list[dict[str, Any]] = before["rows"] if same else []
+        self.repairs: list[dict[str, Any]] = before["repairs"] if same else []
+
+    @property
+    def known(self) -> set[tuple[Any, ...]]:
+        """Operation, shape, layout and dtype of each row."""
+        return {(row["operation"], tuple(row["shape"]), row["layout"], row["dtype"]) for row in self.rows}
+
+    def save(self) -> None:
+        """Write the .json and the .md."""
+        rows = [with_ratios(row) for row in self.rows]
+        lacking = missed(rows, self.repairs) if self.about["gpu"] else []
+        found = {**self.about, "rows": rows, "repairs": self.repairs, "missed": lacking}
+        write(self.output, found, markdown(rows, self.repairs))
+
+
+def measure_all(found: Found, only: str, dry_run: bool, rounds: int, deadline: float) -> bool:
+    """Measure what is not known yet; False where the time was up before."""
+    device = "cpu" if dry_run else "cuda"
+    clock = Clock(device, 2 if dry_run else rounds)
+    if only in ("all", "kernels"):
+        shapes, layers = (TINY, [(1, 2, 3, 3)]) if dry_run else (SHAPES, PATCHES)
+        for part in (
+            measure_kernels(device, shapes, clock, found.known),
+            measure_patches(device, layers, clock, found.known),
+        ):
+            for row in part:
+                found.rows.append(row)
+                found.save()
+                print(*(row[key] for key in ("operation", "shape", "layout", "dtype")), file=sys.stderr, flush=True)
+                if time.monotonic() > deadline:
+                    return False
+    if only in ("all", "repair") and not found.repairs:
+        found.repairs = measure_repair(device, *((2, 32, 1, 2) if dry_run else (4096, 224, 64, 64)))
+        found.save()
+    if only == "inductor":
+        for row in found.rows:
+            tried = row.get("inductor_tried", 0)
+            if row["operation"] not in OPERATIONS or "inductor" in row["host_us"] or tried == 2:
+                continue
+            # if the process is stopped twice in this row, the next one leaves it out
+            row["inductor_tried"] = tried + 1
+            found.save()
+            row["ms_p20_p50_p80"]["inductor"], row["host_us"]["inductor"] = measure_inductor(device, row, clock)
+            found.save()
+            if time.monotonic() > deadline:
+                return False
+    return True
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="How long new cases may be compiled by Inductor.")] = 100,
+    seconds: Annotated[float, typer.Option(help="After so many seconds no further row is measured.")] = float("inf"),
     rounds: Annotated[int, typer.Option(help="Calls of each candidate.")] = 30,
-    only: Annotated[str, typer.Option(help="kernels, repair, or both.")] = "both",
+    only: Annotated[str, typer.Option(help="kernels, repair, inductor, or all but the last.")] = "all",
     dry_run: Annotated[bool, typer.Option(help="Test this file on a CPU, in the interpreter.")] = False,
     output: Annotated[Path, typer.Option(help="The .json; .md and .png go beside it.")] = RESULTS / "gpu.json",
 ) -> None:
     """Measure on this machine's GPU."""
+    deadline = time.monotonic() + seconds
     if not dry_run and not torch.cuda.is_available():
         sys.exit("no GPU that PyTorch can use; --dry-run tests this file without one")
-    device = "cpu" if dry_run else "cuda"
-    clock = Clock(device, 2 if dry_run else rounds)
-    copied = copy_speed(clock, device)
-    rows: list[dict[str, Any]] = []
-    repairs: list[dict[str, Any]] = []
+    found = Found(output, machine() | ({"gpu": None} if dry_run else {}))
     with ak.use_backend("triton"):
-        if only != "repair":
-            for row in measure_kernels(device, TINY if dry_run else SHAPES, clock, seconds):
-                rows.append(row)
-                print(*(row[key] for key in ("operation", "shape", "layout", "dtype")), file=sys.stderr, flush=True)
-            rows += measure_patches(device, [(1, 2, 3, 3)] if dry_run else PATCHES, clock)
-    if only != "kernels":
-        repairs = measure_repair(device, *((4, 32, 4, 2) if dry_run else (4096, 224, 64, 64)))
-    about = machine() | {"copy_gb_per_s": copied}
-    about |= {"gpu": None} if dry_run else {}
-    title = f"{about['gpu'] or 'a dry run: these figures mean nothing'}, a copy at {copied:.0f} GB/s, {about['date']}"
-    show(rows, repairs, copied, title)
-    lacking = [] if dry_run else missed(rows, repairs, copied)
-    for line in lacking:
+        finished = measure_all(found, only, dry_run, rounds, deadline)
+    rows = [with_ratios(row) for row in found.rows]
+    show(rows, found.repairs, f"{found.about['gpu'] or 'a dry run: these figures mean nothing'}, {found.about['date']}")
+    for line in [] if dry_run else missed(rows, found.repairs):
         print("missed:", line)
-    found = {**about, "rows": rows, "repairs": repairs, "missed": lacking}
-    write(output, found, markdown(rows, repairs, copied))
     with suppress(ImportError):
         if rows:
-            draw(rows, copied, output.with_suffix(".png"))
+            draw(rows, output.with_suffix(".png"))
     if any(not row["right"] for row in rows):
         sys.exit("a kernel is wrong; the figures above are worth nothing")
+    if not finished:
+        print("the time is up; run again to continue")
+        sys.exit(AGAIN)
 
 
 if __name__ == "__main__":

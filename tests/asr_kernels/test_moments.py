@@ -130,6 +130,24 @@ def blocks(request, backend):
     return request.param
 
 
+@pytest.mark.parametrize("channels", [8, 72, 75])
+def test_results_of_rows_stay_within_their_memory(backend, device, channels, monkeypatch):
+    # with a number of channels that the blocks do not divide, the results are followed by memory of another tensor
+    memory = []
+
+    def behind(*size, **options):
+        size = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        memory.append(torch.full((size.numel() + 512,), 7.0, **options))
+        return memory[-1][: size.numel()].view(size)
+
+    x = torch.randn(6, channels, device=device, generator=generator(device))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", behind)
+        found = ak.channel_moments(x)
+    assert_moments(found, x)
+    assert all((each[-512:] == 7).all() for each in memory)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e4, 1e-7], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 def test_constant_channel_has_no_variance(backend, device, blocks, value, last):

@@ -95,23 +95,21 @@ def x(request) -> Tensor:
 
 
 def small_change(x: Tensor, tensors: int) -> int:
-    """Bytes of other accesses that are allowed: partial moments, written once and read twice, and C-sized vectors."""
+    """Bytes of other accesses that are allowed: partial moments, written once and read once, and C-sized vectors."""
     from asr_kernels.backends.triton_moments import plan_moments
 
-    views = ak.eager.as_ncl(*[x] * tensors, channel_dim=1) or ak.eager.as_ncl(
+    views = ak.views.as_ncl(*[x] * tensors, channel_dim=1) or ak.views.as_ncl(
         *[x.contiguous()] * tensors, channel_dim=1
     )
-    (measure, finish), moments = plan_moments(*views)
-    counts, partials = (measure.arguments[name] for name in ("counts_ptr", "partials_ptr"))
-    # each program of finish_kernel reads the count of a piece, once per folded position
-    of_counts = 2 * finish.grid[0] * finish.arguments["fold"] * counts.nbytes
-    return 2 * partials.nbytes + of_counts + 2 * moments.nbytes
+    (measure, _), moments = plan_moments(*views)
+    # finish_kernel reads the shifts of the first piece once more
+    return 2 * measure.arguments["partials_ptr"].nbytes + 2 * moments.nbytes
 
 
 def test_triton_moments_read_once(counted, blocks, x):
     with counted() as traffic:
         ak.channel_moments(x)
-    if ak.eager.as_ncl(x, channel_dim=1):
+    if ak.views.as_ncl(x, channel_dim=1):
         assert set(traffic.of("read", x)) == {1}
         assert traffic.bytes("read", outside=[x]) <= small_change(x, 1)
     assert not any(traffic.of("written", x))
@@ -119,7 +117,7 @@ def test_triton_moments_read_once(counted, blocks, x):
 
 
 def test_triton_paired_moments_read_once(counted, blocks, x):
-    if not ak.eager.as_ncl(x, channel_dim=1):
+    if not ak.views.as_ncl(x, channel_dim=1):
         pytest.skip("paired_moments copies this layout first")
     y = x.clone(memory_format=torch.preserve_format)
     with counted() as traffic:
@@ -145,14 +143,3 @@ def test_triton_traffic_counts_a_second_read(counted):
         ak.channel_moments(x)
         ak.channel_moments(x)
     assert set(traffic.of("read", x)) == {2}
-
-
-def test_triton_partial_moments_are_small_compared_with_the_tensor():
-    from asr_kernels.backends.triton_moments import plan_moments
-
-    for shape in [(64, 64, 12544), (64, 256, 784), (64, 1024, 196), (64, 2048, 49), (20, 6, 65536)]:
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.empty(shape, dtype=dtype, device="meta")
-            for views in ([x], [x, x]):
-                partials = plan_moments(*views)[0][0].arguments["partials_ptr"]
-                assert partials.nbytes <= 0.12 * sum(view.nbytes for view in views), (shape, dtype, len(views))

@@ -30,10 +30,10 @@ def test_the_random_state_is_unchanged():
 def test_a_wrong_kernel_is_named_with_a_remedy(monkeypatch, broken):
     right = ak.backends.torch_ops.affine_
 
-    def affine_(x, gain, shift, relu):
+    def affine_(x, gain, shift, channel_dim, relu):
         if broken == "raises":
             raise RuntimeError("no kernel image is available\nfor execution")
-        right(x, gain * 1.1 if broken == "wrong" else gain * float("nan"), shift, relu)
+        right(x, gain * 1.1 if broken == "wrong" else gain * float("nan"), shift, channel_dim, relu)
 
     monkeypatch.setattr(ak.backends.torch_ops, "affine_", affine_)
     monkeypatch.setattr(doctor, "SHAPES", ((3, 5, 9, 7),))
