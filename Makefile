@@ -32,7 +32,7 @@ outside: $(OUTSIDE)/.ready ## thirty networks of torchvision, timm and transform
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(OUTSIDE) $(BIN)/python -m pytest $(SHARED_OUT) --dist load tests/outside \
 		--table benchmarks/results/outside.md $(ARGS)
 
-headline: $(READY) ## what each tool brings back on real networks, and how fast; a quarter of an hour
+headline: $(READY) ## what each tool brings back on real networks, and how fast; several hours, and goes on where it was stopped
 	@$(BIN)/python benchmarks/accuracy/headline.py $(ARGS)
 
 picture: $(READY) ## the picture of a run in README.md; a quarter of a minute

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -174,8 +174,9 @@ def main(
     known = {(row["net"], row["target"], row["draw"]): row for row in rows}
     jobs = [(net, target, draw) for draw in range(draws) for net in nets.split(",") for target in targets.split(",")]
     jobs = [job for job in jobs if only or job not in known]
+    load = lru_cache(maxsize=1)(case)  # it decodes thousands of images
     for net, target, draw in progress(jobs, "repairing"):
-        dense, images, score = case(net, draw, folder, test_images)
+        dense, images, score = load(net, draw, folder, test_images)
         accuracy, seconds = measure(
             Cell(dense, target, images, net != "dscnn"), score, only.split(",") if only else TOOLS
         )
