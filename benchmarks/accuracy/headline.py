@@ -53,26 +53,28 @@ class Cell:
     images: Tensor
     augmented: bool
 
-    @cached_property
-    def pattern(self) -> str | NofM:
-        return parse_pattern(self.target if ":" in self.target else "unstructured")
+    @property
+    def kind(self) -> str | NofM:
+        return parse_pattern(self.pattern)
+
+    @property
+    def pattern(self) -> str:
+        return self.target if ":" in self.target else "unstructured"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kind.n / self.kind.m if isinstance(self.kind, NofM) else float(self.target.rstrip("%")) / 100
 
     def pruned(self) -> tuple[nn.Module, resuscitate.Masks]:
         """A pruned copy of the network, not repaired."""
         model = copy.deepcopy(self.dense)
-        if isinstance(self.pattern, NofM):
-            return model, resuscitate.sparsify(model, pattern=self.target)
-        return model, resuscitate.sparsify(model, float(self.target.rstrip("%")) / 100)
+        return model, resuscitate.sparsify(model, self.sparsity, pattern=self.pattern)
 
     @cached_property
     def compressed(self) -> tuple[nn.Module, resuscitate.Masks, float]:
         """What `compress` makes of a copy, and its seconds."""
         model, started = copy.deepcopy(self.dense), time.perf_counter()
-        if isinstance(self.pattern, NofM):
-            n, m = self.pattern
-            report = resuscitate.compress(model, 1 - n / m, self.images, pattern=self.target, progress=False)
-        else:
-            report = resuscitate.compress(model, float(self.target.rstrip("%")) / 100, self.images, progress=False)
+        report = resuscitate.compress(model, self.sparsity, self.images, pattern=self.pattern, progress=False)
         return model, report.masks, time.perf_counter() - started
 
 
@@ -111,7 +113,7 @@ def _asr_as_published(cell: Cell) -> nn.Module:
 
 def _one_shot(cell: Cell) -> nn.Module:
     model = copy.deepcopy(cell.dense)
-    one_shot(model, cell.images, cell.pruned()[1], cell.pattern if isinstance(cell.pattern, NofM) else None)
+    one_shot(model, cell.images, cell.pruned()[1], cell.kind if isinstance(cell.kind, NofM) else None)
     return model
 
 

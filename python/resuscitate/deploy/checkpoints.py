@@ -83,11 +83,11 @@ def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -
     state = _bake_masks(path, state, wanted)
     shapes = smaller_shapes(wanted, {key: value.shape for key, value in state.items()}) if smaller else {}
     if not shapes:
-        return _load(model, path, state)
+        return _load(model, path, state, optional)
     log.info("%s: has fewer channels than the model: %s", path, _abbreviated(list(shapes)))
     with Snapshot(model):
         resize_layers(model, shapes)
-        _load(model, path, state)
+        _load(model, path, state, optional)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -95,9 +95,9 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
 
 
-def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor]) -> None:
+def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional: set[str]) -> None:
+    """Load a state of the model's shapes. optional: the names of tensors that a layer may get. Raises CheckpointError."""
     wanted, layers = model.state_dict(), _layers(model)
-    optional = {f"{name}.{part}" for name in layers for part in ("bias", "means")}
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
     common = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
     stored_memory = {wanted[key].data_ptr() for key in common}
