@@ -96,7 +96,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional: set[str]) -> None:
-    """Load a state of the model's shapes. optional: the names of tensors that a layer may get. Raises CheckpointError."""
+    """Load a state of the model's shapes. optional: tensors that a layer may get. Raises CheckpointError."""
     wanted, layers = model.state_dict(), _layers(model)
     added = [key for key in state if key in optional and key not in wanted and _fits(state[key], layers, key)]
     common = {key: value for key, value in state.items() if key in wanted and not is_lazy(wanted[key])}
