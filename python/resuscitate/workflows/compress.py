@@ -19,6 +19,7 @@ from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..methods.base import Method, check_number
 from ..network.layers import Selection, reusable, unwrap
+from ..network.masks import Masks
 from ..pruning.allocation import check_method
 from ..pruning.sparsify import sparsify
 from ..pruning.structured import Shrinkage, shrink
@@ -149,34 +150,20 @@ def compress(
     used = allocation if pattern == "unstructured" or allocation != "measured" else other
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
-    dense, reports = copy.deepcopy(model), list[RepairReport]()
+    dense = copy.deepcopy(model)
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     pruning: dict[str, Any] = {"allocation": used, "densities": densities}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
-    with Session([model], plan.run, writes=True, measures=False) as session, ExitStack() as stack:
+    with Session([model], plan.run, writes=True, measures=False) as session:
         choices = {**pruning, "allocation": allocation, "pattern": pattern, "sparsity": sparsity}
         choices |= {"steps": stops, "walks": walks}
         each = Steps(session, plan, calibration, resume, choices)
-        measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
-        measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
-        if first_walk or used == "measured":
-            measured = stack.enter_context(each.dense_statistics(dense))
         example = each.example() if pattern == "channels" else None
-        if example is not None:
-            pruning["example"] = example
-        if used == "measured":
-            factors, about = _measured(each, dense, measured, stops, pruning)
-            pruning |= factors
-        for index, stop in enumerate(track(stops, "compress", len(stops), session.show)):
-            if index == first_walk:
-                stack.close()
-                measured = None
-            masks = sparsify(model, stop, pattern=patterns[stop], **pruning, **measuring)
-            reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
-            log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
+        pruning |= {} if example is None else {"example": example}
+        masks, reports, about = _in_steps(each, session, model, dense, patterns, walks, pruning)
         before = copy.deepcopy(dense)
         masks.apply_(before)
         agreement = Agreement.of(each.nearness(before, dense), each.nearness(model, dense))
@@ -204,6 +191,35 @@ def compress(
         if worse:
             report.note_undone()
         return report
+
+
+def _in_steps(
+    each: Steps,
+    session: Session,
+    model: nn.Module,
+    dense: nn.Module,
+    patterns: Mapping[float, str],
+    walks: int,
+    pruning: dict[str, Any],
+) -> tuple[Masks, list[RepairReport], dict[str, Any]]:
+    """Prune and repair in turn; returns the last masks, the reports, and what the report says of the allocation."""
+    stops, used, reports = list(patterns), pruning["allocation"], list[RepairReport]()
+    measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
+    measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
+    with ExitStack() as stack:
+        if first_walk or used == "measured":
+            measured = stack.enter_context(each.dense_statistics(dense))
+        if used == "measured":
+            factors, about = _measured(each, dense, measured, stops, pruning)
+            pruning = pruning | factors
+        for index, stop in enumerate(track(stops, "compress", len(stops), session.show)):
+            if index == first_walk:
+                stack.close()
+                measured = None
+            masks = sparsify(model, stop, pattern=patterns[stop], **pruning, **measuring)
+            reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
+            log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
+    return masks, reports, about
 
 
 def _measured(
