@@ -33,8 +33,8 @@ def lower_median(b_v, m):
     """Lower median of the values b_v >= 0 where m, 0 if there are none.
 
     Non-negative floats are ordered as their bit patterns. The median is between `low` and `high`, values that occur;
-    their middle decides which of the two moves to the nearest value. A dozen turns suffice for 2048 channels, and 63
-    for any. A sorting network of this size takes seconds to compile.
+    their middle decides which of the two moves to the nearest value. 2048 random variances take 12 to 15 turns, and no
+    values take more than 63. A sorting network of this size takes seconds to compile.
     """
     b_bits = b_v.to(tl.int64, bitcast=True)
     most = tl.full((), 0x7FF0000000000000, dtype=tl.int64)
