@@ -1,4 +1,4 @@
-"""resuscitate: repair a collapsed pruned network from a few unlabelled images. No labels, no gradients.
+"""resuscitate: repair a collapsed pruned network from a few unlabelled images. No labels, no training.
 
 report = resuscitate.repair(model, dense, calibration, method="asr")
 

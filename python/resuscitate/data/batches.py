@@ -113,10 +113,12 @@ class Batches:
 
     def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
         """Which rows of which batches are the first `images` of all ranks by contents, none held out, none a copy."""
-        originals = sum(part.draw is None for part in self._parts) - self.held_out  # which come first
-        places = enumerate(self._order(originals, ranks))
-        rows = {index: (turns < images).nonzero().flatten() for index, turns in places}
+        rows = {index: (turns < images).nonzero().flatten() for index, turns in enumerate(self.numbers(ranks))}
         return {index: each for index, each in rows.items() if len(each)}
+
+    def numbers(self, ranks: Ranks) -> Sequence[Tensor]:
+        """Of each batch the numbers of its images by contents over all ranks; of no batch held out or of copies."""
+        return self._order(sum(part.draw is None for part in self._parts) - self.held_out, ranks)  # which come first
 
     def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
         """For each of the first batches, the places of its images in an order by contents, over all ranks."""

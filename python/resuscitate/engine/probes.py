@@ -76,7 +76,8 @@ class Layer:
     `dense` is the same layer of the dense network, if that is there. `in_use`, boolean in the shape of the weight, is
     False where a weight is pruned. `is_product`: the output is the weight times patches of one input, and a bias.
     `ranks` are the processes over which a method may divide its work. `kept`: the dense channels that the network has,
-    where it is smaller than the dense one.
+    where it is smaller than the dense one. `curvature`: of the layer's C outputs in the dense network, float32 (C, C),
+    if that was measured; see `statistics.curvature`.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Layer:
     is_product: bool
     ranks: Ranks
     kept: KeptChannels = field(default_factory=KeptChannels)
+    curvature: Tensor | None = None
 
     @property
     def channels(self) -> int:

@@ -152,11 +152,20 @@ class Session:
         dense = None if self.dense is None else self.dense.modules.get(name)
         return Place(name, self.net.modules[name], dense, self.kept)
 
-    def layers(self, modules: Mapping[str, nn.Module], in_use: Mapping[str, Tensor]) -> dict[str, Layer]:
+    def layers(
+        self, modules: Mapping[str, nn.Module], in_use: Mapping[str, Tensor], curvatures: Mapping[str, Tensor] = {}
+    ) -> dict[str, Layer]:
         """The modules as a method sees them; `in_use` has the masks of their weights."""
         return {
             name: Layer(
-                name, module, self.place(name).dense, in_use[name], name in self.wiring.products, self.ranks, self.kept
+                name,
+                module,
+                self.place(name).dense,
+                in_use[name],
+                name in self.wiring.products,
+                self.ranks,
+                self.kept,
+                curvatures.get(name),
             )
             for name, module in modules.items()
         }

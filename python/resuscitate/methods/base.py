@@ -51,6 +51,11 @@ class Method(ABC):
     def solve(self, layer: Layer, found: Any) -> Update:
         """The update that follows from `found`, the statistic that was asked for. It writes nothing."""
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Does `solve` use the curvature of a layer, which `compress` measures?"""
+        return False
+
     def prepare(self, layers: Mapping[str, Layer]) -> None:
         """Look at all layers before anything is measured; raise LayerError for one that the method cannot take."""
         return

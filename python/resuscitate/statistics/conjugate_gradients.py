@@ -18,6 +18,7 @@ from .second_moments import SecondMoments
 
 # the most steps between two residuals in float64, with a look at the residual after each few steps and without one
 STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (30, 10), 2
+COUPLED_STEPS = 10  # for a coupled system, from the solution of its rows alone
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,46 @@ class RidgeSystems:
             scaled = preconditioner(residual)
             before, energy = energy, (residual * scaled).sum(2)
             direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[..., None], direction)
+        return w
+
+
+@dataclass(frozen=True)
+class CoupledSystem:
+    """G w xx + rho G_d w = G cross + rho G_d present on the support of each row: all rows of a layer in one system.
+
+    xx: the second moments, of one group, and their diagonal (K,); curvature G (O, O), float64, with the diagonal G_d;
+    rho (O, 1); support (O, K). If G is diagonal, each row has a system of its own, that of `RidgeSystems`.
+    """
+
+    xx: SecondMoments
+    diagonal: Tensor
+    curvature: Tensor
+    rho: Tensor
+    support: Tensor
+
+    def approach(self, cross: Tensor, present: Tensor, start: Tensor) -> Tensor:
+        """The weights (O, K) after `COUPLED_STEPS` steps from a start towards the solution; nothing waits for them."""
+        own = self.curvature.diagonal()[:, None]
+        rho, inside = self.rho * own, self.support.double()
+        residual = self.curvature @ (cross - self.xx.times(start[None])[0]) + rho * (present - start)
+        scale = inside / (own * self.diagonal + rho).clamp(min=torch.finfo(torch.float32).tiny)
+        with full_precision(start.device):
+            return start + self._descend((residual * inside).float(), scale.float(), rho.float()).double()
+
+    def _descend(self, residual: Tensor, scale: Tensor, rho: Tensor) -> Tensor:
+        """The change of w, in float32, with the inverse of the diagonal, `scale`, as the preconditioner."""
+        w, inside, curvature = torch.zeros_like(residual), self.support.float(), self.curvature.float()
+        direction = scale * residual
+        energy = (residual * direction).sum()
+        for _ in range(COUPLED_STEPS):
+            product = torch.addcmul(curvature @ self.xx.times(direction[None])[0], rho, direction) * inside
+            along = (direction * product).sum()
+            length = torch.where(along > 0, energy / along, 0.0)
+            w.addcmul_(length, direction)
+            residual = torch.addcmul(residual, length, product, value=-1)
+            scaled = scale * residual
+            before, energy = energy, (residual * scaled).sum()
+            direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0), direction)
         return w
 
 

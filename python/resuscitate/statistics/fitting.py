@@ -52,6 +52,7 @@ def fit(
     ridge: float | Tensor = RIDGE,
     most: float = MOST_GAIN,
     replay: Replay | None = None,
+    curvature: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Fit:
     """Ridge regression on the supports, shrunk towards the present weights; then a gain that restores the variance.
@@ -68,10 +69,12 @@ def fit(
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
     `PASSES` times; var y and mean(y) are theirs.
+
+    `curvature` (O, O): see `Problem.solve`.
     """
     ranks = Ranks() if ranks is None else ranks
     for direct in (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE, True):
-        problem = Problem(moments, weight, support, ridge, ranks, direct)
+        problem = Problem(moments, weight, support, ridge, ranks, direct, curvature)
         w, bias, shares = _fit(problem, most, replay)
         # the numbers are copied to the host in one piece
         used, missed, *numbers = torch.cat([problem.ridge[:1], ranks.add(problem.missed[None]), shares]).tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from asr_kernels import PatchMoments, RowMoments
 
 from ..runtime.distributed import Ranks
-from .conjugate_gradients import RidgeSystems, Solution
+from .conjugate_gradients import CoupledSystem, RidgeSystems, Solution
 from .second_moments import Matrices, Rows
 
 # Conjugate gradients: up to this excess of the squared residuals over their least sum, as a part of the targets' sum of
@@ -40,7 +40,7 @@ class Problem:
     With G groups, O output channels and K weights per channel: weight and support (O, K), with weights outside of the
     support ignored; xx: the sums of products of the inputs' deviations; rho (O,), the ridge times the mean diagonal of
     xx. ridge: a number or (O,). present: the weights as a `Solution`. direct: factor every matrix. missed: how many
-    channels conjugate gradients did not solve for to `EXCESS` so far.
+    channels conjugate gradients did not solve for to `EXCESS` so far. curvature (O, O): see `solve`.
     """
 
     def __init__(
@@ -51,8 +51,10 @@ class Problem:
         ridge: float | Tensor,
         ranks: Ranks,
         direct: bool = False,
+        curvature: Tensor | None = None,
     ) -> None:
         self.moments, self.support, self.ranks, self.direct = moments, support, ranks, direct
+        self.curvature = curvature
         self.xx = Rows(moments) if isinstance(moments, RowMoments) else Matrices(moments.xx)
         self._present, channels, groups = weight.double() * support, len(weight), self.xx.groups
         self.group = torch.arange(channels, device=weight.device) // (channels // groups)
@@ -82,6 +84,8 @@ class Problem:
         """The weights (O, K) by ridge regression towards the present weights; the present ones if no input varies.
 
         start: the solution of a similar problem. excess: see `EXCESS`. Both are for conjugate gradients alone.
+        With a curvature G, E the errors of the outputs: from there some way towards the least tr(G E E'), in place of
+        the least tr(E E'), if the layer has one group whose second moments are a matrix.
         """
         right = targets.cross + self.rho[:, None] * self.present.w
         w, product, start = torch.zeros_like(right), torch.zeros_like(right), start or self.present
@@ -102,7 +106,17 @@ class Problem:
             product[own] = (right[own] - self.rho[own, None] * w[own]) * self.support[own]
         w, product = self.ranks.add(w), self.ranks.add(product)
         varies = self.varies[self.group, None]
-        return Solution(torch.where(varies, w, self.present.w), torch.where(varies, product, 0.0))
+        found = Solution(torch.where(varies, w, self.present.w), torch.where(varies, product, 0.0))
+        return found if self.curvature is None else self._coupled(found, targets, self.curvature)
+
+    def _coupled(self, found: Solution, targets: Targets, curvature: Tensor) -> Solution:
+        if self.xx.groups > 1 or not isinstance(self.xx, Matrices):
+            return found
+        system = CoupledSystem(self.xx, self.diagonal[0], curvature.double(), self.rho[:, None], self.support)
+        w = system.approach(targets.cross, self.present.w, found.w)
+        if self.ranks.size > 1:  # rank 0's, since machines may round differently
+            w = self.ranks.gather(w.flatten())[0].view(w.shape).to(w.device)
+        return self.with_weights(w)
 
     @cached_property
     def present(self) -> Solution:

@@ -46,10 +46,10 @@ class Judge:
         sums = torch.zeros(5, dtype=torch.float64, device=session.net.device)
         for index, rows in self.chosen.items():
             batch = self.batches[index] if rows is None else take(self.batches[index], rows)
-            theirs = self._dense[index] if index in self._dense else _floats(session.dense.run(batch))
+            theirs = self._dense[index] if index in self._dense else comparable(session.dense.run(batch))
             if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
                 self._dense[index] = theirs
-            sums += _compared(_floats(session.net.run(batch)), theirs, sums)
+            sums += _compared(comparable(session.net.run(batch)), theirs, sums)
             sums[4] += count_images(batch)
         same, logits, difference, power, images = session.ranks.add(sums).tolist()
         if isnan(logits) or not images:
@@ -59,7 +59,7 @@ class Judge:
         return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
 
 
-def _floats(output: Any) -> list[Tensor]:
+def comparable(output: Any) -> list[Tensor]:
     """The floating tensors of an output; of these the first alone if it is a tensor of logits (N, K), K at least 2."""
     found = [leaf for leaf in output_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return found[:1] if found and found[0].ndim == 2 and found[0].shape[1] > 1 else found

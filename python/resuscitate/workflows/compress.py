@@ -112,8 +112,9 @@ def compress(
 ) -> CompressReport:
     """Prune `model` to a sparsity in steps, in place, and repair it after each step.
 
-    The model as given is the dense network. No labels, no gradients. All or nothing: on an error every tensor is
-    unchanged.
+    The model as given is the dense network. No labels, no training. All or nothing: on an error every tensor is
+    unchanged. A few backward passes through the dense network tell how its outputs depend on those of each layer; a
+    refit weights the errors of the layer's channels accordingly (see `measure_curvatures`).
 
     Args:
         sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`. With pattern
@@ -206,6 +207,7 @@ def _in_steps(
     stops, used, reports = list(patterns), pruning["allocation"], list[RepairReport]()
     measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
     measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
+    each.measure_curvatures(dense)
     with ExitStack() as stack:
         if first_walk or used == "measured":
             measured = stack.enter_context(each.dense_statistics(dense))

@@ -152,12 +152,14 @@ def carry_out(
     skip_last: bool | None = None,
     resume: str | Path | None = None,
     measured: KeptStatistics | None = None,
+    curvatures: Mapping[str, Tensor] = {},
     judged: bool = True,
     keep_worse: bool = False,
 ) -> RepairReport:
     """Repair by a plan; see `repair`.
 
-    measured: statistics of some layers, which are not measured again. judged: compare the outputs before and after.
+    measured: statistics of some layers, which are not measured again. curvatures: of layers of the dense network.
+    judged: compare the outputs before and after.
     """
     clock = Stopwatch()
     model, target = unwrap(model), as_target(dense)
@@ -181,7 +183,7 @@ def carry_out(
         last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
         layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running")
         zeros = in_use(model, layers, masks)
-        seen = session.layers(layers, zeros)
+        seen = session.layers(layers, zeros, curvatures)
         plan.method.prepare(seen)
         probes = plan.probes(seen)
         options_used = {**plan.identity(), "layers": list(layers), "batchnorms": list(batchnorms)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..engine.kept import KeptStatistics
@@ -29,6 +29,7 @@ from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
 from .agreement import MOST, Judge
+from .curvature import measure_curvatures
 from .plan import Plan, make_plan
 from .repair import carry_out
 
@@ -66,6 +67,7 @@ class Steps:
         self.folder = None if resume is None else Path(resume)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.curvatures: Mapping[str, Tensor] = {}  # of the layers of the dense network, for all repairs that follow
         self.batches = session.hold(calibration)
         if self.folder is not None:
             (images,) = session.ranks.total(digest_images(self.batches))
@@ -109,6 +111,12 @@ class Steps:
                     kept.add(each.found)
             yield kept
 
+    def measure_curvatures(self, dense: nn.Module) -> None:
+        """Measure the curvatures, if the method uses them."""
+        if self.plan.method.uses_curvature:
+            with Session([dense], self.run, ranks=self.ranks) as session:
+                self.curvatures = measure_curvatures(session, self.images(session))
+
     def nearness(self, model: nn.Module, dense: nn.Module, fitted: bool = False) -> Nearness | None:
         """How near the outputs of a model are to those of the dense network; None where they cannot be compared.
 
@@ -125,7 +133,7 @@ class Steps:
 
     def repair(self, whole: str, step: str, model: nn.Module, dense: nn.Module, **options: Any) -> RepairReport:
         """Repair the model as one step of the function `whole`, see `carry_out`. Only the whole can be undone."""
-        options |= {"resume": self.journal(step), "judged": False}
+        options |= {"resume": self.journal(step), "curvatures": self.curvatures, "judged": False}
         report = carry_out(self.plan, model, dense, self.batches, self.ranks, **options)
         report.belongs_to(f"what {whole} returned")
         return report
