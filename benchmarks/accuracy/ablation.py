@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three steps": {"steps": 3},
     "every step measures": {"walks": 7},
     "a global ranking": {"allocation": "global"},
-    "each channel fitted alone": {"coupled": False},
+    "each channel fitted alone": {"curvature": False},
     "without what the ReLU hides": {"relu_aware": False},
     "without the variance given back": {"most": 1.0},
     "a gain per channel in place of a refit": {"method": "channelwise"},

@@ -40,6 +40,7 @@ def compress(
         Any, opt("A number, or each sparsity: 0.5,0.8,0.9.", parser=flags.parse_steps, metavar="STEPS")
     ] = 7,
     walks: Annotated[int, opt("The last so many steps measure the pruned network.", min=1)] = 2,
+    curvature: Annotated[bool, opt("Fit the channels of a layer together, by their effect on the outputs.")] = True,
     densities: flags.Densities = None,
     method: Annotated[str, opt("Of the repair after each step, as for `repair`.")] = "refit",
     resume: flags.Journals = None,

@@ -42,6 +42,7 @@ class Method(ABC):
     changes_layers: ClassVar[bool] = True  # False: only BatchNorm is re-estimated
     measures_layers: ClassVar[bool] = True  # False: the updates do not depend on images
     finds_weights: ClassVar[bool] = False  # it finds values for weights that are in use but zero
+    uses_curvature: ClassVar[bool] = False  # of a layer's outputs, which `compress` measures
 
     @abstractmethod
     def probe(self, layer: Layer) -> Probe | None:
@@ -50,11 +51,6 @@ class Method(ABC):
     @abstractmethod
     def solve(self, layer: Layer, found: Any) -> Update:
         """The update that follows from `found`, the statistic that was asked for. It writes nothing."""
-
-    @property
-    def uses_curvature(self) -> bool:
-        """Does `solve` use the curvature of a layer, which `compress` measures?"""
-        return False
 
     def prepare(self, layers: Mapping[str, Layer]) -> None:
         """Look at all layers before anything is measured; raise LayerError for one that the method cannot take."""

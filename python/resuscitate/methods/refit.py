@@ -35,14 +35,11 @@ class Refit(Method):
         cross-validation over images, for each layer (`choose_ridge`).
     relu_aware: where a ReLU alone reads a layer, directly or behind a BatchNorm and a sum, refine the targets: an
         output that the ReLU sets to zero need only stay below zero (see `engine.relu_targets`). Doubles the time.
-    coupled: in `compress`, fit the channels of a layer together, by how much the outputs of the network depend on them
-        (`Problem.solve`). `repair` does not measure that.
     means: find one mean of the pruned weights for each "filter" or "kernel" too, which makes mean layers; None: none.
     """
 
     ridge: float | None = None
     relu_aware: bool = True
-    coupled: bool = True
     means: Literal["filter", "kernel"] | None = None
 
     name = "refit"
@@ -50,15 +47,12 @@ class Refit(Method):
     schedules: ClassVar = ("sequential",)
     skips_first = False
     finds_weights = True
+    uses_curvature = True
 
     def __post_init__(self) -> None:
         if self.ridge is not None:
             check_number("ridge", self.ridge, 0)
         check_choice("means", self.means, ("filter", "kernel", None))
-
-    @property
-    def uses_curvature(self) -> bool:
-        return self.coupled
 
     def skips_last(self, schedule: Schedule, recalibration: Recalibration | None) -> bool:
         # an EMA changes the inputs of the classifier after it was fitted to them; within the walk they are final

@@ -98,6 +98,7 @@ def compress(
     pattern: str = "unstructured",
     steps: int | Sequence[float] = 7,
     walks: int = WALKS,
+    curvature: bool = True,
     densities: Mapping[str, float] | None = None,
     min_per_layer: int = 1,
     min_per_channel: int = 0,
@@ -113,8 +114,7 @@ def compress(
     """Prune `model` to a sparsity in steps, in place, and repair it after each step.
 
     The model as given is the dense network. No labels, no training. All or nothing: on an error every tensor is
-    unchanged. A few backward passes through the dense network tell how its outputs depend on those of each layer; a
-    refit weights the errors of the layer's channels accordingly (see `measure_curvatures`).
+    unchanged.
 
     Args:
         sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`. With pattern
@@ -131,6 +131,9 @@ def compress(
             Pattern "n:m" goes by m-1:m, m-2:m, ... to n:m, all of them or as many as this number.
         walks: number of steps, the last ones, that measure the pruned network. Earlier steps use what was measured once
             with the dense network's inputs, which saves time, if the method measures inputs, as a refit does.
+        curvature: measure, in a forward and two backward passes through the dense network over at most 256 images, how
+            its outputs depend on those of each layer. A refit then fits the channels of a layer together. A network
+            without a backward pass, or with a `forward_fn`, is fitted channel by channel.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
         augment, draws: as in `repair`.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
@@ -160,10 +163,12 @@ def compress(
     pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session:
         choices = {**pruning, "allocation": allocation, "pattern": pattern, "sparsity": sparsity}
-        choices |= {"steps": stops, "walks": walks}
+        choices |= {"steps": stops, "walks": walks, "curvature": curvature}
         each = Steps(session, plan, calibration, resume, choices)
         example = each.example() if pattern == "channels" else None
         pruning |= {} if example is None else {"example": example}
+        if curvature:
+            each.measure_curvatures(dense)
         masks, reports, about = _in_steps(each, session, model, dense, patterns, walks, pruning)
         before = copy.deepcopy(dense)
         masks.apply_(before)
@@ -207,7 +212,6 @@ def _in_steps(
     stops, used, reports = list(patterns), pruning["allocation"], list[RepairReport]()
     measuring: dict[str, Any] = {"calibration": each.batches, **each.run} if used == "rr" else {}
     measured, first_walk, about = None, max(len(stops) - walks, 0), {"name": used}
-    each.measure_curvatures(dense)
     with ExitStack() as stack:
         if first_walk or used == "measured":
             measured = stack.enter_context(each.dense_statistics(dense))

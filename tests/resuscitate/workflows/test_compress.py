@@ -81,7 +81,7 @@ class TestCompress:
     def test_it_is_pruning_and_refitting_in_turn(self, allocation):
         model = seeded(Residual)
         by_hand, dense = copy.deepcopy(model), copy.deepcopy(model)
-        report = compress(model, 0.8, images(40), allocation=allocation, steps=3, walks=3)
+        report = compress(model, 0.8, images(40), allocation=allocation, steps=3, walks=3, curvature=False)
         measured = {"calibration": images(40)} if allocation == "rr" else {}
         for stop in schedule(0.8, 3):
             masks = resuscitate.sparsify(by_hand, stop, allocation=allocation, **measured)
@@ -223,7 +223,7 @@ class TestStepsWithoutAWalk:
             return report
 
         monkeypatch.setattr(module, "carry_out", carry_out)
-        compress(model, 0.8, images(40), steps=[0.5, 0.8], walks=1, ridge=0.1, allocation="global")
+        compress(model, 0.8, images(40), steps=[0.5, 0.8], walks=1, ridge=0.1, allocation="global", curvature=False)
         mask = resuscitate.sparsify(pruned, 0.5)["3"]
         with torch.no_grad():
             x = dense[:3](images(40))
@@ -308,6 +308,7 @@ def test_an_interrupted_run_goes_on_from_its_journals(killed, tmp_path, monkeypa
         ({"steps": 2}, "steps"),
         ({"steps": [0.5, 0.8]}, "steps"),
         ({"walks": 3}, "walks"),
+        ({"curvature": False}, "curvature"),
         ({"allocation": "erk"}, "allocation"),
         ({"pattern": "filter"}, "pattern"),
         ({"forward_fn": lambda m, x: m(x)}, "forward_fn"),
