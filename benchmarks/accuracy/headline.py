@@ -144,7 +144,7 @@ TOOLS: dict[str, Tool] = {
     "refit": _repair(method="refit"),
     "compress": _compress,
     "distillation": _distillation,
-    "compress, then distillation": _after_compress,
+    "compress + distillation": _after_compress,
 }
 
 
