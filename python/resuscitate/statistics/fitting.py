@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asr_kernels import CrossProducts, PatchMoments
+from asr_kernels import CrossProducts, PatchMoments, RowMoments
 
 from ..runtime.distributed import Ranks
 from .conjugate_gradients import Solution
-from .least_squares import EXCESS, LEAST_RIDGE, Problem
+from .least_squares import EXCESS, LEAST_RIDGE, ROWS, Problem
 from .second_moments import Moments
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
 ROUGH_EXCESS = 1e-5  # of solutions that only lead to others, see `EXCESS`
 RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
+PART_BYTES = 64 << 20  # of the float64 weights of a layer with few samples that are solved for at a time
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -70,18 +71,42 @@ def fit(
     `PASSES` times; var y and mean(y) are theirs.
     """
     ranks = Ranks() if ranks is None else ranks
+    w = torch.empty_like(weight, dtype=torch.float64)
+    bias = w.new_empty(len(w))
+    parts = [(slice(None), moments)] if replay is not None else list(_parts(moments, len(w)))
     for direct in (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE, True):
-        problem = Problem(moments, weight, support, ridge, ranks, direct)
-        w, bias, shares = _fit(problem, most, replay)
+        sums = w.new_zeros(7)
+        for rows, part in parts:
+            problem = Problem(part, weight[rows], support[rows], ridge, ranks, direct)
+            w[rows], bias[rows], found = _fit(problem, most, replay)
+            sums += torch.cat([found, ranks.add(problem.missed[None])])
+        shares = sums[1:6] / sums[0]
+        shares[3:] = shares[3:].clamp(min=0).sqrt()
+        shares = torch.where(sums[0] > 0, shares, torch.nan)
         # the numbers are copied to the host in one piece
-        used, missed, *numbers = torch.cat([problem.ridge[:1], ranks.add(problem.missed[None]), shares]).tolist()
+        used, missed, *numbers = torch.cat([problem.ridge[:1], sums[6:], shares]).tolist()
         if not missed:
             break
     return Fit(w, bias, used, *(None if isnan(number) else number for number in numbers))
 
 
+def _parts(moments: Moments, channels: int) -> Iterator[tuple[slice, Moments]]:
+    """The channels to solve for at a time, and their moments; a layer with a matrix is not split.
+
+    A solution takes about ten tensors of the size of the weights, which `PART_BYTES` bounds where their number is
+    large. With a matrix it is not, and factors are shared between channels.
+    """
+    if not isinstance(moments, RowMoments):
+        yield slice(None), moments
+        return
+    size = max(PART_BYTES // (8 * moments.x.shape[1]) // ROWS, 1) * ROWS
+    for start in range(0, channels, size):
+        rows = torch.arange(start, min(start + size, channels), device=moments.x.device)[None]
+        yield slice(start, start + size), moments.of_channels(torch.zeros_like(rows[:, :1]), rows)
+
+
 def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and biases of `fit`, and the last numbers (5,) of `Fit`, NaN where the targets are constant."""
+    """Weights and biases of `fit`, and sums over the channels (6,): of var y, then of the last numbers of `Fit`."""
     targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
     total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
     if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
@@ -100,13 +125,11 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
     before, after = problem.present.squares.sum(), new.squares.sum()
     explained = total - problem.unexplained(found, targets).sum()
     missed = [problem.unexplained(each, targets).sum() for each in (problem.present, new)]
-    shares = torch.stack([before, after, explained, *missed]) / total
-    shares[3:] = shares[3:].clamp(min=0).sqrt()
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one
     count = max(problem.moments.count, 1)
     nothing = bias.square() <= 1e-8 * targets.squares / count + 1e-12 * targets.mean.square()
-    return w, torch.where(nothing, 0.0, bias), torch.where(total > 0, shares, torch.nan)
+    return w, torch.where(nothing, 0.0, bias), torch.stack([total, before, after, explained, *missed])
 
 
 def choose_ridge(

@@ -7,7 +7,7 @@ import torch
 
 import asr_kernels as ak
 from resuscitate.runtime.distributed import Ranks
-from resuscitate.statistics import conjugate_gradients, least_squares
+from resuscitate.statistics import conjugate_gradients, fitting, least_squares
 from resuscitate.statistics.conjugate_gradients import RidgeSystems, Solution
 from resuscitate.statistics.fitting import fit
 from resuscitate.statistics.least_squares import Problem
@@ -169,6 +169,21 @@ def test_a_ridge_too_small_for_conjugate_gradients_is_solved_directly(ways):
     given = problem(ridge=1e-4)
     fit(given.moments, given.present.w, given.support, ridge=1e-4)
     assert (ways.rows, ways.factors) == (0, 100)
+
+
+def test_channels_of_few_samples_are_solved_for_in_parts_of_bounded_size(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 256, generator=generator), torch.randn(150, 256, generator=generator)
+    support = torch.rand(150, 256, generator=generator) < 0.4
+    moments, sizes = ak.row_moments(x, x @ weight.mT + 1, 64), []
+    init = Problem.__init__
+    monkeypatch.setattr(Problem, "__init__", lambda *given: sizes.append(len(given[2])) or init(*given))
+    whole = fit(moments, weight * support, support)
+    monkeypatch.setattr(fitting, "PART_BYTES", 1)
+    found = fit(moments, weight * support, support)
+    assert sizes == [150, 64, 64, 22]
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-9)
 
 
 def test_channels_without_a_target_and_groups_without_an_input_that_varies():
