@@ -170,14 +170,17 @@ def _ridges(device: torch.device) -> Tensor:
     return torch.stack([torch.full((), ridge, dtype=torch.float64, device=device) for ridge in RIDGES])
 
 
-def lost_variance(moments: Moments, weight: Tensor, supports: Tensor, ranks: Ranks) -> Tensor:
-    """The part of the targets' variance that a regression on each support leaves unexplained, on `JUDGES` channels.
+def lost_variance(moments: Moments, weight: Tensor, kept_in: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """The part of the targets' variance that a regression on each of some supports leaves unexplained.
 
-    weight (O, K); supports (D, O, K), boolean. Returns float64 (D,); 0 where the targets are constant.
+    Each support is within the one before. weight (O, K); kept_in (O, K), integers: in how many of the `count` supports,
+    from the first on, each weight is. On twice `JUDGES` channels. Returns float64 (count,); 0 where the targets are
+    constant.
     """
-    groups, rows = _judging_rows(moments, supports.any(0), 2 * JUDGES)
-    by_group, count = supports.unflatten(1, (len(moments.mean), -1)), len(supports)
-    support = by_group[:, groups, rows].transpose(0, 1).flatten(0, 2)  # by group, then support, then channel
+    groups, rows = _judging_rows(moments, kept_in > 0, 2 * JUDGES)
+    kept_in = kept_in.unflatten(0, (len(moments.mean), -1))[groups, rows]
+    supports = torch.arange(count, device=weight.device)[:, None, None]
+    support = (kept_in[:, None] > supports).flatten(0, 2)  # by group, then support, then channel
     several = rows.repeat(1, count)
     present = weight.unflatten(0, (len(moments.mean), -1))[groups, several].flatten(0, 1) * support
     problem = Problem(moments.of_channels(groups, several), present, support, RIDGE, ranks)
