@@ -154,6 +154,16 @@ def test_a_start_near_the_solution_takes_fewer_steps(monkeypatch):
     assert not steps
 
 
+def test_a_preconditioner_serves_all_targets(monkeypatch):
+    made, init = [], conjugate_gradients._Preconditioner.__init__
+    monkeypatch.setattr(conjugate_gradients._Preconditioner, "__init__", lambda *given: made.append(1) or init(*given))
+    given = problem()
+    for seed in range(3):
+        targets = problem(seed=seed).own_targets()
+        assert excess(given, targets, given.solve(targets).w) < 10 * least_squares.EXCESS
+    assert len(made) == 2  # for 64 channels, and for the rest
+
+
 @pytest.mark.parametrize("way", ["iterative", "direct"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_ranks_parts_add_up_to_the_solution_of_one_process(way, size):
