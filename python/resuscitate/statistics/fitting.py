@@ -119,7 +119,9 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
     elif replay is not None:
         found = problem.solve(targets, found)
     w, varies = found.w, found.squares
-    gain = torch.where((varies > 0) & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
+    # a variance of rounding size is zero: it must not get a gain
+    varied = varies > 1e-12 * problem.rho * w.square().sum(1)
+    gain = torch.where(varied & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
     w = w * gain[:, None]
     new = Solution(w, found.product * gain[:, None])
     before, after = problem.present.squares.sum(), new.squares.sum()

@@ -205,6 +205,15 @@ def test_channels_without_a_target_and_groups_without_an_input_that_varies():
     assert torch.equal(w[50:], given.present.w[50:])
 
 
+def test_weights_on_inputs_that_do_not_vary_stay_beside_others():
+    given = problem("direct")
+    moments, support = given.moments, torch.zeros_like(given.support)
+    moments.xx[:, :3] = moments.xx[:, :, :3] = moments.xy[:, :3] = 0
+    support[:50, :3], support[50:] = True, given.support[50:]
+    weight = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * support
+    assert fit(moments, weight, support).weight[:50] == pytest.approx(weight[:50], rel=1e-9)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_low_rank_part_exceeds_the_second_moments_in_no_direction_and_has_the_largest(groups):
     given = problem(groups=groups, values=512).moments.xx
