@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isnan
 from typing import Any
 
 import torch
@@ -30,22 +29,29 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    ridge: its strength. The others are over the variance of the targets, summed over channels, and None where the
-    targets are constant. The errors are the standard deviation of the layer's outputs less the targets, over that of
-    the targets.
+    The others are tensors (), float64. ridge: its strength. missed: how many channels have no solution to the stated
+    tolerance. The others are over the variance of the targets, summed over channels, and NaN where the targets are
+    constant. The errors are the standard deviation of the layer's outputs less the targets, over that of the targets.
     """
 
     weight: Tensor
     bias: Tensor
-    ridge: float
-    before: float | None  # the variance of the layer's outputs before the refit
-    after: float | None  # and after it
-    explained: float | None  # the part of the targets' variance that the weights explain
-    error_before: float | None  # of the present weights
-    error_after: float | None  # and of the new ones
+    ridge: Tensor
+    missed: Tensor
+    before: Tensor  # the variance of the layer's outputs before the refit
+    after: Tensor  # and after it
+    explained: Tensor  # the part of the targets' variance that the weights explain
+    error_before: Tensor  # of the present weights
+    error_after: Tensor  # and of the new ones
 
 
-def fit(
+def fit(moments: Moments, weight: Tensor, support: Tensor, **options: Any) -> Fit:
+    """`attempt`, and again with factors of all matrices where conjugate gradients took too many steps."""
+    found = attempt(moments, weight, support, **options)
+    return attempt(moments, weight, support, **options, direct=True) if found.missed else found
+
+
+def attempt(
     moments: Moments,
     weight: Tensor,
     support: Tensor,
@@ -54,6 +60,7 @@ def fit(
     most: float = MOST_GAIN,
     replay: Replay | None = None,
     ranks: Ranks | None = None,
+    direct: bool = False,
 ) -> Fit:
     """Ridge regression on the supports, shrunk towards the present weights; then a gain that restores the variance.
 
@@ -64,7 +71,7 @@ def fit(
         b = mean(y) - w_S' mean(x_S)
 
     Where a layer's inputs do not vary its weights stay. ridge: a number or a tensor (). `ranks`, which all have the
-    same moments, solve for some of the channels each.
+    same moments, solve for some of the channels each. direct: factor all matrices, so that no channel is missed.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
@@ -73,21 +80,16 @@ def fit(
     ranks = Ranks() if ranks is None else ranks
     w = torch.empty_like(weight, dtype=torch.float64)
     bias = w.new_empty(len(w))
-    parts = [(slice(None), moments)] if replay is not None else list(_parts(moments, len(w)))
-    for direct in (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE, True):
-        sums = w.new_zeros(7)
-        for rows, part in parts:
-            problem = Problem(part, weight[rows], support[rows], ridge, ranks, direct)
-            w[rows], bias[rows], found = _fit(problem, most, replay)
-            sums += torch.cat([found, ranks.add(problem.missed[None])])
-        shares = sums[1:6] / sums[0]
-        shares[3:] = shares[3:].clamp(min=0).sqrt()
-        shares = torch.where(sums[0] > 0, shares, torch.nan)
-        # the numbers are copied to the host in one piece
-        used, missed, *numbers = torch.cat([problem.ridge[:1], sums[6:], shares]).tolist()
-        if not missed:
-            break
-    return Fit(w, bias, used, *(None if isnan(number) else number for number in numbers))
+    sums = w.new_zeros(7)
+    direct = direct or (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE)
+    for rows, part in [(slice(None), moments)] if replay is not None else _parts(moments, len(w)):
+        problem = Problem(part, weight[rows], support[rows], ridge, ranks, direct)
+        w[rows], bias[rows], found = _fit(problem, most, replay)
+        sums += torch.cat([found, ranks.add(problem.missed[None])])
+    total, missed = sums[0], sums[6]
+    shares = sums[1:6] / total
+    shares[3:] = shares[3:].clamp(min=0).sqrt()
+    return Fit(w, bias, problem.ridge[0], missed, *torch.where(total > 0, shares, torch.nan).unbind())
 
 
 def _parts(moments: Moments, channels: int) -> Iterator[tuple[slice, Moments]]:
@@ -106,7 +108,7 @@ def _parts(moments: Moments, channels: int) -> Iterator[tuple[slice, Moments]]:
 
 
 def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and biases of `fit`, and sums over the channels (6,): of var y, then of the last numbers of `Fit`."""
+    """Weights and biases of `attempt`; sums over channels (6,): of var y, then of the last five numbers of `Fit`."""
     targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
     total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
     if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
@@ -222,7 +224,7 @@ def fit_with_means(
     replay: Replay | None = None,
     **options: Any,
 ) -> tuple[Fit, Tensor]:
-    """`fit` with one more weight for each filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
+    """`attempt` with one more weight per filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
 
     The sums over windows are further inputs, x' = T x with T the identity over rows of ones: mean' = T mean,
     C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against the weight.
@@ -240,7 +242,7 @@ def fit_with_means(
         return replace(found, xy=t @ found.xy)
 
     weights, supports = torch.cat([weight, extra], 1), torch.cat([support, torch.ones_like(extra, dtype=torch.bool)], 1)
-    found = fit(wide, weights, supports, replay=None if replay is None else replay_wide, **options)
+    found = attempt(wide, weights, supports, replay=None if replay is None else replay_wide, **options)
     survivors, means = found.weight.split([values, inputs], 1)
     return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 

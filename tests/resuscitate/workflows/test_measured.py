@@ -88,7 +88,7 @@ def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
     undisturbed, model = seeded(chain), seeded(chain)
     compress(undisturbed, 0.8, images(), steps=3)
     module = sys.modules["resuscitate.methods.refit"]
-    original, fits = module.fit, []
+    original, fits = module.attempt, []
 
     def interrupted(*args, **options):
         fits.append(1)
@@ -96,7 +96,7 @@ def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(module, "fit", interrupted)
+    monkeypatch.setattr(module, "attempt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(model, 0.8, images(), steps=3, resume=tmp_path)
     compress(model, 0.8, images(), steps=3, resume=tmp_path)
@@ -112,7 +112,8 @@ def test_the_lost_variance_is_that_of_a_fit_on_each_support(groups):
     supports = torch.stack([torch.zeros_like(given.support).scatter(1, order[:, :count], 1) for count in (12, 4)])
     lost = lost_variance(moments, weight, supports.sum(0), 2, Ranks())
     for part, support in zip(lost.tolist(), supports, strict=True):
-        assert part == pytest.approx(1 - fit(moments, weight * support, support, ridge=RIDGE).explained, abs=1e-6)
+        explained = fit(moments, weight * support, support, ridge=RIDGE).explained
+        assert part == pytest.approx(1 - float(explained), abs=1e-6)
     assert 0 < lost[0] < lost[1] < 1
 
 
