@@ -202,7 +202,8 @@ def _moments(x: Tensor, y: Tensor, window: Window, kind: Any) -> PatchMoments:
             else:
                 blocks[i, j] = products.of_rows(i, j)
             xx[:, :, i, :, :, j] = blocks[i, j]
-            xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
+            if i != j:
+                xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
     xy = torch.stack([products.with_outputs(i) for i in range(taps)], dim=2).view(G, K, -1)
     sums, left = products.sums().reshape(G, K), products.left.view(G, -1)
     shift = products.shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ..window import Window
 
+BLOCK = 128  # rows of a matrix of products within which both triangles are computed
+
 
 class PatchProducts:
     """Sums over the patches of one batch: deviations of inputs and outputs about given points, and their products.
@@ -46,7 +48,7 @@ class PatchProducts:
     def of_rows(self, i: int, j: int) -> Tensor:
         """[G, C, R, C, R]: products of what taps i and j read."""
         mine = self._read(i, 0, self._rows)
-        return self._by_channel(mine @ (mine if i == j else self._read(j, 0, self._rows)).mT)
+        return self._by_channel(_with_itself(mine) if i == j else mine @ self._read(j, 0, self._rows).mT)
 
     def of_ends(self, last: tuple[int, int], first: tuple[int, int]) -> Tensor:
         """As `of_rows`, of two taps and the last row of the output, minus those of two other taps and the first row."""
@@ -68,6 +70,19 @@ class PatchProducts:
     def _read(self, tap: int, first: int, count: int) -> Tensor:
         # [G, C * R, count * M]
         return self._columns[:, :, self._slice(tap, first, count)].flatten(2)
+
+
+def _with_itself(rows: Tensor) -> Tensor:
+    """[G, n, n]: the products of rows [G, n, M] with each other; each `BLOCK` rows with those from its first one on."""
+    count = rows.shape[1]
+    if count <= BLOCK:
+        return rows @ rows.mT
+    found = rows.new_empty(len(rows), count, count, dtype=torch.float64)
+    for start in range(0, count, BLOCK):
+        block = slice(start, start + BLOCK)
+        found[:, block, start:] = rows[:, block] @ rows[:, start:].mT
+        found[:, block, :start] = found[:, :start, block].mT
+    return found
 
 
 def products_for(x: Tensor, y: Tensor, window: Window) -> type[PatchProducts]:

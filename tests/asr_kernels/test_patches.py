@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from asr_kernels import PatchMoments, Window, patch_moments
+from asr_kernels.backends import torch_patches
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -92,6 +93,18 @@ def case(name, count=5, dtype=torch.float32, offset=0.0, seed=0):
 def test_every_window_agrees_with_explicit_patches(name, dtype):
     x, y, found = case(name, dtype=dtype)
     assert_near(patch_moments(x, y, found), reference(x, y, found))
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "1x1", "grouped", "linear"])
+def test_the_products_of_many_rows_are_computed_by_blocks_and_once(name, monkeypatch):
+    x, y, found = case(name)
+    monkeypatch.setattr(torch_patches, "BLOCK", 4)
+    by_blocks = patch_moments(x, y, found)
+    assert_near(by_blocks, reference(x, y, found))
+    if math.prod(found.kernel) == 1:
+        products = torch_patches.PatchProducts(x.view(len(x), 6, -1, 1), y.view(len(y), 4, -1, 1), window((1, 1)))
+        xx = products.of_rows(0, 0).view(6, 6)
+        assert torch.equal(xx[4:, :4], xx[:4, 4:].mT)
 
 
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "linear"])

@@ -37,16 +37,16 @@ def check_augment(augment: Augment | None, draws: int, raw: bool) -> None:
         )
 
 
-def augmented(batch: Any, augment: Augment, draw: int, seed: int) -> Any:
-    """The batch changed for the draw of this number, from 0 on: the same for the same seed.
+def augmented(batch: Any, augment: Augment, draw: int, keys: Tensor) -> Any:
+    """The batch changed for the draw of this number, from 0 on; keys (N,), int64, from the contents of its images.
 
     "flip" mirrors the images from left to right in every other draw, from the first on. "crop" moves each image by up
-    to an eighth of its size along both axes, and fills with 0. A function gets the batch, and may use PyTorch's random
-    numbers.
+    to an eighth of its size along both axes, and fills with 0; how far depends on its key and the draw, not on the
+    other images. A function gets the batch, and may use PyTorch's random numbers: their seed depends on all its images.
     """
     if callable(augment):
         with _one_at_a_time, torch.random.fork_rng(devices=[]):  # passes of several threads read images
-            torch.manual_seed(seed)
+            torch.manual_seed(int(keys.sum()) + draw)
             found = augment(batch)
         if count_images(found) != count_images(batch):
             counts = f"{count_images(found)} images from a batch of {count_images(batch)}"
@@ -58,19 +58,21 @@ def augmented(batch: Any, augment: Augment, draw: int, seed: int) -> Any:
         raise CalibrationError(f"augment={augment!r} is for images (N, C, H, W), not {shape}; give a function")
     if "flip" in names and draw % 2 == 0:
         batch = batch.flip(3)
-    return _moved(batch, torch.Generator().manual_seed(seed)) if "crop" in names else batch
+    return _moved(batch, [key + draw for key in keys.tolist()]) if "crop" in names else batch
 
 
 def _names(augment: Named | Sequence[Named]) -> list[str]:
     return [augment] if isinstance(augment, str) else list(augment)
 
 
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (N, C, H, W) moved by up to an eighth of its size, filled with 0."""
+def _moved(images: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Each image (N, C, H, W) moved by up to an eighth of its size, filled with 0; seeds: one for each image."""
     height, width = images.shape[2:]
     down, right = max(height // MARGIN, 1), max(width // MARGIN, 1)
-    padded = F.pad(images, (right, right, down, down))
-    tops = torch.randint(2 * down + 1, (len(images),), generator=generator).tolist()
-    lefts = torch.randint(2 * right + 1, (len(images),), generator=generator).tolist()
-    places = zip(padded, tops, lefts, strict=True)
-    return torch.stack([each[:, top : top + height, left : left + width] for each, top, left in places])
+    padded, generator = F.pad(images, (right, right, down, down)), torch.Generator()
+    moved = torch.empty_like(images)
+    for each, found, seed in zip(padded, moved, seeds, strict=True):
+        generator.manual_seed(seed)
+        top, left = (int(torch.randint(2 * most + 1, (), generator=generator)) for most in (down, right))
+        found.copy_(each[:, top : top + height, left : left + width])
+    return moved

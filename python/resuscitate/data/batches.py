@@ -67,7 +67,7 @@ class Batches:
         batch = batch if part.rows is None else take(batch, part.rows)
         if part.draw is None or self._augment is None:
             return batch
-        return augmented(batch, self._augment, part.draw, seed=index)
+        return augmented(batch, self._augment, part.draw, self._keys[index])
 
     def head(self, batches: int | None = None) -> Iterator[Any]:
         """The first so many batches, one after the other; None for all."""
@@ -100,12 +100,13 @@ class Batches:
 
         A copy is in the same fold as its image. It is made anew each time that it is read.
         """
+        self._make_keys()
         fitted = len(self) - self.held_out
         places = [*range(fitted), *(index for _ in range(draws) for index in range(fitted)), *range(fitted, len(self))]
         draw = [None] * fitted + [each for each in range(draws) for _ in range(fitted)] + [None] * self.held_out
         parts = [self._parts[index]._replace(draw=each) for index, each in zip(places, draw, strict=True)]
         self._parts, self.counts, self._augment = parts, [self.counts[index] for index in places], augment
-        self._keys = [self._keys[index] for index in places] if self._keys else []
+        self._keys = [self._keys[index] for index in places]
 
     def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
@@ -122,12 +123,14 @@ class Batches:
 
     def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
         """For each of the first batches, the places of its images in an order by contents, over all ranks."""
-        if not self._keys:
-            originals = {part.source: at for at, part in enumerate(self._parts) if part.draw is None}
-            keys = {source: torch.tensor(image_keys(self[at])) for source, at in originals.items()}
-            self._keys = [keys[part.source] for part in self._parts]
+        self._make_keys()
         own = torch.cat([torch.zeros(0, dtype=torch.int64), *self._keys[:batches]])
         return torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts[:batches])
+
+    def _make_keys(self) -> None:
+        """Set the keys of the images by their contents, before any are moved to other batches or copied."""
+        if not self._keys:
+            self._keys = [torch.tensor(image_keys(batch)) for batch in self.head()]
 
     def folds(self, index: int, folds: int, rows: int) -> dict[int, Tensor]:
         """Which of a batch's rows, int64, belong to each fold: image number i is in fold i modulo `folds`.

@@ -70,7 +70,11 @@ class Writer:
         if known is not None:
             update = unpack(known[0], self.net.device)
         change = self._change(name, update)
-        numbers = read_numbers({**change.flags, **({} if known else self._numbers(name, update, measurement.found))})
+        numbers = self._read(change, update, None if known else measurement.found)
+        if isinstance(update, Weights) and update.instead is not None and numbers["instead"]:
+            update = update.instead[1]()
+            change = self._change(name, update)
+            numbers = self._read(change, update, measurement.found)
         if known is not None:
             row = LayerReport.from_dict(known[1])
         else:
@@ -119,10 +123,15 @@ class Writer:
         to_mean_layer(module, self._means.get(shared, means))
         self._means[shared] = module.get_parameter("means")
 
+    def _read(self, change: Change, update: Update, found: Statistic | None) -> dict[str, float]:
+        """The flags of a change, and what the row needs of a new update, in one piece from the device."""
+        return read_numbers({**change.flags, **({} if found is None else self._numbers(change.name, update, found))})
+
     def _numbers(self, name: str, update: Update, found: Statistic) -> dict[str, Tensor]:
         """What the row needs that is still on the device."""
         numbers = {"dead": self.layers[name].dead.sum()} if name in self.layers else {}
         if isinstance(update, Weights):
+            numbers |= {} if update.instead is None else {"instead": update.instead[0]}
             return numbers | {key: value for key, value in update.details.items() if isinstance(value, Tensor)}
         if isinstance(update, Gain):
             numbers |= {"least": update.gain.min(), "greatest": update.gain.max()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,9 @@ class Weights:
     reason: str = ""
     # fields of its row, such as `explained`; a tensor of one element is read together with others, and NaN is None
     details: Mapping[str, Any] = field(default_factory=dict)
+    # a flag on the device, which is read together with others, and what gives the weights in place of these if it is
+    # set, or raises
+    instead: tuple[Tensor, Callable[[], Weights]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

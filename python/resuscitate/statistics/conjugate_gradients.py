@@ -8,6 +8,7 @@ eigenvalues of the second moments, on which the steps would spend most of their 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ class RidgeSystems:
         tensor. look: end as soon as all have; otherwise take a fixed number of steps.
         """
         with full_precision(right.device):
-            preconditioner = _Preconditioner(self)
-            found, inside = start, self.support.double()
+            preconditioner, found, inside = self._preconditioner, start, self.support.double()
             residual = (right - found.product - self.rho * found.w) * inside
             missed = preconditioner.energy(residual.float()) > allowed
             for steps in STEPS if look else STEPS_WITHOUT_LOOK:
@@ -68,6 +68,10 @@ class RidgeSystems:
                 residual = (right - found.product - self.rho * found.w) * inside
                 missed = ~(preconditioner.energy(residual.float()) <= allowed)
             return found, missed.sum()
+
+    @cached_property
+    def _preconditioner(self) -> _Preconditioner:
+        return _Preconditioner(self)
 
     def _descend(
         self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int, look: bool

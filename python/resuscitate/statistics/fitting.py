@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asr_kernels import CrossProducts, PatchMoments
+from asr_kernels import CrossProducts, PatchMoments, RowMoments
 
 from ..runtime.distributed import Ranks
 from .conjugate_gradients import Solution
-from .least_squares import EXCESS, LEAST_RIDGE, Problem
+from .least_squares import EXCESS, LEAST_RIDGE, ROWS, Problem
 from .second_moments import Moments
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
 ROUGH_EXCESS = 1e-5  # of solutions that only lead to others, see `EXCESS`
 RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
+PART_BYTES = 64 << 20  # of the float64 weights of a layer with few samples that are solved for at a time
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 
@@ -29,22 +29,29 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    ridge: its strength. The others are over the variance of the targets, summed over channels, and None where the
-    targets are constant. The errors are the standard deviation of the layer's outputs less the targets, over that of
-    the targets.
+    The others are tensors (), float64. ridge: its strength. missed: how many channels have no solution to the stated
+    tolerance. The others are over the variance of the targets, summed over channels, and NaN where the targets are
+    constant. The errors are the standard deviation of the layer's outputs less the targets, over that of the targets.
     """
 
     weight: Tensor
     bias: Tensor
-    ridge: float
-    before: float | None  # the variance of the layer's outputs before the refit
-    after: float | None  # and after it
-    explained: float | None  # the part of the targets' variance that the weights explain
-    error_before: float | None  # of the present weights
-    error_after: float | None  # and of the new ones
+    ridge: Tensor
+    missed: Tensor
+    before: Tensor  # the variance of the layer's outputs before the refit
+    after: Tensor  # and after it
+    explained: Tensor  # the part of the targets' variance that the weights explain
+    error_before: Tensor  # of the present weights
+    error_after: Tensor  # and of the new ones
 
 
-def fit(
+def fit(moments: Moments, weight: Tensor, support: Tensor, **options: Any) -> Fit:
+    """`attempt`, and again with factors of all matrices where conjugate gradients took too many steps."""
+    found = attempt(moments, weight, support, **options)
+    return attempt(moments, weight, support, **options, direct=True) if found.missed else found
+
+
+def attempt(
     moments: Moments,
     weight: Tensor,
     support: Tensor,
@@ -54,6 +61,7 @@ def fit(
     replay: Replay | None = None,
     curvature: Tensor | None = None,
     ranks: Ranks | None = None,
+    direct: bool = False,
 ) -> Fit:
     """Ridge regression on the supports, shrunk towards the present weights; then a gain that restores the variance.
 
@@ -64,7 +72,7 @@ def fit(
         b = mean(y) - w_S' mean(x_S)
 
     Where a layer's inputs do not vary its weights stay. ridge: a number or a tensor (). `ranks`, which all have the
-    same moments, solve for some of the channels each.
+    same moments, solve for some of the channels each. direct: factor all matrices, so that no channel is missed.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
@@ -73,18 +81,37 @@ def fit(
     `curvature` (O, O): see `Problem.solve`.
     """
     ranks = Ranks() if ranks is None else ranks
-    for direct in (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE, True):
-        problem = Problem(moments, weight, support, ridge, ranks, direct, curvature)
-        w, bias, shares = _fit(problem, most, replay)
-        # the numbers are copied to the host in one piece
-        used, missed, *numbers = torch.cat([problem.ridge[:1], ranks.add(problem.missed[None]), shares]).tolist()
-        if not missed:
-            break
-    return Fit(w, bias, used, *(None if isnan(number) else number for number in numbers))
+    w = torch.empty_like(weight, dtype=torch.float64)
+    bias = w.new_empty(len(w))
+    sums = w.new_zeros(7)
+    direct = direct or (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE)
+    for rows, part in [(slice(None), moments)] if replay is not None else _parts(moments, len(w)):
+        problem = Problem(part, weight[rows], support[rows], ridge, ranks, direct, curvature)
+        w[rows], bias[rows], found = _fit(problem, most, replay)
+        sums += torch.cat([found, ranks.add(problem.missed[None])])
+    total, missed = sums[0], sums[6]
+    shares = sums[1:6] / total
+    shares[3:] = shares[3:].clamp(min=0).sqrt()
+    return Fit(w, bias, problem.ridge[0], missed, *torch.where(total > 0, shares, torch.nan).unbind())
+
+
+def _parts(moments: Moments, channels: int) -> Iterator[tuple[slice, Moments]]:
+    """The channels to solve for at a time, and their moments; a layer with a matrix is not split.
+
+    A solution takes about ten tensors of the size of the weights, which `PART_BYTES` bounds where their number is
+    large. With a matrix it is not, and factors are shared between channels.
+    """
+    if not isinstance(moments, RowMoments):
+        yield slice(None), moments
+        return
+    size = max(PART_BYTES // (8 * moments.x.shape[1]) // ROWS, 1) * ROWS
+    for start in range(0, channels, size):
+        rows = torch.arange(start, min(start + size, channels), device=moments.x.device)[None]
+        yield slice(start, start + size), moments.of_channels(torch.zeros_like(rows[:, :1]), rows)
 
 
 def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and biases of `fit`, and the last numbers (5,) of `Fit`, NaN where the targets are constant."""
+    """Weights and biases of `attempt`; sums over channels (6,): of var y, then of the last five numbers of `Fit`."""
     targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
     total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
     if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
@@ -97,19 +124,19 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
     elif replay is not None:
         found = problem.solve(targets, found)
     w, varies = found.w, found.squares
-    gain = torch.where((varies > 0) & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
+    # a variance of rounding size is zero: it must not get a gain
+    varied = varies > 1e-12 * problem.rho * w.square().sum(1)
+    gain = torch.where(varied & (targets.squares > 0), (targets.squares / varies).sqrt().clamp(max=most), 1.0)
     w = w * gain[:, None]
     new = Solution(w, found.product * gain[:, None])
     before, after = problem.present.squares.sum(), new.squares.sum()
     explained = total - problem.unexplained(found, targets).sum()
     missed = [problem.unexplained(each, targets).sum() for each in (problem.present, new)]
-    shares = torch.stack([before, after, explained, *missed]) / total
-    shares[3:] = shares[3:].clamp(min=0).sqrt()
     bias = problem.bias(w, targets)
     # a bias of rounding size is zero: it must not add a bias to a layer without one
     count = max(problem.moments.count, 1)
     nothing = bias.square() <= 1e-8 * targets.squares / count + 1e-12 * targets.mean.square()
-    return w, torch.where(nothing, 0.0, bias), torch.where(total > 0, shares, torch.nan)
+    return w, torch.where(nothing, 0.0, bias), torch.stack([total, before, after, explained, *missed])
 
 
 def choose_ridge(
@@ -150,14 +177,17 @@ def _ridges(device: torch.device) -> Tensor:
     return torch.stack([torch.full((), ridge, dtype=torch.float64, device=device) for ridge in RIDGES])
 
 
-def lost_variance(moments: Moments, weight: Tensor, supports: Tensor, ranks: Ranks) -> Tensor:
-    """The part of the targets' variance that a regression on each support leaves unexplained, on `JUDGES` channels.
+def lost_variance(moments: Moments, weight: Tensor, kept_in: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """The part of the targets' variance that a regression on each of some supports leaves unexplained.
 
-    weight (O, K); supports (D, O, K), boolean. Returns float64 (D,); 0 where the targets are constant.
+    Each support is within the one before. weight (O, K); kept_in (O, K), integers: in how many of the `count` supports,
+    from the first on, each weight is. On twice `JUDGES` channels. Returns float64 (count,); 0 where the targets are
+    constant.
     """
-    groups, rows = _judging_rows(moments, supports.any(0), 2 * JUDGES)
-    by_group, count = supports.unflatten(1, (len(moments.mean), -1)), len(supports)
-    support = by_group[:, groups, rows].transpose(0, 1).flatten(0, 2)  # by group, then support, then channel
+    groups, rows = _judging_rows(moments, kept_in > 0, 2 * JUDGES)
+    kept_in = kept_in.unflatten(0, (len(moments.mean), -1))[groups, rows]
+    supports = torch.arange(count, device=weight.device)[:, None, None]
+    support = (kept_in[:, None] > supports).flatten(0, 2)  # by group, then support, then channel
     several = rows.repeat(1, count)
     present = weight.unflatten(0, (len(moments.mean), -1))[groups, several].flatten(0, 1) * support
     problem = Problem(moments.of_channels(groups, several), present, support, RIDGE, ranks)
@@ -197,7 +227,7 @@ def fit_with_means(
     replay: Replay | None = None,
     **options: Any,
 ) -> tuple[Fit, Tensor]:
-    """`fit` with one more weight for each filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
+    """`attempt` with one more weight per filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
 
     The sums over windows are further inputs, x' = T x with T the identity over rows of ones: mean' = T mean,
     C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against the weight.
@@ -215,7 +245,7 @@ def fit_with_means(
         return replace(found, xy=t @ found.xy)
 
     weights, supports = torch.cat([weight, extra], 1), torch.cat([support, torch.ones_like(extra, dtype=torch.bool)], 1)
-    found = fit(wide, weights, supports, replay=None if replay is None else replay_wide, **options)
+    found = attempt(wide, weights, supports, replay=None if replay is None else replay_wide, **options)
     survivors, means = found.weight.split([values, inputs], 1)
     return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 

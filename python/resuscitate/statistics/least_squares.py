@@ -90,12 +90,11 @@ class Problem:
         right = targets.cross + self.rho[:, None] * self.present.w
         w, product, start = torch.zeros_like(right), torch.zeros_like(right), start or self.present
         allowed = excess * torch.maximum(targets.squares, self.present.squares)
-        for groups, rows in self._iterative[self.ranks.rank :: self.ranks.size]:
-            parts = self.rho[:, None], self.support, right, start.w, start.product, allowed, w, product
-            rho, support, wanted, *first, most, new, new_product = (
+        for (groups, rows), systems in self._systems:
+            parts = right, start.w, start.product, allowed, w, product
+            wanted, *first, most, new, new_product = (
                 each.unflatten(0, (self.xx.groups, -1))[groups, rows] for each in parts
             )
-            systems = RidgeSystems(self.xx, groups, self.diagonal, rho, support)
             found, missed = systems.solve(wanted, Solution(*first), most, self._on_cpu)  # on a GPU a look is a wait
             new[:], new_product[:] = found.w, found.product
             if isinstance(self.xx, Matrices):  # factors of a matrix from few samples would take too long
@@ -159,6 +158,15 @@ class Problem:
         least = width * (LEAST_DENSITY * values) ** 2  # squares of sizes, as the time to factor goes
         dense = [sum(self._sizes[same[0]] ** 2 for same in found.values()) > least for found in self._same_matrix]
         return [(slice(group, group + 1), each) for group in range(groups) if dense[group] for each in rows]
+
+    @cached_property
+    def _systems(self) -> list[tuple[tuple[slice, slice], RidgeSystems]]:
+        """This rank's share of `_iterative`, with the systems, which serve all targets."""
+        rho, support = (each.unflatten(0, (self.xx.groups, -1)) for each in (self.rho[:, None], self.support))
+        return [
+            (at, RidgeSystems(self.xx, at[0], self.diagonal, rho[at], support[at]))
+            for at in self._iterative[self.ranks.rank :: self.ranks.size]
+        ]
 
     def _factored(self) -> Iterator[_Factored]:
         """Factors for this rank's share of all other channels; the first of them are kept for the next targets."""

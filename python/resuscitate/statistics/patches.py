@@ -72,11 +72,31 @@ class PatchCovariances(Statistic):
             self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
 
     def finish(self, batches: int) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteError for a value that is NaN or infinite; the host waits for the device."""
         check_finite(self.place.name, sorted(self.sums, key=itemgetter(0)))
+
+    @property
+    def finite(self) -> Tensor:
+        """Does `check` find nothing? Boolean (), on the device, without a wait."""
+        nothing = next(iter(self.folds.values())).mean.new_zeros(())
+        return torch.stack([nothing, *(each for _, each in self.sums)]).isfinite().all()
 
     @property
     def empty(self) -> bool:
         return not self.folds
+
+
+class UncheckedPatchCovariances(PatchCovariances):
+    """`PatchCovariances` that the walk does not check, so that the host need not wait: the method calls `check`."""
+
+    def finish(self, batches: int) -> None: ...
+
+    def state(self) -> Any:
+        self.check()
+        return super().state()
 
 
 def input_blocks(layer: Any) -> int:

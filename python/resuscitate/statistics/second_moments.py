@@ -69,7 +69,10 @@ class Matrices(SecondMoments):
 
     def within(self, group: Tensor, places: Tensor) -> Tensor:
         """The matrices (B, n, n) of these places (B, n) of these groups (B,)."""
-        return self.xx[group[:, None, None], places[:, :, None], places[:, None, :]]
+        # one index for each element, which PyTorch gathers faster than by three
+        first = (group[:, None] * self.values + places) * self.values
+        index = first[:, :, None] + places[:, None, :]
+        return self.xx.reshape(-1).index_select(0, index.flatten()).view(index.shape)
 
 
 class Rows(SecondMoments):

@@ -232,7 +232,7 @@ def _measured(
     each: Steps, dense: nn.Module, kept: KeptStatistics | None, stops: list[float], pruning: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `sparsify` for allocation "measured", and what the report says of it."""
-    selected = pruning["include"], pruning["exclude"]
+    selected = pruning["densities"], pruning["include"], pruning["exclude"]
     scales = None if kept is None else measure_scales(each, dense, kept, stops[-1], *selected)
     if scales is None:
         return {"allocation": "global"}, {"name": "global"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..network.layers import Selection, effective_weight, with_weight
+from ..pruning.allocation import fixed_densities
 from ..pruning.layer_scales import LayerScales
 from ..pruning.units import Units, prunable_layers, units_of
 from ..runtime.distributed import Ranks
@@ -26,9 +27,17 @@ ALONE = 0.2  # each layer alone is pruned so far that about this part of the var
 
 
 def measure_scales(
-    steps: Steps, dense: nn.Module, kept: KeptStatistics, sparsity: float, include: Selection, exclude: Selection
+    steps: Steps,
+    dense: nn.Module,
+    kept: KeptStatistics,
+    sparsity: float,
+    densities: Mapping[str, float] | None,
+    include: Selection,
+    exclude: Selection,
 ) -> LayerScales | None:
     """The factors of the layers for one sparsity, from the moments of the dense network; None without any.
+
+    Layers of fixed `densities` have none: the others lose the rest of the weights.
 
     For each layer alone: the part e of the variance of its outputs that is lost at each density, after a refit. Then
     the layer is refitted at the density where e is about `ALONE`, and the error of the outputs of the network is
@@ -36,6 +45,9 @@ def measure_scales(
     """
     layers, first_of = prunable_layers(dense, include, exclude)
     units = {name: units_of(name, layers[name]) for name in dict.fromkeys(first_of.values())}
+    fixed, total = fixed_densities(layers, first_of, densities), sum(each.count for each in units.values())
+    removed = sparsity * total - sum((1 - density) * units.pop(name).count for name, density in fixed.items())
+    left = removed / max(sum(each.count for each in units.values()), 1)  # the sparsity of the other layers
     lost, cost = dict[str, dict[float, float]](), dict[str, float]()
     with Session([copy.deepcopy(dense), dense], steps.run, ranks=steps.ranks) as session:
         judge = Judge(session, steps.images(session), fitted=True)
@@ -44,20 +56,20 @@ def measure_scales(
             if not isinstance(found, PatchCovariances) or input_blocks(layer) > 1:
                 continue
             moments, weight = merged(found.folds.values()), effective_weight(name, layer)
-            supports = _supports(units[name]).to(weight.device).view(len(DENSITIES), len(weight), -1)
-            parts = lost_variance(moments, weight.flatten(1), supports, steps.ranks).tolist()
+            kept_at = _kept_at(units[name]).to(weight.device).view(len(weight), -1)
+            parts = lost_variance(moments, weight.flatten(1), kept_at, len(DENSITIES), steps.ranks).tolist()
             if not parts[-1]:  # constant outputs
                 continue
             lost[name] = dict(zip(DENSITIES, parts, strict=True))
             at = min(range(len(parts)), key=lambda index: abs(parts[index] - ALONE))
-            changed = _refitted(layer, moments, weight, supports[at], steps.ranks)
+            changed = _refitted(layer, moments, weight, kept_at > at, steps.ranks)
             with in_its_place(session.net.modules[name], changed):
                 seen = judge.look()
             if seen is None:
                 return None
             # outputs that are not finite count as if nothing of them were left
             cost[name] = (1.0 if seen.error is None else seen.error**2) / max(parts[at], 1e-6)
-    return LayerScales.of_losses(units, sparsity, lost, cost) if cost else None
+    return LayerScales.of_losses(units, min(max(left, 0.0), 1.0), lost, cost) if cost else None
 
 
 @contextmanager
@@ -70,10 +82,12 @@ def in_its_place(layer: nn.Module, changed: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _supports(units: Units) -> Tensor:
-    """Boolean (densities, weights): the weights that a layer keeps at each density."""
-    counts = (min(units.count - round(density * units.count), units.removable) for density in DENSITIES)
-    return torch.stack([~units.smallest(count) for count in counts])
+def _kept_at(units: Units) -> Tensor:
+    """int8 (weights,): at how many of the densities, from the first on, the layer keeps each weight."""
+    found = torch.zeros(units.count, dtype=torch.int8)
+    for density in DENSITIES:
+        found += ~units.smallest(min(units.count - round(density * units.count), units.removable))
+    return found
 
 
 def _refitted(layer: nn.Module, moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> nn.Module:

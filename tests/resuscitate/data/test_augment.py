@@ -16,13 +16,14 @@ from tests.user import same
 
 def test_flip_mirrors_in_every_other_draw():
     given = images(4)
-    assert torch.equal(augmented(given, "flip", 0, 0), given.flip(3))
-    assert torch.equal(augmented(given, ["flip"], 1, 0), given)
+    assert torch.equal(augmented(given, "flip", 0, torch.arange(4)), given.flip(3))
+    assert torch.equal(augmented(given, ["flip"], 1, torch.arange(4)), given)
 
 
 def test_crop_moves_each_image_and_fills_with_zeros():
     given = torch.arange(1, 101, dtype=torch.float32).view(1, 1, 10, 10).expand(50, 1, 10, 10)
-    moved = augmented(given, "crop", 0, 0)
+    keys = torch.arange(50)
+    moved = augmented(given, "crop", 0, keys)
     assert moved.shape == given.shape
     places = set()
     for each in moved[:, 0]:
@@ -30,8 +31,21 @@ def test_crop_moves_each_image_and_fills_with_zeros():
         places.add((row - 4, column - 4))
         assert (each == 0).sum() == 100 - (10 - abs(row - 4)) * (10 - abs(column - 4))
     assert places == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
-    assert torch.equal(moved, augmented(given, "crop", 0, 0))
-    assert not torch.equal(moved, augmented(given, "crop", 0, 1))
+    assert torch.equal(moved, augmented(given, "crop", 0, keys))
+    assert not torch.equal(moved, augmented(given, "crop", 1, keys))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_crop_depends_on_no_order_and_no_split_into_batches(held_out):
+    given, found = images(140), []
+    for batches in (given.split(40), given.flip(0).split(17)):
+        read = Batches(batches)
+        if held_out:
+            read.hold_out(Ranks())
+        read.augment(["flip", "crop"], 2)
+        copies = torch.cat([read[index] for index in range(len(read) - read.held_out)])
+        found.append(sorted(copies.flatten(1).tolist()))
+    assert found[0] == found[1]
 
 
 def test_a_function_may_draw_and_the_callers_random_state_stays():
@@ -41,7 +55,10 @@ def test_a_function_may_draw_and_the_callers_random_state_stays():
     def noisy(batch):
         return batch + torch.randn_like(batch)
 
-    assert torch.equal(augmented(images(), noisy, 0, 5), augmented(images(), noisy, 1, 5))
+    keys = torch.arange(len(images()))
+    once, again, other = (augmented(images(), noisy, draw, keys) for draw in (0, 0, 1))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import asr_kernels as ak
 from resuscitate.runtime.distributed import Ranks
-from resuscitate.statistics import conjugate_gradients, least_squares
+from resuscitate.statistics import conjugate_gradients, fitting, least_squares
 from resuscitate.statistics.conjugate_gradients import RidgeSystems, Solution
 from resuscitate.statistics.fitting import fit
 from resuscitate.statistics.least_squares import Problem
@@ -154,6 +154,16 @@ def test_a_start_near_the_solution_takes_fewer_steps(monkeypatch):
     assert not steps
 
 
+def test_a_preconditioner_serves_all_targets(monkeypatch):
+    made, init = [], conjugate_gradients._Preconditioner.__init__
+    monkeypatch.setattr(conjugate_gradients._Preconditioner, "__init__", lambda *given: made.append(1) or init(*given))
+    given = problem()
+    for seed in range(3):
+        targets = problem(seed=seed).own_targets()
+        assert excess(given, targets, given.solve(targets).w) < 10 * least_squares.EXCESS
+    assert len(made) == 2  # for 64 channels, and for the rest
+
+
 @pytest.mark.parametrize("way", ["iterative", "direct"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_ranks_parts_add_up_to_the_solution_of_one_process(way, size):
@@ -171,6 +181,21 @@ def test_a_ridge_too_small_for_conjugate_gradients_is_solved_directly(ways):
     assert (ways.rows, ways.factors) == (0, 100)
 
 
+def test_channels_of_few_samples_are_solved_for_in_parts_of_bounded_size(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 256, generator=generator), torch.randn(150, 256, generator=generator)
+    support = torch.rand(150, 256, generator=generator) < 0.4
+    moments, sizes = ak.row_moments(x, x @ weight.mT + 1, 64), []
+    init = Problem.__init__
+    monkeypatch.setattr(Problem, "__init__", lambda *given: sizes.append(len(given[2])) or init(*given))
+    whole = fit(moments, weight * support, support)
+    monkeypatch.setattr(fitting, "PART_BYTES", 1)
+    found = fit(moments, weight * support, support)
+    assert sizes == [150, 64, 64, 22]
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-9)
+
+
 def test_channels_without_a_target_and_groups_without_an_input_that_varies():
     given = problem(groups=2, dead=[3], constant=[1])
     given.present.w[3] = given.present.product[3] = 0
@@ -178,6 +203,15 @@ def test_channels_without_a_target_and_groups_without_an_input_that_varies():
     w = given.solve(targets).w
     assert not w[3].any()
     assert torch.equal(w[50:], given.present.w[50:])
+
+
+def test_weights_on_inputs_that_do_not_vary_stay_beside_others():
+    given = problem("direct")
+    moments, support = given.moments, torch.zeros_like(given.support)
+    moments.xx[:, :3] = moments.xx[:, :, :3] = moments.xy[:, :3] = 0
+    support[:50, :3], support[50:] = True, given.support[50:]
+    weight = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * support
+    assert fit(moments, weight, support).weight[:50] == pytest.approx(weight[:50], rel=1e-9)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -283,7 +283,7 @@ def test_an_interrupted_run_goes_on_from_its_journals(killed, tmp_path, monkeypa
     options = {"steps": 3, "allocation": "global"}
     compress(undisturbed, 0.8, images(), **options)
     module = sys.modules["resuscitate.methods.refit"]
-    original, fits = module.fit, []
+    original, fits = module.attempt, []
 
     def interrupted(*args, **given):
         fits.append(1)
@@ -292,7 +292,7 @@ def test_an_interrupted_run_goes_on_from_its_journals(killed, tmp_path, monkeypa
         return original(*args, **given)
 
     model = seeded(chain)
-    monkeypatch.setattr(module, "fit", interrupted)
+    monkeypatch.setattr(module, "attempt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(model, 0.8, images(), **options, resume=tmp_path / "journals")
     report = compress(model, 0.8, images(), **options, resume=tmp_path / "journals")

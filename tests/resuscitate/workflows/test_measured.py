@@ -68,11 +68,27 @@ def test_otherwise_the_ranking_is_global(options):
     assert same(by_default.state_dict(), ranked.state_dict())
 
 
+def test_layers_of_fixed_densities_have_no_factor_and_the_others_lose_the_rest(monkeypatch):
+    found, of_losses = [], LayerScales.of_losses
+    monkeypatch.setattr(LayerScales, "of_losses", lambda *given: found.append(given) or of_losses(*given))
+    dense = seeded(chain)
+    sizes = {name: layer.weight.numel() for name, layer in dense.named_modules() if hasattr(layer, "in_channels")}
+    fixed = max(sizes, key=sizes.get)
+    report = compress(dense, 0.5, images(40), steps=2, densities={fixed: 0.75})
+    ((units, sparsity, *_),) = found
+    assert report.allocation["name"] == "measured"
+    assert fixed not in units
+    left = sum(each.count for each in units.values())
+    total = left + sizes[fixed]
+    assert sparsity == pytest.approx((0.5 * total - 0.25 * sizes[fixed]) / left)
+    assert report.masks[fixed].float().mean() == pytest.approx(0.75, abs=1e-2)
+
+
 def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
     undisturbed, model = seeded(chain), seeded(chain)
     compress(undisturbed, 0.8, images(), steps=3)
     module = sys.modules["resuscitate.methods.refit"]
-    original, fits = module.fit, []
+    original, fits = module.attempt, []
 
     def interrupted(*args, **options):
         fits.append(1)
@@ -80,7 +96,7 @@ def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(module, "fit", interrupted)
+    monkeypatch.setattr(module, "attempt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(model, 0.8, images(), steps=3, resume=tmp_path)
     compress(model, 0.8, images(), steps=3, resume=tmp_path)
@@ -94,9 +110,10 @@ def test_the_lost_variance_is_that_of_a_fit_on_each_support(groups):
     moments, weight = given.moments, given.present.w
     order = weight.abs().argsort(1, descending=True)
     supports = torch.stack([torch.zeros_like(given.support).scatter(1, order[:, :count], 1) for count in (12, 4)])
-    lost = lost_variance(moments, weight, supports, Ranks())
+    lost = lost_variance(moments, weight, supports.sum(0), 2, Ranks())
     for part, support in zip(lost.tolist(), supports, strict=True):
-        assert part == pytest.approx(1 - fit(moments, weight * support, support, ridge=RIDGE).explained, abs=1e-6)
+        explained = fit(moments, weight * support, support, ridge=RIDGE).explained
+        assert part == pytest.approx(1 - float(explained), abs=1e-6)
     assert 0 < lost[0] < lost[1] < 1
 
 
