@@ -42,6 +42,7 @@ SUITES = tuple(f"test_{name}.py" for name in KERNELS)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 # a failure of these tests is no error of the kernels: the kernels are timed all the same
 OTHERS, SEMI_STRUCTURED = "the other backends", "2:4"
+OTHERS_SECONDS = 240
 SANITIZER, SANITIZER_SECONDS = "compute-sanitizer", 120
 REPAIR_SECONDS = 180
 FEW = "many_pieces or many_images or two_streams"
@@ -109,7 +110,7 @@ class Outcomes:
         wanted = {name: command for name, command in tests(dry_run).items() if self.of.get(name) != "passed"}
         running = {name: Job(command, folder / f"{name}.log") for name, command in wanted.items()}
         for name, job in running.items():
-            self.wait(name, job, deadline)
+            self.wait(name, job, deadline if name in SUITES else min(deadline, job.started + OTHERS_SECONDS))
 
     def sanitize(self, folder: Path, deadline: float) -> None:
         """Run some tests under compute-sanitizer, if it is installed and has not run."""
