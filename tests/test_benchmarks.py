@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,32 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     assert found["gpu"] is None
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "| moments |" in output.with_suffix(".md").read_text()
+
+
+def test_inductor_that_does_not_end_costs_its_own_row_only(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.speed import kernels
+
+    row = {"operation": "affine", "shape": [2, 3, 4, 4], "layout": "NCHW", "dtype": "fp32"}
+    times = kernels.measure_inductor_apart("cpu", row, 2)
+    assert times is not None
+    assert min(times[0]) > 0
+    assert kernels.measure_inductor_apart("cpu", row | {"operation": "none"}, 2) is None
+    monkeypatch.setattr(kernels, "INDUCTOR_SECONDS", 0)
+    assert kernels.measure_inductor_apart("cpu", row, 2) is None
+
+
+def test_a_test_that_is_stopped_on_the_gpu_has_not_passed(tmp_path):
+    pytest.importorskip("triton")
+    from benchmarks.speed.gpu import Job, Outcomes
+
+    kept = tmp_path / "tests.json"
+    outcomes = Outcomes(kept, "this code")
+    for name, code in (("passes", ""), ("fails", "1 / 0"), ("hangs", "import time; time.sleep(99)")):
+        job = Job([sys.executable, "-c", code], tmp_path / "log")
+        outcomes.wait(name, job, time.monotonic() + (0 if name == "hangs" else 60))
+    assert Outcomes(kept, "this code").of == {"passes": "passed", "fails": "failed", "hangs": "stopped"}
+    assert Outcomes(kept, "other code").of == {}
 
 
 def test_the_cpu_benchmark_runs(tmp_path):

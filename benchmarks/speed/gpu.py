@@ -1,9 +1,14 @@
 """All that needs a GPU in one command, without an environment of its own: `make gpu PYTHON=python3`.
 
-First the tests of the kernels on the device: each backend against float64, over dtypes, layouts, odd sizes, extreme
-values and more than 2^31 elements; CUDA graphs, streams, devices, new memory that holds NaN; some of them again under
-compute-sanitizer if it is installed, for two minutes at most. Then benchmarks/speed/kernels.py, only if the tests of
-the kernels pass: first the kernels and a whole repair, then Inductor in a process of its own.
+In this order, so that a short time brings what matters most; the limits are for one call of nine minutes:
+
+1. the tests of the kernels on the device: each backend against float64, over dtypes, layouts, odd sizes, extreme values
+   and more than 2^31 elements; CUDA graphs, streams, devices, new memory that holds NaN. If one fails, that is all;
+2. benchmarks/speed/kernels.py: the table of the kernels, the larger batches first (a row takes seconds);
+3. the repair of a ResNet-50 (started only if three minutes are left);
+4. some of the tests under compute-sanitizer, if it is installed, for two minutes at most. Its outcome is kept, whatever
+   it is: stopped is not passed, and the exit status says so at the end;
+5. Inductor for each row of the table, in a process of its own for a minute at most.
 
 After `--seconds` all stops. The next call continues: it runs no test that has passed and measures no row that is known,
 as long as the code, the GPU and PyTorch are the same.
@@ -21,7 +26,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -37,7 +42,9 @@ SUITES = tuple(f"test_{name}.py" for name in KERNELS)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 # a failure of these tests is no error of the kernels: the kernels are timed all the same
 OTHERS, SEMI_STRUCTURED = "the other backends", "2:4"
+OTHERS_SECONDS = 240
 SANITIZER, SANITIZER_SECONDS = "compute-sanitizer", 120
+REPAIR_SECONDS = 180
 FEW = "many_pieces or many_images or two_streams"
 
 
@@ -62,44 +69,78 @@ class Job:
             return None
 
 
-def commands(dry_run: bool) -> dict[str, list[str]]:
-    """The tests by name."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def pytest(*arguments: str) -> list[str]:
+    """A command that runs tests, whatever version pytest has and whatever PyTorch's version deprecates."""
+    plain = ["-o", "addopts=--import-mode=importlib", "-W", "default", "-p", "no:cacheprovider"]
+    return [sys.executable, "-m", "pytest", "-q", *plain, *arguments]
+
+
+def tests(dry_run: bool) -> dict[str, list[str]]:
+    """The commands that run the tests, by name."""
     ours = "triton and many_pieces" if dry_run else "triton or gpu or operators"
-    found = {suite: [*pytest, f"tests/asr_kernels/{suite}", "-k", ours] for suite in SUITES}
+    found = {suite: pytest(f"tests/asr_kernels/{suite}", "-k", ours) for suite in SUITES}
     if not dry_run:
-        found[OTHERS] = [*pytest, "tests/asr_kernels", "-k", f"not ({ours}) and not ahead and not host_time"]
-        found[SEMI_STRUCTURED] = [*pytest, "tests/resuscitate/deploy/test_semistructured.py"]
-        if sanitizer := shutil.which(SANITIZER):
-            prefix = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
-            found[SANITIZER] = [*prefix, *pytest, "tests/asr_kernels", "-k", f"triton and ({FEW})"]
+        found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and not ahead and not host_time")
+        found[SEMI_STRUCTURED] = pytest("tests/resuscitate/deploy/test_semistructured.py")
     return found
 
 
-def check(folder: Path, dry_run: bool, passed: set[str], deadline: float) -> tuple[set[str], set[str]]:
-    """Run the tests that have not passed, in parallel; returns those that passed and those that failed.
+class Outcomes:
+    """What is known of each test, "passed", "failed" or "stopped", kept in a file for this code on this GPU."""
 
-    The output of those that fail is printed. Tests that the deadline stops are in neither set.
-    """
-    started = time.monotonic()
-    wanted = {name: command for name, command in commands(dry_run).items() if name not in passed}
-    running = {name: Job(command, folder / f"{name}.log") for name, command in wanted.items()}
-    passed, failed = set(passed), set()
-    for name, job in running.items():
-        limit = min(deadline, job.started + SANITIZER_SECONDS) if name == SANITIZER else deadline
-        status, text = job.status(limit), job.log.read_text(errors="replace")
-        summary = text.strip().splitlines()[-1] if text.strip() else ""
-        # 5: pytest collected no test, as may happen in a dry run
-        right = status == 0 or (dry_run and status == 5) or (name == SANITIZER and status is None)
-        outcome = "stopped" if status is None else "nothing to run" if status == 5 and right else "passed"
-        print(f"{name}: {outcome if right or status is None else 'FAILED'}", end=" ")
-        print(f"after {time.monotonic() - started:.0f} s, {summary}", flush=True)
-        if right:
-            passed.add(name)
-        elif status is not None:
+    def __init__(self, path: Path, code: str) -> None:
+        self.path, self.code = path, code
+        before = json.loads(path.read_text()) if path.exists() else {}
+        self.of: dict[str, str] = before.get(code, {})
+
+    def wait(self, name: str, job: Job, deadline: float) -> None:
+        """Wait for a test, print its outcome, and its output if it failed, and keep the outcome."""
+        status = job.status(deadline)
+        text = job.log.read_text(errors="replace")
+        # 5: pytest collected no test, as happens in a dry run
+        self.of[name] = "stopped" if status is None else "passed" if status in (0, 5) else "failed"
+        lines = text.strip().splitlines() or [""]
+        print(f"{name}: {self.of[name]} after {time.monotonic() - job.started:.0f} s, {lines[-1]}", flush=True)
+        if self.of[name] == "failed":
             print(text[-6000:])
-            failed.add(name)
-    return passed, failed
+        self.path.write_text(json.dumps({self.code: self.of}))
+
+    def run(self, folder: Path, dry_run: bool, deadline: float) -> None:
+        """Run the tests that have not passed, in parallel."""
+        wanted = {name: command for name, command in tests(dry_run).items() if self.of.get(name) != "passed"}
+        running = {name: Job(command, folder / f"{name}.log") for name, command in wanted.items()}
+        for name, job in running.items():
+            self.wait(name, job, deadline if name in SUITES else min(deadline, job.started + OTHERS_SECONDS))
+
+    def sanitize(self, folder: Path, deadline: float) -> None:
+        """Run some tests under compute-sanitizer, if it is installed and has not run."""
+        if SANITIZER in self.of or not (sanitizer := shutil.which(SANITIZER)):
+            return
+        if deadline - time.monotonic() < SANITIZER_SECONDS:
+            stop()
+        command = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
+        job = Job([*command, *pytest("tests/asr_kernels", "-k", f"triton and ({FEW})")], folder / f"{SANITIZER}.log")
+        self.wait(SANITIZER, job, job.started + SANITIZER_SECONDS)
+
+
+def stop() -> NoReturn:
+    """End this call; the next one continues."""
+    print("the time is up; run again to continue")
+    sys.exit(AGAIN)
+
+
+def measure(only: str, output: Path, log: Path, dry_run: bool, deadline: float) -> None:
+    """Run a part of kernels.py, and end this call where that part fails or does not end in time."""
+    command = [sys.executable, "benchmarks/speed/kernels.py", "--output", str(output), "--only", only]
+    # a row more may take half a minute
+    command += ["--seconds", str(max(deadline - time.monotonic() - 30, 0)), *(["--dry-run"] if dry_run else [])]
+    job = Job(command, log)
+    status = job.status(deadline)
+    print(job.log.read_text(errors="replace")[-30_000:], flush=True)
+    if status is None or status == AGAIN:
+        stop()
+    if status:
+        sys.exit(status)
 
 
 def main(
@@ -115,30 +156,23 @@ def main(
     if dry_run:
         ENVIRONMENT["TRITON_INTERPRET"] = "1"
     code = of_this_code(None if dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name())
-    kept = logs / f"{name}_passed.json"
-    before = json.loads(kept.read_text()) if kept.exists() else {}
-    passed, failed = check(logs, dry_run, set(before.get(code, [])), deadline)
-    kept.write_text(json.dumps({code: sorted(passed)}))
-    apart = failed & {OTHERS, SEMI_STRUCTURED}
-    if failed - apart:
+    outcomes = Outcomes(logs / f"{name}_tests.json", code)
+    outcomes.run(logs, dry_run, deadline)
+    kernels = {test: outcome for test, outcome in outcomes.of.items() if test in SUITES}
+    if "failed" in kernels.values():
         sys.exit("a test failed, so nothing was measured")
-    if not set(commands(dry_run)) <= passed | apart:
-        print("the time is up; run again to continue")
-        sys.exit(AGAIN)
-    for only in ("kernels", "repair") if dry_run else ("kernels", "repair", "inductor"):
-        command = [sys.executable, "benchmarks/speed/kernels.py", "--output", str(output / f"{name}.json")]
-        command += ["--only", only, *(["--dry-run"] if dry_run else [])]
-        # a row more may take half a minute
-        command += ["--seconds", str(max(deadline - time.monotonic() - 30, 0))]
-        job = Job(command, logs / f"{only}.log")
-        status = job.status(deadline)
-        print(job.log.read_text(errors="replace")[-30_000:], flush=True)
-        if status is None or status == AGAIN:
-            print("the time is up; run again to continue")
-            sys.exit(AGAIN)
-        if status:
-            sys.exit(status)
-    sys.exit(f"failed here: {', '.join(sorted(apart))}" if apart else 0)
+    if "stopped" in kernels.values():
+        stop()
+    results = output / f"{name}.json"
+    measure("kernels", results, logs / "kernels.log", dry_run, deadline)
+    repaired = bool(json.loads(results.read_text())["repairs"])
+    if not repaired and deadline - time.monotonic() < REPAIR_SECONDS:
+        stop()
+    measure("repair", results, logs / "repair.log", dry_run, deadline)
+    outcomes.sanitize(logs, deadline)
+    measure("inductor", results, logs / "inductor.log", dry_run, deadline)
+    lacking = [f"{test}: {outcome}" for test, outcome in outcomes.of.items() if outcome != "passed"]
+    sys.exit(f"measured, but not every test passed: {', '.join(lacking)}" if lacking else 0)
 
 
 if __name__ == "__main__":

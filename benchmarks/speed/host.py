@@ -50,10 +50,10 @@ def without_launches() -> Iterator[None]:
             kernel.PLANS.clear()
 
 
-def microseconds(call: Callable[[], Any], calls: int = 500, rounds: int = 20) -> float:
+def microseconds(call: Callable[[], Any]) -> float:
     """The shortest mean of some calls."""
-    found = []
-    for _ in range(rounds):
+    calls, found = 500, []
+    for _ in range(20):
         started = time.perf_counter()
         for _ in range(calls):
             call()
@@ -61,7 +61,7 @@ def microseconds(call: Callable[[], Any], calls: int = 500, rounds: int = 20) ->
     return min(found)
 
 
-def measure(calls: int = 500, rounds: int = 20) -> dict[str, float]:
+def measure() -> dict[str, float]:
     """Microseconds of each function, for activations of 64 channels."""
     x = torch.randn(2, 64, 14, 14)
     y, running, factor = x.clone(), ak.ChannelMoments.empty(64), torch.ones(64)
@@ -75,7 +75,7 @@ def measure(calls: int = 500, rounds: int = 20) -> dict[str, float]:
             "affine_": lambda: ak.affine_(x, factor, factor),
             "repair_": lambda: ak.repair_(x, dense),
         }
-        return {name: microseconds(call, calls, rounds) for name, call in functions.items()}
+        return {name: microseconds(call) for name, call in functions.items()}
 
 
 def main() -> None:

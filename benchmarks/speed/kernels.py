@@ -16,9 +16,10 @@ Repair: sequential ASR and exact BatchNorm on a ResNet-50 of random weights, 4,0
 forward passes and against `update_bn`.
 
 Writes a .json after each row, then a .md and a .png (bytes against time). A run continues an unfinished .json of the
-same code on the same GPU. After `--seconds` it stops and exits with 75. Inductor is measured by a process of its own,
-`--only inductor`; a row that twice does not end is left out. `--dry-run` runs everything on a CPU, on tiny
-tensors in Triton's interpreter, as a test: its figures mean nothing.
+same code on the same GPU. After `--seconds` it stops and exits with 75. `--only inductor` adds Inductor to the known
+rows, each in a process of its own that is stopped after a minute; a row whose process fails or is stopped keeps no
+figure of Inductor, and the end of the output names it. `--dry-run` runs everything on a CPU, on tiny tensors in
+Triton's interpreter, without Inductor's compiler, as a test: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ if "--dry-run" in sys.argv:  # read when Triton is imported
 
 import hashlib
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -68,6 +71,7 @@ AXES = (0, 2, 3)
 TOLERANCE = 1e-5  # of a statistic, at a standard deviation of 1
 
 AGAIN = 75  # exit status: the time was up, so run again to continue
+INDUCTOR_SECONDS = 60  # for one row
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -217,9 +221,9 @@ class Clock:
 
 
 def cases_of(shapes: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], str, str]]:
-    """Shape, layout and dtype of every case; NCHW first."""
+    """Shape, layout and dtype of every case; batches of 64 last, NCHW first."""
     found = [(s, layout, d) for s in shapes for layout in LAYOUTS for d in DTYPES if s[3] > 1 or layout == "NCHW"]
-    return sorted(found, key=lambda case: case[1])
+    return sorted(found, key=lambda case: (case[0][0] == 64, case[1]))
 
 
 def measure_kernels(
@@ -245,14 +249,36 @@ def measure_kernels(
             yield {**row, "host_us": {name: host for name, (_, host) in found.items()}}
 
 
-def measure_inductor(device: str, row: dict[str, Any], clock: Clock) -> tuple[list[float], float]:
-    """The times of a row's formula, compiled by Inductor."""
+def measure_inductor(device: str, row: dict[str, Any], rounds: int) -> tuple[list[float], float]:
+    """The times of a row's formula, compiled by Inductor; on a CPU only traced."""
     cases = turns(make_case(tuple(row["shape"]), row["layout"], row["dtype"], device))
-    torch._dynamo.reset()
-    _, formula, _ = OPERATIONS[row["operation"]][0](cases[0])
-    compiled = torch.compile(formula)
+    formula = OPERATIONS[row["operation"]][0](cases[0])[1]
+    compiled = torch.compile(formula, backend="inductor" if device == "cuda" else "eager")
     arguments = [OPERATIONS[row["operation"]][0](case)[2] for case in cases]
-    return clock.times([lambda a=each: compiled(*a) for each in arguments])
+    return Clock(device, rounds).times([lambda a=each: compiled(*a) for each in arguments])
+
+
+def send_inductor(there: Connection, device: str, row: dict[str, Any], rounds: int) -> None:
+    """Send the times of `measure_inductor`."""
+    there.send(measure_inductor(device, row, rounds))
+
+
+def measure_inductor_apart(device: str, row: dict[str, Any], rounds: int) -> tuple[list[float], float] | None:
+    """`measure_inductor` in a process of its own; None where it fails, or is stopped after INDUCTOR_SECONDS."""
+    # the processes are forks of one that has imported this module and has not touched the GPU
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.speed.kernels"])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_inductor, args=(there, device, row, rounds), daemon=True)
+    process.start()
+    there.close()
+    found = None
+    if here.poll(INDUCTOR_SECONDS):
+        with suppress(EOFError):  # the process failed, and its error is in the log
+            found = here.recv()
+    process.kill()
+    process.join()
+    return found
 
 
 def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
@@ -358,13 +384,12 @@ def measure_all(found: Found, only: str, dry_run: bool, rounds: int, deadline: f
         found.save()
     if only == "inductor":
         for row in found.rows:
-            tried = row.get("inductor_tried", 0)
-            if row["operation"] not in OPERATIONS or "inductor" in row["host_us"] or tried == 2:
+            if row["operation"] not in OPERATIONS or "inductor_tried" in row:
                 continue
-            # if the process is stopped twice in this row, the next one leaves it out
-            row["inductor_tried"] = tried + 1
-            found.save()
-            row["ms_p20_p50_p80"]["inductor"], row["host_us"]["inductor"] = measure_inductor(device, row, clock)
+            times = measure_inductor_apart(device, row, clock.rounds)
+            row["inductor_tried"] = True
+            if times:
+                row["ms_p20_p50_p80"]["inductor"], row["host_us"]["inductor"] = times
             found.save()
             if time.monotonic() > deadline:
                 return False
@@ -380,6 +405,8 @@ def main(
 ) -> None:
     """Measure on this machine's GPU."""
     deadline = time.monotonic() + seconds
+    # Inductor compiles in its own process, which leaves no others behind when it is stopped
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if not dry_run and not torch.cuda.is_available():
         sys.exit("no GPU that PyTorch can use; --dry-run tests this file without one")
     found = Found(output, machine() | ({"gpu": None} if dry_run else {}))
@@ -389,6 +416,9 @@ def main(
     show(rows, found.repairs, f"{found.about['gpu'] or 'a dry run: these figures mean nothing'}, {found.about['date']}")
     for line in [] if dry_run else missed(rows, found.repairs):
         print("missed:", line)
+    for row in rows:
+        if "inductor_tried" in row and "inductor" not in row["host_us"]:
+            print("no figure of Inductor:", *(row[key] for key in ("operation", "shape", "layout", "dtype")))
     with suppress(ImportError):
         if rows:
             draw(rows, output.with_suffix(".png"))
