@@ -10,9 +10,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # torchvision, timm and transformers, in a folder of their own: no dependency of theirs gets into the environment
 OUTSIDE := $(VENV)/outside
+# the tools of a release, in an environment of their own, for the same reason
+RELEASE := $(VENV)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline picture ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs lint format clean
+.PHONY: help demo test outside headline picture ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs dist lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -91,6 +93,12 @@ paper: ## with the Python that is there: trains four networks, then the publishe
 docs: $(READY) ## the API reference, into build/docs
 	@$(BIN)/pdoc --output-directory build/docs --docformat google resuscitate asr_kernels
 
+dist: $(RELEASE)/.ready ## source distribution and wheel, into dist, both checked
+	@rm -rf dist
+	@$(RELEASE)/bin/python -m build --outdir dist .
+	@$(RELEASE)/bin/twine check --strict dist/*
+	@$(RELEASE)/bin/check-wheel-contents dist/*.whl
+
 lint: $(READY) ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -116,4 +124,10 @@ $(OUTSIDE)/.ready: tests/outside/requirements.txt $(READY)
 	@echo "installing torchvision, timm and transformers into $(OUTSIDE), once; this takes half a minute"
 	@rm -rf $(OUTSIDE)
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --no-deps --target $(OUTSIDE) -r $<
+	@touch $@
+
+$(RELEASE)/.ready: $(READY)
+	@echo "installing the tools of a release into $(RELEASE), once"
+	@$(PYTHON) -m venv --clear $(RELEASE)
+	@$(RELEASE)/bin/python -m pip install -qq --no-input --disable-pip-version-check build twine check-wheel-contents
 	@touch $@
