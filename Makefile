@@ -14,7 +14,7 @@ OUTSIDE := $(VENV)/outside
 RELEASE := $(VENV)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline picture ablation allocation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs dist lint format clean
+.PHONY: help demo test outside headline picture ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs dist lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -40,11 +40,8 @@ headline: $(READY) ## what each tool brings back on real networks, and how fast;
 picture: $(READY) ## the picture of a run in README.md; a quarter of a minute
 	@$(BIN)/python benchmarks/accuracy/picture.py $(ARGS)
 
-ablation: $(READY) ## what each part of the compression is worth; an hour
+ablation: $(READY) ## what each part of the compression is worth; an hour, and goes on where it was stopped
 	@$(BIN)/python benchmarks/accuracy/ablation.py $(ARGS)
-
-allocation: $(READY) ## the measured allocation of the compression against a global ranking; ten minutes
-	@$(BIN)/python benchmarks/accuracy/allocation.py $(ARGS)
 
 accuracy: $(READY) ## the accuracy table on real networks and images
 	@$(BIN)/python benchmarks/accuracy/accuracy.py $(ARGS)

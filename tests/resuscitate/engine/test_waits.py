@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import spawn
 
 import asr_kernels as ak
 from resuscitate import EMA, Exact, repair
@@ -22,6 +23,7 @@ from tests.user import same
 # are the moments finite, or in a refit is the layer to be fitted again for its ReLU; the row of the report, with
 # whether the new weights fit, and in a refit whether the moments are finite and the steps have reached the solution
 A_LAYER = 2
+FEW_STEPS = 24, 12
 SETUP = 12  # of a whole repair: what is compared before and after it
 
 
@@ -65,7 +67,7 @@ def repaired(build, options, batches=2, where=None, prune=pruned_copy):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Enough for these small filters."""
-    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", (24, 12))
+    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", FEW_STEPS)
 
 
 def near(one, other):
@@ -97,6 +99,13 @@ def test_nor_for_a_batch_of_other_networks(build, options):
 
 @pytest.mark.parametrize("options", [{}, {"method": "asr"}], ids=["refit", "asr"])
 def test_nor_for_a_batch_of_a_smaller_network(options):
+    """Its channels are followed by gradients, which take a device only if it was there before any others were."""
+    device()
+    spawn(_repair_a_smaller_network, (options,))
+
+
+def _repair_a_smaller_network(process, options):
+    conjugate_gradients.STEPS_WITHOUT_LOOK = FEW_STEPS
     smaller = partial(without_channels, channels=[0, 3, 6])
     (_, _, few), (model, _, many) = (repaired(chain, options, batches, prune=smaller) for batches in (2, 4))
     on_cpu, _, _ = repaired(chain, options, 4, where="cpu", prune=smaller)
