@@ -6,7 +6,6 @@ The division depends on shape, strides, alignment and dtype only, so a rerun is 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -65,7 +64,6 @@ def aligned(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided((1,), (1,), x.storage_offset() - start), start
 
 
-@lru_cache(maxsize=4096)
 def pieces_of(
     shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], itemsize: int
 ) -> Pieces:
