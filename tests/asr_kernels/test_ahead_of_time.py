@@ -65,7 +65,7 @@ class Variant(NamedTuple):
 
 
 KERNELS = ("moments", "paired", "affine")
-# whose registers and instructions are promised. Triton 3.6 spills registers in two kernels for sm_80
+# whose registers and instructions are promised. Triton 3.4 and 3.6 spill registers in two kernels
 THIS_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 VARIANTS = [
     # planes of 56 x 56: whole 16-byte vectors in every dtype
