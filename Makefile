@@ -123,7 +123,7 @@ $(OUTSIDE)/.ready: tests/outside/requirements.txt $(READY)
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --no-deps --target $(OUTSIDE) -r $<
 	@touch $@
 
-$(RELEASE)/.ready: $(READY)
+$(RELEASE)/.ready:
 	@echo "installing the tools of a release into $(RELEASE), once"
 	@$(PYTHON) -m venv --clear $(RELEASE)
 	@$(RELEASE)/bin/python -m pip install -qq --no-input --disable-pip-version-check build twine check-wheel-contents

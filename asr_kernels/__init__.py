@@ -1,7 +1,7 @@
 """Per-channel moments and in-place corrections of activations: functions of tensors only.
 
-Three backends share one interface: Triton kernels on a GPU, a PyTorch path bound by memory bandwidth elsewhere, and a
-float64 reference that both are tested against.
+Three backends share one interface: Triton kernels on a GPU, vectorised PyTorch elsewhere, and a float64 reference that
+both are tested against.
 """
 
 from .backends import use_backend

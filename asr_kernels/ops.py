@@ -98,9 +98,8 @@ def repair_(
     """Measure the pruned outputs `x`, compute their correction with `repair_factors`, and apply it in place.
 
     Returns the applied gain and shift, float64 (C,), and the moments of `x` before the correction. On a GPU this takes
-    four launches, without waiting for the host, so a CUDA graph can capture it. Dense moments from
-    another device are moved first. Raises the errors of `channel_moments`, `repair_factors` and `affine_`; after an
-    error `x` is unchanged.
+    four launches, without waiting for the host, so a CUDA graph can capture it. Dense moments from another device are
+    moved first. Raises the errors of `channel_moments`, `repair_factors` and `affine_`; after one `x` is unchanged.
     """
     pruned = channel_moments(x, channel_dim)
     gain, shift, gain_32, shift_32 = _factors(dense_moments, pruned, rule, prior, bias, eps)

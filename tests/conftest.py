@@ -75,8 +75,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
     }
 
     def forget() -> None:
-        tiles._tiles.cache_clear()
-        pieces.pieces_of.cache_clear()
         for kernels in (moments, affine):
             kernels.PLANS.clear()
 

@@ -73,6 +73,34 @@ def test_a_test_that_is_stopped_on_the_gpu_has_not_passed(tmp_path):
     assert Outcomes(kept, "other code").of == {}
 
 
+def test_a_file_of_tests_that_was_stopped_goes_on_behind_the_tests_that_have_passed(tmp_path):
+    pytest.importorskip("triton")
+    from benchmarks.speed import gpu
+
+    ran, suite, passed = tmp_path / "ran.txt", tmp_path / "test_three.py", tmp_path / "passed.txt"
+    suite.write_text(
+        "import pathlib, pytest, time\n"
+        f"ran = pathlib.Path({str(ran)!r})\n"
+        "def note(name):\n    return ran.open('a').write(name + '\\n')\n"
+        "def test_passes():\n    note('passes')\n"
+        "@pytest.fixture\ndef fails_later():\n    yield\n    assert ran.read_text().count('fixture') > 1\n"
+        "def test_with_a_fixture(fails_later):\n    note('with a fixture')\n"
+        "def test_hangs():\n    note('hangs')\n    time.sleep(0 if ran.read_text().count('hangs') > 1 else 99)\n"
+    )
+    command = next(iter(gpu.tests(dry_run=True, passed=passed).values()))
+    command = [str(suite) if part.startswith("tests/") else part for part in command]
+    del command[command.index("-k") : command.index("-k") + 2]
+    job = gpu.Job(command, tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while "hangs" not in (ran.read_text() if ran.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert job.status(0) is None
+    assert gpu.Job(command, tmp_path / "log").status(time.monotonic() + 60) == 0
+    assert ran.read_text().split("\n") == ["passes", *2 * ["with a fixture", "hangs"], ""]
+    # all have passed
+    assert gpu.Job(command, tmp_path / "log").status(time.monotonic() + 60) == 5
+
+
 def test_the_cpu_benchmark_runs(tmp_path):
     pytest.importorskip("pytest_benchmark")
     output = tmp_path / "cpu.json"

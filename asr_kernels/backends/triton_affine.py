@@ -14,11 +14,9 @@ from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
 from .triton_tiles import SIZES, lanes_left, tiles_of
 
 PLANS = Plans()
-# most tiles per program: they share one load of the factors; with more, the last programs would leave the device idle
-MAX_TILES = 8
 
 
-@triton.jit(do_not_specialize=[*SIZES, "fold", "stride_an"])
+@triton.jit(do_not_specialize=[*SIZES, "fold", "stride_n"])
 def affine_kernel(
     x_ptr,  # (N, C, L), any strides; read and written
     gain_ptr,  # (C / fold,), float32, or float64 for a float64 x
@@ -26,9 +24,9 @@ def affine_kernel(
     N,
     C,  # in vectors of VEC_C
     L,  # in vectors of VEC_L
-    stride_an,  # in vectors, as is the stride of C or L, whichever is not the vector's axis
-    stride_ac,
-    stride_al,
+    stride_n,  # in vectors, as is the stride of C or L, whichever is not the vector's axis
+    stride_c,
+    stride_l,
     blocks,  # of channels
     splits_l,  # ranges of positions
     tiles_n,  # tiles per range
@@ -73,11 +71,11 @@ def affine_kernel(
     o_n, o_l = o_t // BLOCK_L, o_t % BLOCK_L
 
     # [BLOCK_C, BLOCK_N * BLOCK_L]
-    p_x = x_ptr + (o_c * stride_ac * VEC_L)[:, None] + (o_n * stride_an * VEC + o_l * stride_al * VEC_C)[None, :]
+    p_x = x_ptr + (o_c * stride_c * VEC_L)[:, None] + (o_n * stride_n * VEC + o_l * stride_l * VEC_C)[None, :]
     for i_n in range(n_start, n_stop, BLOCK_N):
         for i_l in range(l_start, l_stop, BLOCK_L):
             m = lanes_left(m_c, n_stop - i_n, l_stop - i_l, BLOCK_N, BLOCK_L)
-            p_i = p_x + (i_n * stride_an * VEC + i_l * stride_al * VEC_C)
+            p_i = p_x + (i_n * stride_n * VEC + i_l * stride_l * VEC_C)
             b_x = tl.load(p_i, mask=m, other=0.0).to(b_gain.dtype)
             b_x = tl.fma(b_gain[:, None], b_x, b_shift[:, None])
             if RELU:
@@ -88,7 +86,7 @@ def affine_kernel(
 
 def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> Launch:
     """The launch that corrects x."""
-    tiles = tiles_of(x, most=MAX_TILES)
+    tiles = tiles_of(x)
     arguments: dict[str, Any] = {"x_ptr": x, "gain_ptr": gain, "shift_ptr": shift, **tiles.arguments}
     arguments |= {"fold": tiles.fold, "FOLDED": tiles.fold > 1, "RELU": relu}
     return Launch(affine_kernel, (tiles.programs,), arguments, tiles.values // 8)

@@ -6,7 +6,6 @@ The division depends on shape, strides, alignment and dtype only, so a rerun is 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -16,14 +15,14 @@ from torch import Tensor
 from .triton_launch import Launch
 from .triton_sums import planes_kernel, rows_kernel
 
-# bytes of a vector, and of all vectors that a thread asks for before it uses the first
+# bytes of a vector, and of all vectors of one tensor that a thread asks for before it uses the first
 VECTOR, IN_FLIGHT = 16, 64
 # threads of a program, and of a program for a channel so short that most of them would have nothing to load
 THREADS, FEW_THREADS = 256, 64
-# registers of a thread for one tensor and for a pair: four programs and 64 KB under way, or three and 48 KB, fit a
-# multiprocessor of NVIDIA's
-REGISTERS = (64, 80)
-# programs to aim for: four for each multiprocessor of an H100, which all run at a time
+# registers of a thread for each tensor: four programs for one tensor, or two for a pair, fit a multiprocessor of
+# NVIDIA's; both have 64 KB under way
+REGISTERS = 64
+# programs to aim for: four for each multiprocessor of an H100, which all run at a time, those of a pair in two waves
 PROGRAMS = 528
 # channels of a tile of rows: 128 contiguous bytes of half precision; rows of partial moments are multiples of ROW
 WIDTH, ROW = 64, 8
@@ -47,7 +46,7 @@ class Pieces(NamedTuple):
         """The launch that fills `partials`, (4 or 8, splits, width), from tensors that `aligned` returned."""
         # loads of single values and 64-bit offsets take more
         usual = self.arguments["VEC"] > 1 and self.arguments["INDEX"] == tl.int32
-        registers = REGISTERS[len(tensors) - 1] if usual else None
+        registers = REGISTERS * len(tensors) if usual else None
         pointers = {"a_ptr": tensors[0], "b_ptr": tensors[1] if len(tensors) > 1 else None, "partials_ptr": partials}
         return Launch(self.kernel, (self.programs,), pointers | self.arguments, self.threads, registers)
 
@@ -65,25 +64,20 @@ def aligned(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided((1,), (1,), x.storage_offset() - start), start
 
 
-@lru_cache(maxsize=4096)
 def pieces_of(
     shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], itemsize: int
 ) -> Pieces:
     """Divide (N, C, L) views of one shape that begin `starts` elements behind an aligned address."""
     n, c, l = shape
     by_rows = c > 1 and (l == 1 or strides[0][1] < strides[0][2])
-    # for each channel, rows of a pair have five sums: with half the vector they fit the registers
-    vector = VECTOR // 2 if by_rows and len(strides) == 2 and itemsize == 2 else VECTOR
-    tiles = IN_FLIGHT // vector // len(strides)
-    sizes = (
-        _rows(shape, strides, vector // itemsize) if by_rows else _planes(shape, strides, starts, vector // itemsize)
-    )
+    vec, tiles = VECTOR // itemsize, IN_FLIGHT // VECTOR
+    sizes = _rows(shape, strides, vec) if by_rows else _planes(shape, strides, starts, vec)
     total = sizes["images"] * (sizes["length"] - sizes.get("EDGES", False))
 
     width = min(max(triton.next_power_of_2(c), ROW), WIDTH) if by_rows else 1
-    few = not by_rows and total * sizes["VEC"] * itemsize <= THREADS * tiles * vector
+    few = not by_rows and total * sizes["VEC"] * itemsize <= THREADS * IN_FLIGHT
     threads = FEW_THREADS if few else THREADS
-    block = threads * vector // itemsize // (width if by_rows else sizes["VEC"])
+    block = threads * vec // (width if by_rows else sizes["VEC"])
     blocks, chunks = triton.cdiv(c, width), triton.cdiv(total, block * tiles)
     # partial moments are four numbers in float32 for each tensor, or in float64
     most = n * l * itemsize // (WORTH * 4 * max(itemsize, 4))

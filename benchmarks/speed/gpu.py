@@ -10,8 +10,8 @@ In this order, so that a short time brings what matters most; the limits are for
    it is: stopped is not passed, and the exit status says so at the end;
 5. Inductor for each row of the table, in a process of its own for a minute at most.
 
-After `--seconds` all stops. The next call continues: it runs no test that has passed and measures no row that is known,
-as long as the code, the GPU and PyTorch are the same.
+After `--seconds` all stops. The next call continues: it runs no test that has passed, also of a file of tests that was
+stopped, and measures no row that is known, as long as the code, the tests, the GPU and PyTorch are the same.
 """
 
 from __future__ import annotations
@@ -75,21 +75,24 @@ def pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", *plain, *arguments]
 
 
-def tests(dry_run: bool) -> dict[str, list[str]]:
-    """The commands that run the tests, by name."""
+def tests(dry_run: bool, passed: Path) -> dict[str, list[str]]:
+    """The commands that run the tests, by name. passed: a file that lists the single tests that have passed."""
     ours = "triton and many_pieces" if dry_run else "triton or gpu or operators"
-    found = {suite: pytest(f"tests/asr_kernels/{suite}", "-k", ours) for suite in SUITES}
+    rest = "-p", "benchmarks.speed.resumed_tests", "--passed", str(passed)
+    found = {suite: pytest(f"tests/asr_kernels/{suite}", "-k", ours, *rest) for suite in SUITES}
     if not dry_run:
-        found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and not ahead and not host_time")
-        found[SEMI_STRUCTURED] = pytest("tests/resuscitate/deploy/test_semistructured.py")
+        found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and not ahead and not host_time", *rest)
+        found[SEMI_STRUCTURED] = pytest("tests/resuscitate/deploy/test_semistructured.py", *rest)
     return found
 
 
 class Outcomes:
-    """What is known of each test, "passed", "failed" or "stopped", kept in a file for this code on this GPU."""
+    """What is known of each file of tests, "passed", "failed" or "stopped", kept for this code on this GPU."""
 
     def __init__(self, path: Path, code: str) -> None:
         self.path, self.code = path, code
+        # the single tests that have passed
+        self.passed = path.with_name(f"{path.stem}_{code[:16]}.txt")
         before = json.loads(path.read_text()) if path.exists() else {}
         self.of: dict[str, str] = before.get(code, {})
 
@@ -107,7 +110,8 @@ class Outcomes:
 
     def run(self, folder: Path, dry_run: bool, deadline: float) -> None:
         """Run the tests that have not passed, in parallel."""
-        wanted = {name: command for name, command in tests(dry_run).items() if self.of.get(name) != "passed"}
+        known = {name for name, outcome in self.of.items() if outcome == "passed"}
+        wanted = {name: command for name, command in tests(dry_run, self.passed).items() if name not in known}
         running = {name: Job(command, folder / f"{name}.log") for name, command in wanted.items()}
         for name, job in running.items():
             self.wait(name, job, deadline if name in SUITES else min(deadline, job.started + OTHERS_SECONDS))
@@ -155,8 +159,8 @@ def main(
     logs.mkdir(parents=True, exist_ok=True)
     if dry_run:
         ENVIRONMENT["TRITON_INTERPRET"] = "1"
-    code = of_this_code(None if dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name())
-    outcomes = Outcomes(logs / f"{name}_tests.json", code)
+    gpu = None if dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    outcomes = Outcomes(logs / f"{name}_tests.json", of_this_code(gpu, *sorted((ROOT / "tests").rglob("*.py"))))
     outcomes.run(logs, dry_run, deadline)
     kernels = {test: outcome for test, outcome in outcomes.of.items() if test in SUITES}
     if "failed" in kernels.values():

@@ -332,9 +332,9 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
     return rows
 
 
-def of_this_code(gpu: str | None) -> str:
-    """A digest of the kernels, this benchmark, the GPU and PyTorch: results of others are not continued."""
-    files = [*sorted((ROOT / "asr_kernels").rglob("*.py")), Path(__file__)]
+def of_this_code(gpu: str | None, *more: Path) -> str:
+    """A digest of the kernels, this file, `more` files, the GPU and PyTorch: results of others are not continued."""
+    files = [*sorted((ROOT / "asr_kernels").rglob("*.py")), Path(__file__), *more]
     return hashlib.sha256(
         b"".join([f"{gpu} {torch.__version__}".encode(), *(f.read_bytes() for f in files)])
     ).hexdigest()
