@@ -61,10 +61,10 @@ def channelwise_modules(model: nn.Module) -> set[str]:
 def channel_labels(
     model: nn.Module, channelwise: Collection[str], batch: Any, forward_fn: Callable[[nn.Module, Any], Any] | None
 ) -> dict[Axis, Tensor]:
-    """For each axis that a forward pass reaches, int64 (channels,): coupled channels have the same label.
+    """For each axis that two forward passes reach, int64 (channels,): coupled channels have the same label.
 
     channelwise: the modules to treat as channelwise. The model must be in eval mode, and is unchanged. Raises what its
-    forward pass raises.
+    forward passes raise.
     """
     net = Network(model, forward_fn)
     if torch.promote_types(net.dtype, torch.float32) != net.dtype:
