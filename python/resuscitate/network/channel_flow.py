@@ -127,7 +127,7 @@ class _Flow:
             return
         sources = self.variables
         for pieces in PIECES:
-            if sources and x.shape[dim] >= 4 * (pieces - 1):  # a layer with few channels may mix all of them
+            if sources and x.shape[dim] >= pieces * (pieces // 2):  # a layer with few channels may mix all of them
                 sources = self._follow(axis, x, dim % x.dim(), sources, pieces)
 
     def _follow(self, axis: Axis, x: Tensor, dim: int, sources: list[Source], pieces: int) -> list[Source]:
