@@ -5,16 +5,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip("torch_pruning")
-
 from benchmarks.networks.resnet import resnet18
 from resuscitate import Masks, models
-from resuscitate.pruning.coupling import channel_groups
-from resuscitate.pruning.structured import channel_masks
+from resuscitate.pruning.coupling import channel_groups, channel_masks
 from tests.networks import (
     Dense,
     Excited,
     Residual,
+    Shared,
     Untraceable,
     Zoo,
     chain,
@@ -133,6 +131,47 @@ def volume():
     )
 
 
+def swapped():
+    """The halves of the channels change places in a residual sum."""
+
+    def forward(net, x):
+        left, right = (whole := net.stem(x).relu()).chunk(2, 1)
+        return net.head(torch.cat([right, left], 1) + whole)
+
+    return Wired(forward, stem=conv(3, 8), head=conv(8, 2))
+
+
+def pixels():
+    """A pixel shuffle, which makes one channel of four."""
+    return nn.Sequential(conv(3, 8), nn.PixelShuffle(2), conv(2, 2))
+
+
+def rectified():
+    """Both signs of each channel, and both its mean and its largest value."""
+
+    def forward(net, x):
+        x = net.mid(torch.cat([(x := net.stem(x)).relu(), (-x).relu()], 1))
+        return net.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+    return Wired(forward, stem=conv(3, 8), mid=conv(16, 6), head=nn.Linear(12, 2))
+
+
+def half_groups():
+    """Each of two layers produces the channels of one group of a convolution."""
+    return Wired(
+        lambda net, x: net.head(net.mid(torch.cat([net.left(x), net.right(x)], 1))),
+        left=conv(3, 4),
+        right=conv(3, 4),
+        mid=conv(8, 8, groups=2),
+        head=conv(8, 2),
+    )
+
+
+def nearly_depthwise():
+    """One output channel in each group, and two input channels."""
+    return nn.Sequential(conv(3, 8), conv(8, 4, groups=4), conv(4, 2))
+
+
 def small_resnet18():
     return resnet18(small=True, width=8, classes=10)
 
@@ -140,6 +179,7 @@ def small_resnet18():
 NETWORKS = [
     *(chain, Residual, Untraceable, Zoo, Dense, Excited, projection, concatenated, separable, grouped, flattened),
     *(transposed, line, volume, models.resnet20, small_resnet18),
+    *(Shared, swapped, pixels, rectified, half_groups, nearly_depthwise),
 ]
 networks = pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
 

@@ -26,7 +26,6 @@ EXTRAS = {
     "images": ("PIL", "folders of image files"),
     "demo": ("sklearn", "the images of the demo"),
     "onnx": ("onnxscript", "ONNX files"),
-    "structured": ("torch_pruning", 'pattern "channels" and shrink'),
     "parquet": ("pyarrow", "parquet tables"),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -50,7 +50,7 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatc
     monkeypatch.setattr(doctor, "SHAPES", ())
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = doctor.examine("cpu")
-    for extra in ("plots", "images", "demo", "structured"):
+    for extra in ("plots", "images", "demo"):
         assert found.facts[f"extra {extra}"].startswith("missing")
         assert any(f"pip install 'resuscitate[{extra}]'" in remedy for remedy in found.remedies)
 

@@ -2,60 +2,69 @@
 
 They are found for any control flow from derivatives. In one forward pass the output of each layer and of each norm is
 replaced by a variable. Where the derivative of input channel j of a later layer with respect to output channel k is not
-zero, and no other input channel of that layer depends on k at this position, the two are one channel.
+zero, and no other input channel of that layer depends on k at this position, the two are one channel. So they are where
+each of several pieces of the input has one such channel at most: it is a concatenation with copies.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .channels import width
+from .channels import Side, width
 from .comparison import trial_copy
 from .layers import LAYERS, channel_dim
 from .runner import Network
 
 EXACT = 1e-5  # bound on the relative error of derivatives in float32
+PIECES = (1, 2, 4, 8)  # numbers of pieces of a layer's input to look at one by one
+NONE, SEVERAL = -1, -2
 
 
 class Axis(NamedTuple):
     """The output or the input channels of a module. A channelwise module has output channels only."""
 
     module: str
-    side: Literal["out", "in"]
+    side: Side
 
 
+Source = tuple[Axis, int, Tensor]  # a variable, with the axis of the channels in the tensor
 Signature = tuple[tuple[Axis, int], ...]
 Tables = dict[Axis, Tensor]  # int64 (units, k): row u holds the channels on this axis that belong to unit u
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Is this a norm with parameters for each channel, of a kind whose channel axis is known?"""
+    """Is this a norm or a PReLU with parameters for each channel, of a kind whose channel axis is known?"""
     if isinstance(module, nn.LayerNorm):
         return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
-    return isinstance(module, (_NormBase, nn.GroupNorm))
+    return isinstance(module, (_NormBase, nn.GroupNorm)) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Is this a depthwise convolution, of one output channel for each input channel?"""
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def channelwise_modules(model: nn.Module) -> set[str]:
     """Norms, and depthwise convolutions: output channel k of such a module is coupled with input channel k."""
-    return {name for name, module in model.named_modules() if is_norm(module) or _is_depthwise(module)}
+    return {name for name, module in model.named_modules() if is_norm(module) or is_depthwise(module)}
 
 
 def channel_labels(
     model: nn.Module, channelwise: Collection[str], batch: Any, forward_fn: Callable[[nn.Module, Any], Any] | None
 ) -> dict[Axis, Tensor]:
-    """For each axis that a forward pass reaches, int64 (channels,): coupled channels have the same label.
+    """For each axis that two forward passes reach, int64 (channels,): coupled channels have the same label.
 
     channelwise: the modules to treat as channelwise. The model must be in eval mode, and is unchanged. Raises what its
-    forward pass raises.
+    forward passes raise.
     """
     net = Network(model, forward_fn)
     if torch.promote_types(net.dtype, torch.float32) != net.dtype:
@@ -66,8 +75,22 @@ def channel_labels(
             if isinstance(module, LAYERS) or name in channelwise:
                 hooks.enter_context(module.register_forward_pre_hook(partial(flow.read, name), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(partial(flow.write, name)))
-        net.run(batch)
+        for flow.sign in (1, -1):  # relu(x) and relu(-x)
+            net.run(batch)
+            flow.variables.clear()
     return flow.labels()
+
+
+def join_channels(labels: Mapping[Axis, Tensor], pairs: Iterable[tuple[Axis, Axis, Tensor]]) -> dict[Axis, Tensor]:
+    """The labels after pairs of channels (2, P), on two axes, are coupled too: the least of those coupled."""
+    edges = [torch.stack([labels[a][one], labels[b][other]]) for a, b, (one, other) in pairs]
+    one, other = torch.cat([torch.empty(2, 0, dtype=torch.int64), *edges], 1)
+    least, before = torch.arange(1 + max((int(found.max()) for found in labels.values()), default=0)), None
+    while before is None or not torch.equal(least, before):
+        before, both = least, torch.minimum(least[one], least[other])
+        least = least.scatter_reduce(0, one, both, "amin").scatter_reduce(0, other, both, "amin")
+        least = least[least]
+    return {axis: least[found] for axis, found in labels.items()}
 
 
 def coupled_units(labels: Mapping[Axis, Tensor]) -> dict[Signature, Tables]:
@@ -90,9 +113,10 @@ class _Flow:
 
     def __init__(self, net: Network, channelwise: Collection[str]) -> None:
         self.net, self.channelwise = net, channelwise
-        self.variables: list[tuple[Axis, int, Tensor]] = []  # with the axis of the channels in the tensor
+        self.variables: list[Source] = []
         self.pairs: list[tuple[Axis, Axis, Tensor]] = []
         self.axes: dict[Axis, int] = {}  # the number of channels
+        self.sign = 1
         self.generator = torch.Generator().manual_seed(0)
 
     def read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -101,45 +125,55 @@ class _Flow:
         x, dim = next(iter((*args, *kwargs.values())), None), _channel_dim(module)
         if not isinstance(x, Tensor) or not x.requires_grad or not self.variables:
             return
-        count = x.shape[dim]
-        ones, index = torch.ones(count), torch.arange(1.0, count + 1)
+        sources = self.variables
+        for pieces in PIECES:
+            if sources and x.shape[dim] >= pieces * (pieces // 2):  # a layer with few channels may mix all of them
+                sources = self._follow(axis, x, dim % x.dim(), sources, pieces)
+
+    def _follow(self, axis: Axis, x: Tensor, dim: int, sources: list[Source], pieces: int) -> list[Source]:
+        """Collect pairs of channels of the sources and of x, and return the sources with more places than are found.
+
+        A channel that becomes several channels of x, by a concatenation with itself, is alone in each piece of x.
+        """
+        count, variables = x.shape[dim], [variable for _, _, variable in sources]
         noise = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
-        variables = [variable for _, _, variable in self.variables]
-        found = []
-        for weights in (ones, index, noise):
-            along = weights.to(x).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]).expand_as(x)
-            found.append(torch.autograd.grad(x, variables, along, retain_graph=True, allow_unused=True))
-        for (source, source_dim, _), one, by_index, by_noise in zip(self.variables, *found, strict=True):
-            if one is not None and by_index is not None and by_noise is not None:
-                pairs = _arrivals(source_dim, one, by_index, by_noise, noise.to(one))
-                self.pairs.append((source, axis, pairs))
+        places: list[list[Tensor]] = [[] for _ in sources]
+        for piece in range(pieces):
+            inside = torch.arange(count) * pieces // count == piece
+            sums = []
+            for weights in (torch.ones(count), torch.arange(1.0, count + 1), noise):
+                along = (weights * inside).to(x).view([-1 if d == dim else 1 for d in range(x.dim())]).expand_as(x)
+                sums.append(torch.autograd.grad(x, variables, along, retain_graph=True, allow_unused=True))
+            for found, one, by_index, by_noise in zip(places, *sums, strict=True):
+                if one is not None and by_index is not None and by_noise is not None:
+                    found.append(_places(one, by_index, by_noise, noise.to(one)))
+        unknown = []
+        for source, found in zip(sources, places, strict=True):
+            if found:
+                several = torch.stack(found).eq(SEVERAL).any(0)
+                unknown += [source] if bool(several.any()) else []
+                for place in found:
+                    pairs = _pairs(place.masked_fill_(several, NONE).movedim(source[1], 0).flatten(1), count)
+                    self.pairs.append((source[0], axis, pairs.cpu()))
+        return unknown
 
     def write(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         self.axes.setdefault(Axis(name, "out"), width(module, "out"))
         # values for which no usual activation function has a derivative of zero
-        variable = (0.2 + 0.6 * torch.rand(output.shape, generator=self.generator)).to(output).requires_grad_()
+        values = self.sign * (0.2 + 0.6 * torch.rand(output.shape, generator=self.generator))
+        variable = values.to(output).requires_grad_()
         self.variables.append((Axis(name, "out"), _channel_dim(module), variable))
         return variable * 1  # no leaf, so that an operator may overwrite it
 
     def labels(self) -> dict[Axis, Tensor]:
-        """The smallest number of a channel, over all axes, that each channel is coupled with."""
-        starts, total = {}, 0
-        for axis, count in self.axes.items():
-            starts[axis], total = total, total + count
-        edges = [torch.stack([starts[a] + pairs[0], starts[b] + pairs[1]]).cpu() for a, b, pairs in self.pairs]
-        one, other = torch.cat([torch.empty(2, 0, dtype=torch.int64), *edges], 1)
-        labels, before = torch.arange(total), None
-        while before is None or not torch.equal(labels, before):
-            before, least = labels, torch.minimum(labels[one], labels[other])
-            labels = labels.scatter_reduce(0, one, least, "amin").scatter_reduce(0, other, least, "amin")
-            labels = labels[labels]
-        return {axis: labels[start : start + self.axes[axis]] for axis, start in starts.items()}
+        every = torch.arange(sum(self.axes.values())).split([*self.axes.values()])
+        return join_channels(dict(zip(self.axes, every, strict=True)), self.pairs)
 
 
-def _arrivals(dim: int, one: Tensor, by_index: Tensor, by_noise: Tensor, noise: Tensor) -> Tensor:
-    """Pairs (2, P) of output channel, on axis `dim` of the variable, and the input channel that it alone becomes.
+def _places(one: Tensor, by_index: Tensor, by_noise: Tensor, noise: Tensor) -> Tensor:
+    """The input channel that each element of a variable becomes, or NONE, or SEVERAL; int64.
 
     The derivatives of sums over all input channels j with the weights 1, j + 1 and noise[j].
     """
@@ -148,20 +182,20 @@ def _arrivals(dim: int, one: Tensor, by_index: Tensor, by_noise: Tensor, noise: 
     place = place.where(alone, 1.0).long() - 1
     for found, expected in ((by_index, (place + 1) * one), (by_noise, noise[place] * one)):
         alone &= (found - expected).abs() <= EXACT * expected.abs()
-    place, alone = (each.movedim(dim, 0).flatten(1) for each in (place, alone))
-    first, last = place.where(alone, len(noise)).amin(1), place.where(alone, -1).amax(1)
+    reaches = (one != 0) | (by_index != 0) | (by_noise != 0)
+    return place.where(alone, NONE).masked_fill_(reaches & ~alone, SEVERAL)
+
+
+def _pairs(place: Tensor, count: int) -> Tensor:
+    """Pairs (2, P) of output channel and input channel, from the input channels, or NONE, of each output channel."""
+    first, last = place.where(place >= 0, count).amin(1), place.amax(1)
     channels = torch.arange(len(place), device=place.device)
     if bool(((first == last) | (last < 0)).all()):
-        arrives = last >= 0
-        return torch.stack([channels[arrives], last[arrives]])
-    pairs = (channels[:, None] * len(noise) + place)[alone].unique()
-    return torch.stack([pairs // len(noise), pairs % len(noise)])
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
+        return torch.stack([channels, last])[:, last >= 0]
+    pairs = (channels[:, None] * count + place)[place >= 0].unique()
+    return torch.stack([pairs // count, pairs % count])
 
 
 def _channel_dim(module: nn.Module) -> int:
     """The axis of the channels in a module's input and output."""
-    return 1 if isinstance(module, (_NormBase, nn.GroupNorm)) else channel_dim(module)
+    return 1 if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)) else channel_dim(module)

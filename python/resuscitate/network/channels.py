@@ -15,6 +15,8 @@ import asr_kernels as ak
 from ..errors import ModelMismatchError, called
 from .layers import LAYERS, effective_weight, out_channels
 
+Side = Literal["out", "in"]  # the output or the input channels of a module
+
 
 @dataclass(frozen=True)
 class KeptChannels:
@@ -71,14 +73,17 @@ class KeptChannels:
         return [torch.cat(pair) for pair in zip(kept.chunk(count), others, strict=True)]
 
 
-def width(module: nn.Module, side: Literal["out", "in"]) -> int:
-    """The number of output or input channels of a layer, or of channels of a norm."""
+def width(module: nn.Module, side: Side) -> int:
+    """The number of output or input channels of a layer, or of channels of a norm or a PReLU."""
     if isinstance(module, LAYERS):
         inputs = module.in_channels if isinstance(module, _ConvNd) else module.in_features
         return out_channels(module) if side == "out" else int(inputs)
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[0])
-    return int(module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features)  # type: ignore[arg-type]
+    counts = {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
+    return int(
+        getattr(module, next((name for kind, name in counts.items() if isinstance(module, kind)), "num_features"))
+    )
 
 
 def full_weight(layer: nn.Module, weight: Tensor) -> Tensor:

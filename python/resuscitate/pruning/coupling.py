@@ -1,29 +1,37 @@
-"""Groups of coupled channels, found by Torch-Pruning (Fang et al. 2023, "DepGraph: Towards any structural pruning").
+"""Groups of coupled channels that can be removed together, and their removal.
 
-A group is accepted only if the network without it computes what it should: see `_mismatch`.
+Coupled channels are found by derivatives: see `channel_flow`. A group is accepted only if the network without some of
+its channels computes what it should: see `_mismatch`.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import warnings
-from collections import Counter, namedtuple
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ResuscitateError
+from ..network.channel_flow import (
+    Axis,
+    Tables,
+    channel_labels,
+    channelwise_modules,
+    coupled_units,
+    is_depthwise,
+    join_channels,
+)
+from ..network.channels import Side, width
 from ..network.comparison import (
     Example,
     compute_outputs,
     describe_error,
     input_tensors,
-    output_tensors,
     randomise_weights,
     relative_difference,
     to_model,
@@ -39,19 +47,14 @@ from ..network.layers import (
     stored_weight,
     unwrap,
 )
-from ..network.runner import Network
+from ..network.resizing import resize_layers
 from ..network.snapshot import evaluation_mode
 
 logger = logging.getLogger("resuscitate")
 
-# role of a module in a group -> its attributes with the number of channels
-WIDTHS = {
-    "producers": ("out_channels", "out_features"),
-    "consumers": ("in_channels", "in_features"),
-    "norms": ("num_features",),
-}
 # relative difference in output between two computations of one random network in float32; a wrong group exceeds it
 AGREEMENT = 1e-3
+TRIALS = 3  # random choices of units to remove; a channel shuffle allows some choices, not all
 
 
 @dataclass(frozen=True)
@@ -64,25 +67,17 @@ class ChannelGroup:
     name: str  # the first producer, in model order
     producers: dict[str, Tensor]  # layer -> output channels; a depthwise convolution is producer and consumer
     consumers: dict[str, Tensor]  # layer -> input channels, numbered through all groups of a convolution
-    norms: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm between producer and consumer -> features
+    norms: dict[str, Tensor] = field(default_factory=dict)  # norm or PReLU between producer and consumer -> channels
 
     @property
     def units(self) -> int:
         """Number of units."""
         return len(self.producers[self.name])
 
-
-class _Part(NamedTuple):
-    """A module's channels in the group of a root layer: `channels[i]` is coupled with the root's channel `roots[i]`."""
-
-    name: str
-    module: nn.Module
-    role: str  # a key of WIDTHS
-    channels: Tensor
-    roots: Tensor
-
-
-_Index = namedtuple("_Index", "idx root_idx")  # a module's and the root's channel, as torch-pruning's mappings need it
+    @property
+    def sides(self) -> list[tuple[Side, dict[str, Tensor]]]:
+        """The producers' output channels and the consumers' input channels."""
+        return [("out", self.producers), ("in", self.consumers)]
 
 
 def channel_groups(
@@ -91,9 +86,9 @@ def channel_groups(
     """Groups of coupled channels that can be removed, in model order, if all their producers are selected.
 
     example: an input batch, (N, ...), or a tuple of the model's inputs; two images are enough. Channels of the model's
-    output are not among them, nor those of layers that run twice or share a parameter, those coupled with a parameter
-    outside of any layer, and those that torch-pruning removes wrongly; the log gives the reasons at level INFO. Raises
-    ResuscitateError if torch-pruning is missing or cannot trace the model.
+    output are not among them, nor those of layers that share a parameter, those of which a layer has others too, and
+    those without which the network does not run or computes something else; the log gives the reasons at level INFO.
+    Raises ResuscitateError if the channels cannot be followed through the model.
     """
     model = unwrap(model)
     selected = select_layers(model, include, exclude)
@@ -106,34 +101,16 @@ def channel_groups(
     return [group for group in groups if group.name not in refused]
 
 
-def torch_pruning() -> Any:
-    """The module `torch_pruning`. Raises ResuscitateError if it is not installed."""
-    try:
-        return importlib.import_module("torch_pruning")
-    except ImportError as error:
-        remedy = "pip install 'resuscitate[structured]'"
-        raise ResuscitateError(f"removing channels needs torch-pruning: {remedy}") from error
-
-
 def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """The groups that can be removed, and for the first layer of each other group the reason why it cannot."""
-    torch_pruning()
     copied, few = trial_copy(model), [x[:2] for x in inputs]
     with evaluation_mode([copied], 0):
-        reused = _reused_modules(copied, few)  # outside the try: an error of the model itself is raised unchanged
+        compute_outputs(copied, few)  # outside the try: an error of the model itself is raised unchanged
         try:
-            graph = trace(copied, few)
-        except Exception as error:
-            raise ResuscitateError(f"torch-pruning cannot trace this network; {describe_error(error)}") from error
-        candidates, refused, seen = list[ChannelGroup](), dict[str, str](), set[str]()
-        for name, layer in find_layers(copied).items():
-            if layer not in graph.module2node:
-                refused[name] = "torch-pruning does not see a path from this layer to the output"
-            elif name not in seen:
-                try:
-                    candidates.append(_group(graph, name, reused, seen))
-                except Exception as error:
-                    refused[name] = describe_error(error)
+            labels = channel_labels(copied, channelwise_modules(copied), few, lambda net, x: net(*to_model(net, x)))
+        except Exception as error:  # the model's own code, with values that it does not expect
+            raise ResuscitateError(f"the channels cannot be followed; {describe_error(error)}") from error
+        candidates, refused = _candidates(copied, labels)
         randomise_weights(copied)
         if not _mismatch(copied, few, candidates):
             return candidates, refused
@@ -146,178 +123,164 @@ def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[Channe
         return groups, refused
 
 
-def trace(model: nn.Module, inputs: list[Tensor]) -> Any:
-    """Torch-Pruning's dependency graph. Each model output is a node, so a group with output channels contains one."""
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = torch_pruning().DependencyGraph()
-        return graph.build_dependency(
-            model,
-            example_inputs=to_model(model, (x[:2] for x in inputs)),
-            forward_fn=lambda model, inputs: model(*inputs),
-            output_transform=lambda out: [leaf * 1 for leaf in output_tensors(out) if leaf.requires_grad],
-            verbose=False,
-        )
+def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer -> boolean, in its weight's shape: False in the rows and columns of dropped units.
+
+    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped. The layers are the
+    producers and consumers of the groups. Raises ValueError for an unknown group, or a tensor of another dtype or
+    shape.
+    """
+    layers, by_name = find_layers(unwrap(model)), {group.name: group for group in groups}
+    for name, chosen in dropped.items():
+        if name not in by_name:
+            raise ValueError(f"dropped names {name!r}; the groups are {', '.join(by_name) or 'none'}")
+        count = by_name[name].units
+        if chosen.dtype != torch.bool or chosen.shape != (count,):
+            raise ValueError(f"dropped[{name!r}] is {chosen.dtype} {tuple(chosen.shape)}, not boolean ({count},)")
+    masks: dict[str, Tensor] = {}
+    for group in by_name.values():
+        chosen = dropped.get(group.name, torch.zeros(group.units, dtype=torch.bool)).cpu()
+        for side, tables in group.sides:
+            for layer, table in tables.items():
+                mask = _mask(layer, layers[layer], side, table[chosen])
+                masks[layer] = masks[layer] & mask if layer in masks else mask
+    return {name: masks[name] for name in layers if name in masks}
 
 
-def _group(graph: Any, name: str, reused: Mapping[nn.Module, str], seen: set[str]) -> ChannelGroup:
-    """The group of layer `name`'s output channels; adds its producers to `seen`. Raises if it is inconsistent."""
-    names = {module: name for name, module in graph.model.named_modules()}
-    count = width_of(graph.model.get_submodule(name), "producers")
-    members, parts = _coupled_channels(graph, name, count), list[_Part]()
-    for (node, handler), root_of in members.items():
-        module, is_layer = node.module, isinstance(node.module, LAYERS)
-        roles = ["producers"] * (is_layer and graph.is_out_channel_pruning_fn(handler))
-        roles += ["consumers"] * (is_layer and graph.is_in_channel_pruning_fn(handler))
-        roles += ["norms"] * hasattr(module, "num_features")
-        channels, roots = torch.tensor([*root_of]), torch.tensor([*root_of.values()])
-        parts += [_Part(names[module], module, role, channels, roots) for role in roles]
-    seen |= {part.name for part in parts if part.role == "producers"}
-    kinds, types = {node.type for node, _ in members}, torch_pruning().ops.OPTYPE
-    if types.OUTPUT in kinds:
-        raise ResuscitateError("these channels reach the model's output")
-    if types.PARAMETER in kinds:
-        raise ResuscitateError("a parameter outside of any layer is coupled with these channels")
-    if twice := [part for part in parts if part.module in reused]:
-        raise ResuscitateError(f"{twice[0].name!r} {reused[twice[0].module]}")
-    unit_of = _unit_of_channel(parts, count)
-    tables: dict[str, dict[str, Tensor]] = {role: {} for role in WIDTHS}
-    for part in parts:
-        tables[part.role][part.name] = _table(part, unit_of[part.roots])
-    if not tables["consumers"]:
+def remaining_channels(
+    model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Output channels and input channels kept, of the modules from which some are removed."""
+    kept: dict[Side, dict[str, Tensor]] = {"out": {}, "in": {}}
+    for group in groups:
+        if group.name in dropped:
+            for side, tables in [*group.sides, ("out", group.norms)]:
+                for name, table in tables.items():
+                    before = kept[side].get(name, torch.arange(width(model.get_submodule(name), side)))
+                    kept[side][name] = before[~torch.isin(before, table[dropped[group.name]])]
+    return kept["out"], kept["in"]
+
+
+@torch.no_grad()
+def remove_units(model: nn.Module, groups: list[ChannelGroup], dropped: Mapping[str, Tensor]) -> None:
+    """Remove the dropped units from a `trial_copy`, in place."""
+    smaller: dict[str, Tensor] = {}
+    for name, mask in channel_masks(model, groups, dropped).items():
+        weight = model.get_submodule(name).get_parameter("weight")
+        ends = [int(mask.transpose(0, axis).flatten(1).any(1).sum()) for axis in (0, 1)]
+        smaller[f"{name}.weight"] = weight[mask].view(*ends, *weight.shape[2:])
+    for name, channels in remaining_channels(model, groups, dropped)[0].items():
+        module = model.get_submodule(name)
+        for key, old in {**module._parameters, **module._buffers}.items():
+            if old is not None and old.dim() == 1:
+                smaller[f"{name}.{key}"] = old[channels.to(old.device)]
+    resize_layers(model, {name: new.shape for name, new in smaller.items()})
+    for name, new in smaller.items():
+        owner, _, key = name.rpartition(".")
+        getattr(model.get_submodule(owner), key).copy_(new)
+
+
+def _candidates(model: nn.Module, labels: Mapping[Axis, Tensor]) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Groups of coupled channels, not yet verified, and for the first layer of each other group the reason."""
+    layers, shared = find_layers(model), _sharing_modules(model)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    parts: list[tuple[set[str], list[Tables]]] = []  # layers, and the units that their output channels belong to
+    for tables in coupled_units(join_channels(labels, _equal_places(model, labels))).values():
+        producers, alike = {axis.module for axis in tables if axis.side == "out" and axis.module in layers}, [tables]
+        for part in [part for part in parts if part[0] & producers]:
+            parts.remove(part)
+            producers, alike = producers | part[0], alike + part[1]
+        parts += [(producers, alike)] if producers else []
+    ran = {axis.module for axis in labels}
+    refused = {name: "this layer does not run in a forward pass" for name in layers if name not in ran}
+    groups = list[ChannelGroup]()
+    for producers, alike in sorted(parts, key=lambda part: min(map(order.__getitem__, part[0]))):
+        name = min(producers, key=order.__getitem__)
+        try:
+            groups.append(_group(model, name, alike, order, shared))
+        except ResuscitateError as error:
+            refused[name] = describe_error(error)
+    return groups, refused
+
+
+def _group(
+    model: nn.Module, name: str, alike: list[Tables], order: Mapping[str, int], shared: set[str]
+) -> ChannelGroup:
+    """The group of layer `name`'s output channels. Raises ResuscitateError if it has none, or cannot be removed."""
+    mixed = Counter(axis.module for tables in alike for axis in tables if axis.side == "out")
+    for other in sorted(mixed, key=order.__getitem__):
+        if mixed[other] > 1 and isinstance(model.get_submodule(other), LAYERS):
+            raise ResuscitateError(f"{other!r} does not have the same number of channels in each unit")
+    [tables] = alike
+    producers, consumers, norms = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for axis in sorted(tables, key=lambda axis: order[axis.module]):
+        module, table = model.get_submodule(axis.module), tables[axis]
+        if axis.module in shared:
+            raise ResuscitateError(f"{axis.module!r} shares a parameter with another module")
+        if not isinstance(module, LAYERS):
+            norms[axis.module] = table
+            continue
+        stored_weight(axis.module, module)
+        if axis.side == "out":
+            producers[axis.module] = table
+        if axis.side == "in" or is_depthwise(module):
+            consumers[axis.module] = table
+    if not consumers:
         raise ResuscitateError("no layer reads these channels")
-    if len(tables["producers"][name]) < 2:
+    if len(producers[name]) < 2:
         raise ResuscitateError("these channels are one unit, and the last unit of a group is kept")
-    return ChannelGroup(name, **tables)
+    return ChannelGroup(name, producers, consumers, norms)
 
 
-def _coupled_channels(graph: Any, name: str, count: int) -> dict[tuple[Any, Any], dict[int, int]]:
-    """Channels coupled with the `count` outputs of layer `name`: (node, pruning function) -> channel -> output channel.
-
-    Raises where torch-pruning's own traversal does not terminate, because its index mappings are cyclic.
-    """
-    root = graph.module2node[graph.model.get_submodule(name)]
-    start = (root, graph.get_pruner_of_module(root.module).prune_out_channels)
-    layers = find_layers(graph.model).values()
-    # a concatenation has at most as many channels as all layers together
-    limit = sum(width_of(layer, "producers") + width_of(layer, "consumers") for layer in layers)
-    found = {start: {channel: channel for channel in range(count)}}
-    ahead = [(*start, [_Index(channel, channel) for channel in range(count)])]
-    while ahead:
-        node, cut, indices = ahead.pop()
-        for edge in node.dependencies:
-            if edge.is_triggered_by(cut):
-                mapped = indices
-                for mapping in filter(None, edge.index_mapping):
-                    mapped = mapping(mapped)
-                there = found.setdefault((edge.target, edge.handler), {})
-                fresh = [index for index in mapped if index.idx not in there]
-                there |= {index.idx: index.root_idx for index in fresh}
-                if any(index.idx >= limit or there[index.idx] != index.root_idx for index in mapped):
-                    raise ResuscitateError("torch-pruning's index mappings contradict each other")
-                if fresh:
-                    ahead.append((edge.target, edge.handler, fresh))
-    return {key: root_of for key, root_of in found.items() if root_of}
+def _equal_places(model: nn.Module, axes: Iterable[Axis]) -> list[tuple[Axis, Axis, Tensor]]:
+    """Pairs of channels at the same index in two groups of a convolution, the groups of which must stay equal."""
+    pairs = []
+    for axis in axes:
+        module = model.get_submodule(axis.module)
+        if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+            channels = torch.arange(width(module, axis.side))
+            pairs.append((axis, axis, torch.stack([channels, channels % (len(channels) // module.groups)])))
+    return pairs
 
 
-def _unit_of_channel(parts: Iterable[_Part], count: int) -> Tensor:
-    """(count,): unit of each channel of the root; one unit per channel, unless grouped convolutions couple channels.
-
-    The groups of a convolution must stay equal in size, so channels at the same index in all groups are one unit.
-    """
-    labels, before = torch.arange(count), None
-    while before is None or not torch.equal(labels, before):
-        before = labels
-        for _, module, role, channels, roots in parts:
-            if (groups := _groups(module)) > 1:
-                per_group = width_of(module, role) // groups
-                place = channels % per_group
-                lowest = torch.full((per_group,), count).scatter_reduce(0, place, labels[roots], "amin")
-                labels = labels.scatter_reduce(0, roots, lowest[place], "amin")
-    return labels.unique(return_inverse=True)[1]
+def _sharing_modules(model: nn.Module) -> set[str]:
+    """Modules that share a parameter with another module."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {
+        name for name, module in model.named_modules() if any(holders[id(p)] > 1 for p in module._parameters.values())
+    }
 
 
-def _table(part: _Part, units: Tensor) -> Tensor:
-    """(units, k): the module's channels in each unit, ascending. Raises if units differ in size or cannot be pruned."""
-    name, module, role, channels, _ = part
-    if role != "norms":
-        stored_weight(name, module)
-    width, groups, count = width_of(module, role), _groups(module), int(units.max()) + 1
-    if groups > 1 and isinstance(module, _ConvTransposeNd):
-        raise ResuscitateError(f"torch-pruning cannot prune {name!r}, a grouped transposed convolution")
-    if groups > 1 and groups == module.out_channels:
-        raise ResuscitateError(f"torch-pruning treats {name!r} as a depthwise convolution, which it is not")
-    sizes = units.bincount(minlength=count)
-    if channels.max() >= width or (sizes != sizes[0]).any() or (role == "producers" and len(channels) < width):
-        raise ResuscitateError(f"{name!r} does not have the same number of channels in each unit")
-    table = channels[(units * width + channels).argsort()].view(count, -1)
-    per_group, rest = divmod(table.shape[1], groups)
-    places = table % (width // groups)
-    if rest or (places.view(count, groups, -1) != places[:, None, :per_group]).any():
-        raise ResuscitateError(f"the groups of {name!r} would differ in size")
-    return table
-
-
-def width_of(module: nn.Module, role: str) -> int:
-    """Number of the module's channels in this role, a key of `WIDTHS`."""
-    return int(next(getattr(module, key) for key in WIDTHS[role] if hasattr(module, key)))
-
-
-def _groups(module: nn.Module) -> int:
-    """Groups of a convolution that must stay equal in size; 1 for a depthwise one, which loses whole groups."""
-    groups = int(getattr(module, "groups", 1))
-    return 1 if groups == getattr(module, "in_channels", 0) == module.out_channels else groups
-
-
-def _reused_modules(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, str]:
-    """Modules that run more than once in a forward pass or share a parameter, with the reason."""
-    network, runs = Network(model), Counter[str]()
-    with network.hooked(network.observed(), lambda name, x: runs.update([name])):
-        compute_outputs(model, inputs)
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    reused = {network.modules[name]: "runs more than once" for name, times in runs.items() if times > 1}
-    for module in model.modules():
-        if any(p is not None and holders[id(p)] > 1 for p in module._parameters.values()):
-            reused[module] = "shares a parameter with another module"
-    return reused
-
-
+@torch.no_grad()
 def _mismatch(model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup]) -> str:
     """Reason why these groups are wrong, or the empty string.
 
     A random half of the units is removed from one copy; in another, the consumers' weights on these units are zero. The
     outputs differ if the units reach the output by another path, or if an index is wrong.
     """
-    dropped = {group.name: torch.randperm(group.units) < group.units // 2 for group in groups}
-    unconnected, small = trial_copy(model), trial_copy(model)
-    for group in groups:
-        for name, table in group.consumers.items():
-            layer = unconnected.get_submodule(name)
-            kept = mask_channels(name, layer, "consumers", table[dropped[group.name]])
-            stored_weight(name, layer).masked_fill_(~kept, 0)
-    try:
-        error = remove_units(small, inputs, groups, dropped, unconnected)
-    except Exception as problem:
-        return f"the model does not run without some of these channels; {describe_error(problem)}"
-    return "" if error <= AGREEMENT else "the output depends on these channels in a way that torch-pruning does not see"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(TRIALS):
+        dropped = {g.name: torch.randperm(g.units, generator=generator) < g.units // 2 for g in groups}
+        unconnected, small = trial_copy(model), trial_copy(model)
+        for group in groups:
+            for name, table in group.consumers.items():
+                layer = unconnected.get_submodule(name)
+                stored_weight(name, layer).masked_fill_(~_mask(name, layer, "in", table[dropped[group.name]]), 0)
+        try:
+            remove_units(small, groups, dropped)
+            error = relative_difference(compute_outputs(unconnected, inputs), compute_outputs(small, inputs))
+        except Exception as cause:
+            return f"the model does not run without some of these channels; {describe_error(cause)}"
+        if math.isinf(error):
+            return "these channels reach the model's output"
+        if not error <= AGREEMENT:
+            return "without these channels the output is another than with weights of zero in the layers that read them"
+    return ""
 
 
-def remove_units(
-    model: nn.Module, inputs: list[Tensor], groups: list[ChannelGroup], dropped: Mapping[str, Tensor], like: nn.Module
-) -> float:
-    """Remove the dropped units from a `trial_copy`, in place; returns how far its output is from that of `like`."""
-    graph = trace(model, inputs)
-    for group in groups:
-        if group.name in dropped:
-            layer, rows = model.get_submodule(group.name), group.producers[group.name][dropped[group.name]]
-            cut = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, cut, rows.flatten().tolist()).prune(record_history=False)
-    return relative_difference(compute_outputs(like, inputs), compute_outputs(model, inputs))
-
-
-def mask_channels(name: str, module: nn.Module, role: str, channels: Tensor) -> Tensor:
-    """Boolean, weight's shape: False in the rows (role "producers") or columns ("consumers") of these channels."""
-    weight, kept = stored_weight(name, module), torch.ones(width_of(module, role), dtype=torch.bool)
+def _mask(name: str, module: nn.Module, side: Side, channels: Tensor) -> Tensor:
+    """Boolean, weight's shape: False in the rows (side "out") or columns ("in") of these channels."""
+    weight, kept = stored_weight(name, module), torch.ones(width(module, side), dtype=torch.bool)
     kept[channels.flatten()] = False
-    along = along_weight if role == "producers" else along_inputs
+    along = along_weight if side == "out" else along_inputs
     return along(module, kept).expand(weight.shape).to(weight.device, copy=True)

@@ -15,9 +15,9 @@ from ..errors import LayerError, MaskError
 from ..network.layers import effective_weight, find_layers, refresh_weight, stored_weight
 from ..network.masks import Masks
 from .allocation import Allocation, by_magnitude, by_priority, check_sparsity, fixed_densities, removal_counts
-from .coupling import channel_groups
+from .coupling import channel_groups, channel_masks
 from .importance import ImportanceEstimator
-from .structured import channel_masks, dropped_units, units_of_channels
+from .structured import dropped_units, units_of_channels
 from .units import Units, first_layers, magnitude
 
 Budget = Literal["greedy", "damage", "ssim", "proportional"]
@@ -64,7 +64,7 @@ class RegrowableWeights:
 
 
 class RegrowableChannels(RegrowableWeights):
-    """Coupled channels as units: rows of their producers, BatchNorm channels, columns of their consumers."""
+    """Coupled channels as units: rows of their producers, channels of norms, columns of their consumers."""
 
     def __init__(self, dense: nn.Module, masks: Masks, example: Any) -> None:
         self.dense, self.layers = dense, find_layers(dense)
@@ -101,7 +101,7 @@ class RegrowableChannels(RegrowableWeights):
                 module, dense_module = model.get_submodule(name), self.dense.get_submodule(name)
                 rows = table[regrown].flatten()
                 for key in ("bias",) if name in group.producers else ("weight", "bias", "running_mean", "running_var"):
-                    tensor, dense_tensor = getattr(module, key), getattr(dense_module, key)
+                    tensor, dense_tensor = getattr(module, key, None), getattr(dense_module, key, None)
                     if tensor is not None:
                         tensor[rows] = 0 if dense_tensor is None else dense_tensor[rows].to(tensor)
 

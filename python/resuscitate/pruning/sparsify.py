@@ -27,8 +27,8 @@ from ..network.masks import Masks
 from ..network.snapshot import Snapshot
 from ..runtime.options import RunOptions, check_choice
 from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
-from .coupling import channel_groups
-from .structured import channel_masks, shrink, units_of_channels
+from .coupling import channel_groups, channel_masks
+from .structured import shrink, units_of_channels
 from .units import Units, check_floors, magnitude, prunable_layers, units_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def sparsify(
         "channels": whole channels, ranked by the mean magnitude of their weights in all layers that produce and consume
             them; channels coupled by residual sums and concatenations are one unit. `sparsity` is the fraction of the
             *channels* that can be removed ("global", exact), or of each group of coupled channels ("uniform", "lamp",
-            within one channel). Needs `example`, an image batch to trace the model with, and Torch-Pruning.
+            within one channel). Needs `example`, an image batch to trace the model with.
     indivisible: for "n:m", layers whose input channels m does not divide (a stem, a depthwise convolution): "dense"
         leaves them unchanged, "pad" pads the last group with channels of zeros, "raise" refuses. The masks note them.
     remove: for "channels": remove the channels from the model, which becomes smaller and faster and computes the same.

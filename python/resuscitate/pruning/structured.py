@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError, MaskError, ResuscitateError
+from ..network.channels import Side, width
 from ..network.comparison import (
     Example,
     compute_outputs,
@@ -23,10 +24,13 @@ from ..network.layers import columns_of, find_layers, rows_of, unwrap
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot, evaluation_mode
 from ..reports.base import Report
-from .coupling import AGREEMENT, WIDTHS, ChannelGroup, mask_channels, remove_units, verified_groups, width_of
+from .coupling import AGREEMENT, ChannelGroup, channel_masks, remaining_channels, remove_units, verified_groups
 from .units import Units, smallest
 
-SIZES = {"groups", "num_parameters"}.union(*WIDTHS.values())
+# attributes of modules with sizes that change with the number of channels
+SIZES = {"in_channels", "out_channels", "groups", "in_features", "out_features"} | {
+    *("num_features", "num_channels", "num_parameters", "normalized_shape"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,30 +64,6 @@ def units_of_channels(group: ChannelGroup, layers: Mapping[str, nn.Module], sali
     return Units(scores, 1, (group.units,), ~smallest(scores, group.units - 1))
 
 
-def channel_masks(model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layer -> boolean, in its weight's shape: False in the rows and columns of dropped units.
-
-    dropped: group name -> boolean (units,); of a group without an entry no unit is dropped. The layers are the
-    producers and consumers of the groups. Raises ValueError for an unknown group, or a tensor of another dtype or
-    shape.
-    """
-    layers, by_name = find_layers(unwrap(model)), {group.name: group for group in groups}
-    for name, chosen in dropped.items():
-        if name not in by_name:
-            raise ValueError(f"dropped names {name!r}; the groups are {', '.join(by_name) or 'none'}")
-        count = by_name[name].units
-        if chosen.dtype != torch.bool or chosen.shape != (count,):
-            raise ValueError(f"dropped[{name!r}] is {chosen.dtype} {tuple(chosen.shape)}, not boolean ({count},)")
-    masks: dict[str, Tensor] = {}
-    for group in by_name.values():
-        chosen = dropped.get(group.name, torch.zeros(group.units, dtype=torch.bool)).cpu()
-        for role in ("producers", "consumers"):
-            for layer, table in getattr(group, role).items():
-                mask = mask_channels(layer, layers[layer], role, table[chosen])
-                masks[layer] = masks[layer] & mask if layer in masks else mask
-    return {name: masks[name] for name in layers if name in masks}
-
-
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, tolerance: float = 1e-4) -> Shrinkage:
     """Remove, in place, every unit that `masks` prune in all its producers and consumers.
 
@@ -96,7 +76,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     is masked in its producers only is kept, because its output may be a constant, and so is the last unit of a group;
     the notes count both. All or nothing: on an error the model is unchanged. Raises MaskError if a mask does not fit,
     LayerError for a layer with `torch.nn.utils.prune` masks or a weight that is recomputed in each forward pass,
-    ResuscitateError if torch-pruning is missing or fails, or the outputs differ.
+    ResuscitateError if the channels cannot be followed or removed, or the outputs differ.
     """
     model, inputs = unwrap(model), input_tensors(example)
     for name, layer in find_layers(model).items():
@@ -107,14 +87,15 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
     masks.check(model)
     groups, refused = verified_groups(model, inputs)
     dropped, notes = dropped_units(model, groups, masks)
-    masked = {name for name in refused if _masked_channels(model, masks, name, "producers").any()}
+    masked = {name for name in refused if _masked_channels(model, masks, name, "out").any()}
     notes += [f"channels of {name!r} are kept: {why}" for name, why in refused.items() if name in masked]
     if not dropped:
         notes.append("nothing to remove: no unit is masked in all its producers and consumers")
     dense, small, which = trial_copy(model), trial_copy(model), ", ".join(dropped)
     with evaluation_mode([dense, small], 0):
         try:
-            error = remove_units(small, inputs, groups, dropped, dense)
+            remove_units(small, groups, dropped)
+            error = relative_difference(compute_outputs(dense, inputs), compute_outputs(small, inputs))
         except Exception as cause:
             raise ResuscitateError(f"channels of {which} cannot be removed; {describe_error(cause)}") from cause
         if not error <= tolerance:
@@ -122,7 +103,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, t
             raise ResuscitateError(f"{problem}, more than tolerance={tolerance:g}; the model is as it was")
         flops = count_flops(dense, inputs), count_flops(small, inputs)
     parameters = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in small.parameters())
-    kept, kept_inputs = _remaining_channels(dense, groups, dropped)
+    kept, kept_inputs = remaining_channels(dense, groups, dropped)
     _install(model, _tensors(small), small)
     removed = {name: int(units.sum()) for name, units in dropped.items()}
     return Shrinkage(removed, kept, kept_inputs, parameters, flops, error, notes)
@@ -140,7 +121,7 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
         return False
     groups, _ = verified_groups(dense, inputs)
     dropped, _ = dropped_units(dense, groups, Masks(masks))
-    kept, _ = _remaining_channels(dense, groups, dropped)
+    kept, _ = remaining_channels(dense, groups, dropped)
     regions = channel_masks(dense, groups, dropped)
     tensors: dict[str, Tensor] = {}
     for name, original in _tensors(dense).items():
@@ -171,8 +152,8 @@ def dropped_units(model: nn.Module, groups: list[ChannelGroup], masks: Masks) ->
     dropped, notes = dict[str, Tensor](), list[str]()
     for group in groups:
         unproduced, unconsumed = (
-            torch.stack([_masked_channels(model, masks, n, role)[table].all(1) for n, table in tables.items()]).all(0)
-            for role, tables in (("producers", group.producers), ("consumers", group.consumers))
+            torch.stack([_masked_channels(model, masks, n, side)[table].all(1) for n, table in tables.items()]).all(0)
+            for side, tables in group.sides
         )
         removable = unproduced & unconsumed
         if count := int((unproduced & ~unconsumed).sum()):
@@ -186,27 +167,13 @@ def dropped_units(model: nn.Module, groups: list[ChannelGroup], masks: Masks) ->
     return dropped, notes
 
 
-def _masked_channels(model: nn.Module, masks: Mapping[str, Tensor], name: str, role: str) -> Tensor:
-    """Boolean (channels,): channels whose rows (role "producers") or columns ("consumers") are all masked."""
+def _masked_channels(model: nn.Module, masks: Mapping[str, Tensor], name: str, side: Side) -> Tensor:
+    """Boolean (channels,): output channels whose rows, or input channels whose columns, are all masked."""
     module = model.get_submodule(name)
     if name not in masks:
-        return torch.zeros(width_of(module, role), dtype=torch.bool)
-    view = rows_of if role == "producers" else columns_of
+        return torch.zeros(width(module, side), dtype=torch.bool)
+    view = rows_of if side == "out" else columns_of
     return ~view(module, masks[name].cpu()).any(1)
-
-
-def _remaining_channels(
-    model: nn.Module, groups: Iterable[ChannelGroup], dropped: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Output channels and input channels kept, of the modules from which some are removed."""
-    kept, kept_inputs = dict[str, Tensor](), dict[str, Tensor]()
-    for group in groups:
-        if group.name in dropped:
-            for role, remaining in (("producers", kept), ("norms", kept), ("consumers", kept_inputs)):
-                for name, table in getattr(group, role).items():
-                    before = remaining.get(name, torch.arange(width_of(model.get_submodule(name), role)))
-                    remaining[name] = before[~torch.isin(before, table[dropped[group.name]])]
-    return kept, kept_inputs
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -89,7 +89,6 @@ class TestPrune:
         assert not Path("out.safetensors").exists()
 
     def test_whole_channels_are_traced_with_the_images(self, user):
-        pytest.importorskip("torch_pruning")
         given = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors", "-c", "images.npz"]
         invoke(*given, "--sparsity", 0.3, "--pattern", "channels")
         expected = loaded("dense.safetensors")
@@ -205,7 +204,6 @@ class TestCompress:
         assert "written to out.safetensors" in done.stdout
 
     def test_a_network_without_its_channels_is_read_by_the_name_of_the_model(self, user):
-        pytest.importorskip("torch_pruning")
         files = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "small.safetensors", "--report", "run.json"]
         invoke("compress", "-m", MODEL, "--sparsity", 0.5, "--pattern", "channels", "--steps", 2, *files)
         flops, parameters = (

@@ -15,7 +15,6 @@ from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata
 
 def smaller(path):
     """The dense network with fewer channels, which is also written to a file."""
-    pytest.importorskip("torch_pruning")
     model = loaded("dense.safetensors")
     resuscitate.sparsify(model, 0.4, pattern="channels", remove=True, example=load_images("images.npz")[:2])
     save_file(model.state_dict(), path)

@@ -327,7 +327,6 @@ class TestWideLayers:
 
 class TestShrinking:
     def test_a_projection_network_is_repaired_and_shrunk(self):
-        pytest.importorskip("torch_pruning")
         dense, x, errors = seeded(Residual), images(60), {}
         for method in ("bn", "refit"):
             model = copy.deepcopy(dense)

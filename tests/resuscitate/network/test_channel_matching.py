@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("torch_pruning")
-
 from resuscitate import shrink
 from resuscitate.errors import ModelMismatchError
 from resuscitate.network.channel_flow import Axis, channel_labels, channelwise_modules

@@ -10,8 +10,7 @@ from torch import nn
 
 import resuscitate
 from resuscitate import Masks, RecoverabilityMap, SemiStructured
-from resuscitate.pruning.coupling import channel_groups
-from resuscitate.pruning.structured import channel_masks
+from resuscitate.pruning.coupling import channel_groups, channel_masks
 from resuscitate.reports.recoverability import Cell
 from tests.networks import chain, images, pruned_copy, seeded
 
@@ -43,7 +42,6 @@ def converted(model, path):
 
 
 def shrunk(model, path):
-    pytest.importorskip("torch_pruning")
     groups = channel_groups(model, images(2))
     masks = Masks(channel_masks(model, groups, {group.name: torch.arange(group.units) < 2 for group in groups}))
     masks.apply_(model)

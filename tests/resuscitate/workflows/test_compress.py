@@ -415,10 +415,6 @@ def unread():
 class TestChannels:
     """Pattern "channels": they are removed at the end."""
 
-    @pytest.fixture(autouse=True)
-    def torch_pruning(self):
-        pytest.importorskip("torch_pruning")
-
     @pytest.mark.parametrize("build", [chain, Residual])
     def test_the_network_ends_smaller_and_computes_what_the_masked_one_does(self, build):
         model = seeded(build)

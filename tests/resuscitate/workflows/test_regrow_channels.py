@@ -9,7 +9,6 @@ from resuscitate import regrow, sparsify
 from resuscitate.errors import MaskError
 from tests.networks import chain, images, seeded
 
-pytest.importorskip("torch_pruning")
 LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("torch_pruning")
-
 import resuscitate
 from resuscitate import Masks, repair, shrink
 from resuscitate.errors import JournalError, ModelMismatchError
