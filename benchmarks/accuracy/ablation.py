@@ -90,25 +90,20 @@ def main(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A row for each variant, a column for each network and sparsity: accuracy, then differences from the first row."""
-
-    def average(net: str, sparsity: float, variant: str) -> float | None:
-        chosen = [row for row in rows if (row["net"], row["sparsity"], row["variant"]) == (net, sparsity, variant)]
-        return mean(row["accuracy"] for row in chosen) if chosen else None
-
-    columns, heads = [(net, sparsity) for net, each in SPARSITIES.items() for sparsity in each], []
-    for net, sparsity in columns:
-        dense = [row["dense"] for row in rows if row["net"] == net]
-        heads.append(f"{net}{f' ({mean(dense):.1f})' if dense else ''}, {sparsity:.0%}")
-    lines = []
-    for variant in VARIANTS:
-        cells = []
-        for net, sparsity in columns:
-            first, own = average(net, sparsity, "as it is"), average(net, sparsity, variant)
-            known = first is not None and own is not None
-            cells.append("" if not known else f"{own:.1f}" if variant == "as it is" else f"{own - first:+.1f}")
-        lines.append([variant, *cells])
-    return markdown_table(["", *heads], lines)
+    """A row for each variant; a column for each network and sparsity with all variants: accuracy, then differences."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows:
+        found.setdefault((row["net"], row["sparsity"]), {}).setdefault(row["variant"], []).append(row["accuracy"])
+    dense = {row["net"]: mean(each["dense"] for each in rows if each["net"] == row["net"]) for row in rows}
+    columns = [
+        (f"{net} ({dense[net]:.1f}), {sparsity:.0%}", {variant: mean(each) for variant, each in by.items()})
+        for (net, sparsity), by in sorted(found.items(), key=lambda item: (NETS.index(item[0][0]), item[0][1]))
+        if by.keys() == VARIANTS.keys()
+    ]
+    first, *others = VARIANTS
+    lines = [[first, *(f"{by[first]:.1f}" for _, by in columns)]]
+    lines += [[variant, *(f"{by[variant] - by[first]:+.1f}" for _, by in columns)] for variant in others]
+    return markdown_table(["", *(head for head, _ in columns)], lines)
 
 
 if __name__ == "__main__":
