@@ -15,6 +15,7 @@ from torch import nn
 import resuscitate
 from benchmarks.accuracy.peers import distil, one_shot
 from benchmarks.accuracy.two_stage import aggregate
+from tests.networks import chain, images, seeded
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +100,24 @@ def test_a_file_of_tests_that_was_stopped_goes_on_behind_the_tests_that_have_pas
     assert ran.read_text().split("\n") == ["passes", *2 * ["with a fixture", "hangs"], ""]
     # all have passed
     assert gpu.Job(command, tmp_path / "log").status(time.monotonic() + 60) == 5
+
+
+def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    from benchmarks.accuracy import ablation
+
+    dense = seeded(chain)
+    monkeypatch.setattr(ablation, "case", lambda *_: (dense, images(40), lambda model: float(model[0].weight.detach().sum())))
+    monkeypatch.setattr(ablation, "SPARSITIES", {"resnet20": (0.8,)})
+    monkeypatch.setattr(ablation, "data_folder", lambda folder: folder)
+    for _ in range(2):
+        ablation.main(nets="resnet20", output=tmp_path)
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    found = {row["variant"]: row["error"] for row in rows}
+    assert [*found] == [*ablation.VARIANTS]
+    assert len(rows) == len(found)
+    for variant, error in found.items():
+        assert (error == found["as it is"]) == (variant == "as it is"), variant
+    assert (tmp_path / "ablation.md").read_text().count("\n") == 2 + len(found)
 
 
 def test_the_cpu_benchmark_runs(tmp_path):
