@@ -2,11 +2,13 @@
 
 Hestenes and Stiefel 1952. All rows take their steps together: a step is one product of (rows, K) with (K, K), in
 float32 with corrections of the residual in float64, where Cholesky would factor a matrix for each row. The largest
-eigenvalues of the second moments, on which the steps would spend most of their number, are in the preconditioner.
+eigenvalues of the second moments, on which the steps would spend most of their number, are in the preconditioner. A
+`CoupledSystem` has the rows of a layer as one system.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,21 +79,15 @@ class RidgeSystems:
         self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int, look: bool
     ) -> Tensor:
         """The change of w that takes this residual to the allowed one, or near it; all in float32."""
-        w, inside, rho = torch.zeros_like(residual), self.support.float(), self.rho.float()
-        direction = preconditioner(residual)
-        energy = (residual * direction).sum(2)
-        for step in range(steps):
-            if look and step % LOOK_EVERY == 0 and bool((energy <= allowed).all()):
-                break
-            product = torch.addcmul(self.xx.times(direction, self.groups), rho, direction) * inside
-            curvature = (direction * product).sum(2)
-            length = torch.where(curvature > 0, energy / curvature, 0.0)[..., None]
-            w.addcmul_(length, direction)
-            residual = torch.addcmul(residual, length, product, value=-1)
-            scaled = preconditioner(residual)
-            before, energy = energy, (residual * scaled).sum(2)
-            direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0)[..., None], direction)
-        return w
+        inside, rho, most = self.support.float(), self.rho.float(), allowed[..., None]
+
+        def times(w: Tensor) -> Tensor:
+            return torch.addcmul(self.xx.times(w, self.groups), rho, w) * inside
+
+        def enough(step: int, energy: Tensor) -> bool:
+            return look and step % LOOK_EVERY == 0 and bool((energy <= most).all())
+
+        return _descend(times, preconditioner, residual, (-1,), steps, enough)
 
 
 @dataclass(frozen=True)
@@ -113,25 +109,49 @@ class CoupledSystem:
         own = self.curvature.diagonal()[:, None]
         rho, inside = self.rho * own, self.support.double()
         residual = self.curvature @ (cross - self.xx.times(start[None])[0]) + rho * (present - start)
-        scale = inside / (own * self.diagonal + rho).clamp(min=torch.finfo(torch.float32).tiny)
-        with full_precision(start.device):
-            return start + self._descend((residual * inside).float(), scale.float(), rho.float()).double()
+        # the inverse of the diagonal is the preconditioner
+        scale = (inside / (own * self.diagonal + rho).clamp(min=torch.finfo(torch.float32).tiny)).float()
+        single, least, within = self.curvature.float(), rho.float(), inside.float()
 
-    def _descend(self, residual: Tensor, scale: Tensor, rho: Tensor) -> Tensor:
-        """The change of w, in float32, with the inverse of the diagonal, `scale`, as the preconditioner."""
-        w, inside, curvature = torch.zeros_like(residual), self.support.float(), self.curvature.float()
-        direction = scale * residual
-        energy = (residual * direction).sum()
-        for _ in range(COUPLED_STEPS):
-            product = torch.addcmul(curvature @ self.xx.times(direction[None])[0], rho, direction) * inside
-            along = (direction * product).sum()
-            length = torch.where(along > 0, energy / along, 0.0)
-            w.addcmul_(length, direction)
-            residual = torch.addcmul(residual, length, product, value=-1)
-            scaled = scale * residual
-            before, energy = energy, (residual * scaled).sum()
-            direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0), direction)
-        return w
+        def times(w: Tensor) -> Tensor:
+            return torch.addcmul(single @ self.xx.times(w[None])[0], least, w) * within
+
+        with full_precision(start.device):
+            change = _descend(times, scale.mul, (residual * inside).float(), (0, 1), COUPLED_STEPS)
+        return start + change.double()
+
+
+def _descend(
+    times: Callable[[Tensor], Tensor],
+    preconditioner: Callable[[Tensor], Tensor],
+    residual: Tensor,
+    axes: tuple[int, ...],
+    steps: int,
+    enough: Callable[[int, Tensor], bool] = lambda step, energy: False,
+) -> Tensor:
+    """The change of w after some steps of conjugate gradients, from the residual at w.
+
+    times: multiply by the matrix. axes: of one system; the others number the systems. enough(step, energy): end here?
+    The energies are the preconditioned squares of the residuals, of size 1 along the axes.
+    """
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).sum(axes, keepdim=True)
+
+    w, direction = torch.zeros_like(residual), preconditioner(residual)
+    energy = dot(residual, direction)
+    for step in range(steps):
+        if enough(step, energy):
+            break
+        product = times(direction)
+        along = dot(direction, product)
+        length = torch.where(along > 0, energy / along, 0.0)
+        w.addcmul_(length, direction)
+        residual = torch.addcmul(residual, length, product, value=-1)
+        scaled = preconditioner(residual)
+        before, energy = energy, dot(residual, scaled)
+        direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0), direction)
+    return w
 
 
 class _Preconditioner:
