@@ -91,6 +91,12 @@ class Ranks:
             return tensor
         return torch.stack(self.gather(tensor.flatten())).sum(0).view(tensor.shape).to(tensor.device)
 
+    def first(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, on all ranks: what each has computed may differ in rounding between machines."""
+        if self.size == 1:
+            return tensor
+        return self.gather(tensor.flatten())[0].view(tensor.shape).to(tensor.device)
+
     def broadcast(self, content: bytes) -> bytes:
         """The bytes of rank 0, on all ranks."""
         if self.size == 1:

@@ -29,8 +29,8 @@ PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
 class Fit:
     """Weights (O, K) and biases (O,), float64: the solution of a refit.
 
-    The others are tensors (), float64. ridge: its strength. missed: how many channels have no solution to the stated
-    tolerance. The others are over the variance of the targets, summed over channels, and NaN where the targets are
+    All else is a tensor (), float64. ridge: its strength. missed: how many channels have no solution to the stated
+    tolerance. What follows is over the variance of the targets, summed over channels, and NaN where the targets are
     constant. The errors are the standard deviation of the layer's outputs less the targets, over that of the targets.
     """
 
@@ -166,8 +166,7 @@ def choose_ridge(
         total = total + wanted.squares
     explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
     errors = (total - explained).view(min(len(merged.mean), JUDGES), len(RIDGES), -1).sum((0, 2))
-    if ranks.size > 1:  # rank 0's, since machines may round differently
-        errors = ranks.gather(errors)[0].to(errors.device)
+    errors = ranks.first(errors)
     last = torch.cat([~(errors[1:] < errors[:-1]), torch.ones_like(errors[:1], dtype=torch.bool)])
     return _ridges(weight.device).gather(0, last.int().argmax()[None])[0]
 
