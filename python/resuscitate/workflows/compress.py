@@ -132,8 +132,8 @@ def compress(
         walks: number of steps, the last ones, that measure the pruned network. Earlier steps use what was measured once
             with the dense network's inputs, which saves time, if the method measures inputs, as a refit does.
         curvature: measure, in a forward and two backward passes through the dense network over at most 256 images, how
-            its outputs depend on those of each layer. A refit then fits the channels of a layer together. A network
-            without a backward pass, or with a `forward_fn`, is fitted channel by channel.
+            its outputs depend on those of each layer. A refit then fits the channels of a layer together. With a
+            `forward_fn`, and where there is no backward pass, which a warning says, each channel is fitted alone.
         method: of the repair after each step, see `repair`; its options may follow its name as keywords.
         augment, draws: as in `repair`.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder

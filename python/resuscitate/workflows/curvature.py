@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,15 +39,16 @@ def measure_curvatures(session: Session, batches: Batches) -> dict[str, Tensor]:
     layers = {name: module for name, module in net.modules.items() if isinstance(module, LAYERS)}
     channels = {name: out_channels(each) for name, each in layers.items() if getattr(each, "groups", 1) == 1}
     sums = {n: torch.zeros(2, c, c, device=net.device) for n, c in channels.items() if c <= MOST_CHANNELS}
-    problem = ""
+    problem, numbered = "", batches.numbers(ranks)
     try:
-        for half, numbers, images in _parts(batches, session):
+        for half, numbers, images in _parts(batches, numbered):
             _add_gradients(net, images, numbers, {name: each[half] for name, each in sums.items()})
     except (RuntimeError, _NoGradientsError) as error:  # of autograd, or of memory
         problem = str(error).splitlines()[0]
     (failed,) = ranks.total(bool(problem))
     if failed:
-        log.info("the curvature of the network could not be measured, and each channel is fitted alone: %s", problem)
+        cause = problem or "another rank could not"
+        log.warning("the network's curvature is not measured, and each channel is fitted alone: %s", cause)
         return {}
     found = {name: curvature_from(ranks.add(each)) for name, each in sums.items()}
     return {name: each.float() for name, each in found.items() if each is not None}
@@ -57,9 +58,9 @@ class _NoGradientsError(Exception):
     """The outputs do not depend on the images through operations that have gradients."""
 
 
-def _parts(batches: Batches, session: Session) -> Iterator[tuple[int, Tensor, Any]]:
+def _parts(batches: Batches, numbered: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Images by the half that they belong to, with their numbers, as many at a time as `VALUES` allow."""
-    for index, numbers in enumerate(batches.numbers(session.ranks)):
+    for index, numbers in enumerate(numbered):
         batch = batches[index]
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             raise _NoGradientsError("the images are not one floating tensor")

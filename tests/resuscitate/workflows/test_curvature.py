@@ -104,7 +104,6 @@ class Pooled(Detached):
 
 @pytest.mark.parametrize("build", [Detached, Deployed, Pooled])
 def test_without_gradients_for_each_image_each_channel_is_fitted_alone(build, caplog):
-    caplog.set_level("INFO", "resuscitate")
     model = seeded(build)
     assert curvatures(model, images(20)) == {}
     assert "each channel is fitted alone" in caplog.text
