@@ -40,7 +40,7 @@ from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -55,6 +55,16 @@ from benchmarks.common.results import RESULTS, ROOT, machine, write
 from benchmarks.common.timing import candidates, medians, race
 from benchmarks.networks import resnet50
 from benchmarks.speed.gpu_report import draw, markdown, missed, show
+from benchmarks.speed.kernel_operations import (
+    DTYPES,
+    LAYOUTS,
+    OPERATIONS,
+    TOLERANCE,
+    Candidates,
+    is_right,
+    make_case,
+    turns,
+)
 
 STAGES = [(64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)]
 SHAPES = [
@@ -65,114 +75,9 @@ SHAPES = [
 # inputs of the 3x3 layers of a ResNet-50
 PATCHES = [(64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7)]
 TINY = [(32, 4, 7, 7), (2, 3, 64, 1)]
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-AXES = (0, 2, 3)
-TOLERANCE = 1e-5  # of a statistic, at a standard deviation of 1
 
 AGAIN = 75  # exit status: the time was up, so run again to continue
 INDUCTOR_SECONDS = 60  # for one row
-
-Candidates = dict[str, Callable[[], Any]]
-
-
-class Case(NamedTuple):
-    """Two correlated activations (N, C, H, W), and a gain and a shift (C,) whose repeated use on x stays bounded."""
-
-    x: Tensor
-    y: Tensor
-    gain: Tensor
-    shift: Tensor
-
-
-def make_case(shape: tuple[int, ...], layout: str, dtype: str, device: str) -> Case:
-    """Standard deviation 1 and mean 1; from a fixed seed."""
-    torch.manual_seed(0)
-    x, noise = (torch.randn(shape, device=device) for _ in range(2))
-    gain, shift = torch.rand(2, shape[1], device=device)
-    pair = (x + 1, 0.6 * x + 0.8 * noise + 1)
-    x, y = (t.to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for t in pair)
-    return Case(x, y, 0.4 + 0.5 * gain, 0.5 + shift)
-
-
-def turns(case: Case) -> list[Case]:
-    """The case and copies of it, all inputs together larger than three times the L2 cache."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if case.x.is_cuda else 0
-    copies = max(3 * cache // case.x.nbytes, 1)
-    return [case, *(Case(case.x.clone(), case.y.clone(), case.gain, case.shift) for _ in range(copies))]
-
-
-def var_mean(x: Tensor) -> tuple[Tensor, ...]:
-    """Mean and variance of each channel."""
-    return torch.var_mean(x, AXES, correction=0)[::-1]
-
-
-def pair_eager(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Means, variances and the covariance of each channel."""
-    (var_x, mean_x), (var_y, mean_y) = (torch.var_mean(t, AXES, correction=0, keepdim=True) for t in (x, y))
-    return tuple(t.flatten() for t in (mean_x, var_x, mean_y, var_y, ((x - mean_x) * (y - mean_y)).mean(AXES)))
-
-
-def affine_eager(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    """In place, with gain and shift in the dtype of x."""
-    return (x.mul_(gain).add_(shift),)
-
-
-def moments(case: Case) -> tuple[Candidates, Callable[..., Any], tuple[Tensor, ...]]:
-    """Moments: our kernel and the eager peers, the formula for Inductor, the arguments of the formula."""
-    x = case.x
-
-    def ours() -> tuple[Tensor, ...]:
-        found = ak.channel_moments(x)
-        return found.mean, found.m2
-
-    peers: Candidates = {"ours": ours, "eager": lambda: var_mean(x)}
-    if x.is_cuda:
-        peers["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, 0.0)
-    return peers, var_mean, (x,)
-
-
-def paired(case: Case) -> tuple[Candidates, Callable[..., Any], tuple[Tensor, ...]]:
-    """Paired moments: as `moments`."""
-    x, y = case.x, case.y
-
-    def ours() -> tuple[Tensor, ...]:
-        pair = ak.paired_moments(x, y)
-        return pair.dense.mean, pair.dense.m2, pair.pruned.mean, pair.pruned.m2, pair.comoment
-
-    return {"ours": ours, "eager": lambda: pair_eager(x, y)}, pair_eager, (x, y)
-
-
-def affine(case: Case) -> tuple[Candidates, Callable[..., Any], tuple[Tensor, ...]]:
-    """Gain and shift in place: as `moments`."""
-    x = case.x
-    g, b = (t.to(x.dtype)[:, None, None] for t in (case.gain, case.shift))
-    peers: Candidates = {
-        "ours": lambda: (ak.affine_(x, case.gain, case.shift),),
-        "eager": lambda: affine_eager(x, g, b),
-        "addcmul": lambda: (torch.addcmul(b, x, g, out=x),),
-    }
-    return peers, affine_eager, (x, g, b)
-
-
-# with the number of tensors that are read or written
-OPERATIONS = {"moments": (moments, 1), "paired": (paired, 2), "affine": (affine, 2)}
-
-
-def is_right(operation: str, case: Case) -> bool:
-    """Does our kernel agree with float64?"""
-    before = case.x.clone(memory_format=torch.preserve_format)
-    found = OPERATIONS[operation][0](case)[0]["ours"]()
-    if operation == "affine":
-        truth = affine_eager(before.double(), *(t.double()[:, None, None] for t in (case.gain, case.shift)))
-        tolerance = torch.finfo(before.dtype).eps
-    else:
-        truth = pair_eager(before.double(), case.y.double()) if operation == "paired" else var_mean(before.double())
-        # ours are means and sums of products; the others are variances and a covariance
-        count = before.numel() // before.shape[1]
-        found = tuple(each / count if i in (1, 3, 4) else each for i, each in enumerate(found))
-        tolerance = TOLERANCE
-    return all(bool(((a - b).abs() <= tolerance * (1 + b.abs())).all()) for a, b in zip(found, truth, strict=True))
 
 
 class Clock:
@@ -333,8 +238,8 @@ def measure_repair(device: str, count: int, size: int, width: int, batch: int) -
 
 
 def of_this_code(gpu: str | None, *more: Path) -> str:
-    """A digest of the kernels, this file, `more` files, the GPU and PyTorch: results of others are not continued."""
-    files = [*sorted((ROOT / "asr_kernels").rglob("*.py")), Path(__file__), *more]
+    """A digest of the kernels, this benchmark, `more` files, GPU and PyTorch: results of others are not continued."""
+    files = [*sorted((ROOT / "asr_kernels").rglob("*.py")), *sorted(Path(__file__).parent.glob("kernel*.py")), *more]
     return hashlib.sha256(
         b"".join([f"{gpu} {torch.__version__}".encode(), *(f.read_bytes() for f in files)])
     ).hexdigest()
