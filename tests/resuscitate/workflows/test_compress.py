@@ -1,15 +1,12 @@
-"""Compression in steps: the schedule, the budget, all or nothing, and going on after a kill."""
+"""Compression in steps: the budget, all or nothing, and going on after a kill."""
 
 import copy
 import csv
 import json
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import asr_kernels as ak
@@ -28,52 +25,6 @@ def same(a, b):
 
 def schedule(sparsity, steps):
     return list(stages(sparsity, steps, "unstructured"))
-
-
-class TestStages:
-    @given(sparsity=st.floats(0, 0.999), steps=st.integers(1, 12))
-    def test_it_ascends_to_the_sparsity_in_at_most_so_many_steps(self, sparsity, steps):
-        stops = schedule(sparsity, steps)
-        assert stops == sorted(stops)
-        assert stops[-1] == sparsity
-        assert len(stops) == (steps if sparsity else 1) or sparsity < 1e-6  # where steps round to one another
-        assert len(stops) == 1 or stops[0] == pytest.approx(sparsity / 2)
-
-    def test_each_step_keeps_the_same_fraction(self):
-        kept = [1 - stop for stop in schedule(0.9, 5)]
-        assert [b / a for a, b in pairwise(kept)] == pytest.approx([(0.1 / 0.55) ** 0.25] * 4)
-        assert schedule(0.3, 3) == pytest.approx([0.15, 1 - (0.85 * 0.7) ** 0.5, 0.3])
-
-    def test_stops_may_be_given(self):
-        assert schedule(0.8, [0.3, 0.6, 0.8]) == [0.3, 0.6, 0.8]
-        for wrong in ([], [0.6, 0.3, 0.8], [0.3, 0.9], [0.8, 0.8]):
-            with pytest.raises(ValueError, match=r"must ascend to sparsity=0\.8"):
-                schedule(0.8, wrong)
-        for wrong in (0, -1, True):
-            with pytest.raises(ValueError, match="must be at least 1"):
-                schedule(0.8, wrong)
-        with pytest.raises(TypeError, match="give a float"):
-            schedule(1, 3)
-
-    @pytest.mark.parametrize(
-        ("pattern", "sparsity", "steps", "expected"),
-        [
-            ("2:4", 0.5, 7, {0.25: "3:4", 0.5: "2:4"}),
-            ("1:4", 0.75, 7, {0.25: "3:4", 0.5: "2:4", 0.75: "1:4"}),
-            ("1:4", 0.75, 2, {0.25: "3:4", 0.75: "1:4"}),
-            ("1:4", 0.75, 1, {0.75: "1:4"}),
-            ("1:4", 0.75, [0.5, 0.75], {0.5: "2:4", 0.75: "1:4"}),
-            ("1:3", 0.6666666666666667, 1, {1 - 1 / 3: "1:3"}),
-        ],
-    )
-    def test_n_of_m_goes_by_fewer_and_fewer_of_m(self, pattern, sparsity, steps, expected):
-        assert stages(sparsity, steps, pattern) == expected
-
-    def test_sparsities_that_n_of_m_does_not_have_are_refused(self):
-        with pytest.raises(ValueError, match=r"pattern 2:4 keeps 2 of 4: give sparsity=0\.5"):
-            stages(0.8, 3, "2:4")
-        with pytest.raises(ValueError, match=r"1:4 is reached by the sparsities 0\.25, 0\.5, 0\.75"):
-            stages(0.75, [0.3, 0.75], "1:4")
 
 
 class TestCompress:
@@ -410,61 +361,3 @@ class TestMethods:
 
 def unread():
     raise AssertionError("the images were read")
-
-
-class TestChannels:
-    """Pattern "channels": they are removed at the end."""
-
-    @pytest.mark.parametrize("build", [chain, Residual])
-    def test_the_network_ends_smaller_and_computes_what_the_masked_one_does(self, build):
-        model = seeded(build)
-        report = compress(model, 0.5, images(32), pattern="channels", steps=3, progress=False)
-        before, after = report.removal.flops
-        assert after < before
-        assert report.removal.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
-        assert report.removal.error < 1e-5
-        assert all(seconds > 0 for seconds in report.latency)
-        assert report.agreement.error_after < report.agreement.error_before
-        assert report.masks.keys() <= {name for name, _ in model.named_modules()}
-
-    def test_the_report_has_the_costs_before_and_after(self):
-        report = compress(seeded(chain), 0.5, images(32), pattern="channels", steps=2, progress=False)
-        document = json.loads(json.dumps(report.to_dict()))
-        assert document["removal"]["flops"] == [*report.removal.flops]
-        assert document["latency"] == [*report.latency]
-        assert document["allocation"] == {"name": "uniform"}
-        (line,) = (line for line in report.outcome() if line.startswith("FLOPs"))
-        assert (
-            f"parameters {report.removal.parameters[0]:,} -> {report.removal.parameters[1]:,}, a forward pass" in line
-        )
-        assert "removal" not in compress(seeded(chain), 0.5, images(16), steps=1, progress=False).to_dict()
-
-    def test_the_small_network_can_be_undone_and_repaired_again(self):
-        model = seeded(Residual)
-        dense = copy.deepcopy(model)
-        report = compress(model, 0.5, images(32), pattern="channels", steps=2, progress=False)
-        small = copy.deepcopy(model)
-        assert resuscitate.repair(small, dense, images(32), method="channelwise", progress=False).layers
-        report.undo()
-        assert same(model, dense)
-        assert repr(model) == repr(dense)
-
-    def test_a_resumed_run_ends_in_the_same_network(self, tmp_path):
-        model, again = seeded(chain), seeded(chain)
-        options = {"pattern": "channels", "steps": 2, "progress": False, "resume": tmp_path / "journals"}
-        compress(model, 0.5, images(32), **options)
-        report = compress(again, 0.5, images(32), **options)
-        assert all(step.resumed for step in report.steps)
-        assert same(model, again)
-
-    def test_a_forward_fn_is_refused(self):
-        with pytest.raises(ValueError, match="traces the model on plain images: it takes no forward_fn"):
-            compress(seeded(chain), 0.5, images(16), pattern="channels", forward_fn=lambda model, batch: model(batch))
-
-    def test_repairs_that_make_the_outputs_worse_are_undone_and_the_channels_removed_all_the_same(self, monkeypatch):
-        monkeypatch.setattr(resuscitate.workflows.compress.Agreement, "fell", True)
-        model = seeded(chain)
-        report = compress(model, 0.5, images(32), pattern="channels", steps=2, progress=False)
-        assert report.undone
-        kept = report.removal.kept["0"]
-        assert torch.equal(model[0].weight, seeded(chain)[0].weight[kept])
