@@ -106,7 +106,7 @@ def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_
     from benchmarks.accuracy import ablation
 
     dense = seeded(chain)
-    monkeypatch.setattr(ablation, "case", lambda *_: (dense, images(40), lambda model: float(model[0].weight.detach().sum())))
+    monkeypatch.setattr(ablation, "case", lambda *_: (dense, images(40), lambda model: model[0].weight.sum().item()))
     monkeypatch.setattr(ablation, "SPARSITIES", {"resnet20": (0.8,)})
     monkeypatch.setattr(ablation, "data_folder", lambda folder: folder)
     for _ in range(2):
