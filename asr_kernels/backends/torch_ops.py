@@ -20,7 +20,6 @@ from torch import Tensor
 from ..factors import repair_factors as repair_factors
 from ..merging import Moments, merge
 from ..views import contiguous_ncl, ncl_parts
-from .torch_patches import products_for as products_for
 
 # values per float32 sum: for values of similar size its rounding error stays below 3e-7; pieces are added in float64
 PIECE = 1024
@@ -74,11 +73,13 @@ def _affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> None:
         if relu:
             x.relu_()
         return
-    zeros, ones, unused = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+    zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
+    # two tensors: on a GPU they are written to
+    unused, unused_too = gain.new_empty(0), gain.new_empty(0)
     for part in [x] if _is_dense(x) else _chunks(x):
         y = (part if _is_dense(part) else part.contiguous())[..., None]
         torch.ops.aten.native_batch_norm.out(
-            y, gain, shift, zeros, ones, False, 0.0, 0.0, out=y, save_mean=unused, save_invstd=unused
+            y, gain, shift, zeros, ones, False, 0.0, 0.0, out=y, save_mean=unused, save_invstd=unused_too
         )
         if y.data_ptr() != part.data_ptr():
             part.copy_(y[..., 0])

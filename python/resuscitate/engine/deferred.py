@@ -16,6 +16,8 @@ import asr_kernels as ak
 from ..network.layers import BATCHNORMS
 from ..network.runner import has_hooks
 
+EPS = 0.5  # PyTorch 2.11 refuses 0; a variance of 1 - EPS makes the divisor 1 to the bit
+
 
 def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     """Is the module a plain BatchNorm in eval mode, with running statistics and without hooks?"""
@@ -50,7 +52,7 @@ class DeferredCorrection:
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance, weight and bias of one BatchNorm, with an eps of 0, for correction and BatchNorm together.
+        """Mean, variance, weight and bias of one BatchNorm, with eps `EPS`, for correction and BatchNorm together.
 
         The statistics of the BatchNorm are read when this is first used.
         """
@@ -58,8 +60,8 @@ class DeferredCorrection:
         dtype = torch.promote_types(self.batchnorm.get_buffer("running_mean").dtype, torch.float32)
         scale, offset = gain_and_shift(self.batchnorm, self.shift)
         scale, offset = (self.gain * scale).to(dtype), offset.to(dtype)
-        return torch.zeros_like(scale), torch.ones_like(scale), scale, offset
+        return torch.zeros_like(scale), torch.full_like(scale, 1 - EPS), scale, offset
 
     def through_batchnorm(self, output: Tensor) -> Tensor:
         """The output of the BatchNorm for the corrected outputs, in one pass over the uncorrected ones."""
-        return F.batch_norm(output, *self.factors, training=False, eps=0.0)
+        return F.batch_norm(output, *self.factors, training=False, eps=EPS)
