@@ -16,6 +16,7 @@ stopped, and measures no row that is known, as long as the code, the tests, the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -36,9 +37,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "pyt
 from benchmarks.speed.kernels import AGAIN, of_this_code
 
 ROOT = Path(__file__).parents[2]
-# run in parallel: most of the time is compilation of the kernels
-KERNELS = ("moments", "affine", "factors", "triton_patches", "compiled", "gpu")
-SUITES = tuple(f"test_{name}.py" for name in KERNELS)
+KERNELS = "the kernels"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 # a failure of these tests is no error of the kernels: the kernels are timed all the same
 OTHERS, SEMI_STRUCTURED = "the other backends", "2:4"
@@ -69,19 +68,26 @@ class Job:
             return None
 
 
-def pytest(*arguments: str) -> list[str]:
-    """A command that runs tests, whatever version pytest has and whatever PyTorch's version deprecates."""
+def pytest(*arguments: str, processes: int = 1) -> list[str]:
+    """A command that runs tests, whatever version pytest has and whatever PyTorch's version deprecates.
+
+    processes: used where pytest-xdist is installed; most of the time is compilation of the kernels.
+    """
     plain = ["-o", "addopts=--import-mode=importlib", "-W", "default", "-p", "no:cacheprovider"]
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        plain += ["-n", str(processes), "--dist", "worksteal"]
     return [sys.executable, "-m", "pytest", "-q", *plain, *arguments]
 
 
 def tests(dry_run: bool, passed: Path) -> dict[str, list[str]]:
     """The commands that run the tests, by name. passed: a file that lists the single tests that have passed."""
     ours = "triton and many_pieces" if dry_run else "triton or gpu or operators"
+    aside = "not ahead and not host_time and not test_pieces"
     rest = "-p", "benchmarks.speed.resumed_tests", "--passed", str(passed)
-    found = {suite: pytest(f"tests/asr_kernels/{suite}", "-k", ours, *rest) for suite in SUITES}
+    processes = max(2 * (os.cpu_count() or 1) // 3, 1)
+    found = {KERNELS: pytest("tests/asr_kernels", "-k", f"({ours}) and {aside}", *rest, processes=processes)}
     if not dry_run:
-        found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and not ahead and not host_time", *rest)
+        found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and {aside}", *rest, processes=processes // 3)
         found[SEMI_STRUCTURED] = pytest("tests/resuscitate/deploy/test_semistructured.py", *rest)
     return found
 
@@ -114,7 +120,7 @@ class Outcomes:
         wanted = {name: command for name, command in tests(dry_run, self.passed).items() if name not in known}
         running = {name: Job(command, folder / f"{name}.log") for name, command in wanted.items()}
         for name, job in running.items():
-            self.wait(name, job, deadline if name in SUITES else min(deadline, job.started + OTHERS_SECONDS))
+            self.wait(name, job, deadline if name == KERNELS else min(deadline, job.started + OTHERS_SECONDS))
 
     def sanitize(self, folder: Path, deadline: float) -> None:
         """Run some tests under compute-sanitizer, if it is installed and has not run."""
@@ -162,10 +168,9 @@ def main(
     gpu = None if dry_run or not torch.cuda.is_available() else torch.cuda.get_device_name()
     outcomes = Outcomes(logs / f"{name}_tests.json", of_this_code(gpu, *sorted((ROOT / "tests").rglob("*.py"))))
     outcomes.run(logs, dry_run, deadline)
-    kernels = {test: outcome for test, outcome in outcomes.of.items() if test in SUITES}
-    if "failed" in kernels.values():
-        sys.exit("a test failed, so nothing was measured")
-    if "stopped" in kernels.values():
+    if outcomes.of[KERNELS] == "failed":
+        sys.exit("a test of the kernels failed, so nothing was measured")
+    if outcomes.of[KERNELS] == "stopped":
         stop()
     results = output / f"{name}.json"
     measure("kernels", results, logs / "kernels.log", dry_run, deadline)

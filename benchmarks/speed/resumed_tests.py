@@ -21,11 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Passed:
-    """Leaves out the tests that a file lists, and adds to it each test that passes, as soon as it has."""
+    """Leaves out the tests that a file lists, and adds to it each test that passes, as soon as it has.
+
+    With pytest-xdist the reports of several tests arrive in turns; each process adds the same names, which is harmless.
+    """
 
     def __init__(self, listed: Path) -> None:
         self.listed = listed
-        self.passed = False
+        self.passed: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out the tests that are listed."""
@@ -34,8 +37,8 @@ class Passed:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add the test once its fixtures are gone; a skipped test has not passed."""
-        if report.when != "teardown":
-            self.passed = report.when == "call" and report.passed
-        elif self.passed and report.passed:
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+        if report.when == "teardown" and report.passed and report.nodeid in self.passed:
             with self.listed.open("a") as file:
                 file.write(f"{report.nodeid}\n")
