@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..views import ncl_parts
 from .triton_launch import Launch, Plans, Repeated, on_device_of, signature
-from .triton_tiles import SIZES, lanes_left, tiles_of
+from .triton_tiles import SIZES, tiles_of
 
 PLANS = Plans()
 
@@ -28,9 +28,7 @@ def affine_kernel(
     stride_c,
     stride_l,
     blocks,  # of channels
-    splits_l,  # ranges of positions
-    tiles_n,  # tiles per range
-    tiles_l,
+    tiles_l,  # tiles along L
     fold,  # entries of C per channel
     FOLDED: tl.constexpr,
     RELU: tl.constexpr,
@@ -40,7 +38,7 @@ def affine_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """x <- gain * x + shift on one piece, fused in float32 (float64 for float64) and rounded once to the dtype of x.
+    """x <- gain * x + shift on one tile, fused in float32 (float64 for float64) and rounded once to the dtype of x.
 
     Programs go from the start of the tensor to its end: the moments were measured from its end, so the values at its
     start may still be in the L2 cache.
@@ -48,17 +46,12 @@ def affine_kernel(
     VEC: tl.constexpr = VEC_C * VEC_L
     # int64 before any product: offsets exceed 2^31. Divide before: a 64-bit division would be a function call
     i_p = tl.program_id(0)
-    i_c, i_s = (i_p % blocks).to(tl.int64), i_p // blocks
-    n_start = (i_s // splits_l).to(tl.int64) * tiles_n * BLOCK_N
-    l_start = (i_s % splits_l).to(tl.int64) * tiles_l * BLOCK_L
-    channels = C.to(tl.int64) * VEC_C
-    length = L.to(tl.int64) * VEC_L
-    n_stop = tl.minimum(n_start + tiles_n.to(tl.int64) * BLOCK_N, N)
-    l_stop = tl.minimum(l_start + tiles_l.to(tl.int64) * BLOCK_L, length)
+    i_c, i_t = (i_p % blocks).to(tl.int64), i_p // blocks
+    n_start, l_start = (i_t // tiles_l).to(tl.int64) * BLOCK_N, (i_t % tiles_l).to(tl.int64) * BLOCK_L
 
     # [BLOCK_C]
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
+    m_c = o_c < C.to(tl.int64) * VEC_C
     if FOLDED:
         # unsigned 32 bits suffice: folding needs at least 16 images, and 16 images of 2^32 values exceed any memory
         o_g = (o_c.to(tl.uint32) // fold.to(tl.uint32)).to(tl.int64)
@@ -66,22 +59,23 @@ def affine_kernel(
         o_g = o_c
     b_gain = tl.load(gain_ptr + o_g, mask=m_c, other=1.0)
     b_shift = tl.load(shift_ptr + o_g, mask=m_c, other=0.0)
-    # [BLOCK_N * BLOCK_L] images and positions within a tile
-    o_t = tl.arange(0, BLOCK_N * BLOCK_L).to(tl.int64)
-    o_n, o_l = o_t // BLOCK_L, o_t % BLOCK_L
+    # [BLOCK_N * BLOCK_L] images and positions
+    o_t = tl.arange(0, BLOCK_N * BLOCK_L)
+    # compared in 32 bits: at full bandwidth there is time for a dozen instructions per value
+    rest_n, rest_l = N - n_start, L.to(tl.int64) * VEC_L - l_start
+    m_t = o_t % BLOCK_L < tl.where(rest_l < BLOCK_L, rest_l, BLOCK_L).to(tl.int32)
+    if BLOCK_N > 1:
+        m_t &= o_t // BLOCK_L < tl.where(rest_n < BLOCK_N, rest_n, BLOCK_N).to(tl.int32)
+    o_n, o_l = n_start + o_t // BLOCK_L, l_start + o_t % BLOCK_L
 
     # [BLOCK_C, BLOCK_N * BLOCK_L]
     p_x = x_ptr + (o_c * stride_c * VEC_L)[:, None] + (o_n * stride_n * VEC + o_l * stride_l * VEC_C)[None, :]
-    for i_n in range(n_start, n_stop, BLOCK_N):
-        for i_l in range(l_start, l_stop, BLOCK_L):
-            m = lanes_left(m_c, n_stop - i_n, l_stop - i_l, BLOCK_N, BLOCK_L)
-            p_i = p_x + (i_n * stride_n * VEC + i_l * stride_l * VEC_C)
-            b_x = tl.load(p_i, mask=m, other=0.0).to(b_gain.dtype)
-            b_x = tl.fma(b_gain[:, None], b_x, b_shift[:, None])
-            if RELU:
-                # where, not maximum: maximum would turn a NaN into 0
-                b_x = tl.where(b_x < 0.0, 0.0, b_x)
-            tl.store(p_i, b_x.to(x_ptr.dtype.element_ty), mask=m)
+    m = m_c[:, None] & m_t[None, :]
+    b_x = tl.fma(b_gain[:, None], tl.load(p_x, mask=m, other=0.0).to(b_gain.dtype), b_shift[:, None])
+    if RELU:
+        # where, not maximum: maximum would turn a NaN into 0
+        b_x = tl.where(b_x < 0.0, 0.0, b_x)
+    tl.store(p_x, b_x.to(x_ptr.dtype.element_ty), mask=m)
 
 
 def plan_affine(x: Tensor, gain: Tensor, shift: Tensor, relu: bool = False) -> Launch:

@@ -22,12 +22,13 @@ THREADS, FEW_THREADS = 256, 64
 # registers of a thread for each tensor: four programs for one tensor, or two for a pair, fit a multiprocessor of
 # NVIDIA's; both have 64 KB under way
 REGISTERS = 64
-# programs to aim for: four for each multiprocessor of an H100, which all run at a time, those of a pair in two waves
-PROGRAMS = 528
+# programs to aim for: two for each multiprocessor of an H100, though four fit: more have shorter pieces, whose ends
+# cost more than they win (measured, docs/kernels.md)
+PROGRAMS = 264
 # channels of a tile of rows: 128 contiguous bytes of half precision; rows of partial moments are multiples of ROW
 WIDTH, ROW = 64, 8
-# values that a lane adds before the merge in float64: float32 sums are off by less than 64 * 2^-24
-LONGEST_SUM = 64
+# chunks of four values that a lane adds before the merge in float64: float32 sums are off by less than 256 * 2^-24
+MOST_CHUNKS = 64
 # bytes of the tensors for each byte of their partial moments, at least
 WORTH = 20
 
@@ -82,7 +83,7 @@ def pieces_of(
     # partial moments are four numbers in float32 for each tensor, or in float64
     most = n * l * itemsize // (WORTH * 4 * max(itemsize, 4))
     splits = max(min(PROGRAMS // blocks, most), 1)
-    splits = triton.cdiv(chunks, min(triton.cdiv(chunks, splits), LONGEST_SUM // tiles))
+    splits = triton.cdiv(chunks, min(triton.cdiv(chunks, splits), MOST_CHUNKS))
 
     row = max(width, ROW)
     arguments = sizes | {"splits": splits, "width": triton.cdiv(c, row) * row, "BLOCK": block, "TILES": tiles}
