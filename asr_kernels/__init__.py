@@ -7,7 +7,7 @@ both are tested against.
 from .backends import use_backend
 from .moments import ChannelMoments, PairedMoments, channel_moments, paired_moments
 from .ops import affine_, repair_, repair_factors
-from .patches import CrossProducts, PatchMoments, cross_products, patch_moments
+from .patches import CrossProducts, PatchMoments, PatchSums, cross_products, patch_moments
 from .rows import RowMoments, row_moments
 from .window import Window
 
@@ -16,6 +16,7 @@ __all__ = [
     "CrossProducts",
     "PairedMoments",
     "PatchMoments",
+    "PatchSums",
     "RowMoments",
     "Window",
     "affine_",

@@ -1,27 +1,25 @@
 """Second moments of convolution patches, and their products with an output: the normal equations of least squares.
 
 For inputs x (N, C, *spatial) a patch has K = (C / groups) * prod(kernel) values, in the order of the weight's trailing
-axes. Two kernel taps that lie one stride apart along the first spatial axis read the same rows, except one row at each
-end. So most of the K x K products follow from earlier ones by adding one row and subtracting one: a 3x3 kernel at
-stride 1 computes 3 of 9 products of rows. PyTorch needs a copy of the input for each tap along the other axes, Triton
-none.
+axes. On a CPU the products are computed by rows of taps, on a GPU as products of whole matrices of patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
-from itertools import repeat
 from math import prod
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import backend_for
+from .backends import backend_for, whole_patches
 from .precision import full_precision
 from .window import Window
+
+ALL: Mapping[int, Tensor | None] = MappingProxyType({0: None})  # all images are in one fold
 
 
 @dataclass(eq=False)
@@ -100,30 +98,81 @@ class PatchMoments:
         )
 
 
-def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int | None = None) -> PatchMoments:
-    """The patch moments of one batch of inputs x and target outputs y.
+class PatchSums:
+    """The patch moments of batches of inputs x and target outputs y, by fold of the images.
 
-    x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *output spatial), or (..., O).
-    budget: bytes for the copies of x that exist at a time in PyTorch; images are processed in chunks that fit, at least
-    one each. By default 64 MiB, and 1/64 of the memory of a GPU.
+    window: of the layer. budget: bytes for the copies of x that exist at a time; images are processed in chunks that
+    fit, at least one each. By default 64 MiB, and 1/64 of the memory of a GPU.
 
-    Products of deviations from the chunk's mean are summed in float32 (float64 for float64), whatever the caller's
-    autocast and TF32 settings: in IEEE float32 in PyTorch, as three products of TF32 parts in Triton. Partial sums and
-    chunks are added in float64. The Triton backend leaves float64 and windows of three axes to PyTorch.
-    Raises ValueError where the shape of y is not the output shape of a layer with this window for x.
+    Products of deviations from the means of a chunk, or on a GPU of the first batch, are summed in float32 (float64 for
+    float64), whatever the caller's autocast and TF32 settings: in IEEE float32, or on a GPU as three products of TF32
+    parts. Partial sums and chunks are added in float64.
     """
+
+    def __init__(self, window: Window, *, budget: int | None = None) -> None:
+        self.window, self.budget = window, budget
+        self._merged: dict[int, PatchMoments] = {}
+        self._sums: whole_patches.Sums | None = None
+
+    def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None] = ALL) -> None:
+        """Add one batch.
+
+        x: (N, C, *spatial), or (..., C) for a linear layer, floating point; y: (N, O, *output spatial), or (..., O).
+        folds: of each fold the images that belong to it, int64; None: all.
+        Raises ValueError where the shape of y is not the output shape of a layer with this window for x.
+        """
+        images = len(x)
+        x, y, window = _of_images(x, y, self.window)
+        if len(x) != images:  # a linear layer: of each image several positions
+            folds = {fold: rows if rows is None else _positions(rows, len(x) // images) for fold, rows in folds.items()}
+        if not len(y) * prod(y.shape[2:]):
+            for fold in folds:
+                self._merged.setdefault(fold, _no_moments(x, y, window))
+            return
+        backend = backend_for(x, "patches")
+        budget = _copies_budget(x.device) if self.budget is None else self.budget
+        with full_precision(x.device), torch.cuda.device_of(x):
+            if backend is whole_patches:
+                self._sums = self._sums or whole_patches.Sums(x, y, window)
+                self._sums.add(x, y, folds, budget)
+                return
+            most = max(1, budget // max(backend.PatchProducts.copied_bytes(x, window), 1))
+            for fold, rows in folds.items():
+                mine = (each if rows is None else each[rows.to(each.device, non_blocking=True)] for each in (x, y))
+                for parts in zip(*(each.split(most) for each in mine), strict=True):
+                    found = PatchMoments(*backend.PatchProducts(*parts, window).moments())
+                    self._merged[fold] = self._merged[fold].merge(found) if fold in self._merged else found
+
+    def moments(self) -> dict[int, PatchMoments]:
+        """The moments of each fold so far."""
+        found = dict(self._merged)
+        if self._sums is not None:
+            for fold in self._sums.count:
+                mine = PatchMoments(*self._sums.moments(fold))
+                found[fold] = found[fold].merge(mine) if fold in found else mine
+        return found
+
+
+def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int | None = None) -> PatchMoments:
+    """The patch moments of one batch: see `PatchSums`."""
+    sums = PatchSums(window, budget=budget)
+    sums.add(x, y)
+    return sums.moments()[0]
+
+
+def _positions(rows: Tensor, count: int) -> Tensor:
+    """Which rows of (images * count, C) belong to these images."""
+    return (rows[:, None] * count + torch.arange(count)).flatten()
+
+
+def _of_images(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor, Window]:
+    """x and y (N, C, *spatial), and a window for them, also for a linear layer. Raises ValueError."""
     if not window.kernel:
         x, y = x.reshape(-1, x.shape[-1], 1), y.reshape(-1, y.shape[-1], 1)
         window = Window((1,), (1,), ((0, 0),), (1,))
     if x.ndim != len(window.kernel) + 2 or (len(x), *window.output(x.shape[2:])) != (len(y), *y.shape[2:]):
         raise ValueError(f"inputs {tuple(x.shape)} and outputs {tuple(y.shape)} do not belong together: {window}")
-    if not len(y) * prod(y.shape[2:]):
-        return _no_moments(x, y, window)
-    kind = backend_for(x, "patches").products_for(x, y, window)
-    budget = _copies_budget(x.device) if budget is None else budget
-    images = max(1, budget // max(kind.copied_bytes(x, window), 1))
-    with full_precision(x.device), torch.cuda.device_of(x):
-        return reduce(PatchMoments.merge, map(_moments, x.split(images), y.split(images), repeat(window), repeat(kind)))
+    return x, y, window
 
 
 def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
@@ -181,37 +230,3 @@ def _no_moments(x: Tensor, y: Tensor, window: Window) -> PatchMoments:
     G, K, O = window.groups, x.shape[1] // window.groups * prod(window.kernel), y.shape[1] // window.groups
     shapes = ((G, K), (G, O), (G, K, K), (G, K, O), (G, O))
     return PatchMoments(0, *(x.new_zeros(shape, dtype=torch.float64) for shape in shapes))
-
-
-def _moments(x: Tensor, y: Tensor, window: Window, kind: Any) -> PatchMoments:
-    """Patch moments of one chunk, from the `PatchProducts` of a backend."""
-    G, C, taps = window.groups, x.shape[1] // window.groups, window.kernel[0]
-    step, hop, rows = window.stride[0], window.dilation[0], y.shape[2]
-    R, K, count = prod(window.kernel[1:]), C * prod(window.kernel), len(y) * prod(y.shape[2:])
-    products = kind(x, y, window)
-    xx = x.new_empty(G, C, taps, R, C, taps, R, dtype=torch.float64)
-    blocks: dict[tuple[int, int], Tensor] = {}
-    for i in range(taps):
-        for j in range(i, taps):
-            before = (i * hop - step) / hop
-            if before >= 0 and before == int(before) and rows > 2:
-                # the pair of taps one stride earlier reads the same rows, except its first row and this pair's last
-                a, b = int(before), int(before) + j - i
-                # in place: new memory costs more than the sums
-                blocks[i, j] = products.of_ends((i, j), (a, b)).add_(blocks[a, b])
-            else:
-                blocks[i, j] = products.of_rows(i, j)
-            xx[:, :, i, :, :, j] = blocks[i, j]
-            if i != j:
-                xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
-    xy = torch.stack([products.with_outputs(i) for i in range(taps)], dim=2).view(G, K, -1)
-    sums, left = products.sums().reshape(G, K), products.left.view(G, -1)
-    shift = products.shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
-    return PatchMoments(
-        count,
-        sums / count + shift,
-        products.target.view(G, -1) + left / count,
-        xx.view(G, K, K).baddbmm_(sums[:, :, None], sums[:, None, :], alpha=-1 / count),
-        xy.baddbmm_(sums[:, :, None], left[:, None, :], alpha=-1 / count),
-        (products.squares.view(G, -1) - left.square() / count).clamp(min=0),
-    )

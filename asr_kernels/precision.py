@@ -46,6 +46,28 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Within `full_precision`: multiply float32 matrices on a GPU as TF32, on its tensor cores."""
+    if device.type != "cuda":
+        yield
+        return
+    setting = "cuda", "matmul"
+    found = [(outer, _get(*outer)) for outer in (("generic", "all"), ("cuda", "all"))]
+    try:
+        for outer, _ in found:
+            _set(*outer, "none")  # so that the value read below is the setting's own
+        own = _get(*setting)
+    finally:
+        for outer, value in found:
+            _set(*outer, value)
+    try:
+        _set(*setting, "tf32")
+        yield
+    finally:
+        _set(*setting, own)
+
+
+@contextmanager
 def full_precision_of_models() -> Iterator[None]:
     """Multiply float32 tensors in IEEE float32 on every device, for models that may read or set either interface.
 

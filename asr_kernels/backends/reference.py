@@ -45,11 +45,6 @@ class PatchProducts(torch_patches.PatchProducts):
         super().__init__(x.double(), y.double(), window)
 
 
-def products_for(x: Tensor, y: Tensor, window: Window) -> type[PatchProducts]:
-    """What computes the products of this window."""
-    return PatchProducts
-
-
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(dim=(0, 2))
     return mean, (x - mean[:, None]).square().sum(dim=(0, 2))

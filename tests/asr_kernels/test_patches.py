@@ -5,12 +5,14 @@ from functools import reduce
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from asr_kernels import PatchMoments, Window, patch_moments
-from asr_kernels.backends import torch_patches
+import asr_kernels.patches
+from asr_kernels import PatchMoments, PatchSums, Window, patch_moments
+from asr_kernels.backends import torch_patches, whole_patches
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -88,6 +90,15 @@ def case(name, count=5, dtype=torch.float32, offset=0.0, seed=0):
     return x, torch.randn(count, 4 * found.groups, *out, generator=generator).to(dtype) + 2, found
 
 
+@pytest.fixture(params=[torch_patches, whole_patches], ids=["by rows", "whole"])
+def products(request, monkeypatch):
+    """How the products are computed: as on a CPU, or as on a GPU, in pieces of few patches."""
+    monkeypatch.setattr(asr_kernels.patches, "backend_for", lambda x, part: request.param)
+    monkeypatch.setattr(whole_patches, "PIECE", 50)
+    return request.param
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", WINDOWS)
 def test_every_window_agrees_with_explicit_patches(name, dtype):
@@ -107,6 +118,7 @@ def test_the_products_of_many_rows_are_computed_by_blocks_and_once(name, monkeyp
         assert torch.equal(xx[4:, :4], xx[:4, 4:].mT)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "linear"])
 def test_a_mean_of_a_thousand_deviations_costs_no_precision(name):
     x, y, found = case(name, offset=1000.0)
@@ -116,6 +128,7 @@ def test_a_mean_of_a_thousand_deviations_costs_no_precision(name):
     assert_near(patch_moments(x, y, found), reference(x, y, found), tolerance=1e-4)
 
 
+@pytest.mark.usefixtures("products")
 def test_channels_last_gives_the_same():
     x, y, found = case("3x3")
     last = [t.to(memory_format=torch.channels_last) for t in (x, y)]
@@ -123,13 +136,18 @@ def test_channels_last_gives_the_same():
 
 
 @given(name=st.sampled_from(sorted(WINDOWS)), cuts=st.lists(st.integers(1, 6), max_size=3), budget=st.integers(1, 9000))
-@settings(deadline=None, max_examples=40)
-def test_any_split_into_batches_and_chunks_gives_the_same(name, cuts, budget):
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_split_into_batches_chunks_and_folds_gives_the_same(name, cuts, budget, products):
     x, y, found = case(name, count=7)
     at = sorted(set(cuts))
-    pieces = zip(x.tensor_split(at), y.tensor_split(at), strict=True)
-    parts = [patch_moments(a, b, found, budget=budget) for a, b in pieces if len(a)]
-    assert_near(reduce(PatchMoments.merge, parts), reference(x, y, found))
+    sums, start = PatchSums(found, budget=budget), 0
+    for a, b in zip(x.tensor_split(at), y.tensor_split(at), strict=True):
+        numbers = torch.arange(start, start + len(a)) % 3
+        sums.add(a, b, {fold: (numbers == fold).nonzero().flatten() for fold in numbers.unique().tolist()} or {0: None})
+        start += len(a)
+    for fold, moments in sums.moments().items():
+        assert_near(moments, reference(x[fold::3], y[fold::3], found))
+    assert_near(reduce(PatchMoments.merge, sums.moments().values()), reference(x, y, found))
 
 
 @pytest.mark.parametrize("name", ["3x3", "grouped", "linear"])
@@ -146,10 +164,52 @@ def test_without_some_patches_are_the_others(name):
     assert first.without(nothing) is first
 
 
-def test_a_nan_reaches_the_result():
+@pytest.mark.usefixtures("products")
+def test_a_nan_stays_in_the_rows_and_columns_of_its_channel():
     x, y, found = case("3x3")
-    x[0, 0, 0, 0] = torch.nan
-    assert patch_moments(x, y, found).xx.isnan().any()
+    x[0, 2, 3, 3] = torch.nan
+    y[1, 1, 2, 2] = torch.inf
+    moments = patch_moments(x, y, found)
+    bad_x, bad_y = torch.arange(6 * 9) // 9 == 2, torch.arange(4) == 1
+    assert torch.equal(moments.xx[0].isfinite(), ~(bad_x[:, None] | bad_x))
+    assert torch.equal(moments.xy[0].isfinite(), ~(bad_x[:, None] | bad_y))
+    assert torch.equal(moments.mean[0].isfinite(), ~bad_x)
+    assert torch.equal(moments.yy[0].isfinite(), ~bad_y)
+
+
+class TensorCores(TorchFunctionMode):
+    """Rounds the float32 factors of each product of matrices to TF32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.matmul, torch.Tensor.baddbmm_) and args[-1].dtype == torch.float32:
+            args = *args[:-2], *(whole_patches.tf32_parts(each.contiguous())[0] for each in args[-2:])
+        return func(*args, **(kwargs or {}))
+
+
+def test_three_products_of_tf32_parts_are_accurate_to_1e_5_and_one_is_not(monkeypatch):
+    x, y, found = case("3x3 unpadded", count=4)
+    expected = reference(x, y, found)
+    for module, good in ((whole_patches, True), (torch_patches, False)):
+        monkeypatch.setattr(asr_kernels.patches, "backend_for", lambda x, part, module=module: module)
+        with TensorCores():
+            moments = patch_moments(x, y, found)
+        for name in ("xx", "xy"):
+            one, other = getattr(moments, name), getattr(expected, name)
+            error = (one - other).abs().max() / expected.xx.abs().max()
+            assert (error < 1e-6) == (error < 1e-5) == good
+
+
+def test_the_parts_of_a_value_are_in_tf32_and_add_up_to_it():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(25)
+    high, low = whole_patches.tf32_parts(x)
+    assert not (high.view(torch.int32) & whole_patches.LOW_BITS).any()
+    assert torch.equal(high + low, x)
+    assert (low.abs() <= 2.0**-11 * high.abs()).all()
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    high, low = whole_patches.tf32_parts(odd)
+    assert torch.equal(high[:2], odd[:2])
+    assert not low[:3].isfinite().any()
+    assert high[3] == low[3] == 0
 
 
 def test_inputs_and_outputs_of_other_shapes_are_errors():

@@ -40,6 +40,7 @@ class Batches:
         self.held_out = 0
         self._keys: list[Tensor] = []
         self._turns: Sequence[Tensor] = ()
+        self._folds: dict[tuple[int, int, int], dict[int, Tensor]] = {}  # the results of `folds`
         self._kept: list[Any] = []
         self._parts: list[_Part] = []
         self._augment: Augment | None = None
@@ -110,7 +111,7 @@ class Batches:
 
     def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
-        self._turns = self._order(len(self) - self.held_out, ranks)
+        self._turns, self._folds = self._order(len(self) - self.held_out, ranks), {}
 
     def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
         """Which rows of which batches are the first `images` of all ranks by contents, none held out, none a copy."""
@@ -137,9 +138,12 @@ class Batches:
 
         The rows follow one another as the images do, as many to each: they may be windows, or positions.
         """
-        turns = self._turns[index]
-        fold = turns[torch.arange(rows) * len(turns) // max(rows, 1)] % folds
-        return {each: (fold == each).nonzero().flatten() for each in fold.unique().tolist()}
+        if (index, folds, rows) not in self._folds:
+            turns = self._turns[index]
+            fold = turns[torch.arange(rows) * len(turns) // max(rows, 1)] % folds
+            found = {each: (fold == each).nonzero().flatten() for each in fold.unique().tolist()}
+            self._folds[index, folds, rows] = found
+        return self._folds[index, folds, rows]
 
     def batches_for(self, images: int | None) -> int:
         """How many whole batches hold the first `images` images, or at least so many; None for all."""

@@ -19,8 +19,9 @@ from asr_kernels.precision import full_precision
 
 from .second_moments import SecondMoments
 
-# the most steps between two residuals in float64, with a look at the residual after each few steps and without one
-STEPS, STEPS_WITHOUT_LOOK, LOOK_EVERY = (120, 120, 120, 120), (30, 10), 2
+# the most steps between two residuals in float64, and after how many the host looks whether they are enough: on a GPU
+# it waits for them, but a dozen steps that are not needed take longer
+STEPS, LOOK_EVERY = (120, 120, 120, 120), 2
 COUPLED_STEPS = 10  # for a coupled system, from the solution of its rows alone
 
 
@@ -51,21 +52,21 @@ class RidgeSystems:
     rho: Tensor
     support: Tensor
 
-    def solve(self, right: Tensor, start: Solution, allowed: Tensor, look: bool) -> tuple[Solution, Tensor]:
+    def solve(self, right: Tensor, start: Solution, allowed: Tensor) -> tuple[Solution, Tensor]:
         """The solution, zero outside of the supports, from right (G, R, K) and a start with the same support.
 
         allowed (G, R): the most by which the objective w' (xx + rho I) w - 2 w' right of a row may exceed its least
         value, estimated by the preconditioned residual. Also returns the number of rows that did not reach it, a
-        tensor. look: end as soon as all have; otherwise take a fixed number of steps.
+        tensor.
         """
         with full_precision(right.device):
             preconditioner, found, inside = self._preconditioner, start, self.support.double()
             residual = (right - found.product - self.rho * found.w) * inside
             missed = preconditioner.energy(residual.float()) > allowed
-            for steps in STEPS if look else STEPS_WITHOUT_LOOK:
-                if look and not missed.any():
+            for steps in STEPS:
+                if seen(~missed):
                     break
-                w = found.w + self._descend(preconditioner, residual.float(), allowed, steps, look).double()
+                w = found.w + self._descend(preconditioner, residual.float(), allowed, steps).double()
                 found = Solution(w, self.xx.times(w, self.groups))
                 residual = (right - found.product - self.rho * found.w) * inside
                 missed = ~(preconditioner.energy(residual.float()) <= allowed)
@@ -75,9 +76,7 @@ class RidgeSystems:
     def _preconditioner(self) -> _Preconditioner:
         return _Preconditioner(self)
 
-    def _descend(
-        self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int, look: bool
-    ) -> Tensor:
+    def _descend(self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int) -> Tensor:
         """The change of w that takes this residual to the allowed one, or near it; all in float32."""
         inside, rho, most = self.support.float(), self.rho.float(), allowed[..., None]
 
@@ -85,7 +84,7 @@ class RidgeSystems:
             return torch.addcmul(self.xx.times(w, self.groups), rho, w) * inside
 
         def enough(step: int, energy: Tensor) -> bool:
-            return look and step % LOOK_EVERY == 0 and bool((energy <= most).all())
+            return step > 0 and step % LOOK_EVERY == 0 and seen(energy <= most)
 
         return _descend(times, preconditioner, residual, (-1,), steps, enough)
 
@@ -119,6 +118,11 @@ class CoupledSystem:
         with full_precision(start.device):
             change = _descend(times, scale.mul, (residual * inside).float(), (0, 1), COUPLED_STEPS)
         return start + change.double()
+
+
+def seen(reached: Tensor) -> bool:
+    """Are all true? The host waits for the device."""
+    return bool(reached.all())
 
 
 def _descend(

@@ -95,7 +95,7 @@ class Problem:
             wanted, *first, most, new, new_product = (
                 each.unflatten(0, (self.xx.groups, -1))[groups, rows] for each in parts
             )
-            found, missed = systems.solve(wanted, Solution(*first), most, self._on_cpu)  # on a GPU a look is a wait
+            found, missed = systems.solve(wanted, Solution(*first), most)
             new[:], new_product[:] = found.w, found.product
             if isinstance(self.xx, Matrices):  # factors of a matrix from few samples would take too long
                 self.missed = self.missed + missed

@@ -48,7 +48,8 @@ class PatchCovariances(Statistic):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.folds: dict[int, Moments] = {}
-        self.sums: list[tuple[int, Tensor]] = []  # by batch, of its moments: are all finite?
+        self.patches: ak.PatchSums | None = None
+        self.sums: list[tuple[int, Tensor]] = []  # by batch, of what it adds: are all finite?
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         name, layer = self.place.name, self.place.module
@@ -60,18 +61,32 @@ class PatchCovariances(Statistic):
         if count > 1:
             y = contributions(name, self.place.dense, y, count, self.place.kept)
             window = replace(window, groups=count)
-        for fold, rows in self.place.folds(batch, len(x)).items():
+        # one number for all values, which is not finite where one of them is not
+        self.sums.append((batch, sum(torch.linalg.vector_norm(each, dtype=torch.float64) for each in (x, y))))
+        folds = self.place.folds(batch, len(x))
+        most = 0 if window.kernel else most_samples(x.shape[-1])
+        if most * x.shape[-1] * len(folds) < x.numel():
+            self.patches = self.patches or ak.PatchSums(window)
+            self.patches.add(x, y, folds)
+            return
+        for fold, rows in folds.items():
             places = None if rows is None else rows.to(x.device, non_blocking=True)
             read, outputs = (each if places is None else each[places] for each in (x, y))
-            most = 0 if window.kernel else most_samples(read.shape[-1])
-            samples = most * read.shape[-1] >= read.numel()
-            found = ak.row_moments(read, outputs, most) if samples else ak.patch_moments(read, outputs, window)
-            parts = found.mean, found.diagonal, found.target, found.yy
-            # one number for all, which is not finite where one of them is not
-            self.sums.append((batch, torch.cat([part.flatten() for part in parts]).sum()))
-            self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
+            self._add(fold, ak.row_moments(read, outputs, most))
+
+    def _add(self, fold: int, found: Moments) -> None:
+        self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
 
     def finish(self, batches: int) -> None:
+        """Moments that are not finite because a product of finite values is not count as those of the last batch."""
+        for fold, found in self.patches.moments().items() if self.patches else ():
+            self._add(fold, found)
+            self.sums.append((batches - 1, found.diagonal.sum() + found.yy.sum()))
+        self.patches = None
+        self.finish_check()
+
+    def finish_check(self) -> None:
+        """What `finish` checks."""
         self.check()
 
     def check(self) -> None:
@@ -86,13 +101,13 @@ class PatchCovariances(Statistic):
 
     @property
     def empty(self) -> bool:
-        return not self.folds
+        return not self.folds and self.patches is None
 
 
 class UncheckedPatchCovariances(PatchCovariances):
     """`PatchCovariances` that the walk does not check, so that the host need not wait: the method calls `check`."""
 
-    def finish(self, batches: int) -> None: ...
+    def finish_check(self) -> None: ...
 
     def state(self) -> Any:
         self.check()

@@ -1,5 +1,7 @@
 """How often the host waits for the device: at most twice for each layer, in a batch never.
 
+Beside these, a refit looks at its residuals after every other step of the conjugate gradients: see `few_steps`.
+
 For the moments of a dense network that runs alone, the host waits once for sixteen batches and all layers.
 `tests.device` records the waits of a whole repair, on a device without hardware. The reference backend computes the
 moments, since it has no waits of its own; nor have the Triton kernels (`test_repair_never_waits_for_the_host`).
@@ -66,8 +68,14 @@ def repaired(build, options, batches=2, where=None, prune=pruned_copy):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Enough for these small filters."""
-    monkeypatch.setattr(conjugate_gradients, "STEPS_WITHOUT_LOOK", FEW_STEPS)
+    """Enough for these small filters, without a look at the residuals."""
+    take_few_steps(monkeypatch.setattr)
+
+
+def take_few_steps(setattr):
+    """As many steps in every solution."""
+    setattr(conjugate_gradients, "STEPS", FEW_STEPS)
+    setattr(conjugate_gradients, "seen", lambda reached: False)
 
 
 def near(one, other):
@@ -105,7 +113,7 @@ def test_nor_for_a_batch_of_a_smaller_network(options):
 
 
 def _repair_a_smaller_network(process, options):
-    conjugate_gradients.STEPS_WITHOUT_LOOK = FEW_STEPS
+    take_few_steps(setattr)
     smaller = partial(without_channels, channels=[0, 3, 6])
     (_, _, few), (model, _, many) = (repaired(chain, options, batches, prune=smaller) for batches in (2, 4))
     on_cpu, _, _ = repaired(chain, options, 4, where="cpu", prune=smaller)
@@ -143,8 +151,7 @@ def test_the_error_names_the_first_batch_that_is_not_finite(options, where):
 @pytest.mark.parametrize("where", ["cpu", "device"])
 def test_a_layer_whose_steps_do_not_reach_the_solution_is_solved_directly_before_it_is_written(where, monkeypatch):
     expected, _, _ = repaired(partial(deep, 2), {"ridge": 0.01}, where="cpu")
-    for steps in ("STEPS", "STEPS_WITHOUT_LOOK"):
-        monkeypatch.setattr(conjugate_gradients, steps, (1,))
+    monkeypatch.setattr(conjugate_gradients, "STEPS", (1,))
     monkeypatch.setattr(least_squares, "LEAST_VALUES", 0)
     direct, init = [], least_squares.Problem.__init__
     monkeypatch.setattr(least_squares.Problem, "__init__", lambda *given: direct.append(given[6]) or init(*given))

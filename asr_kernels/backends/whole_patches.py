@@ -1,0 +1,139 @@
+"""Products of convolution patches as products of whole matrices, for a GPU: few launches, on the tensor cores.
+
+The matrix of patches takes prod(kernel) times the memory of the input, which a GPU has. float32 values are split into
+two parts of TF32, high and low; of the four products of parts, that of the two low ones is below the rounding of
+float32 and left out. A tensor core rounds its sums towards 0, an error that grows with the number of summands, so sums
+run over `PIECE` patches and are added in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..precision import tensor_cores
+from ..window import Window
+from .torch_patches import padded, patch_values
+
+PIECE = 1024  # patches that are summed in float32
+LOW_BITS = 0x1FFF  # the bits of the mantissa of float32 that TF32 lacks
+Segment = tuple[int, int]  # a fold, and a number of its images
+
+
+class Sums:
+    """Sums over patches and outputs, by fold, of deviations about the means of the first batch, and their products.
+
+    float64 is multiplied in float64. Products of one of several groups are too small for the tensor cores: in float32.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, window: Window) -> None:
+        self.window, G = window, window.groups
+        self.dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        self.in_parts = G == 1 and self.dtype == torch.float32
+        self.K, self.O = x.shape[1] // G * prod(window.kernel), y.shape[1] // G
+        self.about, self.target = (
+            each.mean([0, *range(2, each.ndim)], dtype=self.dtype) for each in (padded(x, window), y)
+        )
+        # by fold: the number of patches; of (patch, 1) with (patch, 1, outputs), products [G, K + 1, R]; squares [O]
+        self.count: dict[int, int] = {}
+        self.products: dict[int, Tensor] = {}
+        self.squares: dict[int, Tensor] = {}
+
+    def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None], budget: int) -> None:
+        """Add a batch. folds: of each, which images belong to it, int64; None: all. budget: bytes for copies."""
+        sizes = {fold: len(x) if rows is None else len(rows) for fold, rows in folds.items()}
+        if len(folds) > 1 or sizes[next(iter(folds))] < len(x):
+            order = torch.cat([rows for rows in folds.values() if rows is not None]).to(x.device, non_blocking=True)
+            x, y = x.index_select(0, order), y.index_select(0, order)
+        each = 2 * self.about.itemsize * (self.K + self.O) * self.window.groups * prod(y.shape[2:])
+        start = 0
+        for segments in _chunks(sizes, max(budget // max(each, 1), 1)):
+            stop = start + sum(images for _, images in segments)
+            self._add(x[start:stop], y[start:stop], segments)
+            start = stop
+
+    def _add(self, x: Tensor, y: Tensor, segments: list[Segment]) -> None:
+        ones, G, K, places = [1] * (x.ndim - 2), self.window.groups, self.K, prod(y.shape[2:])
+        x = padded(x, self.window).to(self.dtype) - self.about.view(-1, *ones)
+        y = y.to(self.dtype) - self.target.view(-1, *ones)
+        squares = y.square().flatten(2).sum(2) if y.ndim > 2 else y.square()
+        x, y = (tf32_parts(each) if self.in_parts else each[None] for each in (x, y))
+        # pieces of equal length, as many of each fold as it needs
+        pieces = [-(-images * places // PIECE) for _, images in segments]
+        length = max(-(-images * places // n) for (_, images), n in zip(segments, pieces, strict=True))
+        length += -length % 4
+        # [parts, G, R, columns], R a multiple of 4
+        matrix = x.new_zeros(len(x), G, K + 1 + self.O + -(K + 1 + self.O) % 4, sum(pieces) * length)
+        first_image = first = 0
+        for (_, images), n in zip(segments, pieces, strict=True):
+            chosen = slice(first_image, first_image + images)
+            filled = matrix[..., first : first + images * places]
+            patches = patch_values(x[:, chosen].flatten(0, 1), self.window)  # [G * C, *kernel, parts * n, *output]
+            dims = 1 + len(self.window.kernel)
+            patches = patches.unflatten(dims, (len(x), images)).movedim(dims, 0).unflatten(1, (G, -1))
+            filled[:, :, :K].view(patches.shape).copy_(patches)
+            filled[0, :, K] = 1
+            outputs = y[:, chosen].transpose(1, 2).unflatten(1, (G, -1))
+            filled[:, :, K + 1 : K + 1 + self.O].view(outputs.shape).copy_(outputs)
+            first_image, first = first_image + images, first + n * length
+        found = self._multiplied(matrix.unflatten(3, (-1, length)).movedim(3, 1).flatten(1, 2)).unflatten(0, (-1, G))
+        for (fold, images), mine, own in zip(
+            segments, found.split(pieces), squares.split([images for _, images in segments]), strict=True
+        ):
+            for sums, new in ((self.products, mine), (self.squares, own)):
+                total = new.sum(0, dtype=torch.float64)
+                sums[fold] = sums[fold].add_(total) if fold in sums else total
+            self.count[fold] = self.count.get(fold, 0) + images * places
+
+    def _multiplied(self, pieces: Tensor) -> Tensor:
+        """[P, K + 1, R] from pieces [parts, P, R, length]: of the first K + 1 rows with all."""
+        high = pieces[0]
+        if not self.in_parts:
+            return high[:, : self.K + 1] @ high.mT
+        low = pieces[1]
+        with tensor_cores(high.device):
+            found = high[:, : self.K + 1] @ low.mT
+            for one, other in ((low, high), (high, high)):
+                found = found.baddbmm_(one[:, : self.K + 1], other.mT)
+        return found
+
+    def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The parts of `PatchMoments` of a fold."""
+        count, products, K, G = self.count[fold], self.products[fold], self.K, self.window.groups
+        x, y = products[:, K, :K], products[:, K, K + 1 : K + 1 + self.O]  # sums
+        xx, xy = products[:, :K, :K], products[:, :K, K + 1 : K + 1 + self.O]
+        about = self.about.view(G, -1, 1).expand(-1, -1, prod(self.window.kernel)).reshape(G, -1)
+        squares = self.squares[fold].view(G, -1) - y.square() / count
+        return (
+            count,
+            about + x / count,
+            self.target.view(G, -1) + y / count,
+            ((xx + xx.mT) / 2).baddbmm_(x[:, :, None], x[:, None, :], alpha=-1 / count),
+            torch.baddbmm(xy, x[:, :, None], y[:, None, :], alpha=-1 / count),
+            squares.clamp(min=0),
+        )
+
+
+def tf32_parts(x: Tensor) -> Tensor:
+    """[2, *x.shape]: x rounded to TF32, and the rest."""
+    high = ((x.view(torch.int32) + (LOW_BITS + 1) // 2) & ~LOW_BITS).view(torch.float32)
+    return torch.stack([high, x - high])
+
+
+def _chunks(sizes: Mapping[int, int], most: int) -> Iterator[list[Segment]]:
+    """The images of all folds, one fold after the other, in chunks of at most `most`."""
+    chunk: list[Segment] = []
+    room = most
+    for fold, left in sizes.items():
+        while left:
+            images = min(left, room)
+            chunk.append((fold, images))
+            left, room = left - images, room - images
+            if not room:
+                yield chunk
+                chunk, room = [], most
+    if chunk:
+        yield chunk
