@@ -37,10 +37,11 @@ class Sums:
         self.about, self.target = (
             each.mean([0, *range(2, each.ndim)], dtype=self.dtype) for each in (padded(x, window), y)
         )
-        # by fold: the number of patches; of (patch, 1) with (patch, 1, outputs), products [G, K + 1, R]; squares [O]
+        self.R = self.K + 1 + self.O
+        # by fold: the number of patches; products [G, K + 1, R] of (patch, 1) with (patch, 1, outputs), and squares of
+        # the outputs [G * O]
         self.count: dict[int, int] = {}
-        self.products: dict[int, Tensor] = {}
-        self.squares: dict[int, Tensor] = {}
+        self.sums: dict[int, list[Tensor]] = {}
 
     def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None], budget: int) -> None:
         """Add a batch. folds: of each, which images belong to it, int64; None: all. budget: bytes for copies."""
@@ -56,37 +57,47 @@ class Sums:
             start = stop
 
     def _add(self, x: Tensor, y: Tensor, segments: list[Segment]) -> None:
-        ones, G, K, places = [1] * (x.ndim - 2), self.window.groups, self.K, prod(y.shape[2:])
-        x = padded(x, self.window).to(self.dtype) - self.about.view(-1, *ones)
-        y = y.to(self.dtype) - self.target.view(-1, *ones)
-        squares = y.square().flatten(2).sum(2) if y.ndim > 2 else y.square()
-        x, y = (tf32_parts(each) if self.in_parts else each[None] for each in (x, y))
+        squares = (y.to(self.dtype) - self._along(self.target, y)).square_().flatten(2).sum(2)
+        x, y = self._values(x, y)
         # pieces of equal length, as many of each fold as it needs
-        pieces = [-(-images * places // PIECE) for _, images in segments]
-        length = max(-(-images * places // n) for (_, images), n in zip(segments, pieces, strict=True))
+        places, images = prod(y.shape[4:]), [images for _, images in segments]
+        pieces = [-(-n * places // PIECE) for n in images]
+        length = max(-(-n * places // count) for n, count in zip(images, pieces, strict=True))
         length += -length % 4
         # [parts, G, R, columns], R a multiple of 4
-        matrix = x.new_zeros(len(x), G, K + 1 + self.O + -(K + 1 + self.O) % 4, sum(pieces) * length)
-        first_image = first = 0
-        for (_, images), n in zip(segments, pieces, strict=True):
-            chosen = slice(first_image, first_image + images)
-            filled = matrix[..., first : first + images * places]
-            patches = patch_values(x[:, chosen].flatten(0, 1), self.window)  # [G * C, *kernel, parts * n, *output]
-            dims = 1 + len(self.window.kernel)
-            patches = patches.unflatten(dims, (len(x), images)).movedim(dims, 0).unflatten(1, (G, -1))
-            filled[:, :, :K].view(patches.shape).copy_(patches)
-            filled[0, :, K] = 1
-            outputs = y[:, chosen].transpose(1, 2).unflatten(1, (G, -1))
-            filled[:, :, K + 1 : K + 1 + self.O].view(outputs.shape).copy_(outputs)
-            first_image, first = first_image + images, first + n * length
-        found = self._multiplied(matrix.unflatten(3, (-1, length)).movedim(3, 1).flatten(1, 2)).unflatten(0, (-1, G))
-        for (fold, images), mine, own in zip(
-            segments, found.split(pieces), squares.split([images for _, images in segments]), strict=True
-        ):
-            for sums, new in ((self.products, mine), (self.squares, own)):
-                total = new.sum(0, dtype=torch.float64)
-                sums[fold] = sums[fold].add_(total) if fold in sums else total
-            self.count[fold] = self.count.get(fold, 0) + images * places
+        matrix = x.new_zeros(len(x), self.window.groups, self.R + -self.R % 4, sum(pieces) * length)
+        rows = [matrix[:, :, : self.K].unflatten(2, x.shape[2 : -y.ndim + 3]), matrix[:, :, self.K + 1 : self.R]]
+        ones, first = matrix[0, :, self.K], 0
+        for values in zip(x.split(images, -y.ndim + 3), y.split(images, 3), pieces, strict=True):
+            for row, value in zip(rows, values, strict=False):
+                columns = row.narrow(-1, first, values[1].shape[3:].numel())
+                columns.unflatten(-1, value.shape[-y.ndim + 3 :]).copy_(value)
+            ones.narrow(-1, first, values[1].shape[3:].numel()).fill_(1)
+            first += values[2] * length
+        found = self._multiplied(matrix.unflatten(3, (-1, length)).movedim(3, 1).flatten(1, 2))
+        found = found.unflatten(0, (-1, self.window.groups))
+        for (fold, n), *new in zip(segments, found.split(pieces), squares.split(images), strict=True):
+            totals = [each.sum(0, dtype=torch.float64) for each in new]
+            if fold in self.sums:
+                for old, total in zip(self.sums[fold], totals, strict=True):
+                    old.add_(total)
+            else:
+                self.sums[fold] = totals
+            self.count[fold] = self.count.get(fold, 0) + n * places
+
+    def _values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the parts: of x [parts, G, C, *kernel, N, *output], of y [parts, G, O, N, *output]."""
+        x = padded(x, self.window).to(self.dtype)
+        deviations = x - self._along(self.about, x), y.to(self.dtype) - self._along(self.target, y)
+        read, outputs = (tf32_parts(each) if self.in_parts else each[None] for each in deviations)
+        axis = 1 + len(self.window.kernel)
+        patches = patch_values(read.flatten(0, 1), self.window).unflatten(axis, read.shape[:2]).movedim(axis, 0)
+        return patches.unflatten(1, (self.window.groups, -1)), outputs.transpose(1, 2).unflatten(
+            1, (self.window.groups, -1)
+        )
+
+    def _along(self, vector: Tensor, x: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (x.ndim - 2))
 
     def _multiplied(self, pieces: Tensor) -> Tensor:
         """[P, K + 1, R] from pieces [parts, P, R, length]: of the first K + 1 rows with all."""
@@ -102,18 +113,17 @@ class Sums:
 
     def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The parts of `PatchMoments` of a fold."""
-        count, products, K, G = self.count[fold], self.products[fold], self.K, self.window.groups
-        x, y = products[:, K, :K], products[:, K, K + 1 : K + 1 + self.O]  # sums
-        xx, xy = products[:, :K, :K], products[:, :K, K + 1 : K + 1 + self.O]
+        count, (products, squares), K, G = self.count[fold], self.sums[fold], self.K, self.window.groups
+        x, y = products[:, K, :K], products[:, K, K + 1 : self.R]  # sums
+        xx, xy = products[:, :K, :K], products[:, :K, K + 1 : self.R]
         about = self.about.view(G, -1, 1).expand(-1, -1, prod(self.window.kernel)).reshape(G, -1)
-        squares = self.squares[fold].view(G, -1) - y.square() / count
         return (
             count,
             about + x / count,
             self.target.view(G, -1) + y / count,
             ((xx + xx.mT) / 2).baddbmm_(x[:, :, None], x[:, None, :], alpha=-1 / count),
             torch.baddbmm(xy, x[:, :, None], y[:, None, :], alpha=-1 / count),
-            squares.clamp(min=0),
+            (squares.view(G, -1) - y.square() / count).clamp(min=0),
         )
 
 

@@ -34,7 +34,7 @@ import typer
 
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "python")]  # this checkout
 
-from benchmarks.speed.kernels import AGAIN, of_this_code
+from benchmarks.speed.kernels import AGAIN, REPAIRED, of_this_code
 
 ROOT = Path(__file__).parents[2]
 KERNELS = "the kernels"
@@ -174,8 +174,8 @@ def main(
         stop()
     results = output / f"{name}.json"
     measure("kernels", results, logs / "kernels.log", dry_run, deadline)
-    repaired = bool(json.loads(results.read_text())["repairs"])
-    if not repaired and deadline - time.monotonic() < REPAIR_SECONDS:
+    repaired = {row["images"] for row in json.loads(results.read_text())["repairs"]}
+    if not dry_run and not repaired.issuperset(REPAIRED) and deadline - time.monotonic() < REPAIR_SECONDS:
         stop()
     measure("repair", results, logs / "repair.log", dry_run, deadline)
     outcomes.sanitize(logs, deadline)

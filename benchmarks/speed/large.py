@@ -5,7 +5,8 @@ smooth random images of 224 x 224 pixels in batches of 16. Each row runs in its 
 default: PyTorch's number of threads and the system's malloc. The table has the seconds of the forward passes of both
 networks and of the refit (medians of three rounds, or of one), their ratio, the part of the refit that was spent on
 solving for weights, and the peak resident memory of the process. Writes large.json and large.md (the table in
-docs/walk.md).
+docs/walk.md). With `--device cuda` the memory is that of the GPU, one row is a whole `compress`, and the results are
+large_gpu.json and large_gpu.md.
 """
 
 from __future__ import annotations
@@ -30,50 +31,70 @@ from benchmarks.common.timing import forwards, in_own_process, measured
 from resuscitate.statistics.least_squares import Problem
 from tests.outside.networks import liven, package, settle, smooth_images
 
-BATCH, SIZE = 16, 224
-# the network of torchvision, the number of images, and of rounds
+SIZE = 224
+# by device the images of a batch, and the rows: the network of torchvision, the number of images, and of rounds
+BATCH = {"cpu": 16, "cuda": 64}
 ROWS = {
-    "ResNet-50, 32 images": ("resnet50", 32, 3),
-    "ResNet-50, 256 images": ("resnet50", 256, 1),
-    "MobileNetV2, 32 images": ("mobilenet_v2", 32, 3),
-    "VGG-16, 32 images": ("vgg16", 32, 1),
-    "ConvNeXt-T, 32 images": ("convnext_tiny", 32, 1),
-    "ViT-B/16, 32 images": ("vit_b_16", 32, 1),
+    "cpu": {
+        "ResNet-50, 32 images": ("resnet50", 32, 3),
+        "ResNet-50, 256 images": ("resnet50", 256, 1),
+        "MobileNetV2, 32 images": ("mobilenet_v2", 32, 3),
+        "VGG-16, 32 images": ("vgg16", 32, 1),
+        "ConvNeXt-T, 32 images": ("convnext_tiny", 32, 1),
+        "ViT-B/16, 32 images": ("vit_b_16", 32, 1),
+    },
+    "cuda": {
+        "ResNet-50, 1,024 images": ("resnet50", 1024, 3),
+        "MobileNetV2, 1,024 images": ("mobilenet_v2", 1024, 3),
+        "ViT-B/16, 1,024 images": ("vit_b_16", 1024, 3),
+        "ResNet-50, 1,024 images, compress": ("resnet50", 1024, 1),
+    },
 }
 
 
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def timed(function: Callable[..., Any], device: str, seconds: list[float]) -> Callable[..., Any]:
     """The function, whose calls append their seconds."""
 
     def call(*arguments: Any, **options: Any) -> Any:
-        result, spent, _ = measured(lambda: function(*arguments, **options), torch.device("cpu"))
+        result, spent, _ = measured(lambda: function(*arguments, **options), torch.device(device))
         seconds.append(spent)
         return result
 
     return call
 
 
-def one(row: str) -> dict[str, Any]:
+def one(row: str, device: str) -> dict[str, Any]:
     """The numbers of one row, in this process; forward passes and refits alternate."""
-    name, count, rounds = ROWS[row]
+    (name, count, rounds), batch = ROWS[device][row], BATCH[device]
     torch.manual_seed(0)
     dense: nn.Module = getattr(package("torchvision").models, name)(weights=None).eval()
-    images = smooth_images(count, SIZE)
+    images = smooth_images(count, SIZE).to(device)
     liven(dense)
-    settle(dense, images[:BATCH])
+    settle(dense.to(device), images[:batch])
     pruned = copy.deepcopy(dense)
     resuscitate.sparsify(pruned, 0.8, allocation="erk")
+    options: dict[str, Any] = {"batch_size": batch, "progress": False}
+
+    def refit() -> Any:
+        return resuscitate.repair(copy.deepcopy(pruned), dense, images, **options)
+
+    def compress() -> Any:
+        return resuscitate.compress(copy.deepcopy(dense), 0.8, images, **options)
+
     found: dict[str, list[float]] = {"forwards": [], "refit": [], "solving": []}
     solving: list[float] = []
-    Problem.solve = timed(Problem.solve, solving)
+    if device == "cpu":  # on a GPU the clock would wait for each solution
+        Problem.solve = timed(Problem.solve, device, solving)
+    else:  # what is compiled and loaded once
+        resuscitate.repair(copy.deepcopy(pruned), dense, images[: 4 * batch], **options)
     for _ in range(rounds):
-        timed(forwards, found["forwards"])(images.split(BATCH), dense, pruned)
+        timed(forwards, device, found["forwards"])(images.split(batch), dense, pruned)
         solving.clear()
-        model = copy.deepcopy(pruned)
-        report = timed(resuscitate.repair, found["refit"])(model, dense, images, batch_size=BATCH, progress=False)
+        report = timed(compress if "compress" in row else refit, device, found["refit"])()
         found["solving"].append(sum(solving))
-    peak = measured(lambda: None, torch.device("cpu"))[2]
-    about = {"row": row, "layers": len(report.layers), "peak": peak, "threads": torch.get_num_threads()}
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else measured(lambda: None, torch.device("cpu"))[2]
+    about = {"row": row, "layers": len(report.layers) if "compress" not in row else None, "peak": peak}
+    about |= {"threads": torch.get_num_threads(), "agreement": vars(report.agreement) if report.agreement else None}
     return about | {key: median(values) for key, values in found.items()} | {"rounds": found}
 
 
@@ -86,7 +107,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['forwards']:.1f}",
             f"{row['refit']:.0f}",
             f"{row['refit'] / row['forwards']:.1f}",
-            f"{100 * row['solving'] / row['refit']:.0f}",
+            f"{100 * row['solving'] / row['refit']:.0f}" if row["solving"] else "",
             f"{row['peak'] / 2**30:.1f}",
         ]
         for row in rows
@@ -95,19 +116,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    row: Annotated[list[str], typer.Option(help="Rows; repeatable.")] = list(ROWS),  # noqa: B006
-    output: Annotated[Path, typer.Option(help="The .json; .md goes beside it.")] = RESULTS / "large.json",
+    row: Annotated[list[str] | None, typer.Option(help="Rows; repeatable. All by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="The .json; .md goes beside it.")] = None,
     within: Annotated[bool, typer.Option("--within", hidden=True)] = False,
 ) -> None:
     """Time refits at the size of real networks."""
+    chosen = row or list(ROWS[device])
+    path = output or RESULTS / ("large.json" if device == "cpu" else "large_gpu.json")
     if within:
-        output.write_text(json.dumps(one(row[0])))
+        path.write_text(json.dumps(one(chosen[0], device)))
         return
     rows = []
-    for name in row:
-        rows.append(in_own_process(__file__, "--within", "--row", name))
+    for name in chosen:
+        rows.append(in_own_process(__file__, "--within", "--device", device, "--row", name))
         console.print(rows[-1])
-        write(output, {**machine(), "rows": rows}, markdown(rows))
+        write(path, {**machine(), "rows": rows}, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -149,9 +149,10 @@ def caller(request) -> Iterator[None]:
             yield
 
 
-def test_second_moments_are_as_accurate_as_on_the_host(pair, caller):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_second_moments_are_as_accurate_as_on_the_host(pair, caller, groups):
     dense, pruned = (t.cpu().contiguous() for t in pair)
-    window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2)
+    window = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=groups)
     there = ak.patch_moments(pruned.cuda(), dense.cuda(), window)
     exact = ak.patch_moments(pruned.double(), dense.double(), window)
     scale = exact.xx.diagonal(dim1=1, dim2=2).amax()

@@ -78,10 +78,15 @@ class RidgeSystems:
 
     def _descend(self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int) -> Tensor:
         """The change of w that takes this residual to the allowed one, or near it; all in float32."""
-        inside, rho, most = self.support.float(), self.rho.float(), allowed[..., None]
+        inside, rho, most, product = (
+            self.support.float(),
+            self.rho.float(),
+            allowed[..., None],
+            self.xx.single(self.groups),
+        )
 
         def times(w: Tensor) -> Tensor:
-            return torch.addcmul(self.xx.times(w, self.groups), rho, w) * inside
+            return product(w).addcmul_(rho, w).mul_(inside)
 
         def enough(step: int, energy: Tensor) -> bool:
             return step > 0 and step % LOOK_EVERY == 0 and seen(energy <= most)
@@ -112,8 +117,10 @@ class CoupledSystem:
         scale = (inside / (own * self.diagonal + rho).clamp(min=torch.finfo(torch.float32).tiny)).float()
         single, least, within = self.curvature.float(), rho.float(), inside.float()
 
+        product = self.xx.single()
+
         def times(w: Tensor) -> Tensor:
-            return torch.addcmul(single @ self.xx.times(w[None])[0], least, w) * within
+            return (single @ product(w[None])[0]).addcmul_(least, w).mul_(within)
 
         with full_precision(start.device):
             change = _descend(times, scale.mul, (residual * inside).float(), (0, 1), COUPLED_STEPS)
@@ -142,6 +149,10 @@ def _descend(
     def dot(one: Tensor, other: Tensor) -> Tensor:
         return (one * other).sum(axes, keepdim=True)
 
+    def quotient(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(other > 0, one / other, nothing)
+
+    residual, nothing = residual.clone(), residual.new_zeros(())
     w, direction = torch.zeros_like(residual), preconditioner(residual)
     energy = dot(residual, direction)
     for step in range(steps):
@@ -149,12 +160,12 @@ def _descend(
             break
         product = times(direction)
         along = dot(direction, product)
-        length = torch.where(along > 0, energy / along, 0.0)
+        length = quotient(energy, along)
         w.addcmul_(length, direction)
-        residual = torch.addcmul(residual, length, product, value=-1)
+        residual.addcmul_(length, product, value=-1)
         scaled = preconditioner(residual)
         before, energy = energy, dot(residual, scaled)
-        direction = torch.addcmul(scaled, torch.where(before > 0, energy / before, 0.0), direction)
+        direction = torch.addcmul(scaled, quotient(energy, before), direction)
     return w
 
 
@@ -175,12 +186,14 @@ class _Preconditioner:
         rank = low_rank.shape[1]
         inner = (self.inverse @ pairs.mT).unflatten(2, (rank, rank)).double()
         inner.diagonal(dim1=2, dim2=3).add_(1)
-        self.inner = torch.linalg.inv_ex(inner).inverse.float()  # (G, R, r, r)
+        self.inner = torch.linalg.inv_ex(inner).inverse.float().flatten(0, 1)  # (G R, r, r)
+        self.turned = low_rank.mT
 
     def __call__(self, rows: Tensor) -> Tensor:
         scaled = self.inverse * rows
-        parts = self.inner @ (scaled @ self.low_rank.mT)[..., None]
-        return torch.addcmul(scaled, self.inverse, parts[..., 0] @ self.low_rank, value=-1)
+        parts = torch.bmm(scaled, self.turned)
+        parts = torch.bmm(self.inner, parts.view(len(self.inner), -1, 1)).view(parts.shape)
+        return scaled.addcmul_(self.inverse, torch.bmm(parts, self.low_rank), value=-1)
 
     def energy(self, residual: Tensor) -> Tensor:
         """By how much the objective of each row exceeds its least value, about, (G, R)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from asr_kernels import CrossProducts, PatchMoments, RowMoments
 from ..runtime.distributed import Ranks
 from .conjugate_gradients import Solution
 from .least_squares import EXCESS, LEAST_RIDGE, ROWS, Problem
-from .second_moments import Moments
+from .second_moments import Moments, as_groups
 
 Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
 ROUGH_EXCESS = 1e-5  # of solutions that only lead to others, see `EXCESS`
 RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
+# devices on which all folds are solved at once: second moments are large, but a GPU's time goes by operations
+AT_ONCE = ("cuda",)
 PART_BYTES = 64 << 20  # of the float64 weights of a layer with few samples that are solved for at a time
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance
 PASSES, EXTRAPOLATION, LEAST_UNEXPLAINED = 2, 2.0, 0.01
@@ -157,13 +159,20 @@ def choose_ridge(
     if len(folds) < 2:
         return RIDGE
     covariance = varies = total = torch.zeros((), dtype=torch.float64)
-    for fold in folds.values():  # one at a time: second moments are large
-        others = merged.without(fold)  # type: ignore[arg-type]
-        seen, left_out = (_judges(moments, weight, support, ranks) for moments in (others, fold))
+    parts = list(folds.values())
+    at_once = weight.device.type in AT_ONCE and all(isinstance(fold, PatchMoments) for fold in parts)
+    for chosen in [parts] if at_once else [[fold] for fold in parts]:
+        others = [merged.without(fold) for fold in chosen]  # type: ignore[arg-type]
+        seen, left_out = (_judges(moments, weight, support, ranks) for moments in (others, chosen))
         w, wanted = seen.solve(seen.own_targets(), excess=ROUGH_EXCESS).w, left_out.own_targets()
-        covariance = covariance + (w * wanted.cross).sum(1)
-        varies = varies + left_out.with_weights(w).squares
-        total = total + wanted.squares
+        covariance, varies, total = (
+            before + each.view(len(chosen), -1).sum(0)
+            for before, each in (
+                (covariance, (w * wanted.cross).sum(1)),
+                (varies, left_out.with_weights(w).squares),
+                (total, wanted.squares),
+            )
+        )
     explained = torch.where((covariance > 0) & (varies > 0), covariance.square() / varies, 0.0)
     errors = (total - explained).view(min(len(merged.mean), JUDGES), len(RIDGES), -1).sum((0, 2))
     errors = ranks.first(errors)
@@ -204,17 +213,17 @@ def _judging_rows(moments: Moments, support: Tensor, count: int) -> tuple[Tensor
     return groups, kept.argsort(dim=1, descending=True, stable=True)[:, : max(count // len(groups), 1)]
 
 
-def _judges(moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
+def _judges(moments: Sequence[Moments], weight: Tensor, support: Tensor, ranks: Ranks) -> Problem:
     """The problem of `JUDGES` channels with each of the `RIDGES`, in as many groups; channels with weights first.
 
-    The rows run over groups, then ridges, then channels.
+    Several moments have the same problem each, as further groups. The rows run over moments, groups, ridges, channels.
     """
-    groups, rows = _judging_rows(moments, support, JUDGES)
-    by_group = [each.unflatten(0, (len(moments.mean), -1)) for each in (weight, support)]
-    ridges = _ridges(weight.device).repeat_interleave(rows.shape[1]).repeat(len(groups))
+    groups, rows = _judging_rows(moments[0], support, JUDGES)
+    by_group = [each.unflatten(0, (len(moments[0].mean), -1)) for each in (weight, support)]
+    ridges = _ridges(weight.device).repeat_interleave(rows.shape[1]).repeat(len(groups) * len(moments))
     rows = rows.repeat(1, len(RIDGES))
-    weight, support = (each[groups, rows].flatten(0, 1) for each in by_group)
-    return Problem(moments.of_channels(groups, rows), weight, support, ridges, ranks)
+    weight, support = (each[groups, rows].flatten(0, 1).repeat(len(moments), 1) for each in by_group)
+    return Problem(as_groups([each.of_channels(groups, rows) for each in moments]), weight, support, ridges, ranks)
 
 
 def fit_with_means(

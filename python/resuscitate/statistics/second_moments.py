@@ -7,7 +7,7 @@ samples take less memory than the matrix, and products with them less time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, reduce
 
 import torch
@@ -25,6 +25,14 @@ def merged(parts: Iterable[Moments]) -> Moments:
     return reduce(lambda one, other: one.merge(other), parts)  # type: ignore[arg-type]
 
 
+def as_groups(parts: Sequence[Moments]) -> Moments:
+    """Moments with the groups of all parts, which are `PatchMoments` if there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    each = [(p.mean, p.target, p.xx, p.xy, p.yy) for p in parts]
+    return PatchMoments(sum(p.count for p in parts), *(torch.cat(tensors) for tensors in zip(*each, strict=True)))
+
+
 class SecondMoments(ABC):
     """The second moments xx of G groups of K values."""
 
@@ -35,6 +43,10 @@ class SecondMoments(ABC):
     @abstractmethod
     def times(self, w: Tensor, groups: slice = slice(None)) -> Tensor:
         """w xx for w (G, R, K), in the dtype of w, float32 or float64."""
+
+    def single(self, groups: slice = slice(None)) -> Callable[[Tensor], Tensor]:
+        """`times` for float32 alone, to be called many times: each small operation there takes time on a GPU's host."""
+        return lambda w: self.times(w, groups)
 
     @cached_property
     def low_rank(self) -> Tensor:
@@ -66,6 +78,10 @@ class Matrices(SecondMoments):
 
     def times(self, w: Tensor, groups: slice = slice(None)) -> Tensor:
         return w @ (self.xx if w.dtype == torch.float64 else self._single)[groups]
+
+    def single(self, groups: slice = slice(None)) -> Callable[[Tensor], Tensor]:
+        matrices = self._single[groups]
+        return lambda w: torch.bmm(w, matrices)
 
     def within(self, group: Tensor, places: Tensor) -> Tensor:
         """The matrices (B, n, n) of these places (B, n) of these groups (B,)."""

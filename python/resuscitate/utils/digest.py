@@ -166,7 +166,8 @@ def _names(code: CodeType) -> Iterator[str]:
 def image_keys(batch: Any) -> list[int]:
     """A whole number of 63 bits for each image of the first tensor found in a batch, from its contents."""
     images = first_tensor(batch)
-    rows: Any = [] if images is None else images if isinstance(images, Tensor) else torch.from_numpy(images)
+    # one copy from a GPU, not one for each image
+    rows: Any = [] if images is None else images.cpu() if isinstance(images, Tensor) else torch.from_numpy(images)
     return [int.from_bytes(_short(row), "big") >> 1 for row in rows] or [0]
 
 

@@ -75,7 +75,8 @@ def _add_gradients(net: Network, images: Tensor, numbers: Tensor, sums: dict[str
     """Add the products of the gradients at all layers for these images and all projections."""
 
     def add(name: str, gradient: Tensor) -> None:
-        rows = gradient.movedim(net.axis(name), 0).flatten(1).float()
+        # a copy: PyTorch warns where the first work of autograd's thread on a GPU is a product of matrices
+        rows = gradient.movedim(net.axis(name), 0).flatten(1).float().contiguous()
         sums[name].addmm_(rows, rows.mT)
 
     def watch(name: str, output: Any) -> None:

@@ -13,6 +13,7 @@ import resuscitate
 from asr_kernels import PatchMoments, Window, patch_moments
 from resuscitate.data.batches import Batches
 from resuscitate.runtime.distributed import Ranks
+from resuscitate.statistics import fitting
 from resuscitate.statistics.fitting import RIDGE, RIDGES, choose_ridge, fit
 from tests.networks import Residual, Untraceable, chain, images, pruned_copy, seeded
 
@@ -54,8 +55,10 @@ def chosen(moments, present, support):
     return choose_ridge(moments, reduce(PatchMoments.merge, moments.values()), present, support, Ranks())
 
 
+@pytest.mark.parametrize("at_once", [(), ("cpu",)], ids=["by fold", "at once"])
 @pytest.mark.parametrize("samples", [24, 48, 200])
-def test_the_ridge_is_the_first_whose_successor_predicts_no_better(samples):
+def test_the_ridge_is_the_first_whose_successor_predicts_no_better(samples, at_once, monkeypatch):
+    monkeypatch.setattr(fitting, "AT_ONCE", at_once)
     parts, moments, present, support, _ = regression(samples)
     errors = [left_unexplained(parts, present, support, ridge) for ridge in RIDGES]
     rises = [index for index in range(len(RIDGES) - 1) if errors[index + 1] >= errors[index]]
