@@ -62,7 +62,8 @@ class PatchCovariances(Statistic):
             y = contributions(name, self.place.dense, y, count, self.place.kept)
             window = replace(window, groups=count)
         # one number for all values, which is not finite where one of them is not
-        self.sums.append((batch, sum(torch.linalg.vector_norm(each, dtype=torch.float64) for each in (x, y))))
+        totals = [each.sum(dtype=torch.promote_types(each.dtype, torch.float32)).double() for each in (x, y)]
+        self.sums.append((batch, torch.stack(totals).sum()))
         folds = self.place.folds(batch, len(x))
         most = 0 if window.kernel else most_samples(x.shape[-1])
         if most * x.shape[-1] * len(folds) < x.numel():
