@@ -68,8 +68,26 @@ def host_time(row: dict[str, Any]) -> str:
     return f"{row['host_us']['ours']:.0f}" if "ours" in row["host_us"] else ""
 
 
+def shares(rows: list[dict[str, Any]]) -> str:
+    """By tensor and operation, the speed as a part of a copy's: NCHW in bf16 and fp32, then channels_last."""
+    kinds = [(layout, dtype) for layout in ("NCHW", "channels_last") for dtype in ("bf16", "fp32")]
+    found = {(r["operation"], tuple(r["shape"]), r["layout"], r["dtype"]): r for r in rows}
+    operations = [name for name in ("moments", "paired", "affine") if any(key[0] == name for key in found)]
+    lines = []
+    for shape in dict.fromkeys(key[1] for key in found if key[0] in operations):
+        cells = []
+        for operation in operations:
+            mine = [found.get((operation, shape, *kind)) for kind in kinds]
+            known = [f"{r['gb_per_s'] / r['copy_gb_per_s']:.0%}" if r else "" for r in mine]
+            cells.append(
+                ", ".join(filter(None, (" / ".join(filter(None, known[:2])), " / ".join(filter(None, known[2:])))))
+            )
+        lines.append(["x".join(map(str, shape)), *cells])
+    return markdown_table(["of a copy: NCHW bf16 / fp32, channels_last bf16 / fp32", *operations], lines)
+
+
 def markdown(rows: list[dict[str, Any]], repairs: list[dict[str, Any]]) -> str:
-    """The tables in the docs: the larger batch of every shape; whole repairs."""
+    """The tables in the docs: shares of a copy; the larger batch of every shape; whole repairs."""
     lines = []
     for row in rows:
         if row["shape"][0] != 64:
@@ -79,7 +97,8 @@ def markdown(rows: list[dict[str, Any]], repairs: list[dict[str, Any]]) -> str:
             lines.append(
                 [row["operation"], tensor, *speed, f"{row['gb_per_s'] / row['copy_gb_per_s']:.0%}", peers or "wrong"]
             )
-    tables = [markdown_table(["operation", "tensor", "us", "host us", "GB/s", "of a copy", "times as fast as"], lines)]
+    tables = [shares(rows)]
+    tables += [markdown_table(["operation", "tensor", "us", "host us", "GB/s", "of a copy", "times as fast as"], lines)]
     lines = []
     for row in repairs:
         ours = row["seconds"]["ours"]
