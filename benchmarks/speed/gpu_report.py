@@ -87,24 +87,13 @@ def shares(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]], repairs: list[dict[str, Any]]) -> str:
-    """The tables in the docs: shares of a copy; the larger batch of every shape; whole repairs."""
-    lines = []
-    for row in rows:
-        if row["shape"][0] != 64:
-            tensor = f"{'x'.join(map(str, row['shape']))} {row['layout']} {row['dtype']}"
-            peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in (row["speedup"] or {}).items())
-            speed = f"{1e3 * row['ms_p20_p50_p80']['ours'][1]:.1f}", host_time(row), f"{row['gb_per_s']:.0f}"
-            lines.append(
-                [row["operation"], tensor, *speed, f"{row['gb_per_s'] / row['copy_gb_per_s']:.0%}", peers or "wrong"]
-            )
-    tables = [shares(rows)]
-    tables += [markdown_table(["operation", "tensor", "us", "host us", "GB/s", "of a copy", "times as fast as"], lines)]
+    """The tables in the docs: shares of a copy; whole repairs."""
     lines = []
     for row in repairs:
         ours = row["seconds"]["ours"]
         peers = ", ".join(f"{name} {t / ours:.2f}" for name, t in row["seconds"].items() if name != "ours")
         lines.append([row["job"], f"{row['images']:,} of {row['size']}x{row['size']}", f"{ours:.2f}", peers])
-    tables += [markdown_table(["ResNet-50", "images", "ours, s", "times ours"], lines)] * bool(repairs)
+    tables = [shares(rows), *[markdown_table(["ResNet-50", "images", "ours, s", "times ours"], lines)] * bool(repairs)]
     return "\n".join(tables)
 
 
