@@ -51,20 +51,17 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    setting = "cuda", "matmul"
-    found = [(outer, _get(*outer)) for outer in (("generic", "all"), ("cuda", "all"))]
+    found: dict[tuple[str, str], str] = {}
+    for setting in (("generic", "all"), ("cuda", "all"), ("cuda", "matmul")):
+        # inherited values are "none" by now, so the value read is the setting's own
+        found[setting] = _get(*setting)
+        _set(*setting, "none")
     try:
-        for outer, _ in found:
-            _set(*outer, "none")  # so that the value read below is the setting's own
-        own = _get(*setting)
-    finally:
-        for outer, value in found:
-            _set(*outer, value)
-    try:
-        _set(*setting, "tf32")
+        _set("cuda", "matmul", "tf32")
         yield
     finally:
-        _set(*setting, own)
+        for setting, own in found.items():
+            _set(*setting, own)
 
 
 @contextmanager

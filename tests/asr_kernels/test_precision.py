@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import asr_kernels as ak
-from asr_kernels.precision import full_precision, full_precision_of_models
+from asr_kernels.precision import full_precision, full_precision_of_models, tensor_cores
 
 BACKENDS = torch.backends
 CONV = ak.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
@@ -195,6 +195,19 @@ def test_settings_are_restored_after_an_error(wished, device):
     with pytest.raises(ZeroDivisionError):
         fails()
     assert set(found) <= {"ieee", "none"}
+    assert everything() == before
+
+
+def test_tensor_cores_are_used_inside_and_all_settings_restored(wished):
+    device, before = torch.device("cuda"), everything()
+    with full_precision(device):
+        within = everything()
+        with tensor_cores(device):
+            assert torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+        assert everything() == within
+        with pytest.raises(RuntimeError, match="of the caller"), tensor_cores(device):
+            raise RuntimeError("of the caller")
+        assert everything() == within
     assert everything() == before
 
 
