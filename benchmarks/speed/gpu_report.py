@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.results import markdown_table
+from benchmarks.speed.kernel_operations import DTYPES, LAYOUTS, OPERATIONS
 
 # moments, affine: least share of a copy's speed, for at least LARGE bytes. eager, inductor: least speed-up;
 # hard: few channels, or 7x7. repair: largest time of a repair over that of the bare forward passes
@@ -70,18 +71,18 @@ def host_time(row: dict[str, Any]) -> str:
 
 def shares(rows: list[dict[str, Any]]) -> str:
     """By tensor and operation, the speed as a part of a copy's: NCHW in bf16 and fp32, then channels_last."""
-    kinds = [(layout, dtype) for layout in ("NCHW", "channels_last") for dtype in ("bf16", "fp32")]
     found = {(r["operation"], tuple(r["shape"]), r["layout"], r["dtype"]): r for r in rows}
-    operations = [name for name in ("moments", "paired", "affine") if any(key[0] == name for key in found)]
+    operations = [name for name in OPERATIONS if any(key[0] == name for key in found)]
     lines = []
     for shape in dict.fromkeys(key[1] for key in found if key[0] in operations):
-        cells = []
-        for operation in operations:
-            mine = [found.get((operation, shape, *kind)) for kind in kinds]
-            known = [f"{r['gb_per_s'] / r['copy_gb_per_s']:.0%}" if r else "" for r in mine]
-            cells.append(
-                ", ".join(filter(None, (" / ".join(filter(None, known[:2])), " / ".join(filter(None, known[2:])))))
+        cells = [
+            ", ".join(
+                " / ".join(f"{r['gb_per_s'] / r['copy_gb_per_s']:.0%}" for r in mine)
+                for layout in LAYOUTS
+                if (mine := [found[key] for d in DTYPES if (key := (operation, shape, layout, d)) in found])
             )
+            for operation in operations
+        ]
         lines.append(["x".join(map(str, shape)), *cells])
     return markdown_table(["of a copy: NCHW bf16 / fp32, channels_last bf16 / fp32", *operations], lines)
 
@@ -105,10 +106,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     operations = list(dict.fromkeys(row["operation"] for row in rows))
+    measured = {name for row in rows for name in row["ms_p20_p50_p80"]}
     figure, axes = plt.subplots(1, len(operations), figsize=(12, 4), layout="constrained", sharex=True, sharey=True)
     for axis, operation in zip(axes, operations, strict=True):
         mine = [row for row in rows if row["operation"] == operation]
-        for name, marker in (("ours", "o"), ("inductor", "x"), ("eager", "+")):
+        for name, marker in (("ours", "o"), ("eager", "+"), ("by rows", "+"), ("inductor", "x")):
+            if name not in measured:
+                continue
             points = [(row["bytes"], row["ms_p20_p50_p80"][name][1]) for row in mine if name in row["ms_p20_p50_p80"]]
             axis.plot(*zip(*points, strict=True) if points else ([], []), marker, label=name)
         reach = [min(row["bytes"] for row in rows), max(row["bytes"] for row in rows)]

@@ -223,7 +223,7 @@ def measure_patches(
             bool(((a - b).abs() <= TOLERANCE * scale).all()) for a, b in ((found.xx, truth.xx), (found.xy, truth.xy))
         )
         del found, truth
-        calls: Candidates = {"ours": ours, "eager": by_rows}
+        calls: Candidates = {"ours": ours, "by rows": by_rows}
         times = {name: clock.milliseconds(call) for name, call in calls.items()}
         copied = clock.milliseconds(lambda x=x, y=y: y.copy_(x))[1]
         row = {"operation": f"refit {size}x{size}", "shape": shape, "layout": layout, "dtype": dtype, "right": right}

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in (".", "python")]  # this checkout
 
@@ -32,22 +32,22 @@ from resuscitate.statistics.least_squares import Problem
 from tests.outside.networks import liven, package, settle, smooth_images
 
 SIZE = 224
-# by device the images of a batch, and the rows: the network of torchvision, the number of images, and of rounds
+# by device the images of a batch, and the rows: the network of torchvision, the number of images, of rounds, the job
 BATCH = {"cpu": 16, "cuda": 64}
 ROWS = {
     "cpu": {
-        "ResNet-50, 32 images": ("resnet50", 32, 3),
-        "ResNet-50, 256 images": ("resnet50", 256, 1),
-        "MobileNetV2, 32 images": ("mobilenet_v2", 32, 3),
-        "VGG-16, 32 images": ("vgg16", 32, 1),
-        "ConvNeXt-T, 32 images": ("convnext_tiny", 32, 1),
-        "ViT-B/16, 32 images": ("vit_b_16", 32, 1),
+        "ResNet-50, 32 images": ("resnet50", 32, 3, "refit"),
+        "ResNet-50, 256 images": ("resnet50", 256, 1, "refit"),
+        "MobileNetV2, 32 images": ("mobilenet_v2", 32, 3, "refit"),
+        "VGG-16, 32 images": ("vgg16", 32, 1, "refit"),
+        "ConvNeXt-T, 32 images": ("convnext_tiny", 32, 1, "refit"),
+        "ViT-B/16, 32 images": ("vit_b_16", 32, 1, "refit"),
     },
     "cuda": {
-        "ResNet-50, 1,024 images": ("resnet50", 1024, 3),
-        "MobileNetV2, 1,024 images": ("mobilenet_v2", 1024, 3),
-        "ViT-B/16, 1,024 images": ("vit_b_16", 1024, 3),
-        "ResNet-50, 1,024 images, compress": ("resnet50", 1024, 1),
+        "ResNet-50, 1,024 images": ("resnet50", 1024, 3, "refit"),
+        "MobileNetV2, 1,024 images": ("mobilenet_v2", 1024, 3, "refit"),
+        "ViT-B/16, 1,024 images": ("vit_b_16", 1024, 3, "refit"),
+        "ResNet-50, 1,024 images, compress": ("resnet50", 1024, 1, "compress"),
     },
 }
 
@@ -65,7 +65,7 @@ def timed(function: Callable[..., Any], device: str, seconds: list[float]) -> Ca
 
 def one(row: str, device: str) -> dict[str, Any]:
     """The numbers of one row, in this process; forward passes and refits alternate."""
-    (name, count, rounds), batch = ROWS[device][row], BATCH[device]
+    (name, count, rounds, job), batch = ROWS[device][row], BATCH[device]
     torch.manual_seed(0)
     dense: nn.Module = getattr(package("torchvision").models, name)(weights=None).eval()
     images = smooth_images(count, SIZE).to(device)
@@ -75,26 +75,24 @@ def one(row: str, device: str) -> dict[str, Any]:
     resuscitate.sparsify(pruned, 0.8, allocation="erk")
     options: dict[str, Any] = {"batch_size": batch, "progress": False}
 
-    def refit() -> Any:
-        return resuscitate.repair(copy.deepcopy(pruned), dense, images, **options)
-
-    def compress() -> Any:
-        return resuscitate.compress(copy.deepcopy(dense), 0.8, images, **options)
+    def run(read: Tensor) -> Any:
+        if job == "compress":
+            return resuscitate.compress(copy.deepcopy(dense), 0.8, read, **options)
+        return resuscitate.repair(copy.deepcopy(pruned), dense, read, **options)
 
     found: dict[str, list[float]] = {"forwards": [], "refit": [], "solving": []}
     solving: list[float] = []
     if device == "cpu":  # on a GPU the clock would wait for each solution
         Problem.solve = timed(Problem.solve, device, solving)
     else:  # what is compiled and loaded once
-        resuscitate.repair(copy.deepcopy(pruned), dense, images[: 4 * batch], **options)
+        run(images[: 4 * batch])
     for _ in range(rounds):
         timed(forwards, device, found["forwards"])(images.split(batch), dense, pruned)
         solving.clear()
-        report = timed(compress if "compress" in row else refit, device, found["refit"])()
+        report = timed(run, device, found["refit"])(images)
         found["solving"].append(sum(solving))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else measured(lambda: None, torch.device("cpu"))[2]
-    about = {"row": row, "layers": len(report.layers) if "compress" not in row else None, "peak": peak}
-    about |= {"threads": torch.get_num_threads(), "agreement": vars(report.agreement) if report.agreement else None}
+    about = {"row": row, "peak": peak, "threads": torch.get_num_threads(), "agreement": vars(report.agreement)}
     return about | {key: median(values) for key, values in found.items()} | {"rounds": found}
 
 
