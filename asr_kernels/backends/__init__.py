@@ -42,6 +42,7 @@ def backend_for(x: Tensor, part: Literal["moments", "factors", "affine", "patche
     name = _chosen.get() or _checked(os.environ.get("ASR_BACKEND", "auto"))
     if name == "auto":
         name = "triton" if x.is_cuda and _has_triton() else "torch"
+    # PyTorch multiplies patches on every backend, in the way that suits the device
     if part == "patches" and name != "reference":
         return _module(".whole_patches" if x.is_cuda else ".torch_patches")
     if name != "triton":

@@ -46,70 +46,71 @@ class Sums:
     def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None], budget: int) -> None:
         """Add a batch. folds: of each, which images belong to it, int64; None: all. budget: bytes for copies."""
         sizes = {fold: len(x) if rows is None else len(rows) for fold, rows in folds.items()}
-        if len(folds) > 1 or sizes[next(iter(folds))] < len(x):
-            order = torch.cat([rows for rows in folds.values() if rows is not None]).to(x.device, non_blocking=True)
+        if chosen := [rows for rows in folds.values() if rows is not None]:
+            order = torch.cat(chosen).to(x.device, non_blocking=True)
             x, y = x.index_select(0, order), y.index_select(0, order)
-        each = 2 * self.about.itemsize * (self.K + self.O) * self.window.groups * prod(y.shape[2:])
+        copied = 2 * self.about.itemsize * (self.K + self.O) * self.window.groups * prod(y.shape[2:])  # of an image
         start = 0
-        for segments in _chunks(sizes, max(budget // max(each, 1), 1)):
+        for segments in _chunks(sizes, max(budget // max(copied, 1), 1)):
             stop = start + sum(images for _, images in segments)
             self._add(x[start:stop], y[start:stop], segments)
             start = stop
 
     def _add(self, x: Tensor, y: Tensor, segments: list[Segment]) -> None:
-        squares = (y.to(self.dtype) - self._along(self.target, y)).square_().flatten(2).sum(2)
-        x, y = self._values(x, y)
-        # pieces of equal length, as many of each fold as it needs
-        places, images = prod(y.shape[4:]), [images for _, images in segments]
+        images, places = [images for _, images in segments], prod(y.shape[2:])
+        x, y = (
+            each.to(self.dtype) - point.view(-1, *[1] * (x.ndim - 2))
+            for each, point in ((padded(x, self.window), self.about), (y, self.target))
+        )
+        matrix, pieces = self._matrix(x, y, images)
+        squares = y.square().flatten(2).sum(2)
+        for (fold, n), *new in zip(
+            segments, self._multiplied(matrix).split(pieces), squares.split(images), strict=True
+        ):
+            totals = [each.sum(0, dtype=torch.float64) for each in new]
+            if fold in self.sums:
+                totals = [old.add_(total) for old, total in zip(self.sums[fold], totals, strict=True)]
+            self.sums[fold], self.count[fold] = totals, self.count.get(fold, 0) + n * places
+
+    def _matrix(self, x: Tensor, y: Tensor, images: list[int]) -> tuple[Tensor, list[int]]:
+        """[parts, G, R, P, length] from deviations, zero where a piece is not full; the pieces of each fold, P in all.
+
+        Rows: the values of a patch, a one, the outputs, and zeros up to a multiple of 4. Columns: patches.
+        """
+        G, K, places = self.window.groups, self.K, prod(y.shape[2:])
         pieces = [-(-n * places // PIECE) for n in images]
         length = max(-(-n * places // count) for n, count in zip(images, pieces, strict=True))
         length += -length % 4
-        # [parts, G, R, columns], R a multiple of 4
-        matrix = x.new_zeros(len(x), self.window.groups, self.R + -self.R % 4, sum(pieces) * length)
-        rows = [matrix[:, :, : self.K].unflatten(2, x.shape[2 : -y.ndim + 3]), matrix[:, :, self.K + 1 : self.R]]
-        ones, first = matrix[0, :, self.K], 0
-        for values in zip(x.split(images, -y.ndim + 3), y.split(images, 3), pieces, strict=True):
-            for row, value in zip(rows, values, strict=False):
-                columns = row.narrow(-1, first, values[1].shape[3:].numel())
-                columns.unflatten(-1, value.shape[-y.ndim + 3 :]).copy_(value)
-            ones.narrow(-1, first, values[1].shape[3:].numel()).fill_(1)
-            first += values[2] * length
-        found = self._multiplied(matrix.unflatten(3, (-1, length)).movedim(3, 1).flatten(1, 2))
-        found = found.unflatten(0, (-1, self.window.groups))
-        for (fold, n), *new in zip(segments, found.split(pieces), squares.split(images), strict=True):
-            totals = [each.sum(0, dtype=torch.float64) for each in new]
-            if fold in self.sums:
-                for old, total in zip(self.sums[fold], totals, strict=True):
-                    old.add_(total)
-            else:
-                self.sums[fold] = totals
-            self.count[fold] = self.count.get(fold, 0) + n * places
+        read, outputs = (tf32_parts(each) if self.in_parts else each[None] for each in (x, y))
+        # [C, *kernel, parts * N, *output] -> [parts, G, C / G, *kernel, N, *output]; [parts, G, O, N, *output]
+        at = 1 + len(self.window.kernel)
+        patches = patch_values(read.flatten(0, 1), self.window).unflatten(at, read.shape[:2]).movedim(at, 0)
+        patches, outputs = patches.unflatten(1, (G, -1)), outputs.transpose(1, 2).unflatten(1, (G, -1))
+        matrix = x.new_zeros(len(read), G, self.R + -self.R % 4, sum(pieces), length)
+        columns, first = matrix.flatten(3), 0
+        for n, count, *values in zip(
+            images, pieces, patches.split(images, at + 2), outputs.split(images, 3), strict=True
+        ):
+            filled = columns[..., first : first + n * places]
+            for rows, value in zip((slice(K), slice(K + 1, self.R)), values, strict=True):
+                filled[:, :, rows].view(value.shape).copy_(value)
+            filled[0, :, K] = 1
+            first += count * length
+        return matrix, pieces
 
-    def _values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the parts: of x [parts, G, C, *kernel, N, *output], of y [parts, G, O, N, *output]."""
-        x = padded(x, self.window).to(self.dtype)
-        deviations = x - self._along(self.about, x), y.to(self.dtype) - self._along(self.target, y)
-        read, outputs = (tf32_parts(each) if self.in_parts else each[None] for each in deviations)
-        axis = 1 + len(self.window.kernel)
-        patches = patch_values(read.flatten(0, 1), self.window).unflatten(axis, read.shape[:2]).movedim(axis, 0)
-        return patches.unflatten(1, (self.window.groups, -1)), outputs.transpose(1, 2).unflatten(
-            1, (self.window.groups, -1)
-        )
-
-    def _along(self, vector: Tensor, x: Tensor) -> Tensor:
-        return vector.view(-1, *[1] * (x.ndim - 2))
-
-    def _multiplied(self, pieces: Tensor) -> Tensor:
-        """[P, K + 1, R] from pieces [parts, P, R, length]: of the first K + 1 rows with all."""
-        high = pieces[0]
-        if not self.in_parts:
-            return high[:, : self.K + 1] @ high.mT
-        low = pieces[1]
-        with tensor_cores(high.device):
-            found = high[:, : self.K + 1] @ low.mT
-            for one, other in ((low, high), (high, high)):
-                found = found.baddbmm_(one[:, : self.K + 1], other.mT)
-        return found
+    def _multiplied(self, matrix: Tensor) -> Tensor:
+        """[P, G, K + 1, R]: the products of the first K + 1 rows with all, by piece."""
+        parts, first = matrix.movedim(3, 1), slice(self.K + 1)
+        high, *rest = parts.flatten(1, 2)
+        if rest:
+            (low,) = rest
+            with tensor_cores(high.device):
+                found = high[:, first] @ low.mT
+                for one, other in ((low, high), (high, high)):
+                    found = found.baddbmm_(one[:, first], other.mT)
+        else:
+            found = high[:, first] @ high.mT
+        return found.unflatten(0, parts.shape[1:3])
 
     def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The parts of `PatchMoments` of a fold."""

@@ -64,7 +64,7 @@ class RidgeSystems:
             residual = (right - found.product - self.rho * found.w) * inside
             missed = preconditioner.energy(residual.float()) > allowed
             for steps in STEPS:
-                if seen(~missed):
+                if all_reached(~missed):
                     break
                 w = found.w + self._descend(preconditioner, residual.float(), allowed, steps).double()
                 found = Solution(w, self.xx.times(w, self.groups))
@@ -78,18 +78,14 @@ class RidgeSystems:
 
     def _descend(self, preconditioner: _Preconditioner, residual: Tensor, allowed: Tensor, steps: int) -> Tensor:
         """The change of w that takes this residual to the allowed one, or near it; all in float32."""
-        inside, rho, most, product = (
-            self.support.float(),
-            self.rho.float(),
-            allowed[..., None],
-            self.xx.single(self.groups),
-        )
+        inside, rho, most = self.support.float(), self.rho.float(), allowed[..., None]
+        product = self.xx.single(self.groups)
 
         def times(w: Tensor) -> Tensor:
             return product(w).addcmul_(rho, w).mul_(inside)
 
         def enough(step: int, energy: Tensor) -> bool:
-            return step > 0 and step % LOOK_EVERY == 0 and seen(energy <= most)
+            return step > 0 and step % LOOK_EVERY == 0 and all_reached(energy <= most)
 
         return _descend(times, preconditioner, residual, (-1,), steps, enough)
 
@@ -116,7 +112,6 @@ class CoupledSystem:
         # the inverse of the diagonal is the preconditioner
         scale = (inside / (own * self.diagonal + rho).clamp(min=torch.finfo(torch.float32).tiny)).float()
         single, least, within = self.curvature.float(), rho.float(), inside.float()
-
         product = self.xx.single()
 
         def times(w: Tensor) -> Tensor:
@@ -127,7 +122,7 @@ class CoupledSystem:
         return start + change.double()
 
 
-def seen(reached: Tensor) -> bool:
+def all_reached(reached: Tensor) -> bool:
     """Are all true? The host waits for the device."""
     return bool(reached.all())
 
@@ -140,7 +135,7 @@ def _descend(
     steps: int,
     enough: Callable[[int, Tensor], bool] = lambda step, energy: False,
 ) -> Tensor:
-    """The change of w after some steps of conjugate gradients, from the residual at w.
+    """The change of w after some steps of conjugate gradients, from the residual at w, which is overwritten.
 
     times: multiply by the matrix. axes: of one system; the others number the systems. enough(step, energy): end here?
     The energies are the preconditioned squares of the residuals, of size 1 along the axes.
@@ -152,7 +147,7 @@ def _descend(
     def quotient(one: Tensor, other: Tensor) -> Tensor:
         return torch.where(other > 0, one / other, nothing)
 
-    residual, nothing = residual.clone(), residual.new_zeros(())
+    nothing = residual.new_zeros(())
     w, direction = torch.zeros_like(residual), preconditioner(residual)
     energy = dot(residual, direction)
     for step in range(steps):

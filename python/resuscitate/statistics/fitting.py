@@ -20,7 +20,7 @@ Replay = Callable[[Tensor, Tensor], CrossProducts]
 RIDGE, MOST_GAIN = 1e-2, 3.0
 ROUGH_EXCESS = 1e-5  # of solutions that only lead to others, see `EXCESS`
 RIDGES, JUDGES = (0.01, 0.05, 0.25, 1.25), 16  # cross-validation: ridges to choose from, channels that judge them
-# devices on which all folds are solved at once: second moments are large, but a GPU's time goes by operations
+# devices on which all folds are solved at once: it takes memory, but the time on a GPU is that of many small operations
 AT_ONCE = ("cuda",)
 PART_BYTES = 64 << 20  # of the float64 weights of a layer with few samples that are solved for at a time
 # ReLU-aware refinement: number of passes, extrapolation factor, minimum unexplained part of the variance

@@ -79,16 +79,15 @@ class PatchCovariances(Statistic):
         self.folds[fold] = merged([self.folds[fold], found]) if fold in self.folds else found
 
     def finish(self, batches: int) -> None:
-        """Moments that are not finite because a product of finite values is not count as those of the last batch."""
+        self._gather(batches)
+        self.check()
+
+    def _gather(self, batches: int) -> None:
+        """Set `folds`. Where finite values have a sum of products that is not, `check` names the last batch."""
         for fold, found in self.patches.moments().items() if self.patches else ():
             self._add(fold, found)
             self.sums.append((batches - 1, found.diagonal.sum() + found.yy.sum()))
         self.patches = None
-        self.finish_check()
-
-    def finish_check(self) -> None:
-        """What `finish` checks."""
-        self.check()
 
     def check(self) -> None:
         """Raise NonFiniteError for a value that is NaN or infinite; the host waits for the device."""
@@ -108,7 +107,8 @@ class PatchCovariances(Statistic):
 class UncheckedPatchCovariances(PatchCovariances):
     """`PatchCovariances` that the walk does not check, so that the host need not wait: the method calls `check`."""
 
-    def finish_check(self) -> None: ...
+    def finish(self, batches: int) -> None:
+        self._gather(batches)
 
     def state(self) -> Any:
         self.check()

@@ -59,15 +59,15 @@ def digest_in_order(batches: Iterable[Any]) -> str:
 def _each_image(batches: Iterable[Any]) -> Iterator[bytes]:
     for batch in batches:
         if isinstance(batch, Tensor):
-            yield from _short(batch)
+            yield from _digests(batch)
         else:
             found = hashlib.blake2b(digest_size=8)
             _feed(found.update, batch)
             yield found.digest()
 
 
-def _short(images: Tensor) -> Iterator[bytes]:
-    """A digest of each image, on as many threads as PyTorch uses: without the interpreter's lock, image by image."""
+def _digests(images: Tensor) -> Iterator[bytes]:
+    """A digest of each image, on as many threads as PyTorch uses; `hashlib` releases the interpreter's lock."""
 
     def digest(image: Tensor) -> bytes:
         return hashlib.blake2b(_bytes(image), digest_size=8).digest()
@@ -178,7 +178,7 @@ def image_keys(batch: Any) -> list[int]:
     if images is None or not len(images):
         return [0]
     rows = images if isinstance(images, Tensor) else torch.from_numpy(images)
-    return [int.from_bytes(digest, "big") >> 1 for digest in _short(rows)]
+    return [int.from_bytes(digest, "big") >> 1 for digest in _digests(rows)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
