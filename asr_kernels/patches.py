@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import backend_for, whole_patches
+from .backends import backend_for, torch_patches, whole_patches
 from .precision import full_precision
 from .window import Window
 
@@ -110,9 +110,10 @@ class PatchSums:
     """
 
     def __init__(self, window: Window, *, budget: int | None = None) -> None:
-        self.window, self.budget = window, budget
-        self._merged: dict[int, PatchMoments] = {}
-        self._sums: whole_patches.Sums | None = None
+        self.window: Window = window
+        self.budget: int | None = budget
+        self._nothing: dict[int, PatchMoments] = {}  # the moments of folds that had no patches at first
+        self._sums: torch_patches.Sums | whole_patches.Sums | None = None
 
     def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None] = ALL) -> None:
         """Add one batch.
@@ -127,30 +128,18 @@ class PatchSums:
             folds = {fold: rows if rows is None else _positions(rows, len(x) // images) for fold, rows in folds.items()}
         if not len(y) * prod(y.shape[2:]):
             for fold in folds:
-                self._merged.setdefault(fold, _no_moments(x, y, window))
+                self._nothing.setdefault(fold, _no_moments(x, y, window))
             return
-        backend = backend_for(x, "patches")
         budget = _copies_budget(x.device) if self.budget is None else self.budget
         with full_precision(x.device), torch.cuda.device_of(x):
-            if backend is whole_patches:
-                self._sums = self._sums or whole_patches.Sums(x, y, window)
-                self._sums.add(x, y, folds, budget)
-                return
-            most = max(1, budget // max(backend.PatchProducts.copied_bytes(x, window), 1))
-            for fold, rows in folds.items():
-                mine = (each if rows is None else each[rows.to(each.device, non_blocking=True)] for each in (x, y))
-                for parts in zip(*(each.split(most) for each in mine), strict=True):
-                    found = PatchMoments(*backend.PatchProducts(*parts, window).moments())
-                    self._merged[fold] = self._merged[fold].merge(found) if fold in self._merged else found
+            self._sums = self._sums or backend_for(x, "patches").Sums(x, y, window)
+            self._sums.add(x, y, folds, budget)
 
     def moments(self) -> dict[int, PatchMoments]:
-        """The moments of each fold so far."""
-        found = dict(self._merged)
-        if self._sums is not None:
-            for fold in self._sums.count:
-                mine = PatchMoments(*self._sums.moments(fold))
-                found[fold] = found[fold].merge(mine) if fold in found else mine
-        return found
+        """The moments of each fold. The sums end with this: their memory is freed."""
+        sums, self._sums = self._sums, None
+        found = {fold: PatchMoments(*sums.moments(fold)) for fold in list(sums.folds)} if sums else {}
+        return self._nothing | found
 
 
 def patch_moments(x: Tensor, y: Tensor, window: Window, *, budget: int | None = None) -> PatchMoments:

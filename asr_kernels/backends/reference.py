@@ -38,11 +38,11 @@ def affine_(x: Tensor, gain: Tensor, shift: Tensor, channel_dim: int, relu: bool
         part.copy_(y.relu() if relu else y)
 
 
-class PatchProducts(torch_patches.PatchProducts):
-    """Products of patches in float64."""
+class Sums(torch_patches.Sums):
+    """Sums of products of patches, in float64."""
 
     def __init__(self, x: Tensor, y: Tensor, window: Window) -> None:
-        super().__init__(x.double(), y.double(), window)
+        super().__init__(x, y, window, torch.float64)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

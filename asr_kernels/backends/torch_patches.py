@@ -7,7 +7,8 @@ computes 3 of 9 products of rows. The least arithmetic and memory, for a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -17,129 +18,190 @@ from torch.nn import functional as F
 from ..window import Window
 
 BLOCK = 128  # rows of a matrix of products within which both triangles are computed
+Pair = tuple[int, int]  # of taps along the first spatial axis, the second one not before the first
 
 
-class PatchProducts:
-    """Sums over the patches of one batch: deviations of inputs and outputs about given points, and their products.
+@dataclass
+class Chunk:
+    """Sums over the patches of a chunk of images, float64: of deviations of inputs and outputs from given points.
 
-    A window has `taps` rows of R values per channel; a row of the output is a row of patches. All results are float64;
-    products are summed in float32, or in float64 for float64.
-    `shift` (C,) and `target` (O,): the points, near the means. `left` and `squares` (O,): sums of the deviations of the
-    outputs and of their squares.
+    about, x (G, K): the points, and the sums, of the values of a patch; target, y (G, O): of the outputs.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, window: Window) -> None:
-        self.window, self.channels = window, x.shape[1] // window.groups
-        # [G, C * R, input rows, M]
-        self._columns, self.shift = _columns(x, window)
-        wanted, self.target = _centred(y)
-        self._rows, self._count = y.shape[2], len(y) * prod(y.shape[2:])
-        # [G, O, output rows * M]: one contiguous row for each output, which PyTorch adds faster
-        self._wanted = wanted.transpose(0, 1).transpose(1, 2).reshape(window.groups, y.shape[1] // window.groups, -1)
-        self.left = self._wanted.sum(2).double().flatten()  # 0 but for rounding
-        self.squares = torch.linalg.vector_norm(self._wanted, dim=2).double().square().flatten()
+    count: int
+    about: Tensor
+    x: Tensor
+    target: Tensor
+    y: Tensor
 
-    @staticmethod
-    def copied_bytes(x: Tensor, window: Window) -> int:
-        """Bytes of the copies for one image."""
-        copies = prod(window.kernel[1:]) * max(x.element_size(), 4)
-        return copies * x.shape[1] * prod(n + sum(pad) for n, pad in zip(x.shape[2:], window.padding, strict=True))
 
-    def moments(self) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The parts of `PatchMoments`."""
-        G, C, taps = self.window.groups, self.channels, self.window.kernel[0]
-        R, count = prod(self.window.kernel[1:]), self._count
-        K = C * taps * R
-        xy = torch.stack([self.with_outputs(i) for i in range(taps)], dim=2).view(G, K, -1)
-        sums, left = self.sums().reshape(G, K), self.left.view(G, -1)
-        shift = self.shift.view(G, C, 1).expand(-1, -1, taps * R).reshape(G, K)
+@dataclass
+class Totals:
+    """Sums of products of deviations over the chunks of a fold, float64. A window has `taps` rows of R values.
+
+    xx: for each pair of taps the products (G, C * R, C * R) of what they read, less those of the pair one stride
+    earlier; of a tap with itself, above the diagonal blocks alone. xy (taps, G, C * R, O): with the outputs. yy (G, O):
+    squares of the outputs.
+    """
+
+    xx: dict[Pair, Tensor]
+    xy: Tensor
+    yy: Tensor
+    chunks: list[Chunk]
+
+
+class Sums:
+    """Sums of products of patches and outputs, by fold.
+
+    Products of deviations from the means of a chunk of images are summed in float32, or in float64 for float64. Chunks
+    are added in float64, in place. What the distances between their means add follows at the end, for all chunks at
+    once: so the result depends on the chunks, and not on their order but for the rounding of float64.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, window: Window, dtype: torch.dtype | None = None) -> None:
+        self.window, self.taps, self.R = window, window.kernel[0], prod(window.kernel[1:])
+        self.C, self.O = x.shape[1] // window.groups, y.shape[1] // window.groups
+        self.dtype = dtype or (torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32)
+        self.folds: dict[int, Totals] = {}
+
+    def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None], budget: int) -> None:
+        """Add a batch. folds: of each, which images belong to it, int64; None: all. budget: bytes for copies."""
+        places = prod(n + sum(pad) for n, pad in zip(x.shape[2:], self.window.padding, strict=True))
+        copied = self.R * self.dtype.itemsize * x.shape[1] * places  # of an image
+        most = max(budget // max(copied, 1), 1)
+        for fold, rows in folds.items():
+            totals = self.folds.get(fold) or self.folds.setdefault(fold, self._nothing(x.device))
+            mine = (each if rows is None else each[rows.to(each.device, non_blocking=True)] for each in (x, y))
+            for parts in zip(*(each.split(most) for each in mine), strict=True):
+                totals.chunks.append(self._add(totals, *parts))
+
+    def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The parts of `PatchMoments` of a fold, whose sums are freed."""
+        G, K, totals = self.window.groups, self.C * self.taps * self.R, self.folds.pop(fold)
+        count = sum(chunk.count for chunk in totals.chunks)
+        n = torch.tensor([[chunk.count] for chunk in totals.chunks], dtype=torch.float64)
+        n = n.to(totals.yy.device, non_blocking=True)
+        x, mean, far = _about_mean([(chunk.about, chunk.x) for chunk in totals.chunks], n)
+        y, target, off = _about_mean([(chunk.target, chunk.y) for chunk in totals.chunks], n)
+        half, xy = x + n * far / 2, totals.xy.unflatten(2, (self.C, self.R)).movedim(0, 2).reshape(G, K, -1)
         return (
             count,
-            sums / count + shift,
-            self.target.view(G, -1) + left / count,
-            self._products().view(G, K, K).baddbmm_(sums[:, :, None], sums[:, None, :], alpha=-1 / count),
-            xy.baddbmm_(sums[:, :, None], left[:, None, :], alpha=-1 / count),
-            (self.squares.view(G, -1) - left.square() / count).clamp(min=0),
+            mean,
+            target,
+            self._products(totals.xx).view(G, K, K).baddbmm_(half.mT, far).baddbmm_(far.mT, half),
+            xy.baddbmm_(x.mT, off).baddbmm_(far.mT, y + n * off),
+            (totals.yy + (off * (2 * y + n * off)).sum(1)).clamp(min=0),
         )
 
-    def _products(self) -> Tensor:
-        """[G, C, taps, R, C, taps, R]: products of what all taps read."""
-        G, C, taps, R = self.window.groups, self.channels, self.window.kernel[0], prod(self.window.kernel[1:])
-        step, hop = self.window.stride[0], self.window.dilation[0]
-        xx = self.left.new_empty(G, C, taps, R, C, taps, R)
-        blocks: dict[tuple[int, int], Tensor] = {}
-        for i in range(taps):
-            for j in range(i, taps):
-                before = (i * hop - step) / hop
-                if before >= 0 and before == int(before) and self._rows > 2:
-                    # the pair of taps one stride earlier reads the same rows, except its first and this pair's last
-                    a, b = int(before), int(before) + j - i
-                    # in place: new memory costs more than the sums
-                    blocks[i, j] = self.of_ends((i, j), (a, b)).add_(blocks[a, b])
+    def _nothing(self, device: torch.device) -> Totals:
+        G, CR = self.window.groups, self.C * self.R
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        xx = {(i, j): zeros(G, CR, CR) for i in range(self.taps) for j in range(i, self.taps)}
+        return Totals(xx, zeros(self.taps, G, CR, self.O), zeros(G, self.O), [])
+
+    def _add(self, totals: Totals, x: Tensor, y: Tensor) -> Chunk:
+        G, rows = self.window.groups, y.shape[2]
+        deviations, about = self._centred(padded(x, self.window))
+        wanted, target = self._centred(y)
+        # one contiguous row for each value of a row of taps and for each output, which PyTorch multiplies faster
+        columns = self._columns(deviations)
+        outputs = wanted.transpose(0, 1).transpose(1, 2).reshape(G, self.O, -1)
+        for i in range(self.taps):
+            read = self._read(columns, i, 0, rows)
+            totals.xy[i] += read @ outputs.mT
+            for j in range(i, self.taps):
+                if before := self._before((i, j)):
+                    totals.xx[i, j] += self._ends(columns, (i, j), before, rows)
+                elif i == j:
+                    _add_squares(totals.xx[i, i], read)
                 else:
-                    blocks[i, j] = self.of_rows(i, j)
-                xx[:, :, i, :, :, j] = blocks[i, j]
-                if i != j:
-                    xx[:, :, j, :, :, i] = blocks[i, j].permute(0, 3, 4, 1, 2)
-        return xx
+                    totals.xx[i, j] += read @ self._read(columns, j, 0, rows).mT
+        totals.yy += torch.linalg.vector_norm(outputs, dim=2).double().square()
+        by_row = columns.sum(-1).double()
+        sums = torch.stack([by_row[:, :, self._rows(i, 0, rows)].sum(-1) for i in range(self.taps)], -1)
+        # [G, C * R, taps] -> [G, K]
+        x_sums = sums.unflatten(1, (self.C, self.R)).mT.reshape(G, -1)
+        about = about.view(G, -1).repeat_interleave(self.taps * self.R, 1)
+        return Chunk(len(y) * prod(y.shape[2:]), about, x_sums, target.view(G, -1), outputs.sum(2).double())
 
-    def sums(self) -> Tensor:
-        """[G, C, taps, R]: sums of the deviations that a tap reads."""
-        by_row = self._columns.sum(-1).double()
-        rows = torch.stack([by_row[:, :, self._slice(i, 0, self._rows)].sum(-1) for i in range(self.window.kernel[0])])
-        return rows.movedim(0, -1).unflatten(1, (self.channels, -1)).transpose(2, 3)
+    def _ends(self, columns: Tensor, last: Pair, first: Pair, rows: int) -> Tensor:
+        """Products of what a pair of taps reads for the last row of the output, less another pair's for the first."""
+        a, b, c, d = (self._read(columns, tap, row, 1) for pair, row in ((last, rows - 1), (first, 0)) for tap in pair)
+        return (a @ b.mT).baddbmm_(c, d.mT, alpha=-1)
 
-    def of_rows(self, i: int, j: int) -> Tensor:
-        """[G, C, R, C, R]: products of what taps i and j read."""
-        mine = self._read(i, 0, self._rows)
-        return self._by_channel(_with_itself(mine) if i == j else mine @ self._read(j, 0, self._rows).mT)
+    def _products(self, pairs: Mapping[Pair, Tensor]) -> Tensor:
+        """[G, C, taps, R, C, taps, R]: products of what all taps read."""
+        sizes = self.window.groups, self.C, self.taps, self.R, self.C, self.taps, self.R
+        found = next(iter(pairs.values())).new_empty(sizes)
+        for (i, j), products in pairs.items():
+            before = self._before((i, j))
+            if i == j and not before:
+                _mirror(products)
+            block = found[:, :, i, :, :, j]
+            block.copy_(products.view(block.shape))
+            if before:
+                block += found[:, :, before[0], :, :, before[1]]
+            if i != j:
+                found[:, :, j, :, :, i] = block.permute(0, 3, 4, 1, 2)
+        return found
 
-    def of_ends(self, last: tuple[int, int], first: tuple[int, int]) -> Tensor:
-        """As `of_rows`, of two taps and the last row of the output, minus those of two other taps and the first row."""
-        a, b, c, d = (self._read(tap, row, 1) for taps, row in ((last, self._rows - 1), (first, 0)) for tap in taps)
-        return self._by_channel((a @ b.mT).baddbmm_(c, d.mT, alpha=-1))
+    def _before(self, pair: Pair) -> Pair | None:
+        """The pair of taps one stride earlier: it reads the same rows, except its first and the last of this pair."""
+        (i, j), step = pair, self.window.stride[0]
+        steps, left = divmod(step, self.window.dilation[0])
+        return None if left or i < steps else (i - steps, j - steps)
 
-    def with_outputs(self, i: int) -> Tensor:
-        """[G, C, R, O]: products of what tap i reads, with the outputs."""
-        return (self._read(i, 0, self._rows) @ self._wanted.mT).double().unflatten(1, (self.channels, -1))
+    def _centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each channel minus its mean; and the mean, float64 (C,)."""
+        x = x.to(self.dtype)
+        mean = x.mean([0, *range(2, x.ndim)])
+        return x - mean.view(-1, *[1] * (x.ndim - 2)), mean.double()
 
-    def _by_channel(self, products: Tensor) -> Tensor:
-        return products.double().unflatten(2, (self.channels, -1)).unflatten(1, (self.channels, -1))
+    def _columns(self, x: Tensor) -> Tensor:
+        """[G, C * R, rows, M]: each channel, copied for each of the R taps along all axes but the first.
 
-    def _slice(self, tap: int, first: int, count: int) -> slice:
+        `rows` are rows of the padded input x; M runs over images and the other output axes.
+        """
+        values = patch_values(x, self.window, axes=range(1, len(self.window.kernel)))  # [C, *taps, N, rows, *others]
+        others = len(self.window.kernel) - 1
+        copies = values.movedim(others + 2, others + 1)
+        return copies.reshape(self.window.groups, self.C * self.R, copies.shape[others + 1], -1)
+
+    def _rows(self, tap: int, first: int, count: int) -> slice:
+        """The rows of the padded input that a tap reads for `count` rows of the output."""
         step = self.window.stride[0]
         start = tap * self.window.dilation[0] + first * step
         return slice(start, start + (count - 1) * step + 1, step)
 
-    def _read(self, tap: int, first: int, count: int) -> Tensor:
+    def _read(self, columns: Tensor, tap: int, first: int, count: int) -> Tensor:
         # [G, C * R, count * M]
-        return self._columns[:, :, self._slice(tap, first, count)].flatten(2)
+        return columns[:, :, self._rows(tap, first, count)].flatten(2)
 
 
-def _with_itself(rows: Tensor) -> Tensor:
-    """[G, n, n]: the products of rows [G, n, M] with each other; each `BLOCK` rows with those from its first one on."""
-    count = rows.shape[1]
-    if count <= BLOCK:
-        return rows @ rows.mT
-    found = rows.new_empty(len(rows), count, count, dtype=torch.float64)
-    for start in range(0, count, BLOCK):
-        block = slice(start, start + BLOCK)
-        found[:, block, start:] = rows[:, block] @ rows[:, start:].mT
-        found[:, block, :start] = found[:, :start, block].mT
-    return found
+def _about_mean(chunks: list[tuple[Tensor, Tensor]], n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean (G, V) of the values of all chunks, from the points and the sums of deviations of each, (G, V).
 
-
-def _columns(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """[G, C * R, rows, M]: each channel minus its mean, copied for each of the R taps along all axes but the first.
-
-    `rows` are rows of the padded input; M runs over images and the other output axes. Also returns the mean, float64.
+    n (B, 1): how many values. Also returns the sums, and the distances of the points from the mean, (G, B, V).
     """
-    deviations, mean = _centred(padded(x, window))
-    values = patch_values(deviations, window, axes=range(1, len(window.kernel)))  # [C, *taps, N, rows, *others]
-    taps = len(window.kernel) - 1
-    copies = values.movedim(taps + 2, taps + 1)
-    rows = copies.shape[taps + 1]
-    return copies.reshape(window.groups, x.shape[1] // window.groups * prod(window.kernel[1:]), rows, -1), mean
+    points, sums = (torch.stack(each, 1) for each in zip(*chunks, strict=True))
+    mean = points[:, 0] + (n * (points - points[:, :1]) + sums).sum(1) / n.sum()
+    return sums, mean, points - mean[:, None]
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    """Add the products of rows (G, n, M) with each other to (G, n, n): of each `BLOCK` rows from its first one on."""
+    for start in range(0, rows.shape[1], BLOCK):
+        total[:, start : start + BLOCK, start:] += rows[:, start : start + BLOCK] @ rows[:, start:].mT
+
+
+def _mirror(products: Tensor) -> None:
+    """Copy what is above the diagonal blocks of (G, n, n) to below."""
+    for start in range(BLOCK, products.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        products[:, block, :start] = products[:, :start, block].mT
 
 
 def patch_values(x: Tensor, window: Window, axes: Iterable[int] | None = None) -> Tensor:
@@ -159,11 +221,3 @@ def padded(x: Tensor, window: Window) -> Tensor:
     """The input with the padding of the window."""
     pads = [pad for pair in reversed(window.padding) for pad in pair]
     return F.pad(x, pads, window.mode) if any(pads) else x
-
-
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel minus its mean, in float32 (float64 for float64); and the mean, float64 (C,)."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    dims = [0, *range(2, x.ndim)]
-    mean = x.mean(dims)
-    return x - mean.view(-1, *[1] * (x.ndim - 2)), mean.double()

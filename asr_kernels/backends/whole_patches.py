@@ -9,6 +9,7 @@ run over `PIECE` patches and are added in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -21,6 +22,18 @@ from .torch_patches import padded, patch_values
 PIECE = 1024  # patches that are summed in float32
 LOW_BITS = 0x1FFF  # the bits of the mantissa of float32 that TF32 lacks
 Segment = tuple[int, int]  # a fold, and a number of its images
+
+
+@dataclass
+class Totals:
+    """Sums over the patches of a fold, float64: products (G, K + 1, R) of (patch, 1) with (patch, 1, outputs).
+
+    squares (G * O,): of the outputs.
+    """
+
+    count: int
+    products: Tensor
+    squares: Tensor
 
 
 class Sums:
@@ -38,10 +51,7 @@ class Sums:
             each.mean([0, *range(2, each.ndim)], dtype=self.dtype) for each in (padded(x, window), y)
         )
         self.R = self.K + 1 + self.O
-        # by fold: the number of patches; products [G, K + 1, R] of (patch, 1) with (patch, 1, outputs), and squares of
-        # the outputs [G * O]
-        self.count: dict[int, int] = {}
-        self.sums: dict[int, list[Tensor]] = {}
+        self.folds: dict[int, Totals] = {}
 
     def add(self, x: Tensor, y: Tensor, folds: Mapping[int, Tensor | None], budget: int) -> None:
         """Add a batch. folds: of each, which images belong to it, int64; None: all. budget: bytes for copies."""
@@ -67,10 +77,13 @@ class Sums:
         for (fold, n), *new in zip(
             segments, self._multiplied(matrix).split(pieces), squares.split(images), strict=True
         ):
-            totals = [each.sum(0, dtype=torch.float64) for each in new]
-            if fold in self.sums:
-                totals = [old.add_(total) for old, total in zip(self.sums[fold], totals, strict=True)]
-            self.sums[fold], self.count[fold] = totals, self.count.get(fold, 0) + n * places
+            products, squared = (each.sum(0, dtype=torch.float64) for each in new)
+            if totals := self.folds.get(fold):
+                totals.count += n * places
+                totals.products += products
+                totals.squares += squared
+            else:
+                self.folds[fold] = Totals(n * places, products, squared)
 
     def _matrix(self, x: Tensor, y: Tensor, images: list[int]) -> tuple[Tensor, list[int]]:
         """[parts, G, R, P, length] from deviations, zero where a piece is not full; the pieces of each fold, P in all.
@@ -113,8 +126,9 @@ class Sums:
         return found.unflatten(0, parts.shape[1:3])
 
     def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The parts of `PatchMoments` of a fold."""
-        count, (products, squares), K, G = self.count[fold], self.sums[fold], self.K, self.window.groups
+        """The parts of `PatchMoments` of a fold, whose sums are freed."""
+        totals, K, G = self.folds.pop(fold), self.K, self.window.groups
+        count, products, squares = totals.count, totals.products, totals.squares
         x, y = products[:, K, :K], products[:, K, K + 1 : self.R]  # sums
         xx, xy = products[:, :K, :K], products[:, :K, K + 1 : self.R]
         about = self.about.view(G, -1, 1).expand(-1, -1, prod(self.window.kernel)).reshape(G, -1)

@@ -61,16 +61,20 @@ class RidgeSystems:
         """
         with full_precision(right.device):
             preconditioner, found, inside = self._preconditioner, start, self.support.double()
-            residual = (right - found.product - self.rho * found.w) * inside
-            missed = preconditioner.energy(residual.float()) > allowed
+            residual = self._residual(right, found, inside)
+            missed = preconditioner.energy(residual) > allowed
             for steps in STEPS:
                 if all_reached(~missed):
                     break
-                w = found.w + self._descend(preconditioner, residual.float(), allowed, steps).double()
+                w = found.w + self._descend(preconditioner, residual, allowed, steps)
                 found = Solution(w, self.xx.times(w, self.groups))
-                residual = (right - found.product - self.rho * found.w) * inside
-                missed = ~(preconditioner.energy(residual.float()) <= allowed)
+                residual = self._residual(right, found, inside)
+                missed = ~(preconditioner.energy(residual) <= allowed)
             return found, missed.sum()
+
+    def _residual(self, right: Tensor, found: Solution, inside: Tensor) -> Tensor:
+        # float32; computed in place in float64, because new memory takes as long as the arithmetic
+        return (right - found.product).addcmul_(self.rho, found.w, value=-1).mul_(inside).float()
 
     @cached_property
     def _preconditioner(self) -> _Preconditioner:

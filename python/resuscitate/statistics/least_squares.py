@@ -87,7 +87,7 @@ class Problem:
         With a curvature G, E the errors of the outputs: from there some way towards the least tr(G E E'), in place of
         the least tr(E E'), if the layer has one group whose second moments are a matrix.
         """
-        right = targets.cross + self.rho[:, None] * self.present.w
+        right = torch.addcmul(targets.cross, self.rho[:, None], self.present.w)
         w, product, start = torch.zeros_like(right), torch.zeros_like(right), start or self.present
         allowed = excess * torch.maximum(targets.squares, self.present.squares)
         for (groups, rows), systems in self._systems:
