@@ -75,7 +75,7 @@ class ChannelMoments(Moments):
         Raises the errors of `channel_moments`.
         """
         merged = channel_moments(x, channel_dim, running=self)
-        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
+        vars(self).update(vars(merged))
         return self
 
 

@@ -66,6 +66,12 @@ class ImageStream(IterableDataset[Tensor]):
     twice.
     """
 
+    path: str | Path
+    batch_size: int
+    images: int
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         path: str | Path,
@@ -79,9 +85,9 @@ class ImageStream(IterableDataset[Tensor]):
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         """See `load_images`; batch_size: images a batch. Raises CalibrationError."""
-        self.path, self.batch_size, self.source = path, batch_size, open_source(path, size)
-        self.rows = _order(path, len(self.source), max_samples, seed)[shard[0] :: shard[1]]
-        self.images = len(self.rows)
+        self.path, self.batch_size, self._source = path, batch_size, open_source(path, size)
+        self._rows = _order(path, len(self._source), max_samples, seed)[shard[0] :: shard[1]]
+        self.images = len(self._rows)
         given: tuple[Any, Any] = (0 if mean is None else mean, 1 if std is None else std)
         self.mean, self.std = (torch.tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in given)
         if not bool((self.std > 0).all()):
@@ -95,14 +101,14 @@ class ImageStream(IterableDataset[Tensor]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in range(first, len(self), step):
-            yield self._read(self.rows[batch * self.batch_size : (batch + 1) * self.batch_size])
+            yield self._read(self._rows[batch * self.batch_size : (batch + 1) * self.batch_size])
 
     def head(self, images: int) -> Tensor:
         """The first so many images, in one batch."""
-        return self._read(self.rows[:images])
+        return self._read(self._rows[:images])
 
     def _read(self, rows: np.ndarray) -> Tensor:
-        pixels = self.source.read(rows)
+        pixels = self._source.read(rows)
         scaled = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32)
         if pixels.dtype == np.uint8:
             scaled /= 255

@@ -6,7 +6,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ class Exported(Report):
     fraction of zeros in the written weights, and `folded` the number of folded BatchNorms.
     """
 
-    columns: ClassVar = ("path", "format", "error", "sparsity", "folded")
+    columns: ClassVar[Sequence[str]] = ("path", "format", "error", "sparsity", "folded")
 
     path: Path
     format: str

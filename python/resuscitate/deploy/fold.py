@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class FoldReport(Report):
     `error` is the largest difference of the outputs on the example, relative to the largest; None without an example.
     """
 
-    columns: ClassVar = ("name", "status", "layer", "reason")
+    columns: ClassVar[Sequence[str]] = ("name", "status", "layer", "reason")
 
     folded: dict[str, str] = field(default_factory=dict)
     unchanged: dict[str, str] = field(default_factory=dict)

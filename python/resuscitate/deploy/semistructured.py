@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ class SemiStructured(Report):
     `error` is the largest difference of the outputs, relative to the largest output; 0 where no layer was converted.
     """
 
-    columns: ClassVar = ("name", "status", "reason")
+    columns: ClassVar[Sequence[str]] = ("name", "status", "reason")
 
     converted: list[str]
     unchanged: dict[str, str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,7 +30,7 @@ class MeanReplacement(Method):
 
     name = "mean"
     dense = DenseAccess.MODEL
-    schedules: ClassVar = ("sequential",)
+    schedules: ClassVar[Collection[str]] = ("sequential",)
     skips_first = False
     measures_layers = False
 

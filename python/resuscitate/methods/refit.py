@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -45,7 +46,7 @@ class Refit(Method):
 
     name = "refit"
     dense = DenseAccess.MODEL
-    schedules: ClassVar = ("sequential",)
+    schedules: ClassVar[Collection[str]] = ("sequential",)
     skips_first = False
     finds_weights = True
     uses_curvature = True

@@ -49,7 +49,7 @@ class Masks(Mapping[str, Tensor]):
         given = dict(masks)  # keeps the masks alive, so that no two have the same id
         converted = {id(mask): _as_mask(name, mask) for name, mask in given.items()}
         self._masks = {name: converted[id(mask)] for name, mask in given.items()}
-        self.notes = dict(notes or {})
+        self.notes: dict[str, str] = dict(notes or {})
 
     @classmethod
     def from_zeros(cls, model: nn.Module, include: Selection = None, exclude: Selection = None) -> Masks:

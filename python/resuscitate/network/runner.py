@@ -28,10 +28,10 @@ class Network:
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.modules = dict(self.model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(self.model.named_modules())
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        self.device: torch.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype: torch.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
     def place(self, batch: Tensor) -> Tensor:
         """A copy of the batch on the model's device and in its dtype; the caller's own is never written to.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ SIZES = {"in_channels", "out_channels", "groups", "in_features", "out_features"}
 class Shrinkage(Report):
     """Result of `shrink`."""
 
-    columns: ClassVar = ("group", "removed")
+    columns: ClassVar[Sequence[str]] = ("group", "removed")
     removed: dict[str, int]  # group -> number of units removed
     kept: dict[str, Tensor]  # layer or BatchNorm -> int64, original output channels kept, if some were removed
     kept_inputs: dict[str, Tensor]  # layer -> int64, original input channels kept, if some were removed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -40,7 +40,7 @@ class Transition(NamedTuple):
 class RecoverabilityMap(Report):
     """The cells of a map, in the order of sparsity."""
 
-    columns: ClassVar = (*(column.name for column in fields(Cell)), "dense", "chance", "pattern", "images")
+    columns: ClassVar[Sequence[str]] = *(each.name for each in fields(Cell)), "dense", "chance", "pattern", "images"
 
     cells: list[Cell]
     dense: float  # the score of the dense network

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -88,8 +88,8 @@ class RepairReport(UndoableReport):
     compared. `undone`: it fell, and so the repair was undone.
     """
 
-    work: ClassVar = "repair"
-    columns: ClassVar = COLUMNS
+    work: ClassVar[str] = "repair"
+    columns: ClassVar[Sequence[str]] = COLUMNS
 
     method: str
     schedule: str

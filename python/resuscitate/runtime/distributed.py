@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,10 @@ log = logging.getLogger("resuscitate")
 class Ranks:
     """The processes of a `torch.distributed` group; without a group this process alone."""
 
-    failures = 0  # failures that all ranks know of, in this process
+    failures: ClassVar[int] = 0  # failures that all ranks know of, in this process
+    group: Any
+    rank: int
+    size: int
 
     def __init__(self, group: Any = None) -> None:
         self.group, self.rank, self.size = group, 0, 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class OutputMoments(Statistic):
     (C,): channels whose weights are all zero. Their variance is rounding, and counts as zero in `pruned`.
     """
 
-    measured = ("calls", "dense_calls", "pairs")
+    measured: ClassVar[tuple[str, ...]] = ("calls", "dense_calls", "pairs")
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -93,8 +93,8 @@ class OutputCovariances(OutputMoments):
     def finish(self, batches: int) -> None:
         super().finish(batches)
         kept = {batch: self.pairs_by_batch[batch] for batch in sorted(self.pairs_by_batch) if batch < batches}
-        self.pairs = reduce(merge_calls, kept.values()) if kept else []
-        self.dense_calls = [pair.dense for pair in self.pairs]
+        self.pairs: list[ak.PairedMoments] = reduce(merge_calls, kept.values()) if kept else []
+        self.dense_calls: Calls = [pair.dense for pair in self.pairs]
 
 
 def explained_share(pairs: list[ak.PairedMoments]) -> Tensor:

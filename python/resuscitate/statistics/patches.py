@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class PatchCovariances(Statistic):
     """
 
     large = True
-    measured = ("folds",)
+    measured: ClassVar[tuple[str, ...]] = ("folds",)
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)

@@ -121,9 +121,11 @@ class PruningPenalty:
         include: Selection = None,
         exclude: Selection = None,
     ) -> None:
-        self.layers = select_layers(unwrap(model), include, exclude)
-        self.sparsity, self.strength = check_sparsity(sparsity), strength
-        self.warmup, self.across = warmup, across
+        self.layers: dict[str, nn.Module] = select_layers(unwrap(model), include, exclude)
+        self.sparsity: float = check_sparsity(sparsity)
+        self.strength: float = strength
+        self.warmup: float = warmup
+        self.across: bool = across
         if not self.layers:
             raise ValueError("nothing to penalise: include and exclude select no layer of the model")
         if not strength >= 0 or not 0 <= warmup <= 1:

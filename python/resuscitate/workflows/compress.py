@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -60,8 +60,10 @@ class CompressReport(StepsReport):
     removal: Shrinkage | None = None
     latency: tuple[float, float] | None = None
 
-    work, step, titles = "compression", "step", ("explained by the refit", "images", "seconds")
-    columns = ("step", "sparsity", *COLUMNS)
+    work: ClassVar[str] = "compression"
+    step: ClassVar[str] = "step"
+    titles: ClassVar[tuple[str, ...]] = "explained by the refit", "images", "seconds"
+    columns: ClassVar[Sequence[str]] = "step", "sparsity", *COLUMNS
 
     @property
     def layers(self) -> list[LayerReport]:

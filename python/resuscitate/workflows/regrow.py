@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,10 @@ class RegrowthReport(StepsReport, Mapping[str, Tensor]):
 
     rounds: list[GrowthRound]
 
-    work, step, titles = "regrowth", "round", ("regrown", "score")
-    columns = ("round", "sparsity", "score", "regrown", "damage", *COLUMNS)
+    work: ClassVar[str] = "regrowth"
+    step: ClassVar[str] = "round"
+    titles: ClassVar[tuple[str, ...]] = "regrown", "score"
+    columns: ClassVar[Sequence[str]] = "round", "sparsity", "score", "regrown", "damage", *COLUMNS
 
     def __getitem__(self, name: str) -> Tensor:
         return self.masks[name]
