@@ -29,9 +29,9 @@ from ..runtime.options import RunOptions, identity_of, run_options
 from ..utils.digest import MODULUS, digest_images, digest_model, fingerprint
 from ..utils.files import check_ending
 from .agreement import MOST, Judge
+from .carry_out import carry_out
 from .curvature import measure_curvatures
 from .plan import Plan, make_plan
-from .repair import carry_out
 
 
 def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Mapping[str, Any], **more: Any) -> Plan:
