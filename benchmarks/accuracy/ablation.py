@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three steps": {"steps": 3},
     "every step measures": {"walks": 7},
     "a global ranking": {"allocation": "global"},
+    "no floor in depthwise layers": {"min_per_channel": 0},
     "each channel fitted alone": {"curvature": False},
     "without what the ReLU hides": {"relu_aware": False},
     "without the variance given back": {"most": 1.0},  # the largest gain of a fit

@@ -41,6 +41,9 @@ def compress(
     ] = 7,
     walks: Annotated[int, opt("The last so many steps measure the pruned network.", min=1)] = 2,
     curvature: Annotated[bool, opt("Fit the channels of a layer together, by their effect on the outputs.")] = True,
+    min_per_channel: Annotated[
+        int | None, opt("Weights kept in each output channel at least; default: 2 or 1 in depthwise layers.", min=0)
+    ] = None,
     densities: flags.Densities = None,
     method: Annotated[str, opt("Of the repair after each step, as for `repair`.")] = "refit",
     resume: flags.Journals = None,

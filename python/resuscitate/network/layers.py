@@ -133,6 +133,11 @@ def out_channels(module: nn.Module) -> int:
     return int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Is it a convolution of which each output channel reads one of several input channels?"""
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
+
+
 def channel_dim(module: nn.Module) -> int:
     """Axis of the channels: 1 in a BatchNorm's input, counted from the end in a layer's output (may be unbatched)."""
     if isinstance(module, _BatchNorm):

@@ -13,15 +13,17 @@ import numpy as np
 from torch import nn
 
 from ..errors import CalibrationError, called, did_you_mean
-from ..network.layers import Selection, matching, reusable
+from ..network.layers import Selection, effective_weight, is_depthwise, matching, out_channels, reusable
 from ..runtime.options import RunOptions, run_options
 from .layer_scales import LayerScales
 from .repairability import Repairability, by_repairability
-from .units import Units, check_floors, prunable_layers, units_of
+from .units import ChannelFloors, Units, channel_floors, check_floors, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# weights of a depthwise channel that `compress` keeps at least, and the most of all kept weights that these may be
+DEPTHWISE, DEPTHWISE_PART = 2, 0.25
 # (units of each layer, number of weights to remove in all) -> number of units to remove from each layer
 Allocation = Callable[[Mapping[str, Units], int], dict[str, int]]
 
@@ -34,7 +36,7 @@ def allocate(
     calibration: Any = None,
     densities: Mapping[str, float] | None = None,
     min_per_layer: int = 1,
-    min_per_channel: int = 0,
+    min_per_channel: ChannelFloors = 0,
     include: Selection = None,
     exclude: Selection = None,
     **options: Unpack[RunOptions],
@@ -59,7 +61,8 @@ def allocate(
         "measured": `LayerScales`. Else None.
     densities: {glob over layer names: density in (0, 1]} of layers with a fixed density, such as {"conv1": 1.0}; a
         later glob overrides an earlier one. The rest of the budget is removed from the other layers.
-    min_per_layer, min_per_channel: least number of weights kept in each layer and in each output channel.
+    min_per_layer: least number of weights kept in each layer. min_per_channel: in each output channel, of all layers or
+        {glob over layer names: number}; a later glob overrides an earlier one.
     options: of the measurement for "rr", see `RunOptions`.
 
     Raises ValueError for an unknown method, for `calibration` or an option of a measurement if nothing is measured, for
@@ -71,8 +74,9 @@ def allocate(
     check_floors(min_per_layer, min_per_channel)
     include, exclude = reusable(include), reusable(exclude)
     layers, first_of = prunable_layers(model, include, exclude)
-    floors = min_per_layer, min_per_channel
-    units = {name: units_of(name, layers[name], *floors) for name in dict.fromkeys(first_of.values())}
+    first = {name: layers[name] for name in dict.fromkeys(first_of.values())}
+    floors = channel_floors(first, min_per_channel)
+    units = {name: units_of(name, layer, min_per_layer, floors[name]) for name, layer in first.items()}
     fixed = fixed_densities(layers, first_of, densities)
     allocation = choose_allocation(method, model, calibration, include=include, exclude=exclude, **options)
     removed = removal_counts(units, sparsity, allocation, fixed)
@@ -199,6 +203,27 @@ def fixed_densities(
         for name in matching(layers, pattern, "densities"):
             fixed[first_of[name]] = density
     return fixed
+
+
+def depthwise_floors(
+    model: nn.Module,
+    sparsity: float,
+    densities: Mapping[str, float] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
+) -> dict[str, int]:
+    """Weights that each channel of the depthwise layers should keep, by layer: `DEPTHWISE`, or fewer.
+
+    A depthwise channel has a few weights, and nothing else carries what other layers do for the channel. The floors
+    take at most `DEPTHWISE_PART` of the weights that are kept. Layers of fixed densities have none.
+    """
+    layers, first_of = prunable_layers(model, include, exclude)
+    fixed = fixed_densities(layers, first_of, densities)
+    sizes = {name: effective_weight(name, layers[name]).numel() for name in dict.fromkeys(first_of.values())}
+    kept = (1 - sparsity) * sum(sizes.values()) - sum(density * sizes[name] for name, density in fixed.items())
+    channels = {name: out_channels(layers[name]) for name in sizes if name not in fixed and is_depthwise(layers[name])}
+    floor = min(DEPTHWISE, int(max(DEPTHWISE_PART * kept, 0) // max(sum(channels.values()), 1)))
+    return {name: min(floor, sizes[name] // count) for name, count in channels.items()} if floor else {}
 
 
 def check_sparsity(sparsity: float) -> float:

@@ -29,7 +29,7 @@ from ..runtime.options import RunOptions, check_choice
 from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
 from .coupling import channel_groups, channel_masks
 from .structured import shrink, units_of_channels
-from .units import Units, check_floors, magnitude, prunable_layers, units_of
+from .units import ChannelFloors, Units, channel_floors, check_floors, magnitude, prunable_layers, units_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +66,7 @@ def sparsify(
     calibration: Any = None,
     densities: Mapping[str, float] | None = None,
     min_per_layer: int = 1,
-    min_per_channel: int = 0,
+    min_per_channel: ChannelFloors = 0,
     indivisible: Indivisible = "dense",
     remove: bool = False,
     example: Any = None,
@@ -105,7 +105,7 @@ def sparsify(
     sparsity, floor or density; TypeError for a sparsity that is not a float (1 could mean one weight or all);
     LayerError for a layer whose weights are not finite or recomputed in each forward pass.
     """
-    kind, floors = parse_pattern(pattern), (min_per_layer, min_per_channel)
+    kind = parse_pattern(pattern)
     check_method(allocation)
     if isinstance(kind, NofM) and allocation != "global":
         raise ValueError(f"pattern {pattern} fixes every density: leave allocation out instead of {allocation!r}")
@@ -114,11 +114,11 @@ def sparsify(
         raise ValueError(f"pattern {pattern} measures nothing: leave calibration out{hint}")
     check_measurement(allocation, calibration, options)
     check_choice("indivisible", indivisible, get_args(Indivisible))
-    check_floors(*floors)
+    check_floors(min_per_layer, min_per_channel)
     if remove and kind != "channels":
         needed = f'it needs pattern="channels", not {pattern!r}'
         raise ValueError(f"remove=True removes whole channels from the model: {needed}")
-    if kind == "channels" and floors != (1, 0):
+    if kind == "channels" and (min_per_layer != 1 or min_per_channel):
         raise ValueError('min_per_layer and min_per_channel count weights; pattern "channels" has no such floor')
     if indivisible != "dense" and not isinstance(kind, NofM):
         raise ValueError(f"indivisible={indivisible!r} is for patterns n:m, not {pattern!r}")
@@ -129,6 +129,7 @@ def sparsify(
         if densities:
             raise ValueError('densities are for weights: leave densities out with pattern "channels"')
         return _channels(unwrap(model), sparsity, allocation, example, remove, include, exclude)
+    floors = channel_floors(first, min_per_channel)
     if isinstance(kind, NofM):
         n, m = kind
         if sparsity is not None and not math.isclose(sparsity, 1 - n / m, rel_tol=1e-9):
@@ -137,9 +138,12 @@ def sparsify(
         if densities:
             raise ValueError(f"pattern {pattern} fixes every density; leave densities out, and use exclude")
         chosen, notes = _n_of_m(first, kind, indivisible)
-        _check_floors_met(chosen, first, min_per_layer, min_per_channel)
+        _check_floors_met(chosen, first, min_per_layer, floors)
     else:
-        units = {name: units_of(name, layer, *floors, filters=kind == "filter") for name, layer in first.items()}
+        units = {
+            name: units_of(name, layer, min_per_layer, floors[name], filters=kind == "filter")
+            for name, layer in first.items()
+        }
         method = choose_allocation(allocation, model, calibration, include=include, exclude=exclude, **options)
         removed = removal_counts(units, sparsity, method, fixed_densities(layers, first_of, densities))
         zeros = sum(int((each.scores == 0).sum()) for each in units.values())
@@ -183,13 +187,13 @@ def _n_of_m(
 
 
 def _check_floors_met(
-    masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], per_layer: int, per_channel: int
+    masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], per_layer: int, per_channel: Mapping[str, int]
 ) -> None:
     """Raise ValueError where masks keep fewer weights than a floor requires."""
     for name, mask in masks.items():
         if mask.numel():
             rows = rows_of(layers[name], mask).sum(1)
-            found = ("min_per_layer", per_layer, rows.sum()), ("min_per_channel", per_channel, rows.min())
+            found = ("min_per_layer", per_layer, rows.sum()), ("min_per_channel", per_channel[name], rows.min())
             for option, floor, kept in found:
                 if kept < floor:
                     problem = f"this pattern keeps {kept} in {called(name)}; lower it, or exclude"

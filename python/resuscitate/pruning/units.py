@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import LayerError, called
 from ..network.layer_checks import split_by_objections
-from ..network.layers import Selection, effective_weight, find_layers, rows_of, select_layers, unwrap
+from ..network.layers import Selection, effective_weight, find_layers, matching, rows_of, select_layers, unwrap
 from ..network.masks import tied_layers
 
 log = logging.getLogger("resuscitate")
+ChannelFloors = int | Mapping[str, int]  # `min_per_channel`: of all layers, or by glob over layer names
 
 
 def prunable_layers(
@@ -96,11 +97,23 @@ def magnitude(name: str, module: nn.Module) -> Tensor:
     return scores
 
 
-def check_floors(min_per_layer: int, min_per_channel: int) -> None:
+def check_floors(min_per_layer: int, min_per_channel: ChannelFloors) -> None:
     """Raise ValueError if a floor is not an int of at least 0."""
-    for option, floor in (("min_per_layer", min_per_layer), ("min_per_channel", min_per_channel)):
-        if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
-            raise ValueError(f"{option}={floor!r} is not a number of weights, such as 1")
+    by_channel = min_per_channel.values() if isinstance(min_per_channel, Mapping) else [min_per_channel]
+    for option, floors in (("min_per_layer", [min_per_layer]), ("min_per_channel", by_channel)):
+        for floor in floors:
+            if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
+                raise ValueError(f"{option}={floor!r} is not a number of weights, such as 1")
+
+
+def channel_floors(layers: Mapping[str, nn.Module], min_per_channel: ChannelFloors) -> dict[str, int]:
+    """The floor of each layer; of globs over layer names a later one overrides an earlier one. Raises ValueError."""
+    if not isinstance(min_per_channel, Mapping):
+        return dict.fromkeys(layers, min_per_channel)
+    floors = dict.fromkeys(layers, 0)
+    for pattern, floor in min_per_channel.items():
+        floors |= dict.fromkeys(matching(layers, pattern, "min_per_channel"), floor)
+    return floors
 
 
 @torch.no_grad()

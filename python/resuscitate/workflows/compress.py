@@ -20,10 +20,10 @@ from ..engine.session import Session
 from ..methods.base import Method, check_number
 from ..network.layers import Selection, reusable, unwrap
 from ..network.masks import Masks
-from ..pruning.allocation import check_method
+from ..pruning.allocation import check_method, depthwise_floors
 from ..pruning.sparsify import sparsify
 from ..pruning.structured import Shrinkage, shrink
-from ..pruning.units import check_floors
+from ..pruning.units import ChannelFloors, check_floors
 from ..reports.agreement import Agreement
 from ..reports.base import plain
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
@@ -103,7 +103,7 @@ def compress(
     curvature: bool = True,
     densities: Mapping[str, float] | None = None,
     min_per_layer: int = 1,
-    min_per_channel: int = 0,
+    min_per_channel: ChannelFloors | None = None,
     include: Selection = None,
     exclude: Selection = None,
     method: Method | str = "refit",
@@ -119,8 +119,10 @@ def compress(
     unchanged.
 
     Args:
-        sparsity, pattern, densities, min_per_layer, min_per_channel, include, exclude: see `sparsify`. With pattern
-            "channels" they are removed from the model at the end (`shrink`), which is then smaller and faster.
+        sparsity, pattern, densities, min_per_layer, include, exclude: see `sparsify`. With pattern "channels" they are
+            removed from the model at the end (`shrink`), which is then smaller and faster.
+        min_per_channel: as in `sparsify`. None: two, or one at a high sparsity, in the depthwise layers, where a
+            channel without weights cuts off all that other layers do for it; for patterns of single weights.
         allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
             times a factor for each layer, from the error that the layer's pruning causes at the outputs of the network.
             The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts of three steps. The one whose
@@ -154,15 +156,18 @@ def compress(
     check_method(allocation)
     other = "uniform" if pattern == "channels" else "global"
     used = allocation if pattern == "unstructured" or allocation != "measured" else other
+    include, exclude = reusable(include), reusable(exclude)
+    if min_per_channel is None:
+        within = pattern == "unstructured"
+        min_per_channel = depthwise_floors(model, sparsity, densities, include, exclude) if within else {}
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense = copy.deepcopy(model)
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
-    pruning: dict[str, Any] = {"allocation": used, "densities": densities}
+    pruning: dict[str, Any] = {"allocation": used, "densities": densities, "include": include, "exclude": exclude}
     pruning |= {"min_per_layer": min_per_layer, "min_per_channel": min_per_channel}
-    pruning |= {"include": reusable(include), "exclude": reusable(exclude)}
     with Session([model], plan.run, writes=True, measures=False) as session:
         choices = {**pruning, "allocation": allocation, "pattern": pattern, "sparsity": sparsity}
         choices |= {"steps": stops, "walks": walks, "curvature": curvature}
@@ -234,8 +239,8 @@ def _measured(
     each: Steps, dense: nn.Module, kept: KeptStatistics | None, stops: list[float], pruning: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `sparsify` for allocation "measured", and what the report says of it."""
-    selected = pruning["densities"], pruning["include"], pruning["exclude"]
-    scales = None if kept is None else measure_scales(each, dense, kept, stops[-1], *selected)
+    given = {name: option for name, option in pruning.items() if name != "allocation"}
+    scales = None if kept is None else measure_scales(each, dense, kept, stops[-1], **given)
     if scales is None:
         return {"allocation": "global"}, {"name": "global"}
     errors = dict[float, float]()

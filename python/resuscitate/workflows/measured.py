@@ -14,7 +14,7 @@ from ..engine.session import Session
 from ..network.layers import Selection, effective_weight, with_weight
 from ..pruning.allocation import fixed_densities
 from ..pruning.layer_scales import LayerScales
-from ..pruning.units import Units, prunable_layers, units_of
+from ..pruning.units import ChannelFloors, Units, channel_floors, prunable_layers, units_of
 from ..runtime.distributed import Ranks
 from ..statistics.fitting import fit, lost_variance
 from ..statistics.patches import PatchCovariances, input_blocks
@@ -31,20 +31,26 @@ def measure_scales(
     dense: nn.Module,
     kept: KeptStatistics,
     sparsity: float,
-    densities: Mapping[str, float] | None,
-    include: Selection,
-    exclude: Selection,
+    *,
+    densities: Mapping[str, float] | None = None,
+    min_per_layer: int = 1,
+    min_per_channel: ChannelFloors = 0,
+    include: Selection = None,
+    exclude: Selection = None,
 ) -> LayerScales | None:
     """The factors of the layers for one sparsity, from the moments of the dense network; None without any.
 
-    Layers of fixed `densities` have none: the others lose the rest of the weights.
+    The options are those of `sparsify`. Layers of fixed densities have none: the others lose the rest of the weights.
 
     For each layer alone: the part e of the variance of its outputs that is lost at each density, after a refit. Then
     the layer is refitted at the density where e is about `ALONE`, and the error of the outputs of the network is
     measured; its square over e is the cost of the layer. Each costs one forward pass over a few images.
     """
     layers, first_of = prunable_layers(dense, include, exclude)
-    units = {name: units_of(name, layers[name]) for name in dict.fromkeys(first_of.values())}
+    floors = channel_floors(layers, min_per_channel)
+    units = {
+        name: units_of(name, layers[name], min_per_layer, floors[name]) for name in dict.fromkeys(first_of.values())
+    }
     fixed, total = fixed_densities(layers, first_of, densities), sum(each.count for each in units.values())
     removed = sparsity * total - sum((1 - density) * units.pop(name).count for name, density in fixed.items())
     left = removed / max(sum(each.count for each in units.values()), 1)  # the sparsity of the other layers

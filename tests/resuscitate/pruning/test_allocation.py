@@ -15,7 +15,7 @@ from benchmarks.networks.resnet import resnet18
 from resuscitate import Masks, Repairability, allocate, sparsify
 from resuscitate.errors import CalibrationError, ModelMismatchError
 from resuscitate.network.layers import rows_of, select_layers
-from resuscitate.pruning.allocation import by_erk, by_lamp, lamp_scores
+from resuscitate.pruning.allocation import by_erk, by_lamp, depthwise_floors, lamp_scores
 from resuscitate.pruning.units import Units
 from tests.networks import Shared, Zoo, chain, images, linears, seeded
 
@@ -323,6 +323,31 @@ class TestFloors:
         for name, mask in masks.items():
             assert mask.sum() >= 6
             assert rows_of(layers[name], mask).sum(1).min() >= 2
+
+    def test_floors_of_channels_are_given_by_layer_and_a_later_one_overrides(self):
+        floors = {"*": 1, "depthwise": 3, "line": 0}
+        model = seeded(Zoo)
+        masks, layers = sparsify(model, 0.9, min_per_channel=floors), select_layers(model)
+        least = {name: int(rows_of(layers[name], mask).sum(1).min()) for name, mask in masks.items()}
+        assert least.pop("depthwise") >= 3
+        assert least.pop("line") == 0
+        assert min(least.values()) >= 1
+        assert allocate(model, 0.9, min_per_channel=floors) == {n: float(m.double().mean()) for n, m in masks.items()}
+        with pytest.raises(ValueError, match=r"min_per_channel='x' selects no layer"):
+            sparsify(model, 0.5, min_per_channel={"x": 1})
+        with pytest.raises(ValueError, match="min_per_channel=-1 is not a number of weights"):
+            sparsify(model, 0.5, min_per_channel={"*": -1})
+
+    def test_depthwise_layers_get_floors_that_take_a_quarter_of_the_kept_weights_at_most(self):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 16, 1, groups=16), nn.Conv2d(16, 10, 1)
+        )
+        total = sum(layer.weight.numel() for layer in model)  # 216 + 144 + 16 + 160
+        for kept, floors in ((256, {"1": 2, "2": 1}), (255, {"1": 1, "2": 1}), (128, {"1": 1, "2": 1}), (127, {})):
+            assert depthwise_floors(model, 1 - kept / total) == floors
+        assert depthwise_floors(model, 0.5, {"1": 0.5}) == {"2": 1}
+        assert depthwise_floors(model, 0.5, exclude="1") == {"2": 1}
+        assert depthwise_floors(seeded(chain), 0.5) == {}
 
     def test_a_floor_keeps_the_largest(self):
         model = linears([[1, 2, 3, 4], [50, 60, 70, 80]])

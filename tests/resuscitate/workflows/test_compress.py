@@ -51,6 +51,21 @@ class TestCompress:
         filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
         assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
 
+    def test_depthwise_channels_keep_two_weights_by_default_and_none_on_request(self):
+        def build():
+            return nn.Sequential(
+                nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=24), nn.ReLU(), nn.Conv2d(24, 40, 1)
+            )
+
+        def least(**options):
+            report = compress(seeded(build), 0.85, images(40), steps=3, keep_worse=True, **options)
+            assert report.masks.sparsity == pytest.approx(0.85, abs=1e-2)
+            return report.masks["2"].flatten(1).sum(1).min()
+
+        assert least() == least(allocation="global") == 2
+        assert least(min_per_channel=0) == 0
+        assert least(pattern="filter") == 0
+
     def test_n_of_m_is_reached_in_steps(self):
         model = seeded(chain)
         report = compress(model, 0.75, images(40), pattern="1:4")
