@@ -88,6 +88,20 @@ def linears(rows: list[list[float]]) -> nn.Module:
     return model
 
 
+def depthwise():
+    """Pairs of a depthwise and a pointwise convolution; the depthwise weights are the smaller ones."""
+    stages = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    for _ in range(2):
+        stages += [nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.ReLU()]
+        stages += [nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                layer.weight *= 0.1
+    return model
+
+
 class Residual(nn.Module):
     """A residual block around a pre-activation BatchNorm that reads a sum, not a layer."""
 

@@ -15,7 +15,7 @@ from torch import nn
 import resuscitate
 from benchmarks.accuracy.peers import distil, one_shot
 from benchmarks.accuracy.two_stage import aggregate
-from tests.networks import chain, images, seeded
+from tests.networks import depthwise, images, seeded
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,9 +105,9 @@ def test_a_file_of_tests_that_was_stopped_goes_on_behind_the_tests_that_have_pas
 def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     from benchmarks.accuracy import ablation
 
-    dense = seeded(chain)
+    dense = seeded(depthwise)
     monkeypatch.setattr(ablation, "case", lambda *_: (dense, images(40), lambda model: model[0].weight.sum().item()))
-    monkeypatch.setattr(ablation, "SPARSITIES", {"resnet20": (0.8,)})
+    monkeypatch.setattr(ablation, "SPARSITIES", {"resnet20": (0.6,)})
     monkeypatch.setattr(ablation, "data_folder", lambda folder: folder)
     for _ in range(2):
         ablation.main(nets="resnet20", output=tmp_path)
