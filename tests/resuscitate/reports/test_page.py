@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import resuscitate
@@ -232,6 +232,7 @@ def test_an_axis_holds_all_its_values_between_its_first_and_last_mark(values):
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8))
+@example([1.000000001])
 def test_a_linear_axis_begins_at_zero_and_holds_all_its_values(values):
     place, ticks = linear_axis(values, 100, 500)
     assert all(100 <= place(value) <= 500.1 for value in values)
