@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from .channels import Side, width
 from .comparison import trial_copy
-from .layers import LAYERS, channel_dim
+from .layers import LAYERS, channel_dim, is_depthwise
 from .runner import Network
 
 EXACT = 1e-5  # bound on the relative error of derivatives in float32
@@ -46,11 +45,6 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.LayerNorm):
         return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
     return isinstance(module, (_NormBase, nn.GroupNorm)) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Is this a depthwise convolution, of one output channel for each input channel?"""
-    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def channelwise_modules(model: nn.Module) -> set[str]:

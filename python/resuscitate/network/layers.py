@@ -134,8 +134,8 @@ def out_channels(module: nn.Module) -> int:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Is it a convolution of which each output channel reads one of several input channels?"""
-    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
+    """Is this a depthwise convolution, of one output channel for each input channel?"""
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .layers import is_depthwise
+
 
 def smaller_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
     """Of the shapes those that are smaller than the tensor of the same name in the numbers of channels alone."""
@@ -40,7 +42,7 @@ def resize_layers(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
         if id(old) in smaller
     }
     for module in model.modules():
-        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+        depthwise = is_depthwise(module)
         for slots in (module._parameters, module._buffers):
             slots |= {key: smaller[id(old)] for key, old in slots.items() if id(old) in smaller}
         vars(module).update(_sizes(module, depthwise))

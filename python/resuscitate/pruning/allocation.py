@@ -214,14 +214,14 @@ def depthwise_floors(
 ) -> dict[str, int]:
     """Weights that each channel of the depthwise layers should keep, by layer: `DEPTHWISE`, or fewer.
 
-    A depthwise channel has a few weights, and nothing else carries what other layers do for the channel. The floors
-    take at most `DEPTHWISE_PART` of the weights that are kept. Layers of fixed densities have none.
+    A depthwise channel without weights is constant, and the weights of other layers that compute or read it are of no
+    use. The floors take at most `DEPTHWISE_PART` of the weights that are kept. Layers of fixed densities have none.
     """
     layers, first_of = prunable_layers(model, include, exclude)
     fixed = fixed_densities(layers, first_of, densities)
     sizes = {name: effective_weight(name, layers[name]).numel() for name in dict.fromkeys(first_of.values())}
     kept = (1 - sparsity) * sum(sizes.values()) - sum(density * sizes[name] for name, density in fixed.items())
-    channels = {name: out_channels(layers[name]) for name in sizes if name not in fixed and is_depthwise(layers[name])}
+    channels = {name: out_channels(layers[name]) for name in sizes if is_depthwise(layers[name]) and name not in fixed}
     floor = min(DEPTHWISE, int(max(DEPTHWISE_PART * kept, 0) // max(sum(channels.values()), 1)))
     return {name: min(floor, sizes[name] // count) for name, count in channels.items()} if floor else {}
 

@@ -23,7 +23,6 @@ from ..network.channel_flow import (
     channel_labels,
     channelwise_modules,
     coupled_units,
-    is_depthwise,
     join_channels,
 )
 from ..network.channels import Side, width
@@ -43,6 +42,7 @@ from ..network.layers import (
     along_inputs,
     along_weight,
     find_layers,
+    is_depthwise,
     select_layers,
     stored_weight,
     unwrap,

@@ -340,9 +340,9 @@ class TestFloors:
 
     def test_depthwise_layers_get_floors_that_take_a_quarter_of_the_kept_weights_at_most(self):
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 16, 1, groups=16), nn.Conv2d(16, 10, 1)
+            nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1, groups=16), nn.Conv2d(16, 10, 1)
         )
-        total = sum(layer.weight.numel() for layer in model)  # 216 + 144 + 16 + 160
+        total = sum(layer.weight.numel() for layer in model)  # 432 + 144 + 16 + 160
         for kept, floors in ((256, {"1": 2, "2": 1}), (255, {"1": 1, "2": 1}), (128, {"1": 1, "2": 1}), (127, {})):
             assert depthwise_floors(model, 1 - kept / total) == floors
         assert depthwise_floors(model, 0.5, {"1": 0.5}) == {"2": 1}
