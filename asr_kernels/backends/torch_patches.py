@@ -41,7 +41,7 @@ class Totals:
 
     xx: for each pair of taps the products (G, C * R, C * R) of what they read, less those of the pair one stride
     earlier; of a tap with itself, above the diagonal blocks alone. xy (taps, G, C * R, O): with the outputs. yy (G, O):
-    squares of the outputs.
+    squares of the outputs. chunks: of each 2 (K + O) values for each group.
     """
 
     xx: dict[Pair, Tensor]
@@ -70,10 +70,11 @@ class Sums:
         copied = self.R * self.dtype.itemsize * x.shape[1] * places  # of an image
         most = max(budget // max(copied, 1), 1)
         for fold, rows in folds.items():
-            totals = self.folds.get(fold) or self.folds.setdefault(fold, self._nothing(x.device))
+            if fold not in self.folds:
+                self.folds[fold] = self._nothing(x.device)
             mine = (each if rows is None else each[rows.to(each.device, non_blocking=True)] for each in (x, y))
             for parts in zip(*(each.split(most) for each in mine), strict=True):
-                totals.chunks.append(self._add(totals, *parts))
+                self.folds[fold].chunks.append(self._add(self.folds[fold], *parts))
 
     def moments(self, fold: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The parts of `PatchMoments` of a fold, whose sums are freed."""
@@ -103,6 +104,7 @@ class Sums:
         return Totals(xx, zeros(self.taps, G, CR, self.O), zeros(G, self.O), [])
 
     def _add(self, totals: Totals, x: Tensor, y: Tensor) -> Chunk:
+        """Add the products of a chunk to the totals; its sums are returned."""
         G, rows = self.window.groups, y.shape[2]
         deviations, about = self._centred(padded(x, self.window))
         wanted, target = self._centred(y)

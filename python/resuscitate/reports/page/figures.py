@@ -95,7 +95,8 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """Where a value from 0 on lies between two coordinates, and values to mark."""
     unit = 10.0 ** math.floor(math.log10(max(values)))
     step = next(part * unit for part in (0.2, 0.5, 1.0, 2.0, 5.0) if max(values) <= 5 * part * unit * (1 + 1e-9))
-    count = max(math.ceil(max(values) / step - 1e-8), 1)  # more than the rounding of five steps above
+    # a value may exceed five steps by 5e-9 of a step, and needs no sixth
+    count = max(math.ceil(max(values) / step - 1e-8), 1)
     return lambda value: start + (end - start) * value / (count * step), [step * tick for tick in range(count + 1)]
 
 
