@@ -121,8 +121,8 @@ def compress(
     Args:
         sparsity, pattern, densities, min_per_layer, include, exclude: see `sparsify`. With pattern "channels" they are
             removed from the model at the end (`shrink`), which is then smaller and faster.
-        min_per_channel: as in `sparsify`. None: two, or one at a high sparsity, in the depthwise layers, where a
-            channel without weights cuts off all that other layers do for it; for patterns of single weights.
+        min_per_channel: as in `sparsify`. None: for the pattern of single weights two in each channel of the depthwise
+            layers, or fewer at a very high sparsity, because without weights such a channel is constant; else none.
         allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
             times a factor for each layer, from the error that the layer's pruning causes at the outputs of the network.
             The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts of three steps. The one whose
@@ -158,8 +158,8 @@ def compress(
     used = allocation if pattern == "unstructured" or allocation != "measured" else other
     include, exclude = reusable(include), reusable(exclude)
     if min_per_channel is None:
-        within = pattern == "unstructured"
-        min_per_channel = depthwise_floors(model, sparsity, densities, include, exclude) if within else {}
+        layers = densities, include, exclude
+        min_per_channel = depthwise_floors(model, sparsity, *layers) if pattern == "unstructured" else {}
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
     dense = copy.deepcopy(model)
