@@ -25,7 +25,9 @@ from ..network.wiring import ReluConsumer
 from ..utils.readout import read_numbers
 from .deferred import gain_and_shift, is_mergeable
 
-FURTHEST = 4.0  # standard deviations of a channel: the bound on a target that the ReLU sets to zero, from the mean
+# standard deviations of a channel, from its mean: the bound on a target that the ReLU hides, so that none is infinite.
+# It must lie beyond the dense outputs: a closer one moves those far out, which have the largest weight in the fit
+FURTHEST = 100.0
 IMAGES = 64  # at a time, which takes little memory beside the activations of the walk
 SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 

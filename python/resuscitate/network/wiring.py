@@ -23,6 +23,8 @@ from .operands import PRODUCTS, named_arguments
 
 # layers as functions: called outside any layer module, they cannot be repaired
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+# functions that are a ReLU where their lower bound, the second argument, is 0; its name
+CLAMPS = {"hardtanh": "min_val", "clamp": "min", "clamp_": "min", "clip": "min", "clip_": "min", "clamp_min": "min"}
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 
@@ -128,9 +130,10 @@ def same_output(a: Any, b: Any) -> bool:
 
 def is_rectifier(name: str, args: Any, kwargs: Any) -> bool:
     """Is this function a ReLU, with or without an upper bound?"""
-    if name == "hardtanh":  # ReLU6
-        return (kwargs or {}).get("min_val", args[1] if len(args) > 1 else -1) == 0
-    return name in ("relu", "relu_", "relu6")
+    if name not in CLAMPS:
+        return name in ("relu", "relu_", "relu6")
+    least = (kwargs or {}).get(CLAMPS[name], args[1] if len(args) > 1 else None)
+    return isinstance(least, (int, float)) and least == 0
 
 
 def is_sum(name: str, args: Any, kwargs: Any) -> bool:
