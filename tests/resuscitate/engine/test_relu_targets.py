@@ -80,20 +80,19 @@ def test_the_relu_behind_a_layer_is_found(model, expected):
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [
-        (F.relu, True),
-        (F.relu6, True),
-        (nn.Hardtanh(0, 2), True),
-        (lambda x: x.clamp(min=0), True),
-        (lambda x: x.clamp_(0, 4), True),
-        (lambda x: x.clamp_min(0), True),
-        (lambda x: torch.clip(x, min=0, max=3), True),
-        (F.hardtanh, False),
-        (F.hardswish, False),
-        (lambda x: x.clamp(max=1), False),
-        (lambda x: x.clamp(0.5, 1), False),
-        (lambda x: x.clamp(torch.zeros(()), torch.ones(())), False),
+        pytest.param(F.relu, True, id="relu"),
+        pytest.param(F.relu6, True, id="relu6"),
+        pytest.param(nn.Hardtanh(0, 2), True, id="hardtanh from 0"),
+        pytest.param(lambda x: x.clamp(min=0), True, id="clamp from 0"),
+        pytest.param(lambda x: x.clamp_(0, 4), True, id="clamp_ 0 to 4"),
+        pytest.param(lambda x: x.clamp_min(0), True, id="clamp_min"),
+        pytest.param(lambda x: torch.clip(x, min=0, max=3), True, id="clip 0 to 3"),
+        pytest.param(F.hardtanh, False, id="hardtanh"),
+        pytest.param(F.hardswish, False, id="hardswish"),
+        pytest.param(lambda x: x.clamp(max=1), False, id="clamp to 1"),
+        pytest.param(lambda x: x.clamp(0.5, 1), False, id="clamp from 0.5"),
+        pytest.param(lambda x: x.clamp(torch.zeros(()), torch.ones(())), False, id="clamp by tensors"),
     ],
-    ids=str,
 )
 def test_functions_that_are_a_relu_are_known(activation, expected):
     class Net(nn.Module):
