@@ -167,6 +167,7 @@ def main(
     targets: Annotated[str, typer.Option(help="sparsities and patterns, by comma")] = "50%,70%,80%,90%,95%,98%,2:4,1:4",
     draws: Annotated[int, typer.Option(help="of the calibration images")] = 5,
     only: Annotated[str, typer.Option(help="measure these tools again, by comma; the others keep their figures")] = "",
+    timed: Annotated[bool, typer.Option(help="record seconds; not beside other work")] = True,
     test_images: int = 10_000,
     output: Path = RESULTS,
 ) -> None:
@@ -187,7 +188,7 @@ def main(
             {"net": net, "target": target, "draw": draw, "dense": score(dense), "accuracy": {}, "seconds": {}},
         )
         row["accuracy"].update(accuracy)
-        row["seconds"].update(seconds)
+        row["seconds"].update(seconds if timed else {})
         publish(file, list(known.values()), test_images)
 
 
@@ -201,7 +202,10 @@ def publish(file: Path, rows: list[dict[str, Any]], test_images: int) -> None:
 
 
 def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
-    """A row for each network and target; for each tool mean accuracy, its spread over draws, and median seconds."""
+    """A row for each network and target; for each tool mean accuracy, its spread over draws, and median seconds.
+
+    Draws without seconds count in the accuracy only.
+    """
     names = [name for name in TOOLS if any(name in row["accuracy"] for row in rows) and name not in hidden]
     lines = []
     for net, target in dict.fromkeys((row["net"], row["target"]) for row in rows):
@@ -210,7 +214,8 @@ def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
         cells = []
         for name in names:
             spread = f" ± {stdev(row['accuracy'][name] for row in chosen):.1f}" if len(chosen) > 1 else ""
-            spent = "" if name == "no repair" else f" ({median(row['seconds'][name] for row in chosen):.1f} s)"
+            seconds = [row["seconds"][name] for row in chosen if name in row["seconds"] and name != "no repair"]
+            spent = f" ({median(seconds):.1f} s)" if seconds else ""
             cells.append(f"{accuracy_cell(means[name], max(means.values()))}{spread}{spent}")
         dense = mean(row["dense"] for row in chosen)
         lines.append([f"{NETS[net]} ({dense:.1f}), {target}", *cells])
