@@ -137,7 +137,7 @@ def _after_compress(cell: Cell) -> nn.Module:
 TOOLS: dict[str, Tool] = {
     "no repair": lambda cell: cell.pruned()[0],
     "update_bn": _update_bn,
-    **({"NNCF adaptation": _nncf} if find_spec("nncf") else {}),
+    "NNCF adaptation": _nncf,
     "published ASR + EMA": _asr_as_published,
     "ASR": _repair(method="asr"),
     "one-shot, SparseGPT": _one_shot,
@@ -177,12 +177,11 @@ def main(
     known = {(row["net"], row["target"], row["draw"]): row for row in rows}
     jobs = [(net, target, draw) for draw in range(draws) for net in nets.split(",") for target in targets.split(",")]
     jobs = [job for job in jobs if only or job not in known]
+    tools = only.split(",") if only else [name for name in TOOLS if name != "NNCF adaptation" or find_spec("nncf")]
     load = lru_cache(maxsize=1)(case)  # it decodes thousands of images
     for net, target, draw in progress(jobs, "repairing"):
         dense, images, score = load(net, draw, folder, test_images)
-        accuracy, seconds = measure(
-            Cell(dense, target, images, net != "dscnn"), score, only.split(",") if only else TOOLS
-        )
+        accuracy, seconds = measure(Cell(dense, target, images, net != "dscnn"), score, tools)
         row = known.setdefault(
             (net, target, draw),
             {"net": net, "target": target, "draw": draw, "dense": score(dense), "accuracy": {}, "seconds": {}},
