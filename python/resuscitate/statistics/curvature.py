@@ -14,9 +14,9 @@ FLOOR = 0.01  # the part of the identity in a curvature: no direction is without
 def curvature_from(halves: Tensor) -> Tensor | None:
     """The curvature (O, O), float64, of a layer of O channels, its mean diagonal 1; None if nothing depends on it.
 
-    halves: (2, O, O), sums of g g' over the positions and images of either half, g (O,) the gradient of a random
-    projection of the network's outputs z at a position of the layer's outputs. Their expected value is the sum of J' J,
-    J the derivative of z: an error e of the layer's outputs changes z by about |J e|^2 in all.
+    halves: (2, O, O), float64, sums of g g' over the positions and images of either half, g (O,) the gradient of a
+    random projection of the network's outputs z at a position of the layer's outputs. Their expected value is the sum
+    of J' J, J the derivative of z: an error e of the layer's outputs changes z by about |J e|^2 in all.
 
     The mean M of both halves, each scaled to a mean diagonal of 1, is shrunk towards the identity,
 
@@ -24,7 +24,7 @@ def curvature_from(halves: Tensor) -> Tensor | None:
 
     which has the least expected distance from the true curvature, because the errors of the halves are independent.
     """
-    halves, unit = halves.double(), torch.eye(halves.shape[1], dtype=torch.float64, device=halves.device)
+    unit = torch.eye(halves.shape[1], dtype=torch.float64, device=halves.device)
     scales = halves.diagonal(dim1=1, dim2=2).mean(1)
     if not bool((scales > 0).all() & halves.isfinite().all()):
         return None

@@ -38,7 +38,9 @@ def measure_curvatures(session: Session, batches: Batches) -> dict[str, Tensor]:
         return {}
     layers = {name: module for name, module in net.modules.items() if isinstance(module, LAYERS)}
     channels = {name: out_channels(each) for name, each in layers.items() if getattr(each, "groups", 1) == 1}
-    sums = {n: torch.zeros(2, c, c, device=net.device) for n, c in channels.items() if c <= MOST_CHANNELS}
+    # in float64: in float32 the order of the sums, which is another one on several ranks, shows in the fits
+    zeros = partial(torch.zeros, dtype=torch.float64, device=net.device)
+    sums = {name: zeros(2, count, count) for name, count in channels.items() if count <= MOST_CHANNELS}
     problem, numbered = "", batches.numbers(ranks)
     try:
         for half, numbers, images in _parts(batches, numbered):
@@ -50,7 +52,7 @@ def measure_curvatures(session: Session, batches: Batches) -> dict[str, Tensor]:
         cause = problem or "another rank could not"
         log.warning("the network's curvature is not measured, and each channel is fitted alone: %s", cause)
         return {}
-    found = {name: curvature_from(ranks.add(each)) for name, each in sums.items()}
+    found = {name: curvature_from(ranks.add(sums.pop(name))) for name in list(sums)}
     return {name: each.float() for name, each in found.items() if each is not None}
 
 
@@ -77,7 +79,7 @@ def _add_gradients(net: Network, images: Tensor, numbers: Tensor, sums: dict[str
     def add(name: str, gradient: Tensor) -> None:
         # a copy: PyTorch warns where the first work of autograd's thread on a GPU is a product of matrices
         rows = gradient.movedim(net.axis(name), 0).flatten(1).float().contiguous()
-        sums[name].addmm_(rows, rows.mT)
+        sums[name] += rows @ rows.mT
 
     def watch(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
