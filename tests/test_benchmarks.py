@@ -102,6 +102,22 @@ def test_a_file_of_tests_that_was_stopped_goes_on_behind_the_tests_that_have_pas
     assert gpu.Job(command, tmp_path / "log").status(time.monotonic() + 60) == 5
 
 
+def test_the_headline_has_the_draws_of_each_tool_and_the_seconds_that_were_measured():
+    from benchmarks.accuracy import headline
+
+    def row(draw, accuracy, seconds):
+        return {"net": "dscnn", "target": "50%", "draw": draw, "dense": 90.0, "accuracy": accuracy, "seconds": seconds}
+
+    rows = [
+        row(0, {"no repair": 10.0, "update_bn": 70.0, "NNCF adaptation": 60.0}, {"no repair": 0.1, "update_bn": 2.0}),
+        row(1, {"no repair": 12.0, "update_bn": 72.0}, {}),
+    ]
+    assert (
+        headline.table(rows).splitlines()[-1] == "| DS-CNN (90.0), 50% | 11.0 ± 1.4 | **71.0** ± 1.4 (2.0 s) | 60.0 |"
+    )
+    assert "NNCF" not in headline.table(rows[1:])
+
+
 def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     from benchmarks.accuracy import ablation
 

@@ -203,19 +203,19 @@ def publish(file: Path, rows: list[dict[str, Any]], test_images: int) -> None:
 def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
     """A row for each network and target; for each tool mean accuracy, its spread over draws, and median seconds.
 
-    Draws without seconds count in the accuracy only.
+    A tool that a draw does not have was not at hand then. Draws without seconds count in the accuracy only.
     """
     names = [name for name in TOOLS if any(name in row["accuracy"] for row in rows) and name not in hidden]
     lines = []
     for net, target in dict.fromkeys((row["net"], row["target"]) for row in rows):
         chosen = [row for row in rows if (row["net"], row["target"]) == (net, target)]
-        means = {name: mean(row["accuracy"][name] for row in chosen) for name in names}
-        cells = []
-        for name in names:
-            spread = f" ± {stdev(row['accuracy'][name] for row in chosen):.1f}" if len(chosen) > 1 else ""
+        found = {name: [row["accuracy"][name] for row in chosen if name in row["accuracy"]] for name in names}
+        best, cells = max(mean(each) for each in found.values() if each), []
+        for name, accuracies in found.items():
+            spread = f" ± {stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
             seconds = [row["seconds"][name] for row in chosen if name in row["seconds"] and name != "no repair"]
             spent = f" ({median(seconds):.1f} s)" if seconds else ""
-            cells.append(f"{accuracy_cell(means[name], max(means.values()))}{spread}{spent}")
+            cells.append(f"{accuracy_cell(mean(accuracies), best)}{spread}{spent}" if accuracies else "")
         dense = mean(row["dense"] for row in chosen)
         lines.append([f"{NETS[net]} ({dense:.1f}), {target}", *cells])
     return markdown_table(["network (dense), sparsity", *names], lines)
