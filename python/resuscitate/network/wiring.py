@@ -24,7 +24,10 @@ from .operands import PRODUCTS, named_arguments
 # layers as functions: called outside any layer module, they cannot be repaired
 FUNCTIONAL_LAYERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 # functions that are a ReLU where their lower bound, the second argument, is 0; its name
-CLAMPS = {"hardtanh": "min_val", "clamp": "min", "clamp_": "min", "clip": "min", "clip_": "min", "clamp_min": "min"}
+CLAMPS = {
+    "hardtanh": "min_val",
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_"), "min"),
+}
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
 

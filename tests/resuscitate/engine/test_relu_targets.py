@@ -213,6 +213,22 @@ class TestRepair:
                 errors[aware] = rectified_error(model, dense, x)
             assert errors[True] < 0.99 * errors[False]
 
+    @pytest.mark.parametrize("forward_fn", [None, lambda model, x: model(x)], ids=["graph", "suspended"])
+    def test_a_clamp_at_zero_is_a_relu(self, forward_fn):
+        class Clamp(nn.Module):
+            def forward(self, x):
+                return x.clamp_(min=0)
+
+        results = []
+        for activation in (nn.ReLU(), Clamp()):
+            dense = seeded(
+                lambda a=activation: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), a, nn.Conv2d(8, 4, 1))
+            )
+            model = pruned_copy(dense)
+            resuscitate.repair(model, dense, images(40), method="refit", forward_fn=forward_fn, batch_size=16)
+            results.append(model.state_dict())
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
     def test_few_outputs_far_out_do_no_harm(self):
         # a bound of four standard deviations on what is hidden moved the outputs that weigh most in the fit
         x = images(300, size=12)
