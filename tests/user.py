@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -100,10 +99,6 @@ def loaded(path):
     model = chain()
     model.load_state_dict(load_file(path), strict=True)
     return model.eval()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def unframed(text):

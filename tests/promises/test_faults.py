@@ -18,9 +18,9 @@ from torch import nn
 
 import resuscitate
 from resuscitate.errors import JournalError
+from tests.compare import same_state
 from tests.conftest import running_passes
 from tests.networks import Residual, Shared, Untraceable, chain, images, pruned_copy, seeded
-from tests.user import same
 
 OPTIONS = {
     "refit": {},
@@ -70,7 +70,7 @@ def state(model):
 
 def unchanged(model, before):
     now = state(model)
-    assert same(before[0], now[0])
+    assert same_state(before[0], now[0])
     assert before[1:4] == now[1:4]
     assert torch.equal(before[4], now[4])
     assert not running_passes()

@@ -14,6 +14,7 @@ from resuscitate.errors import LayerError
 from resuscitate.methods import base
 from resuscitate.methods.base import register, registered
 from resuscitate.reports.repair import STATUSES
+from tests.compare import same_state
 from tests.networks import Residual, chain, images, pruned_copy, seeded
 
 
@@ -50,10 +51,6 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def repaired(method, build=Residual, **options):
     dense = seeded(build)
     model = pruned_copy(dense)
@@ -84,9 +81,9 @@ def test_undo_puts_every_tensor_back(method):
     model = pruned_copy(dense)
     before = state(model)
     report = resuscitate.repair(model, dense, images(), method=method)
-    assert not same(before, state(model))
+    assert not same_state(before, state(model))
     report.undo()
-    assert same(before, state(model))
+    assert same_state(before, state(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +104,7 @@ def test_all_or_nothing(method, monkeypatch):
         monkeypatch.setattr(Exact, "solve", lambda self, layer, found: fail_batchnorm(layer))
     with pytest.raises(LayerError, match="it fails"):
         resuscitate.repair(model, dense, images(), method=method)
-    assert same(before, state(model))
+    assert same_state(before, state(model))
 
 
 def fail_batchnorm(layer):
@@ -134,7 +131,7 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
     monkeypatch.setattr(first, "solve", original)
     model = pruned_copy(dense)
     report = resuscitate.repair(model, dense, images(), method=method, resume=journal)
-    assert same(expected, state(model))
+    assert same_state(expected, state(model))
     assert report.resumed > 0 or method == "mean"  # which solves for all layers before it writes one
     other = {"seed": 1}
     with pytest.raises(resuscitate.JournalError, match="seed"):
@@ -169,7 +166,7 @@ def test_ranks_agree_with_one_process(method, two_ranks):
     alone = pruned_copy(dense)
     resuscitate.repair(alone, dense, images(24), method=method)
     first, second = two_ranks[method]
-    assert same(first, second)
+    assert same_state(first, second)
     # products of patches are float32 sums over other batches here; a refit divides by their small eigenvalues
     torch.testing.assert_close(first, state(alone), rtol=1e-3, atol=1e-4)
 
@@ -187,9 +184,9 @@ def test_a_string_is_the_method_with_its_defaults_and_options_may_follow_it(meth
     kind = registered()[method]
     by_name, _ = repaired(method)
     by_object, _ = repaired(kind())
-    assert same(state(by_name), state(by_object))
+    assert same_state(state(by_name), state(by_object))
     for field in fields(kind):
-        assert same(state(by_name), state(repaired(method, **{field.name: field.default})[0]))
+        assert same_state(state(by_name), state(repaired(method, **{field.name: field.default})[0]))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -210,7 +207,7 @@ def test_an_option_of_another_method_is_refused_before_anything_is_read(method):
     with pytest.raises(TypeError, match=r"has no option 'batchsize'.*batch_size"):
         resuscitate.repair(model, dense, loader, method=method, batchsize=4)
     assert not read
-    assert same(before, state(model))
+    assert same_state(before, state(model))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +261,7 @@ def test_diagnostics_never_change_the_method():
     plain, report = repaired("auto")
     with_diagnostics, other = repaired("auto", diagnostics=True)
     assert report.method == other.method == "refit"
-    assert same(state(plain), state(with_diagnostics))
+    assert same_state(state(plain), state(with_diagnostics))
 
 
 def test_two_methods_of_one_name_are_refused():

@@ -14,15 +14,10 @@ from torch.nn.utils import prune
 import resuscitate
 from resuscitate import EMA
 from resuscitate.engine import writer
+from tests.compare import same
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded
 
 METHODS = ["bn", "layerwise", "channelwise", "asr", "refit"]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    """Are all tensors equal, bit for bit, under the same keys?"""
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def broken_loader():

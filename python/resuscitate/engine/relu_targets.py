@@ -26,8 +26,8 @@ from ..utils.readout import read_numbers
 from .deferred import gain_and_shift, is_mergeable
 
 # standard deviations of a channel, from its mean: the bound on a target that the ReLU hides, so that none is infinite.
-# At most one dense output in 10,000 lies beyond it (Chebyshev's inequality). A closer bound would move dense outputs far
-# out, which have the largest weight in the fit
+# At most one dense output in 10,000 lies beyond it (Chebyshev's inequality). A closer bound would move dense outputs
+# that lie far out and have the largest weight in the fit
 FURTHEST = 100.0
 IMAGES = 64  # at a time, which takes little memory beside the activations of the walk
 SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}

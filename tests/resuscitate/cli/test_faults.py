@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import resuscitate
 from resuscitate import cli
-from tests.user import MODEL, same
+from tests.compare import same_state
+from tests.user import MODEL
 
 resource = pytest.importorskip("resource")
 
@@ -49,7 +50,7 @@ class TestFaults:
             ended.add(code)
             # what is there is whole: the old file or the new one
             if (user / "out.safetensors").read_bytes() != b"old":
-                assert same(load("out.safetensors"), expected)
+                assert same_state(load("out.safetensors"), expected)
             if (user / "run.json").read_text() != "old":
                 assert json.loads((user / "run.json").read_text())["method"] == "refit"
             left = done(user) - inputs - {"out.safetensors", "run.json", "run.journal"}
@@ -59,7 +60,7 @@ class TestFaults:
             assert all(name.endswith(".tmp") for name in left)
             assert in_child(words) == 0
             assert done(user) == {"out.safetensors", "run.json"} | inputs
-            assert same(load("out.safetensors"), expected)
+            assert same_state(load("out.safetensors"), expected)
         assert ended - {0} == {130 if number == signal.SIGINT else -number}
 
     @pytest.mark.parametrize(

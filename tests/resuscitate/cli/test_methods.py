@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import resuscitate
-from tests.user import METHODS, MODEL, command, same, unframed
+from tests.compare import same_state
+from tests.user import METHODS, MODEL, command, unframed
 
 DENSE = ("-m", MODEL, "--dense", "dense.safetensors", "-c", "images.npz")
 FILES = (*DENSE, "--pruned", "pruned.safetensors")
@@ -31,7 +32,7 @@ def test_repair_takes_its_fields_as_flags_and_its_report_becomes_a_page():
     document = written()
     assert (document["method"], document["options"]) == ("median-gain", OPTIONS)
     assert {row["status"] for row in document["layers"]} == {"skipped", "repaired"}
-    assert not same(load_file("out.safetensors"), load_file("pruned.safetensors"))
+    assert not same_state(load_file("out.safetensors"), load_file("pruned.safetensors"))
     command("report", "run.json", "-o", "page.html")
     assert "median-gain" in Path("page.html").read_text()
     refused = command("repair", *FILES, *OUTPUTS, *METHOD, "--ridge", 1, code=2)
@@ -49,7 +50,7 @@ def test_repair_goes_on_from_its_journal(monkeypatch):
     monkeypatch.delenv("FAIL_AT")
     assert "another" in command("repair", *FILES, *OUTPUTS, *METHOD, *FLAGS, "--resume", "journal", code=1).stderr
     command("repair", *FILES, *OUTPUTS, *METHOD, "--resume", "journal")
-    assert same(load_file("out.safetensors"), expected)
+    assert same_state(load_file("out.safetensors"), expected)
     assert written()["resumed"] == 1
     assert not Path("journal").exists()
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate.data.images import load_images
-from tests.user import MODEL, command, invoke, loaded, metadata, same, unframed
+from tests.compare import same_state
+from tests.user import MODEL, command, invoke, loaded, metadata, unframed
 
 
 class TestPrune:
@@ -18,7 +19,7 @@ class TestPrune:
         done = command("prune", "--model", MODEL, "--sparsity", 0.8, "--allocation", "uniform", *weights)
         expected = loaded("dense.safetensors")
         masks = resuscitate.sparsify(expected, 0.8, allocation="uniform", exclude="11")
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
         assert done.stderr == ""
         for row in masks.table():
             assert any(f"{row.kept}" in line and f"{row.sparsity:.2%}" in line for line in done.stdout.splitlines())
@@ -33,14 +34,14 @@ class TestPrune:
         invoke("prune", "-m", MODEL, "--dense", "dense.safetensors", "--pattern", "2:4", "-o", "out.safetensors")
         expected = loaded("dense.safetensors")
         resuscitate.sparsify(expected, pattern="2:4")
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
 
     def test_an_input_may_be_written_over(self, user):
         weights = load_file("dense.safetensors")
         save_file(weights, "mine.safetensors")
         options = ["--sparsity", 0.5, "--dense", "mine.safetensors", "-o", "mine.safetensors"]
         invoke("prune", "-m", MODEL, *options)
-        assert not same(load_file("mine.safetensors"), weights)
+        assert not same_state(load_file("mine.safetensors"), weights)
 
     def test_every_choice_of_the_library_is_passed_on(self, user):
         words = ["--sparsity", 0.6, "--allocation", "erk", "--densities", "0=1.0", "--densities", "11=0.5"]
@@ -49,7 +50,7 @@ class TestPrune:
         expected = loaded("dense.safetensors")
         floors = {"min_per_layer": 20, "min_per_channel": 3}
         resuscitate.sparsify(expected, 0.6, allocation="erk", densities={"0": 1.0, "11": 0.5}, **floors)
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
 
     def test_relative_repairability_reads_the_images(self, user):
         words = ["prune", "-m", MODEL, "--dense", "dense.safetensors", "-o", "out.safetensors"]
@@ -58,7 +59,7 @@ class TestPrune:
         expected = loaded("dense.safetensors")
         images = load_images("images.npz", max_samples=20)
         resuscitate.sparsify(expected, 0.6, allocation="rr", calibration=images)
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
         assert "allocation rr needs images: --calibration" in unframed(invoke(*words, code=2).stderr)
 
     def test_relative_repairability_is_measured_with_the_options_given(self, user, monkeypatch):
@@ -93,7 +94,7 @@ class TestPrune:
         invoke(*given, "--sparsity", 0.3, "--pattern", "channels")
         expected = loaded("dense.safetensors")
         resuscitate.sparsify(expected, 0.3, pattern="channels", example=load_images("images.npz"))
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
 
     def test_masks_are_written_and_notes_shown(self, user):
         words = ["--pattern", "2:4", "--masks", "masks.safetensors", "-o", "out.safetensors"]
@@ -150,7 +151,7 @@ class TestRegrow:
         model, dense = loaded("pruned.safetensors"), loaded("dense.safetensors")
         now = resuscitate.Masks.from_zeros(model)
         grown = resuscitate.regrow(model, dense, now, 0.5, load_images("images.npz"), **options)
-        assert same(load_file("out.safetensors"), model.state_dict())
+        assert same_state(load_file("out.safetensors"), model.state_dict())
         assert resuscitate.Masks.load("new.safetensors") == grown.masks
         written = json.loads(Path("run.json").read_text())
         assert [each["regrown"] for each in written["rounds"]] == [each.regrown for each in grown.rounds]
@@ -197,7 +198,7 @@ class TestCompress:
         done = invoke("compress", "-m", MODEL, "--sparsity", 0.6, *files, "--masks", "masks.safetensors", *words)
         expected = loaded("dense.safetensors")
         report = resuscitate.compress(expected, 0.6, load_images("images.npz"), steps=steps)
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
         assert resuscitate.Masks.load("masks.safetensors") == report.masks
         written = json.loads(Path("run.json").read_text())
         assert [step["sparsity"] for step in written["steps"]] == report.sparsities

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import resuscitate
 from resuscitate.data.images import load_images
-from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, same, unframed
+from tests.compare import same_state
+from tests.user import BARE, MEAN, MODEL, STD, command, invoke, loaded, metadata, repair, unframed
 
 
 def smaller(path):
@@ -30,7 +31,7 @@ class TestRepair:
         numbers = ["--mean", "0.4,0.5,0.6", "--std", "0.2 0.25 0.3", "--max-samples", 32]
         options = ["-m", MODEL, "-c", "images.npz", "--method", "channelwise", *numbers]
         done = command("repair", *options, *weights)
-        assert same(load_file("repaired.safetensors"), expected.state_dict())
+        assert same_state(load_file("repaired.safetensors"), expected.state_dict())
         assert done.stderr == ""
         assert "channelwise, sequential" in done.stdout
         assert "32 images of 3x10x12 from images.npz, normalised with mean 0.4 0.5 0.6, std 0.2 0.25 0.3" in done.stdout
@@ -61,7 +62,7 @@ class TestRepair:
         repair(*words)
         expected = loaded("pruned.safetensors")
         resuscitate.repair(expected, loaded("dense.safetensors"), load_images("images.npz"), **keywords)
-        assert same(load_file("repaired.safetensors"), expected.state_dict())
+        assert same_state(load_file("repaired.safetensors"), expected.state_dict())
 
     def test_a_report_is_written_as_csv_too(self, user):
         repair("--report", "run.csv")
@@ -73,7 +74,7 @@ class TestRepair:
         invoke("repair", "-m", MODEL, *options)
         expected = loaded("pruned.safetensors")
         resuscitate.recalibrate_batchnorm(expected, load_images("images.npz"))
-        assert same(load_file("out.safetensors"), expected.state_dict())
+        assert same_state(load_file("out.safetensors"), expected.state_dict())
 
     def test_only_as_many_images_are_read_as_are_used(self, user, monkeypatch):
         asked = []
@@ -115,7 +116,7 @@ class TestRepair:
         small, images = smaller("small.safetensors"), load_images("images.npz")
         resuscitate.repair(small, loaded("dense.safetensors"), images, method="channelwise", progress=False)
         repair("--pruned", "small.safetensors", "--method", "channelwise")
-        assert same(load_file("repaired.safetensors"), small.state_dict())
+        assert same_state(load_file("repaired.safetensors"), small.state_dict())
         invoke("export", "-m", MODEL, "--weights", "repaired.safetensors", "-c", "images.npz", "-o", "small.pt2")
 
     def test_the_channels_of_a_smaller_network_may_be_given(self, user):
@@ -126,7 +127,7 @@ class TestRepair:
             Path("channels.json").write_text(json.dumps({"0": [*channels]}))
             repair(*options, "--keep-worse")
             repaired.append(load_file("repaired.safetensors"))
-        assert not same(*repaired)
+        assert not same_state(*repaired)
         Path("channels.json").write_text(json.dumps({"0": [0] * kept}))
         assert f"must be {kept} different indices from 0 to 7" in unframed(repair(*options, code=2).output)
 
@@ -156,7 +157,7 @@ class TestRepair:
                 resuscitate.runtime.activations, "free_memory", lambda device: 40 * 3 * 10 * 12 * 4 * 4 - 1
             )
         done = repair("-b", 7, *(["-j", 1] if how == "workers" else []), "--memory", "1MiB")
-        assert same(load_file("repaired.safetensors"), expected)
+        assert same_state(load_file("repaired.safetensors"), expected)
         assert "40 images of 3x10x12" in done.stdout
         assert "of the first 40 mean" in done.stdout
         # a worker reads in a process of its own

@@ -10,8 +10,8 @@ from resuscitate.data.augment import augmented
 from resuscitate.data.batches import Batches
 from resuscitate.errors import CalibrationError
 from resuscitate.runtime.distributed import Ranks
+from tests.compare import same_state
 from tests.networks import chain, images, pruned_copy, seeded
-from tests.user import same
 
 
 def test_flip_mirrors_in_every_other_draw():
@@ -107,7 +107,7 @@ def test_compress_and_regrow_take_them():
     plain, with_copies = copy.deepcopy(dense), copy.deepcopy(dense)
     resuscitate.compress(plain, 0.7, images(20), steps=2)
     masks = resuscitate.compress(with_copies, 0.7, images(20), steps=2, augment=["flip", "crop"], draws=2).masks
-    assert not same(plain.state_dict(), with_copies.state_dict())
+    assert not same_state(plain.state_dict(), with_copies.state_dict())
     report = resuscitate.regrow(with_copies, dense, masks, 0.5, images(20), augment="crop")
     assert report.rounds[0].report.images == 40
 
@@ -127,7 +127,7 @@ def test_errors(options, error, message):
     model, before = pruned_copy(dense), pruned_copy(dense)
     with pytest.raises(error, match=message):
         resuscitate.repair(model, dense, images(20), **options)
-    assert same(model.state_dict(), before.state_dict())
+    assert same_state(model.state_dict(), before.state_dict())
 
 
 def test_other_inputs_need_a_function():

@@ -17,26 +17,23 @@ from resuscitate import shrink
 from resuscitate.deploy.checkpoints import load_weights, read_state_dict, write_state_dict
 from resuscitate.errors import CheckpointError
 from resuscitate.utils.files import atomic
+from tests.compare import same_state
 from tests.networks import Shared, chain, images, seeded
 from tests.wired import everything, masked, networks, outputs, unchanged
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 class TestReading:
     def test_safetensors(self, tmp_path):
         state = seeded(chain).state_dict()
         save_file(state, tmp_path / "a.safetensors")
-        assert same(read_state_dict(tmp_path / "a.safetensors"), state)
+        assert same_state(read_state_dict(tmp_path / "a.safetensors"), state)
 
     @pytest.mark.parametrize("suffix", [".pt", ".pth"])
     @pytest.mark.parametrize("under", [None, "state_dict", "model"])
     def test_torch_files_plain_or_nested(self, tmp_path, suffix, under):
         state = seeded(chain).state_dict()
         torch.save(state if under is None else {"epoch": 3, under: state}, tmp_path / f"a{suffix}")
-        assert same(read_state_dict(tmp_path / f"a{suffix}"), state)
+        assert same_state(read_state_dict(tmp_path / f"a{suffix}"), state)
 
     def test_a_pickle_is_refused_and_does_not_run(self, tmp_path):
         class Bomb:
@@ -73,7 +70,7 @@ class TestLoading:
         save_file({prefix + key: value for key, value in source.state_dict().items()}, tmp_path / "a.safetensors")
         with caplog.at_level(logging.INFO, "resuscitate"):
             load_weights(model, tmp_path / "a.safetensors")
-        assert same(model.state_dict(), source.state_dict())
+        assert same_state(model.state_dict(), source.state_dict())
         assert len(caplog.records) == 1
 
     def test_only_prefixes_that_the_model_does_not_have_are_stripped(self, tmp_path):
@@ -84,7 +81,7 @@ class TestLoading:
         state = {key.replace("body.", "body._orig_mod."): value for key, value in source.state_dict().items()}
         save_file(state, tmp_path / "a.safetensors")
         load_weights(model, tmp_path / "a.safetensors")
-        assert same(model.state_dict(), source.state_dict())
+        assert same_state(model.state_dict(), source.state_dict())
 
     def test_prefixes_masks_and_an_added_bias_at_once(self, tmp_path):
         source, model = seeded(lambda: chain(bias=True)), seeded(chain, seed=1)
@@ -98,7 +95,7 @@ class TestLoading:
         source, model = seeded(chain), seeded(chain, seed=1)
         save_file(source.state_dict(), tmp_path / "a.safetensors")
         load_weights(torch.compile(model), tmp_path / "a.safetensors")
-        assert same(model.state_dict(), source.state_dict())
+        assert same_state(model.state_dict(), source.state_dict())
 
     def test_the_masks_of_torch_prune_are_applied(self, tmp_path):
         source, model = seeded(chain), seeded(chain, seed=1)
@@ -112,7 +109,7 @@ class TestLoading:
         source, model = seeded(lambda: chain(bias=True)), seeded(chain, seed=1)
         save_file(source.state_dict(), tmp_path / "a.safetensors")
         load_weights(model, tmp_path / "a.safetensors")
-        assert same(model.state_dict(), source.state_dict())
+        assert same_state(model.state_dict(), source.state_dict())
         x = torch.randn(2, 3, 9, 9)
         assert torch.equal(model(x), source(x))
 
@@ -126,7 +123,7 @@ class TestLoading:
         save_model(source, str(tmp_path / "once.safetensors"))
         assert len(load_file(tmp_path / "once.safetensors")) == 3
         load_weights(model, tmp_path / "once.safetensors")
-        assert same(model.state_dict(), source.state_dict())
+        assert same_state(model.state_dict(), source.state_dict())
 
     def test_keys_that_do_not_fit_are_named_and_the_model_is_unchanged(self, tmp_path):
         model = seeded(chain)
@@ -138,7 +135,7 @@ class TestLoading:
         named = r"1 missing: 3\.weight; 1 unexpected: 3\.weights; 1 of another shape: 0\.weight \(\(8, 3, 5, 5\) in the"
         with pytest.raises(CheckpointError, match=rf"a\.safetensors does not fit .*{named}.*build the very model"):
             load_weights(model, tmp_path / "a.safetensors")
-        assert same(model.state_dict(), before)
+        assert same_state(model.state_dict(), before)
 
     def test_a_bias_of_another_shape_is_not_taken_for_an_added_one(self, tmp_path):
         state = seeded(chain).state_dict() | {"0.bias": torch.zeros(5)}
@@ -155,7 +152,7 @@ class TestSmaller:
         save_file(small.state_dict(), tmp_path / "small.safetensors")
         model = seeded(build, seed=1)
         load_weights(model, tmp_path / "small.safetensors", smaller=True)
-        assert same(model.state_dict(), small.state_dict())
+        assert same_state(model.state_dict(), small.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(outputs(model, images(3)), outputs(small, images(3)), strict=True))
         assert repr(model) == repr(small)
 
@@ -200,7 +197,7 @@ class TestWriting:
         plain = seeded(Shared, seed=1)
         plain.again = plain.conv
         plain.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=True)
-        assert same(plain.state_dict(), source.state_dict())
+        assert same_state(plain.state_dict(), source.state_dict())
 
     def test_provenance_is_metadata_of_strings(self, tmp_path):
         write_state_dict(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {"method": "asr", "options": {"seed": 0}})

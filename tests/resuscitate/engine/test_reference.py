@@ -13,12 +13,8 @@ import resuscitate
 from resuscitate import DenseStatistics, cli
 from resuscitate.errors import CalibrationError, CheckpointError, ModelMismatchError
 from resuscitate.models import digitnet
+from tests.compare import same
 from tests.networks import Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
 class TestStatisticsFile:

@@ -18,9 +18,9 @@ import asr_kernels as ak
 from resuscitate import EMA, Exact, repair
 from resuscitate.errors import NonFiniteError
 from resuscitate.statistics import conjugate_gradients, least_squares
+from tests.compare import same_state
 from tests.device import device, waits
 from tests.networks import Residual, Shared, Zoo, chain, images, pruned_copy, seeded, without_channels
-from tests.user import same
 
 # are the moments finite, or in a refit is the layer to be fitted again for its ReLU; the row of the report, with
 # whether the new weights fit, and in a refit whether the moments are finite and the steps have reached the solution
@@ -95,7 +95,7 @@ def test_the_host_waits_few_times_for_a_layer_and_never_for_a_batch(options):
     assert found_in_more_layers - found <= A_LAYER * (more_rows - rows)
     on_cpu, _, _ = repaired(partial(deep, 2), options, where="cpu")
     near(model, on_cpu)
-    assert "method" not in options or same(model.cpu().state_dict(), on_cpu.state_dict())
+    assert "method" not in options or same_state(model.cpu().state_dict(), on_cpu.state_dict())
 
 
 @pytest.mark.parametrize("build", [Residual, Shared, Zoo])
@@ -128,7 +128,7 @@ def test_a_model_that_is_moved_for_the_repair_comes_back_repaired_and_can_be_res
         reports = [repair(models[i], dense, images(), device=where) for i, where in enumerate((device(), "cpu"))]
         near(*models[:2])
         reports[0].undo()
-    assert same(models[0].state_dict(), models[2].state_dict())
+    assert same_state(models[0].state_dict(), models[2].state_dict())
 
 
 @pytest.mark.parametrize("where", ["cpu", "device"])
@@ -145,7 +145,7 @@ def test_the_error_names_the_first_batch_that_is_not_finite(options, where):
         pytest.skip("a moving average takes what comes")
     with pytest.raises(NonFiniteError, match=f"layer '{'bn0' if bn else '.*'}': batch 1: "):
         repair(model, None if bn else dense, given.split(8), **{**options, "gain_samples": None})
-    assert same(model.cpu().state_dict(), before.state_dict())
+    assert same_state(model.cpu().state_dict(), before.state_dict())
 
 
 @pytest.mark.parametrize("where", ["cpu", "device"])

@@ -17,6 +17,7 @@ from resuscitate.deploy.checkpoints import load_weights, write_state_dict
 from resuscitate.errors import CheckpointError, LayerError, ModelMismatchError
 from resuscitate.network.mean_layers import MeanConv2d
 from resuscitate.statistics.fitting import fit, fit_with_means
+from tests.compare import same
 from tests.networks import Residual, Zoo, chain, images, pruned_copy, seeded
 
 PER = ["layer", "filter", "kernel"]
@@ -33,11 +34,6 @@ LAYERS = {
     "linear": (nn.Linear(7, 5), (6, 7)),
     "sequence": (nn.Linear(7, 5), (6, 3, 7)),
 }
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def naive_replacement(dense, model, per):

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from resuscitate import Masks, allocate, sparsify
 from resuscitate.errors import LayerError
 from resuscitate.pruning.units import Units, smallest
+from tests.compare import same
 from tests.networks import Residual, Shared, Zoo, chain, images, linears, seeded
 
 ALLOCATIONS = ["global", "uniform", "erk", "lamp"]
@@ -21,11 +22,6 @@ SPARSITIES = st.floats(0, 0.97)
 
 def removed(masks):
     return {name: int((~mask).sum()) for name, mask in masks.items()}
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 class TestBudget:

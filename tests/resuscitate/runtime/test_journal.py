@@ -13,6 +13,7 @@ from resuscitate import EMA, Exact
 from resuscitate.errors import JournalError
 from resuscitate.runtime.journal import MAGIC, Journal
 from resuscitate.statistics.outputs import OutputMoments
+from tests.compare import same
 from tests.networks import Residual, Shared, chain, images, pruned_copy, seeded
 
 PROGRAM = """
@@ -39,11 +40,6 @@ PROGRAM = """
     dense = seeded(build)
     resuscitate.repair(pruned_copy(dense), dense, images(), batch_size=7, resume=journal, **options)
 """
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def repaired(build, **options):

@@ -14,8 +14,8 @@ from resuscitate.methods.base import Method
 from resuscitate.network.updates import Weights
 from resuscitate.reports.agreement import Agreement
 from resuscitate.runtime.distributed import Ranks
+from tests.compare import same_state
 from tests.networks import chain, images, pruned_copy, seeded
-from tests.user import same
 
 KEYS = ["before", "after", "error_before", "error_after", "images", "held_out"]
 
@@ -104,13 +104,13 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert report.to_dict()["undone"]
     assert "undone, because it made the outputs worse" in caplog.text
     assert "keep_worse=True keeps it" in caplog.text
-    assert same(model.state_dict(), before)
+    assert same_state(model.state_dict(), before)
     with pytest.raises(RuntimeError, match="undone already"):
         report.undo()
     report = resuscitate.repair(kept, dense, given, method=Negated(), keep_worse=True)
     assert not report.undone
     assert report.agreement.fell
-    assert not same(kept.state_dict(), before)
+    assert not same_state(kept.state_dict(), before)
 
 
 def test_a_compression_that_makes_the_outputs_worse_leaves_the_pruned_weights(caplog):
@@ -120,9 +120,9 @@ def test_a_compression_that_makes_the_outputs_worse_leaves_the_pruned_weights(ca
     report.masks.apply_(pruned)
     assert report.undone
     assert "the compression was undone" in caplog.text
-    assert same(model.state_dict(), pruned.state_dict())
+    assert same_state(model.state_dict(), pruned.state_dict())
     report.undo()
-    assert same(model.state_dict(), dense.state_dict())
+    assert same_state(model.state_dict(), dense.state_dict())
 
 
 def test_compress_and_regrow_report_the_agreement_of_the_whole():
@@ -146,7 +146,7 @@ def test_a_regrowth_that_makes_the_outputs_worse_is_undone():
     report = resuscitate.regrow(model, dense, masks, 0.1, given, method=Negated())
     assert report.undone
     assert report.masks.sparsity == masks.sparsity
-    assert same(model.state_dict(), before)
+    assert same_state(model.state_dict(), before)
 
 
 class TestOtherOutputs:

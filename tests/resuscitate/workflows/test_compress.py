@@ -15,12 +15,8 @@ from resuscitate import ASR, Masks, Refit, compress
 from resuscitate.errors import CalibrationError, JournalError
 from resuscitate.statistics.fitting import fit
 from resuscitate.workflows.stages import stages
+from tests.compare import same
 from tests.networks import Residual, Untraceable, chain, images, seeded
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def schedule(sparsity, steps):

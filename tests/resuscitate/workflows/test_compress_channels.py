@@ -8,8 +8,8 @@ import torch
 
 import resuscitate
 from resuscitate import compress
+from tests.compare import same_state
 from tests.networks import Residual, chain, images, seeded
-from tests.user import same
 
 
 @pytest.mark.parametrize("build", [chain, Residual])
@@ -43,7 +43,7 @@ def test_the_small_network_can_be_undone_and_repaired_again():
     small = copy.deepcopy(model)
     assert resuscitate.repair(small, dense, images(32), method="channelwise", progress=False).layers
     report.undo()
-    assert same(model.state_dict(), dense.state_dict())
+    assert same_state(model.state_dict(), dense.state_dict())
     assert repr(model) == repr(dense)
 
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_ends_in_the_same_network(tmp_path):
     compress(model, 0.5, images(32), **options)
     report = compress(again, 0.5, images(32), **options)
     assert all(step.resumed for step in report.steps)
-    assert same(model.state_dict(), again.state_dict())
+    assert same_state(model.state_dict(), again.state_dict())
 
 
 def test_a_forward_fn_is_refused():

@@ -10,6 +10,7 @@ from torch import nn
 import resuscitate
 from resuscitate.errors import CalibrationError, ResuscitateError
 from resuscitate.workflows import compress_to_agreement as module
+from tests.compare import same_state
 from tests.networks import chain, images, seeded
 
 OPTIONS = {"steps": 2, "allocation": "global", "ridge": 1e-2, "progress": False}
@@ -27,10 +28,6 @@ def network():
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def agreements(monkeypatch, agreement):
@@ -66,13 +63,13 @@ def test_the_result_is_that_of_compress_and_can_be_undone():
     report = resuscitate.compress_to_agreement(model, 0.5, MANY, trials=2, **OPTIONS)
     index = round(-torch.tensor(1 - report.sparsity).log2().item() / 6 * 4)
     resuscitate.compress(expected, 1 - 64 ** (-index / 4), MANY, **OPTIONS)
-    assert same(state(model), state(expected))
+    assert same_state(state(model), state(expected))
     assert max(trial.sparsity for trial in report.trials if trial.agreement >= 0.5) == report.sparsity
     assert report.to_dict()["target"] == 0.5
     assert [set(trial) for trial in report.to_dict()["trials"]] == [{"sparsity", "agreement", "seconds"}] * 2
     assert "wanted: 0.5" in report.outcome()[-1]
     report.undo()
-    assert same(state(model), before)
+    assert same_state(state(model), before)
 
 
 def test_images_that_can_be_read_once_are_enough(monkeypatch):
@@ -98,7 +95,7 @@ def test_what_makes_no_sense_is_refused_before_anything_changes(agreement, how, 
     before = state(model)
     with pytest.raises(error, match=message):
         resuscitate.compress_to_agreement(model, agreement, **options)
-    assert same(state(model), before)
+    assert same_state(state(model), before)
 
 
 def test_an_agreement_that_no_sparsity_keeps_is_an_error_and_changes_nothing(monkeypatch):
@@ -107,7 +104,7 @@ def test_an_agreement_that_no_sparsity_keeps_is_an_error_and_changes_nothing(mon
     before = state(model)
     with pytest.raises(ResuscitateError, match=r"the lowest that was tried, the agreement is 0.500, not 0.9"):
         resuscitate.compress_to_agreement(model, 0.9, MANY, trials=2, **OPTIONS)
-    assert same(state(model), before)
+    assert same_state(state(model), before)
 
 
 def test_outputs_that_are_no_logits_are_refused():

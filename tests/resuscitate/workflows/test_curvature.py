@@ -12,8 +12,8 @@ from resuscitate.runtime.options import run_options
 from resuscitate.workflows import curvature
 from resuscitate.workflows.compress import compress
 from resuscitate.workflows.curvature import measure_curvatures
+from tests.compare import same_state
 from tests.networks import chain, images, seeded
-from tests.user import same
 
 
 def curvatures(model, batches, **options):
@@ -64,7 +64,7 @@ def test_the_network_is_left_as_it_was():
     model = seeded(chain)
     before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     curvatures(model, images(20))
-    assert same(model.state_dict(), before)
+    assert same_state(model.state_dict(), before)
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == flags
 

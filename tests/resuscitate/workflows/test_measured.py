@@ -15,9 +15,9 @@ from resuscitate.pruning.units import units_of
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.statistics.fitting import RIDGE, fit, lost_variance
 from resuscitate.workflows.compress import compress
+from tests.compare import same_state
 from tests.networks import Residual, chain, depthwise, images, seeded
 from tests.resuscitate.statistics.test_least_squares import problem
-from tests.user import same
 
 
 def test_layers_that_a_global_ranking_would_strip_are_kept():
@@ -51,7 +51,7 @@ def test_otherwise_the_ranking_is_global(options):
     report = compress(by_default, 0.6, images(40), steps=2, **options)
     assert report.allocation == {"name": "global"}
     compress(ranked, 0.6, images(40), steps=2, allocation="global", **options)
-    assert same(by_default.state_dict(), ranked.state_dict())
+    assert same_state(by_default.state_dict(), ranked.state_dict())
 
 
 def test_layers_of_fixed_densities_have_no_factor_and_the_others_lose_the_rest(monkeypatch):
@@ -87,7 +87,7 @@ def test_an_interrupted_run_makes_no_draft_twice(tmp_path, monkeypatch):
         compress(model, 0.8, images(), steps=3, resume=tmp_path)
     compress(model, 0.8, images(), steps=3, resume=tmp_path)
     assert len(fits) == 1 + (3 + 3) * 4  # three drafts and three steps, of four layers
-    assert same(model.state_dict(), undisturbed.state_dict())
+    assert same_state(model.state_dict(), undisturbed.state_dict())
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -12,14 +12,10 @@ import resuscitate
 from resuscitate import ASR, Masks, Refit, regrow, repair, sparsify
 from resuscitate.errors import CalibrationError, JournalError, MaskError, ModelMismatchError
 from resuscitate.statistics.fitting import single_weight_error_reduction
+from tests.compare import same
 from tests.networks import Residual, chain, images, seeded
 
 LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def pruned(dense, sparsity=0.9, **options):

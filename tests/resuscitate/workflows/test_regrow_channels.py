@@ -7,14 +7,10 @@ import torch
 
 from resuscitate import regrow, sparsify
 from resuscitate.errors import MaskError
+from tests.compare import same
 from tests.networks import chain, images, seeded
 
 LABELLED = [(images(20, seed=s), torch.arange(20) % 10) for s in (3, 4)]
-
-
-def same(a, b):
-    x, y = a.state_dict(), b.state_dict()
-    return list(x) == list(y) and all(torch.equal(x[key], y[key]) for key in x)
 
 
 class TestChannels:
