@@ -43,3 +43,9 @@ def both_walks(build, options, build_other=None):
     close(model, expected, options["method"] == "refit")
     assert any(row.status in ("repaired", "refitted", "re-estimated") for row in report.layers)
     return model
+
+
+def is_empty(store):
+    """Is every region of the scratch file free again?"""
+    place = store._place
+    return sum(size for size, _ in place.gaps) == place.end

@@ -1,10 +1,9 @@
-"""The map: every cell is what one would get by hand, none is done twice, and the transition regime is where it says."""
+"""The map: every cell is what one would get by hand, and the transition regime is where it says."""
 
 import copy
 import csv
 import json
 from dataclasses import dataclass, field
-from functools import partial
 
 import pytest
 import torch
@@ -25,28 +24,11 @@ from resuscitate import (
     repair,
     sparsify,
 )
-from resuscitate.errors import CheckpointError, JournalError, ResuscitateError
+from resuscitate.errors import CheckpointError, ResuscitateError
 from resuscitate.methods import base
 from resuscitate.reports.recoverability import Cell
 from tests.networks import chain, images, seeded
-
-GRID = {"sparsities": [0.5, 0.8], "allocations": ["global", "lamp"], "methods": ["none", "bn", "asr"]}
-
-
-class Likeness:
-    """Scores a model by how near its outputs are to the dense model's: 100 for the same. Counts its calls."""
-
-    def __init__(self, dense, fail_at=None):
-        self.inputs, self.calls, self.fail_at = images(10, seed=5), 0, fail_at
-        self.wanted = copy.deepcopy(dense)(self.inputs).detach()
-
-    def __call__(self, model):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise RuntimeError("the disk is full")
-        assert not any(module.training for module in model.modules())
-        with torch.no_grad():
-            return 100 - float((model(self.inputs) - self.wanted).abs().mean())
+from tests.resuscitate.workflows.maps import GRID, Likeness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +38,6 @@ class Listing(ChannelWise):
     items: list = field(default_factory=list)
 
     name = "listing"
-
-
-def scaled(model, batch, by):
-    return model(batch * by)
 
 
 def of(scores, dense=90.0, chance=10.0):
@@ -187,76 +165,6 @@ class TestCells:
         grid = GRID | {"methods": ["asr"]}
         one, other = (recoverability(dense, source, Likeness(dense), **grid) for source in (x, loader))
         assert [c.score for c in one.cells] == pytest.approx([c.score for c in other.cells], abs=2e-5)
-
-
-class TestResume:
-    def test_a_cell_that_is_done_is_not_done_again(self, tmp_path):
-        dense, journal = seeded(chain), tmp_path / "map.journal"
-        with pytest.raises(ResuscitateError, match=r"none at sparsity 0\.8, allocation global: the disk is full"):
-            recoverability(dense, images(), Likeness(dense, fail_at=8), **GRID, resume=journal)
-        rest = Likeness(dense)
-        found = recoverability(dense, images(), rest, **GRID, resume=journal)
-        assert rest.calls == 1 + 6  # the dense model, and the second half of the cells
-        whole = recoverability(dense, images(), Likeness(dense), **GRID)
-        assert [c.score for c in found.cells] == [c.score for c in whole.cells]
-
-    def test_a_larger_map_adds_to_what_is_there(self, tmp_path):
-        dense, journal = seeded(chain), tmp_path / "map.journal"
-        recoverability(dense, images(), Likeness(dense), **GRID, resume=journal)
-        more = Likeness(dense)
-        grid = GRID | {"sparsities": [0.5, 0.8, 0.9]}
-        assert len(recoverability(dense, images(), more, **grid, resume=journal).cells) == 18
-        assert more.calls == 1 + 6
-
-    def test_another_model_other_images_or_another_score_is_refused(self, tmp_path):
-        dense, journal = seeded(chain), tmp_path / "map.journal"
-        recoverability(dense, images(), Likeness(dense), **GRID, resume=journal)
-        other = seeded(chain, seed=3)
-        for model, x, score in (
-            (other, images(), Likeness(other)),
-            (dense, images(seed=9), Likeness(dense)),
-            (dense, images(), Likeness(other)),
-        ):
-            with pytest.raises(JournalError, match="the journal of another run"):
-                recoverability(model, x, score, **GRID, resume=journal)
-
-    def test_another_option_is_refused_and_the_message_names_it(self, tmp_path):
-        dense, journal = seeded(chain), tmp_path / "map.journal"
-        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
-        first = {"forward_fn": lambda m, x: m(x)}
-        recoverability(dense, images(), Likeness(dense), **grid, **first)
-        for name, value in (
-            ("forward_fn", lambda m, x: m(x + 1)),
-            ("seed", 1),
-            ("dtype", "bf16"),
-            ("exclude", "0"),
-            ("include", ["3"]),
-            ("pattern", "filter"),
-        ):
-            with pytest.raises(JournalError, match=rf"options \({name}\) differ"):
-                recoverability(dense, images(), Likeness(dense), **{**grid, **first, name: value})
-        again = Likeness(dense)
-        recoverability(dense, images(), again, **grid, **first)
-        assert again.calls == 1
-
-    def test_images_in_another_order_and_other_labels_are_refused(self, tmp_path):
-        dense, journal, x = seeded(chain), tmp_path / "map.journal", images(20)
-        labels = dense(x).argmax(1)
-        grid = {"sparsities": [0.5], "allocations": ["erk"], "methods": ["bn"], "resume": journal}
-        recoverability(dense, images(), Accuracy(x, labels), **grid)
-        with pytest.raises(JournalError, match="images differ"):
-            recoverability(dense, images().flip(0), Accuracy(x, labels), **grid)
-        # all right too, but on fewer images
-        with pytest.raises(JournalError, match="evaluate differ"):
-            recoverability(dense, images(), Accuracy(x[:9], labels[:9]), **grid)
-
-    def test_methods_that_differ_in_a_function_are_different_cells(self, tmp_path):
-        dense, score = seeded(chain), Likeness(seeded(chain))
-        grid = {"sparsities": [0.5], "allocations": ["erk"], "resume": tmp_path / "map.journal"}
-        for by, calls in ((1.0, 2), (1.0, 3), (2.0, 5)):
-            run = partial(scaled, by=by)
-            recoverability(dense, images(), score, **grid, methods={"mine": {"method": "asr", "forward_fn": run}})
-            assert score.calls == calls
 
 
 class TestWorkers:
