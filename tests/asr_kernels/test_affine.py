@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import asr_kernels as ak
+from tests.asr_kernels.expected import DTYPES, INTERPRETED, PROPERTY
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -194,12 +191,7 @@ def test_offsets_beyond_2_to_the_31(backend, vast):
     assert_affine(vast, before, gain, shift, 1, backend)
 
 
-@settings(
-    max_examples=6 if INTERPRETED else 30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@PROPERTY
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
     order=st.permutations(range(4)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import asr_kernels as ak
+from tests.asr_kernels.expected import generator
 
 
 def compiled(function):
@@ -58,7 +59,3 @@ def test_operators_pass_opcheck(operator, device):
         "affine_": (x, factor, factor, 1, True),
     }
     torch.library.opcheck(getattr(torch.ops.asr_kernels, operator).default, arguments[operator])
-
-
-def generator(device: str, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
