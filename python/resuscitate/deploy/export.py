@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ResuscitateError
-from ..network.comparison import describe_error, output_tensors, plain_copy, relative_difference
+from ..network.comparison import describe_error, output_tensors, relative_difference
+from ..network.copies import plain_copy
 from ..network.layers import find_batchnorms, unwrap
 from ..network.masks import Masks
 from ..network.mean_layers import densify

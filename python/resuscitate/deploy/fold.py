@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import LayerError, called
-from ..network.comparison import output_tensors, plain_copy, relative_difference
+from ..network.comparison import output_tensors, relative_difference
+from ..network.copies import plain_copy
 from ..network.layer_checks import CONVOLUTIONS
 from ..network.updates import Gain, change_of, write_change
 from ..network.wiring import observe, trace, wiring_of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .channels import Side, width
-from .comparison import trial_copy
+from .copies import trial_copy
 from .layers import LAYERS, channel_dim, is_depthwise
 from .runner import Network
 

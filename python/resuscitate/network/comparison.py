@@ -1,15 +1,13 @@
-"""Comparison of a network with a modified copy of it: copies, random weights, outputs, differences, FLOPs."""
+"""Comparison of a network with a modified copy of it: random weights, outputs, differences, FLOPs."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from ..errors import ResuscitateError
 from .layers import find_batchnorms
@@ -17,27 +15,6 @@ from .runner import Network
 from .wiring import output_leaves
 
 Example = Tensor | Sequence[Tensor]
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, with the masks of `torch.nn.utils.prune` made permanent."""
-    # deepcopy refuses tensors that are not graph leaves; the memo supplies detached copies of them
-    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    copied = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed}).eval()
-    for module in copied.modules():
-        for key in ("weight", "bias"):
-            if f"{key}_mask" in module._buffers:
-                prune.remove(module, key)
-    return copied
-
-
-def trial_copy(model: nn.Module) -> nn.Module:
-    """A `plain_copy` with gradients, in float32 or wider."""
-    copied = plain_copy(model)
-    copied.to(torch.promote_types(Network(copied).dtype, torch.float32))
-    for parameter in copied.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return copied
 
 
 @torch.no_grad()

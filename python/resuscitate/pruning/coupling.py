@@ -34,8 +34,8 @@ from ..network.comparison import (
     randomise_weights,
     relative_difference,
     to_model,
-    trial_copy,
 )
+from ..network.copies import trial_copy
 from ..network.layers import (
     LAYERS,
     Selection,

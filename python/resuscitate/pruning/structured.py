@@ -18,8 +18,8 @@ from ..network.comparison import (
     describe_error,
     input_tensors,
     relative_difference,
-    trial_copy,
 )
+from ..network.copies import trial_copy
 from ..network.layers import columns_of, find_layers, rows_of, unwrap
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot, evaluation_mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import multiprocessing
 import pickle
@@ -19,6 +18,7 @@ from torch import nn
 from ..engine.reference import DenseStatistics
 from ..errors import ResuscitateError
 from ..methods.base import register, registered
+from ..network.copies import deep_copy
 from ..network.masks import Masks
 from ..pruning.repairability import Repairability
 from ..pruning.sparsify import sparsify
@@ -82,18 +82,18 @@ class Cells:
         options: dict[str, Any] = {**self.common, "keep_worse": True, **(job.options or {})}
         seconds = 0.0
         if "past" in options:
-            model, started = copy.deepcopy(self.dense), time.perf_counter()
+            model, started = deep_copy(self.dense), time.perf_counter()
             masks = self._sparsify(model, 1 - options.pop("past") * (1 - job.sparsity), job.allocation)
             sparsity = regrow(model, self.dense, masks, job.sparsity, self.batches, **options).sparsity
             seconds = time.perf_counter() - started
         else:
             if self.pruned is None or self.pruned[0] != (job.sparsity, job.allocation):
-                model = copy.deepcopy(self.dense)
+                model = deep_copy(self.dense)
                 masks = self._sparsify(model, job.sparsity, job.allocation)
                 self.pruned = (job.sparsity, job.allocation), model, masks.sparsity
             _, model, sparsity = self.pruned
             if job.options is not None:
-                model = copy.deepcopy(model)
+                model = deep_copy(model)
                 target = self.statistics[job.samples] if job.statistics else self.dense
                 seconds = repair(model, target, self.batches, **options).seconds
         return Cell(job.sparsity, job.allocation, job.method, self.score(model), sparsity, round(seconds, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ..data.augment import Augment
 from ..engine.kept import KeptStatistics
 from ..engine.session import Session
 from ..methods.base import Method, check_number
+from ..network.copies import deep_copy
 from ..network.layers import Selection, reusable, unwrap
 from ..network.masks import Masks
 from ..pruning.allocation import check_method, depthwise_floors
@@ -162,7 +162,7 @@ def compress(
         min_per_channel = depthwise_floors(model, sparsity, *layers) if pattern == "unstructured" else {}
     check_floors(min_per_layer, min_per_channel)
     check_number("walks", walks, 1, whole=True)
-    dense = copy.deepcopy(model)
+    dense = deep_copy(model)
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
@@ -177,7 +177,7 @@ def compress(
         if curvature:
             each.measure_curvatures(dense)
         masks, reports, about = _in_steps(each, session, model, dense, patterns, walks, pruning)
-        before = copy.deepcopy(dense)
+        before = deep_copy(dense)
         masks.apply_(before)
         agreement = Agreement.of(each.nearness(before, dense), each.nearness(model, dense))
         worse = agreement is not None and agreement.fell and plan.follows_dense and not keep_worse
@@ -245,7 +245,7 @@ def _measured(
         return {"allocation": "global"}, {"name": "global"}
     errors = dict[float, float]()
     for exponent in EXPONENTS:
-        options, draft = {**pruning, "calibration": scales.power(exponent)}, copy.deepcopy(dense)
+        options, draft = {**pruning, "calibration": scales.power(exponent)}, deep_copy(dense)
         for index, stop in enumerate(stops[::-3][::-1], 1):
             sparsify(draft, stop, **options)
             each.repair("compress", f"draft-{exponent:g}-{index}", draft, dense, measured=kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.kept import KeptStatistics
 from ..engine.session import Session
+from ..network.copies import deep_copy
 from ..network.layers import Selection, effective_weight, with_weight
 from ..pruning.allocation import fixed_densities
 from ..pruning.layer_scales import LayerScales
@@ -55,7 +55,7 @@ def measure_scales(
     removed = sparsity * total - sum((1 - density) * units.pop(name).count for name, density in fixed.items())
     left = removed / max(sum(each.count for each in units.values()), 1)  # the sparsity of the other layers
     lost, cost = dict[str, dict[float, float]](), dict[str, float]()
-    with Session([copy.deepcopy(dense), dense], steps.run, ranks=steps.ranks) as session:
+    with Session([deep_copy(dense), dense], steps.run, ranks=steps.ranks) as session:
         judge = Judge(session, steps.images(session), fitted=True)
         for name in filter(kept.__contains__, units):
             found, layer = kept.get(session.place(name)), layers[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -16,6 +15,7 @@ from ..data.calibration import hold, read_batches
 from ..engine.room import in_memory
 from ..errors import did_you_mean
 from ..methods.base import DenseAccess, Method, check_number, registered
+from ..network.copies import deep_copy
 from ..network.layers import Selection, reusable, unwrap
 from ..pruning.allocation import check_method, check_sparsity
 from ..pruning.sparsify import NofM, parse_pattern
@@ -121,7 +121,7 @@ def recoverability(
     raw = run["forward_fn"] is not None
     batches = hold(calibration, read_batches(calibration, **limits, raw=raw, room=room))
     pruning = {"pattern": pattern, "include": reusable(include), "exclude": reusable(exclude)}
-    cells = Cells(copy.deepcopy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
+    cells = Cells(deep_copy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:
         remedy = "look at its weights, and at the images that it is scored on, their normalisation and their labels"

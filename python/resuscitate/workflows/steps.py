@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ from ..engine.kept import KeptStatistics
 from ..engine.probes import Request
 from ..engine.session import Session
 from ..methods.base import Method, option_names
+from ..network.copies import deep_copy
 from ..network.layer_checks import split_by_objections
 from ..network.layers import select_layers
 from ..network.masks import Masks, in_use
@@ -93,7 +93,7 @@ class Steps:
         if self.plan.recalibration:
             yield None
             return
-        with Session([copy.deepcopy(dense), dense], self.run, ranks=self.ranks) as session:
+        with Session([deep_copy(dense), dense], self.run, ranks=self.ranks) as session:
             images = self.images(session, beside=True)
             wiring, (modules, _) = session.look(images), split_by_objections(select_layers(dense), "repaired")
             called = {name: session.net.modules[name] for name in wiring.calls if name in modules}
