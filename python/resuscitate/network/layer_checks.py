@@ -17,6 +17,7 @@ from .layers import LAYERS, channel_dim, effective_weight, out_channels, refuse_
 from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CLEARLY_MORE = 0.1  # of the weights
 
 
 def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -65,6 +66,22 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module, *, smaller: b
             raise ModelMismatchError(f"{called(name)} shares its weight with the dense model; pass a deep copy")
         same = same and torch.equal(weight, original.to(weight.device))
     return same
+
+
+def check_order(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
+    """Raise ModelMismatchError where the dense model clearly has more zeros: the two models seem to be swapped."""
+    originals, zeros, total = dict(dense.named_modules()), [], 0
+    for name, layer in layers.items():
+        weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
+        if weight.shape == original.shape:
+            zeros.append(torch.stack([(weight == 0).sum(), (original == 0).sum().to(weight.device)]))
+            total += weight.numel()
+    if not zeros:
+        return
+    ours, theirs = (torch.stack(zeros).sum(0) / total).tolist()
+    if theirs > ours + CLEARLY_MORE:
+        shares = f"{theirs:.0%} of the dense model's weights are zero, and {ours:.0%} of the pruned one's"
+        raise ModelMismatchError(f"{shares}: they seem to be swapped; pass the pruned model first")
 
 
 def _fits_into(weight: Tensor, original: Tensor) -> bool:

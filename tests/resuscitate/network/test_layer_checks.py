@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import resuscitate
 from resuscitate.errors import LayerError
 from resuscitate.network.layer_checks import objections
+from tests.compare import same
 from tests.networks import chain, images, pruned_copy, seeded
 
 
@@ -135,3 +136,13 @@ def test_a_short_dtype_or_the_callers_autocast_causes_no_objection(dtype):
     assert objections({"layer": Standardised(8, 8, 3).to(dtype)}).keys() == {"layer"}
     with torch.autocast("cpu", dtype):
         assert objections({"layer": layer}) == {}
+
+
+def test_swapped_models_are_refused():
+    dense = seeded(chain)
+    pruned = pruned_copy(dense, 0.5)
+    before = copy.deepcopy(dense)
+    with pytest.raises(resuscitate.ModelMismatchError, match="50% of the dense model's weights are zero, and 0% of"):
+        resuscitate.repair(dense, pruned, images())
+    assert same(dense, before)
+    resuscitate.repair(pruned, dense, images())
