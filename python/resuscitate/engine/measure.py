@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..network.runner import Network, all_finite, check_finite, moments_at
+from ..network.wiring import MadeTensors
 from ..runtime.passes import Pass, PassRunner, at_a_time, current, end, threads_kept
 from ..statistics.base import merge_calls
 from ..statistics.outputs import Calls
@@ -37,6 +38,19 @@ class _Worker:
             self.calls = found[index] = {name: [] for name in self.names}
             net.run(batch)
             self.after()
+
+    def run_beside(self, net: Network, batches: Iterator[tuple[int, Any]], found: dict[int, dict[str, Calls]]) -> None:
+        """`run`, beside other workers; raises _KeptError where the network keeps a tensor of a pass."""
+        for each in batches:
+            with MadeTensors() as made:
+                self.run(net, iter([each]), found)
+            moments = [each for calls in self.calls.values() for each in calls]
+            if made.kept(but=[tensor for each in moments for tensor in (each.mean, each.m2)]):
+                raise _KeptError
+
+
+class _KeptError(Exception):
+    """The network keeps a tensor of a pass, such as a feature for a later layer, and may read that of another one."""
 
 
 def measure(
@@ -65,9 +79,16 @@ def measure(
                 most = 1
             size, threads = at_a_time(net.device, min(len(some), most))
             drawn = torch.get_rng_state()
-            found_in = _run(net, some, alone, size, threads)
-            if size > 1 and not torch.equal(drawn, torch.get_rng_state()):
-                # a network that draws random numbers runs one pass after the other, so that their order is fixed
+            found_in = None
+            try:
+                found_in = _run(net, some, alone, size, threads)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # `_KeptError`, or the model's own about a value of another pass
+                if size == 1:
+                    raise
+            if found_in is None or (size > 1 and not torch.equal(drawn, torch.get_rng_state())):
+                # one pass after the other; for a network that draws random numbers, so that their order is fixed
                 torch.set_rng_state(drawn)
                 most = 1
                 found_in = _run(net, some, alone)
@@ -88,7 +109,7 @@ def _run(
         alone.run(net, iter(some), found)
         return found
     waiting, workers = iter(some), [_Worker(alone.names, alone.after) for _ in range(size)]
-    passes = [Pass(partial(worker.run, net, waiting, found), worker, threads) for worker in workers]
+    passes = [Pass(partial(worker.run_beside, net, waiting, found), worker, threads) for worker in workers]
     try:
         PassRunner(len(passes)).run(iter([each]) for each in passes)
     finally:

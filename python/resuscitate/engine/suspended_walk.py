@@ -17,6 +17,7 @@ from ..errors import ModelMismatchError, called
 from ..network.wiring import observe, same_output
 from ..runtime.heap import heap
 from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
+from .interleaved import check_interleaved
 from .pass_memory import PassStorages, SharedStore, TrialPass, Unread, model_identities
 from .probes import Measurement, Request
 from .relu_targets import Seen
@@ -219,6 +220,11 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
         wirings = [walk.wiring]
         if dense is not None:
             wirings.append(observe(dense.model, lambda: dense.run(walk.example)))
+        several = max((each.batches for each in walk.requests), default=0) > 1
+        for passes, wiring in zip(networks, wirings, strict=True):
+            if several and wiring.keeps_tensors and not wiring.draws_random_numbers:
+                net = passes.points.net
+                check_interleaved(net, [net.example(batches[index]) for index in range(2)])
         # a network that draws random numbers runs one pass after the other, so that their order is fixed
         count = 1 if any(each.draws_random_numbers for each in wirings) else len(batches)
         needed = int(sum(each.bytes_made for each in wirings) * walk.scale) * len(batches)

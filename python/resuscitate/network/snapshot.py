@@ -30,12 +30,13 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         # module and name identify a tensor even after `Module.to` has replaced a buffer
-        slots = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])
-        self.copies = {id(x): (module, name, x.detach().clone()) for module, name, x in slots if x is not None}
+        named = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])
+        self.copies = {id(x): (module, name, x.detach().clone()) for module, name, x in named if x is not None}
         self.records = []
         for module in model.modules():
             sizes = {key: value for key, value in vars(module).items() if type(value) in (int, float, tuple)}
-            tensors = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
+            slots = (module._parameters, module._buffers)  # no dictionaries in a scripted module, whose tensors stay
+            tensors = [(each, dict(each)) for each in slots if isinstance(each, dict)]
             self.records.append((module, type(module), sizes, tensors))
         self._interrupts = Interrupts()
 

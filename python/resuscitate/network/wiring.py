@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,6 +59,7 @@ class Wiring:
     bytes_made: int = 0  # of all tensors that functions returned
     largest_bytes: int = 0  # of the largest one
     draws_random_numbers: bool = False
+    keeps_tensors: bool = False  # something refers to a tensor of the pass after its end, such as an attribute
 
 
 @dataclass
@@ -70,6 +72,24 @@ class _Value:
     batchnorm: str | None = None
     rectified: bool = False  # the last reader is a ReLU
     next: _Value | None = None  # the output of the BatchNorm or the sum that reads this tensor
+
+
+class MadeTensors(TorchFunctionMode):
+    """Knows, without keeping them alive, the tensors that functions return within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = list[ReferenceType[Tensor]]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+    def kept(self, but: Iterable[Tensor] = ()) -> bool:
+        """Does something still refer to one of them, `but` for these?"""
+        known = {id(tensor) for tensor in but}
+        return any(tensor is not None and id(tensor) not in known for tensor in (each() for each in self.made))
 
 
 class _Watch(TorchFunctionMode):
@@ -176,13 +196,17 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     random_state = torch.get_rng_state()
     with ExitStack() as hooks:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks, and has no layers that are found
+                continue
             hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
             hooks.enter_context(module.register_forward_hook(partial(after, name)))
-        with watch:
+        with watch, MadeTensors() as made:
             result = forward()
     for leaf in output_leaves(result):
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
+    result = leaf = None
+    wiring.keeps_tensors = made.kept()
     wiring.draws_random_numbers = not torch.equal(random_state, torch.get_rng_state())
     wiring.products -= others
     for out in (out for out in outputs if out.readers == 1 and wiring.calls[out.layer] == 1):

@@ -1,5 +1,7 @@
 """Which BatchNorm alone reads a layer, in a forward pass and in a traced graph."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import resuscitate
 from resuscitate.network.runner import Network
 from resuscitate.network.wiring import observe, trace, wiring_of
+from tests.compare import same_state
 from tests.networks import Outputs, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -159,3 +162,19 @@ class TestExample:
         net = Network(chain(), lambda model, batch: model(batch[0].view(8, 3, 12, 12)))
         batch = (torch.randn(8, 3, 12, 12),)
         assert net.example(batch) is batch
+
+
+# scripting is deprecated, and a network may have scripted parts all the same
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_module_runs_unrepaired():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), scripted, nn.Flatten(), nn.Linear(128, 4)).eval()
+    model = copy.deepcopy(dense)
+    resuscitate.sparsify(model, 0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = resuscitate.repair(model, dense, torch.randn(96, 3, 8, 8))
+    assert [row.name for row in report.layers] == ["0", "4"]
+    assert report.agreement.error_after < report.agreement.error_before
+    report.undo()
+    assert same_state(model.state_dict(), before)

@@ -1,0 +1,114 @@
+"""Networks that keep a value of a batch in one place and read it in another."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resuscitate
+from resuscitate.network.wiring import observe
+from tests.compare import same
+
+
+class Collects(nn.Module):
+    """A hook keeps the output of a block, which the head reads behind later layers, as in networks for segmentation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.later, self.head = nn.Conv2d(8, 8, 3), nn.Linear(16, 4)
+        self.features = dict[str, Tensor]()
+        self.collect()
+
+    def collect(self) -> None:
+        self.block._forward_hooks.clear()
+        self.block.register_forward_hook(lambda module, args, output: self.features.__setitem__("block", output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.later(self.block(x)).relu()
+        return self.head(torch.cat([self.features["block"].mean((2, 3)), deep.mean((2, 3))], 1))
+
+
+class KeepsTable(Collects):
+    """Keeps a table that is the same for all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if self.table is None or len(self.table) != y.shape[-1]:
+            self.table = torch.linspace(0, 1, y.shape[-1])
+        deep = self.later(y * self.table).relu()
+        return self.head(torch.cat([y.mean((2, 3)), deep.mean((2, 3))], 1))
+
+
+def pair(kind: type[Collects]) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    dense = kind().eval()
+    model = copy.deepcopy(dense)
+    model.collect()
+    resuscitate.sparsify(model, 0.7)
+    return model, dense
+
+
+def test_a_network_that_reads_a_feature_later_is_refused_in_several_batches():
+    model, dense = pair(Collects)
+    before, images = copy.deepcopy(model), torch.randn(64, 3, 8, 8)
+    with pytest.raises(resuscitate.ResuscitateError, match="all images in one batch"):
+        resuscitate.repair(model, dense, images, batch_size=16)
+    assert same(model, before)
+    assert resuscitate.repair(model, dense, images, batch_size=64).agreement.error_after < 0.5
+
+
+def test_a_table_that_is_the_same_for_all_batches_is_allowed():
+    model, dense = pair(KeepsTable)
+    assert resuscitate.repair(model, dense, torch.randn(64, 3, 8, 8), batch_size=16).walk == "suspended"
+
+
+def test_a_pass_that_keeps_a_tensor_is_seen():
+    images = torch.randn(2, 3, 8, 8)
+    for model, keeps in ((Collects(), True), (KeepsTable(), True), (nn.Conv2d(3, 8, 3), False)):
+        assert observe(model, lambda model=model: model(images)).keeps_tensors is keeps
+
+
+class Meets(Collects):
+    """Two forward passes at a time wait for each other between keeping a feature and reading it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if threading.current_thread() is not threading.main_thread():
+            self.barrier.wait(10)
+        return self.head(self.later(y + self.features["block"].mean()).mean((2, 3)).repeat(1, 2))
+
+
+def test_passes_that_only_measure_read_their_own_features():
+    torch.manual_seed(0)
+    model, images = Meets().eval(), torch.randn(32, 3, 8, 8) * torch.linspace(1, 9, 32)[:, None, None, None]
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        statistics = resuscitate.DenseStatistics.measure(model, images, batch_size=16)
+        found.append(statistics.layers["later"][0].mean)
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def test_passes_of_other_networks_measure_beside_one_another():
+    threads, found = torch.get_num_threads(), set[str]()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    model.register_forward_pre_hook(lambda module, args: found.add(threading.current_thread().name))
+    torch.set_num_threads(2)
+    resuscitate.DenseStatistics.measure(model, torch.randn(32, 3, 8, 8), batch_size=16)
+    torch.set_num_threads(threads)
+    assert found == {"forward pass"}
