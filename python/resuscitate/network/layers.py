@@ -107,6 +107,22 @@ def stored_bias(name: str, module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("bias")
 
 
+def sharing_weights(model: nn.Module) -> dict[str, str]:
+    """By name, the layers whose stored weight another module has too, each with the name of that module."""
+    owners: dict[object, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter) and parameter.numel() and not parameter.is_meta:
+                owners.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
+    found = dict[str, str]()
+    for name, layer in find_layers(model).items():
+        weight = layer._parameters.get("weight_orig", layer._parameters.get("weight"))
+        others = [] if weight is None or is_lazy(weight) else owners.get((weight.device, weight.data_ptr()), [])
+        if (other := next((each for each in others if each != name), None)) is not None:
+            found[name] = other
+    return found
+
+
 def refuse_means(layers: Mapping[str, nn.Module]) -> None:
     """Raise LayerError for a layer with means of its pruned weights: it computes with more than its weight."""
     for name, layer in layers.items():

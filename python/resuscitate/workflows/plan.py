@@ -197,11 +197,18 @@ def matching_layers(
 
 
 def layers_to_repair(
-    layers: dict[str, nn.Module], wiring: Wiring, report: RepairReport, skip_first: bool, skip_last: bool, running: bool
+    layers: dict[str, nn.Module],
+    wiring: Wiring,
+    report: RepairReport,
+    skip_first: bool,
+    skip_last: bool,
+    running: bool,
+    sharing: Mapping[str, str],
 ) -> dict[str, nn.Module]:
     """The layers to repair that a forward pass calls, in its order; the report has a row for each other layer.
 
-    running: the reference is the running statistics of the BatchNorm behind the layer.
+    running: the reference is the running statistics of the BatchNorm behind the layer. sharing: layers whose weight
+    another module has too, which is named.
     """
     run = [name for name in wiring.calls if name in wiring.layers]
     first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
@@ -211,6 +218,8 @@ def layers_to_repair(
             reasons[name] = "unchanged", "its weight is used, but not by a call of the layer"
         elif name not in run:
             reasons[name] = "unchanged", "no forward pass reaches it"
+        elif name in sharing:
+            reasons[name] = "unchanged", f"it shares its weight with {sharing[name]!r}, which has other inputs"
         elif running and name not in wiring.batchnorm_of:
             reasons[name] = "unchanged", "no BatchNorm alone reads it, whose running statistics its output could match"
     if skip_last and run and run[-1] not in wiring.batchnorm_of:
@@ -220,7 +229,9 @@ def layers_to_repair(
     report.layers += [left_out(name, layer, *reasons[name]) for name, layer in layers.items() if name in reasons]
     chosen = {name: layers[name] for name in run if name in layers and name not in reasons}
     if layers and not chosen and not skip_last and not running:
-        raise ResuscitateError("no layer is left to repair: the first convolution needs skip_first=False")
+        name, (status, reason) = next(iter(reasons.items()))
+        remedy = "; pass skip_first=False" if status == "skipped" else ""
+        raise ResuscitateError(f"no layer is left to repair: {called(name)}: {reason}{remedy}")
     return chosen
 
 
