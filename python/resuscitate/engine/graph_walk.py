@@ -38,7 +38,8 @@ def graph_walk(walk: Walk, pruned: GraphPasses, dense: GraphPasses | None = None
             collector = Collector(request, walk)
             last = max(later.batches for later in requests[part:])
             last_dense = max((later.batches for later in requests[part:] if later.probe.dense), default=0)
-            order = range(last if collector.measured or pruned.segments[part].steps else 0)
+            runs = any(passes is not None and passes.segments[part].steps for passes in (pruned, dense))
+            order = range(last if collector.measured or runs else 0)
             # alternate the batch order between segments: the batch processed last is still in cache
             for index in order if part % 2 == 0 else reversed(order):
                 y = dense.advance(part, index) if dense is not None and index < last_dense else None

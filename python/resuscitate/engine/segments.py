@@ -78,13 +78,16 @@ def split(
         sources.append(node.all_input_nodes[0] if before else node)
         ends.append(place[request.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}
-    for request, source, end in zip(requests, sources, ends, strict=True):
-        # what is replayed is read again when the segment has been measured
-        last[source] = max(last.get(source, 0), end if request.name in added else end - 1)
+    begins = [0, *ends[:-1]]
+    for request, source, begin, end in zip(requests, sources, begins, ends, strict=True):
+        # the source of a segment without nodes is a value of an earlier one
+        last[source] = max(last.get(source, 0), end - 1, begin)
+        if request.name in added:  # what is replayed is read again when the segment has been measured
+            last[source] = max(last[source], end)
         if (other := added.get(request.name)) is not None:
             last[other] = max(last.get(other, 0), end)
     segments = []
-    for request, source, begin, end in zip(requests, sources, [0, *ends], ends, strict=False):
+    for request, source, begin, end in zip(requests, sources, begins, ends, strict=True):
         inside, earlier = nodes[begin:end], set(nodes[:begin])
         reads = {read for node in inside for read in node.all_input_nodes} | {source}
         keep = {node for node in nodes[:end] if last.get(node, 0) >= end}
