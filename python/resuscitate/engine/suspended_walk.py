@@ -189,8 +189,12 @@ class SuspendedWalk:
 
     def _add(self, request: Request, index: int, collector: Collector) -> None:
         """Measure one batch in the networks whose passes have come to the request."""
-        values = (each.position(index).value if each.at(index, request.name) else None for each in self.networks)
-        collector.add(index, *values)
+        here = [each.position(index) if each.at(index, request.name) else None for each in self.networks]
+        with ExitStack() as stack:
+            for position in here:
+                if position is not None:  # its value is spilled already where the pass called no earlier request
+                    stack.enter_context(position.in_memory())
+            collector.add(index, *(None if position is None else position.value for position in here))
         for passes in self.networks:
             passes.rest(index)
 
