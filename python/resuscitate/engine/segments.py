@@ -124,7 +124,10 @@ def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:
     if node.op == "placeholder":
         return net.place(batch())
-    if node.op == "get_attr":  # looked up at each use: a tensor of the model may be replaced meanwhile
+    if node.op == "get_attr":
+        if "constant" in node.meta:
+            return node.meta["constant"]
+        # looked up at each use: a tensor of the model may be replaced meanwhile
         return operator.attrgetter(str(node.target))(net.model)
 
     def value(source: fx.Node) -> Any:

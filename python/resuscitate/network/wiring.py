@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .copies import copy_sharing_tensors
 from .layers import LAYERS, find_layers
 from .operands import PRODUCTS, named_arguments
 
@@ -240,8 +241,18 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx."""
-    return _Tracer().trace(model)
+    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx.
+
+    `meta["constant"]` of a `get_attr` node is the value of a constant that is no attribute of the model.
+    """
+    # A trace adds constants to the module, and a forward pass may keep proxies in it: both stay in the copy.
+    root = copy_sharing_tensors(model)
+    graph = _Tracer().trace(root)
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name in vars(root).keys() - vars(model).keys():
+            node.meta["constant"] = getattr(root, name)
+    return graph
 
 
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:
