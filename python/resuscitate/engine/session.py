@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, cut, read_share
+from ..data.batches import Batches, copied, cut, read_share
 from ..data.calibration import hold, is_held
 from ..errors import ModelMismatchError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
@@ -110,7 +110,8 @@ class Session:
 
     def stream(self, calibration: Any) -> Iterator[Any]:
         """This rank's batches, read once and not kept."""
-        return iter(self._images(calibration, self.run["max_samples"], None))
+        images = self._images(calibration, self.run["max_samples"], None)
+        return iter(images) if is_held(calibration) else map(copied, images)
 
     def hold(self, calibration: Any) -> list[Any]:
         """This rank's batches, held in host memory, for a function that calls others which measure."""
