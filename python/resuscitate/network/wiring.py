@@ -105,8 +105,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, wiring = getattr(func, "__name__", ""), self.wiring
-        if name in DESCRIPTIONS:
-            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in DESCRIPTIONS and not isinstance(result, Tensor):  # x.T and x.data are attributes, and its values
+            return result
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         read = [self.values[leaf] for leaf in leaves if leaf in self.values]
         if not self.products:
@@ -115,7 +116,6 @@ class _Watch(TorchFunctionMode):
         for value in read:
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)
-        result = func(*args, **(kwargs or {}))
         sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
         wiring.bytes_made += sum(sizes)
         wiring.largest_bytes = max([wiring.largest_bytes, *sizes])

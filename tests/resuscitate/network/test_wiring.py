@@ -40,13 +40,18 @@ class ReadTwice(nn.Module):
             "return": lambda: (y, z),
             "dataclass": lambda: Outputs(z, y),
             "view": lambda: z * y[:, :1],
+            "transpose": lambda: z + y.mT,
+            "data": lambda: z + y.data,
             "shape": lambda: z * y.shape[0],
         }[self.how]()
 
 
 @pytest.mark.parametrize(
     ("how", "alone"),
-    [("sum", False), ("return", False), ("dataclass", False), ("view", False), ("shape", True)],
+    [
+        *((how, False) for how in ("sum", "return", "dataclass", "view", "transpose", "data")),
+        ("shape", True),
+    ],
 )
 def test_a_layer_with_a_second_reader_has_no_batchnorm(how, alone):
     model = seeded(lambda: ReadTwice(how))
