@@ -1,11 +1,17 @@
 """The walk by suspended forward passes gives what the walk along a graph gives, whatever the network does."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resuscitate.engine.probes import Probe
 from resuscitate.errors import LayerError
+from resuscitate.methods.base import Method
+from resuscitate.network.updates import Gain
+from resuscitate.statistics.base import Statistic
 from tests.networks import Residual, chain, images, pruned_copy, seeded
 from tests.resuscitate.engine.walks import OPTIONS, both_walks, close, methods, repaired, run_batch
 
@@ -61,6 +67,49 @@ class Keyword(nn.Module):
         if self.by_name:
             return self.last(input=F.relu(self.bn(self.conv(input=x))))
         return self.last(F.relu(self.bn(self.conv(x))))
+
+
+def run_in_inference_mode(model, batch):
+    with torch.inference_mode():
+        return model(batch)
+
+
+@methods
+def test_a_forward_fn_may_use_inference_mode(options):
+    dense = seeded(Block)
+    model, expected = (repaired(dense, forward_fn=run, **options)[0] for run in (run_in_inference_mode, run_batch))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+class Magnitude(Statistic):
+    """The mean magnitude of the outputs of the pruned layer, and of the dense one."""
+
+    measured = ("sums",)
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.sums = torch.zeros(2)
+
+    def update(self, batch, pruned, dense):
+        self.sums = self.sums + torch.stack([pruned.abs().sum(), dense.abs().sum()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale(Method):
+    """A gain from a statistic of its own, and a shift."""
+
+    name = "rescale"
+
+    def probe(self, layer):
+        return Probe(Magnitude)
+
+    def solve(self, layer, found):
+        gain = (found.sums[1] / found.sums[0]).double().repeat(layer.channels)
+        return Gain(gain, torch.full_like(gain, 0.5))
+
+
+def test_a_batchnorm_behind_a_layer_with_a_statistic_of_its_own_has_the_moments_of_its_corrected_inputs():
+    both_walks(chain, {"method": Rescale(), "recalibrate": "exact", "skip_first": False, "keep_worse": True})
 
 
 class Scaled(nn.Module):
