@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches, copied, cut, read_share
 from ..data.calibration import hold, is_held
-from ..errors import ModelMismatchError, called
+from ..errors import DistributedError, ModelMismatchError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
 from ..network.channels import KeptChannels
 from ..network.runner import Network, check_tensors
@@ -176,9 +177,11 @@ class Session:
     ) -> Generator[Measurement]:
         """Measure at each request when all earlier layers are final, merged over the ranks; see `measurements`.
 
-        known: names whose updates are known already. They are measured nowhere, and not merged.
+        known: names whose updates are known already. They are measured nowhere, and not merged. Raises
+        DistributedError, too, where the ranks do not run the same modules in the same order.
         """
         walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show, self.kept)
+        self._check_order([each.name for each in walk.requests])
         with closing(measurements(walk)) as found:
             for measurement in found:
                 if measurement.name not in known:
@@ -189,6 +192,7 @@ class Session:
 
     def measure_all(self, names: Collection[str], *passes: Iterable[Any]) -> dict[str, OutputMoments]:
         """`OutputMoments` at all named modules, in one pass of each network over its batches; nothing is corrected."""
+        self._check_order(names)
         ours, *theirs = (measure(net, batches, names) for net, batches in zip(self.nets, passes, strict=True))
         merged = {}
         for name in names:
@@ -231,6 +235,19 @@ class Session:
             if not (total := self.merged(found[name])).empty:
                 merged[name] = total
         return merged
+
+    def _check_order(self, names: Iterable[str]) -> None:
+        """Raise DistributedError where the ranks measure other modules, or in another order."""
+        if self.ranks.size == 1:
+            return
+        first, *others = self.ranks.exchange(list(names))
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                differing = next((a or b for a, b in zip_longest(first, other) if a != b), "")
+                raise DistributedError(
+                    f"rank {rank} runs other modules than rank 0, or in another order, from {called(differing)} on, "
+                    "because their first images differ in kind; shuffle the images"
+                )
 
     def merged(self, found: S) -> S:
         """The statistic of all ranks, merged in the order of the ranks: the same bits on each."""
