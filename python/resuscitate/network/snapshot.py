@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -128,9 +129,14 @@ def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(full_precision_of_models())
-        for setting, value in (("deterministic", True), ("benchmark", False)):
-            stack.callback(setattr, torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
-            setattr(torch.backends.cudnn, setting, value)
+        stack.enter_context(warnings.catch_warnings())
+        for kind in ("flash", "mem_efficient", "math", "cudnn"):
+            enabled = getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()
+            stack.callback(getattr(torch.backends.cuda, f"enable_{kind}_sdp"), enabled)
+        cudnn = torch.backends.cudnn
+        for setting, value in (("enabled", cudnn.enabled), ("deterministic", True), ("benchmark", False)):
+            stack.callback(setattr, cudnn, setting, getattr(cudnn, setting))
+            setattr(cudnn, setting, value)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled yet, and this would load the compiler
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
