@@ -22,6 +22,7 @@ from ..network.wiring import same_output, trace
 from ..runtime.activations import Frame
 from ..runtime.heap import heap
 from .deferred import DeferredCorrection, is_mergeable
+from .pass_memory import storages
 from .probes import Measurement
 from .relu_targets import Seen, added_node
 from .segments import follow, run_step, split
@@ -70,13 +71,15 @@ class GraphPasses:
         except NoGraphError as cause:
             raise NoGraphError(f"the dense model: {cause}" if is_dense else str(cause)) from cause
         self.segments = split(graph, self.net, walk.requests, self.added, is_dense)
+        tensors = [*self.net.model.parameters(), *self.net.model.buffers()]
+        self.foreign = {storage.data_ptr() for storage in storages(tensors)}
         self.frames: list[Frame] = []
         self.pending: _Pending | None = None
 
     def advance(self, part: int, index: int) -> Tensor:
         """Run one segment for one batch; returns the value that is measured at its end."""
         if index == len(self.frames):
-            self.frames.append(Frame(self.store))
+            self.frames.append(Frame(self.store, self.foreign))
         frame, segment, due = self.frames[index], self.segments[part], self._due(part)
         wanted = segment.reads if due is None else {*segment.reads, due.source}
         values = frame.open([source for source in wanted if source in frame], segment.keep)
