@@ -236,9 +236,10 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
             workers, threads = at_a_time(walk.pruned.device, count)
             store.set_aside(needed)
         else:
-            shared = SharedStore(store)
-            peak = int(sum(passes.run_trial(walk.example, shared) for passes in networks) * walk.scale)
-            workers, threads = at_a_time(walk.pruned.device, count, store.budget // 2, peak)
+            shared, device = SharedStore(store), walk.pruned.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the passes draw them again
+                peak = int(sum(passes.run_trial(walk.example, shared) for passes in networks) * walk.scale)
+            workers, threads = at_a_time(device, count, store.budget // 2, peak)
             store.set_aside(workers * peak)
             needed = peak * len(batches)
         stack.enter_context(heap(needed, store.budget))
