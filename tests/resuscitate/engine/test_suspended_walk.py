@@ -69,6 +69,20 @@ class Keyword(nn.Module):
         return self.last(F.relu(self.bn(self.conv(x))))
 
 
+class KeywordNorm(Keyword):
+    """Its BatchNorm is given its input by name."""
+
+    def forward(self, x):
+        return self.last(F.relu(self.bn(input=self.conv(self.first(x)))))
+
+
+def test_images_are_screened_at_a_batchnorm_that_is_given_its_input_by_name():
+    x = images(40)
+    x[3] = torch.nan
+    _, report = repaired(seeded(KeywordNorm), x=x.split(16), on_nonfinite="skip")
+    assert report.images == 39
+
+
 def run_in_inference_mode(model, batch):
     with torch.inference_mode():
         return model(batch)
@@ -88,10 +102,13 @@ class Magnitude(Statistic):
 
     def __init__(self, place):
         super().__init__(place)
-        self.sums = torch.zeros(2)
+        self.by_batch = {}  # several threads update it, each with batches of its own
 
     def update(self, batch, pruned, dense):
-        self.sums = self.sums + torch.stack([pruned.abs().sum(), dense.abs().sum()])
+        self.by_batch[batch] = torch.stack([pruned.abs().sum(), dense.abs().sum()])
+
+    def finish(self, batches):
+        self.sums = torch.stack([self.by_batch[batch] for batch in range(batches)]).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +224,16 @@ def test_random_numbers_are_the_same_with_the_same_seed():
         results.append(repaired(dense, x=x, method="asr", forward_fn=run_batch, seed=seed)[0].body[3].weight)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_random_numbers_are_the_same_in_a_small_memory():
+    dense, results = seeded(Noisy), []
+    for memory in ("1GiB", "20KB"):
+        x = images(32, size=16).split(4)
+        model, report = repaired(dense, x=x, method="channelwise", forward_fn=run_batch, memory=memory)
+        assert (report.bytes_spilled > 0) == (memory == "20KB")
+        results.append(model.body[3].weight)
+    assert torch.equal(results[0], results[1])
 
 
 def test_what_a_pass_leaves_out_that_the_example_had_is_an_error_that_names_the_layer():
