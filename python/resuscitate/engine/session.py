@@ -19,7 +19,7 @@ from ..errors import DistributedError, ModelMismatchError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
 from ..network.channels import KeptChannels
 from ..network.runner import Network, check_tensors
-from ..network.snapshot import Snapshot, evaluation_mode, moved_to
+from ..network.snapshot import Snapshot, evaluation_mode, moved_to, set_seed
 from ..network.wiring import Wiring, observe
 from ..runtime.activations import Store
 from ..runtime.distributed import Ranks
@@ -129,7 +129,7 @@ class Session:
     def look(self, batches: Batches) -> Wiring:
         """Observe the wiring of the first network in a pass of a small batch, the first of any rank that has one."""
         self.example = self.ranks.lend(self.net.example(batches[0]) if len(batches) else None)
-        torch.manual_seed(self.run["seed"])  # again: what ran before may have drawn random numbers
+        set_seed(self.run["seed"], [self.net.device])  # again: what ran before may have drawn random numbers
         self.wiring = observe(self.net.model, lambda: self.net.run(self.example))
         return self.wiring
 
@@ -146,7 +146,7 @@ class Session:
                 return {name: statistic.correlations.cpu() for name, statistic in found.items()}
 
             self.kept = find_kept_channels(self.net, self.dense, self.example, given, correlations)
-            torch.manual_seed(self.run["seed"])  # again, as in `look`
+            set_seed(self.run["seed"], [self.net.device])  # again, as in `look`
         return self.kept
 
     def place(self, name: str) -> Place:
