@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import CalibrationError
 from ..runtime.activations import Frame, Store
@@ -50,10 +52,8 @@ class Batches:
             if store is None:
                 self._kept.append(batch)
             else:
-                if isinstance(batch, Tensor) and batch.untyped_storage().nbytes() > batch.nbytes:
-                    batch = batch.clone()  # lest the whole be kept for a part
                 self._kept.append(Frame(store))
-                self._kept[-1].close({0: batch})
+                self._kept[-1].close({0: copied(batch)})
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -155,6 +155,11 @@ class Batches:
 def take(batch: Tensor, rows: Tensor) -> Tensor:
     """Some rows, int64 (R,) on the host, of a batch, without a wait for its device."""
     return batch[rows.to(batch.device, non_blocking=True)]
+
+
+def copied(batch: Any) -> Any:
+    """A copy of a batch, each tensor in memory of its own; a loader may use the same memory for each batch."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x), batch)
 
 
 def read_share(calibration: Any, ranks: Ranks, *, max_samples: int | None, **options: Any) -> Iterable[Any]:

@@ -7,20 +7,22 @@ cache. A `runtime.activations.Store` keeps what one segment leaves to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
 
 from ..network.layers import LAYERS
 from ..network.runner import Network, has_hooks
-from ..network.wiring import ReluConsumer, same_output, trace
+from ..network.wiring import same_output, trace
 from ..runtime.activations import Frame
 from ..runtime.heap import heap
 from .deferred import DeferredCorrection, is_mergeable
+from .pass_memory import storages
 from .probes import Measurement
 from .relu_targets import Seen, added_node
 from .segments import follow, run_step, split
@@ -38,7 +40,8 @@ def graph_walk(walk: Walk, pruned: GraphPasses, dense: GraphPasses | None = None
             collector = Collector(request, walk)
             last = max(later.batches for later in requests[part:])
             last_dense = max((later.batches for later in requests[part:] if later.probe.dense), default=0)
-            order = range(last if collector.measured or pruned.segments[part].steps else 0)
+            runs = any(passes is not None and passes.segments[part].steps for passes in (pruned, dense))
+            order = range(last if collector.measured or runs else 0)
             # alternate the batch order between segments: the batch processed last is still in cache
             for index in order if part % 2 == 0 else reversed(order):
                 y = dense.advance(part, index) if dense is not None and index < last_dense else None
@@ -64,17 +67,19 @@ class GraphPasses:
     def __init__(self, walk: Walk, is_dense: bool) -> None:
         self.net, self.batches, self.store = walk.nets[is_dense], walk.batches, walk.store
         try:
-            graph, self.peak, self.added = _graph(self.net, walk, walk.consumers[is_dense])
+            graph, self.peak, self.added = _graph(self.net, walk, is_dense)
         except NoGraphError as cause:
             raise NoGraphError(f"the dense model: {cause}" if is_dense else str(cause)) from cause
         self.segments = split(graph, self.net, walk.requests, self.added, is_dense)
+        tensors = [*self.net.model.parameters(), *self.net.model.buffers()]
+        self.foreign = {storage.data_ptr() for storage in storages(tensors)}
         self.frames: list[Frame] = []
         self.pending: _Pending | None = None
 
     def advance(self, part: int, index: int) -> Tensor:
         """Run one segment for one batch; returns the value that is measured at its end."""
         if index == len(self.frames):
-            self.frames.append(Frame(self.store))
+            self.frames.append(Frame(self.store, self.foreign))
         frame, segment, due = self.frames[index], self.segments[part], self._due(part)
         wanted = segment.reads if due is None else {*segment.reads, due.source}
         values = frame.open([source for source in wanted if source in frame], segment.keep)
@@ -133,14 +138,17 @@ class NoGraphError(Exception):
     """Says why a network has no correct torch.fx graph."""
 
 
-def _graph(
-    net: Network, walk: Walk, consumers: Mapping[str, ReluConsumer]
-) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
+def _may_change_input(module: nn.Module) -> bool:
+    """Has the module a forward pre-hook? Those of `torch.nn.utils.prune` only mask weights."""
+    return not all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+
+
+def _graph(net: Network, walk: Walk, is_dense: bool) -> tuple[fx.Graph, int, dict[str, fx.Node | None]]:
     """The graph, the peak bytes of activations of the example in it, and by layer the node that its consumer adds.
 
     Raises NoGraphError where the trace does not give the model's own output for the example.
     """
-    requests, calls = [each.name for each in walk.requests], walk.wiring.calls
+    requests, calls, consumers = [each.name for each in walk.requests], walk.wiring.calls, walk.consumers[is_dense]
     if net.forward_fn is not None:
         raise NoGraphError("a forward_fn hides the network's input")
     for name in requests:
@@ -149,6 +157,9 @@ def _graph(
     for name, module in net.modules.items():
         if has_hooks(module) and not isinstance(module, (*LAYERS, _BatchNorm)):
             raise NoGraphError(f"{name or 'the model'} carries a forward hook")
+    for each in walk.requests:
+        if each.probe.side(is_dense) == "input" and _may_change_input(net.modules[each.name]):
+            raise NoGraphError(f"{each.name} is measured at its input, and carries a forward pre-hook")
     try:
         graph = trace(net.model)
         called = [str(node.target) for node in graph.nodes if node.op == "call_module"]

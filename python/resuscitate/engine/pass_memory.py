@@ -41,6 +41,11 @@ def identities(values: Iterable[Any]) -> set[int]:
     return {storage._cdata for storage in storages(values)}
 
 
+def is_shared(storage: Storage) -> bool:
+    """May another process use it? torch says so of every storage on a GPU, as it could be shared."""
+    return storage.device.type == "cpu" and storage.is_shared()
+
+
 def model_identities(model: nn.Module) -> set[int]:
     """The identities of the storages of a model's parameters and buffers."""
     return identities([*model.parameters(), *model.buffers()])
@@ -215,7 +220,7 @@ class PassStorages(Made):
             self.at_rest = True
             for storage, number in self.alive():
                 key, size = storage._cdata, storage.nbytes()
-                if key in self.pinned or size < SMALL or not storage.resizable() or storage.is_shared():
+                if key in self.pinned or size < SMALL or not storage.resizable() or is_shared(storage):
                     continue
                 self.shared.owners[key] = self
                 self.owned.add(key)

@@ -78,13 +78,16 @@ def split(
         sources.append(node.all_input_nodes[0] if before else node)
         ends.append(place[request.name] + (not before))
     last = {source: index for index, node in enumerate(nodes[: ends[-1]]) for source in node.all_input_nodes}
-    for request, source, end in zip(requests, sources, ends, strict=True):
-        # what is replayed is read again when the segment has been measured
-        last[source] = max(last.get(source, 0), end if request.name in added else end - 1)
+    begins = [0, *ends[:-1]]
+    for request, source, begin, end in zip(requests, sources, begins, ends, strict=True):
+        # the source of a segment without nodes is a value of an earlier one
+        last[source] = max(last.get(source, 0), end - 1, begin)
+        if request.name in added:  # what is replayed is read again when the segment has been measured
+            last[source] = max(last[source], end)
         if (other := added.get(request.name)) is not None:
             last[other] = max(last.get(other, 0), end)
     segments = []
-    for request, source, begin, end in zip(requests, sources, [0, *ends], ends, strict=False):
+    for request, source, begin, end in zip(requests, sources, begins, ends, strict=True):
         inside, earlier = nodes[begin:end], set(nodes[:begin])
         reads = {read for node in inside for read in node.all_input_nodes} | {source}
         keep = {node for node in nodes[:end] if last.get(node, 0) >= end}
@@ -121,7 +124,10 @@ def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:
     if node.op == "placeholder":
         return net.place(batch())
-    if node.op == "get_attr":  # looked up at each use: a tensor of the model may be replaced meanwhile
+    if node.op == "get_attr":
+        if "constant" in node.meta:
+            return node.meta["constant"]
+        # looked up at each use: a tensor of the model may be replaced meanwhile
         return operator.attrgetter(str(node.target))(net.model)
 
     def value(source: fx.Node) -> Any:

@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, cut, read_share
+from ..data.batches import Batches, copied, cut, read_share
 from ..data.calibration import hold, is_held
-from ..errors import ModelMismatchError, called
+from ..errors import DistributedError, ModelMismatchError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
 from ..network.channels import KeptChannels
 from ..network.runner import Network, check_tensors
-from ..network.snapshot import Snapshot, evaluation_mode, moved_to
+from ..network.snapshot import Snapshot, evaluation_mode, moved_to, set_seed
 from ..network.wiring import Wiring, observe
 from ..runtime.activations import Store
 from ..runtime.distributed import Ranks
@@ -110,7 +111,8 @@ class Session:
 
     def stream(self, calibration: Any) -> Iterator[Any]:
         """This rank's batches, read once and not kept."""
-        return iter(self._images(calibration, self.run["max_samples"], None))
+        images = self._images(calibration, self.run["max_samples"], None)
+        return iter(images) if is_held(calibration) else map(copied, images)
 
     def hold(self, calibration: Any) -> list[Any]:
         """This rank's batches, held in host memory, for a function that calls others which measure."""
@@ -127,7 +129,7 @@ class Session:
     def look(self, batches: Batches) -> Wiring:
         """Observe the wiring of the first network in a pass of a small batch, the first of any rank that has one."""
         self.example = self.ranks.lend(self.net.example(batches[0]) if len(batches) else None)
-        torch.manual_seed(self.run["seed"])  # again: what ran before may have drawn random numbers
+        set_seed(self.run["seed"], [self.net.device])  # again: what ran before may have drawn random numbers
         self.wiring = observe(self.net.model, lambda: self.net.run(self.example))
         return self.wiring
 
@@ -144,7 +146,7 @@ class Session:
                 return {name: statistic.correlations.cpu() for name, statistic in found.items()}
 
             self.kept = find_kept_channels(self.net, self.dense, self.example, given, correlations)
-            torch.manual_seed(self.run["seed"])  # again, as in `look`
+            set_seed(self.run["seed"], [self.net.device])  # again, as in `look`
         return self.kept
 
     def place(self, name: str) -> Place:
@@ -175,9 +177,11 @@ class Session:
     ) -> Generator[Measurement]:
         """Measure at each request when all earlier layers are final, merged over the ranks; see `measurements`.
 
-        known: names whose updates are known already. They are measured nowhere, and not merged.
+        known: names whose updates are known already. They are measured nowhere, and not merged. Raises
+        DistributedError, too, where the ranks do not run the same modules in the same order.
         """
         walk = Walk(self.nets, self.wiring, self.store, self.example, batches, requests, title, self.show, self.kept)
+        self._check_order([each.name for each in walk.requests])
         with closing(measurements(walk)) as found:
             for measurement in found:
                 if measurement.name not in known:
@@ -188,6 +192,7 @@ class Session:
 
     def measure_all(self, names: Collection[str], *passes: Iterable[Any]) -> dict[str, OutputMoments]:
         """`OutputMoments` at all named modules, in one pass of each network over its batches; nothing is corrected."""
+        self._check_order(names)
         ours, *theirs = (measure(net, batches, names) for net, batches in zip(self.nets, passes, strict=True))
         merged = {}
         for name in names:
@@ -230,6 +235,19 @@ class Session:
             if not (total := self.merged(found[name])).empty:
                 merged[name] = total
         return merged
+
+    def _check_order(self, names: Iterable[str]) -> None:
+        """Raise DistributedError where the ranks measure other modules, or in another order."""
+        if self.ranks.size == 1:
+            return
+        first, *others = self.ranks.exchange(list(names))
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                differing = next((a or b for a, b in zip_longest(first, other) if a != b), "")
+                raise DistributedError(
+                    f"rank {rank} runs other modules than rank 0, or in another order, from {called(differing)} on, "
+                    "because their first images differ in kind; shuffle the images"
+                )
 
     def merged(self, found: S) -> S:
         """The statistic of all ranks, merged in the order of the ranks: the same bits on each."""

@@ -189,8 +189,12 @@ class SuspendedWalk:
 
     def _add(self, request: Request, index: int, collector: Collector) -> None:
         """Measure one batch in the networks whose passes have come to the request."""
-        values = (each.position(index).value if each.at(index, request.name) else None for each in self.networks)
-        collector.add(index, *values)
+        here = [each.position(index) if each.at(index, request.name) else None for each in self.networks]
+        with ExitStack() as stack:
+            for position in here:
+                if position is not None:  # its value is spilled already where the pass called no earlier request
+                    stack.enter_context(position.in_memory())
+            collector.add(index, *(None if position is None else position.value for position in here))
         for passes in self.networks:
             passes.rest(index)
 
@@ -232,9 +236,10 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
             workers, threads = at_a_time(walk.pruned.device, count)
             store.set_aside(needed)
         else:
-            shared = SharedStore(store)
-            peak = int(sum(passes.run_trial(walk.example, shared) for passes in networks) * walk.scale)
-            workers, threads = at_a_time(walk.pruned.device, count, store.budget // 2, peak)
+            shared, device = SharedStore(store), walk.pruned.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the passes draw them again
+                peak = int(sum(passes.run_trial(walk.example, shared) for passes in networks) * walk.scale)
+            workers, threads = at_a_time(device, count, store.budget // 2, peak)
             store.set_aside(workers * peak)
             needed = peak * len(batches)
         stack.enter_context(heap(needed, store.budget))

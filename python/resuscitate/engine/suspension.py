@@ -81,7 +81,7 @@ class _Awaited:
     def __init__(self, name: str, value: Any) -> None:
         self.name, self.value = name, value
         self.output: Any = None
-        self.version = getattr(value, "_version", 0)
+        self.version = _version(value)
 
 
 class SuspensionPoints:
@@ -170,6 +170,8 @@ class SuspensionPoints:
 
     def _halt(self, here: Position, name: str, value: Any, added: Tensor | None = None) -> None:
         self._check_sum(here)
+        for layer in [layer for layer, output in here.due.items() if output is value]:
+            self.apply_due(here, layer)  # the BatchNorm is measured at its input
         here.at, here.value, here.added = name, value, added
         if isinstance(here.live, TrialPass):
             with here.untracked():
@@ -180,6 +182,11 @@ class SuspensionPoints:
                 suspend()
             here.suspended = False
         here.value = here.added = None
+
+    def apply_due(self, here: Position, layer: str) -> None:
+        """Correct an output in place, where its BatchNorm does not take the correction."""
+        with here.untracked():
+            self.corrections[layer].apply(here.due.pop(layer))
 
     def _check_sum(self, here: Position) -> None:
         """Raise LayerError where a pass did not come to the sum that the example had."""
@@ -192,7 +199,7 @@ class SuspensionPoints:
         """Suspend a pass at a sum; then compute the layer and its BatchNorm again with the new weights."""
         awaited, here.awaited = here.awaited, None
         assert awaited is not None
-        if getattr(awaited.value, "_version", 0) != awaited.version:
+        if _version(awaited.value) != awaited.version:
             raise LayerError(awaited.name, "its values are overwritten before the sum behind it; pass relu_aware=False")
         self._halt(here, awaited.name, awaited.value, added)
         if self.is_dense or isinstance(here.live, TrialPass):
@@ -209,6 +216,11 @@ class SuspensionPoints:
         """Make the outputs that passes are suspended with gain * output + shift."""
         batchnorm = self.plain.get(self.batchnorm_of.get(name, ""))
         self.corrections[name] = DeferredCorrection(gain, shift, self.net.axis(name), batchnorm)
+
+
+def _version(value: Any) -> int:
+    """How often a tensor was overwritten; 0 of one of inference mode, for which torch does not count this."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _thread_context(device: torch.device) -> list[Callable[[], Any]]:
@@ -242,9 +254,7 @@ class _Watch(TorchFunctionMode):
                     _ = correction.factors  # computed here: its operators are not the pass's own
                 return correction.through_batchnorm(output)
             if name not in DESCRIPTIONS and any(leaf is output for leaf in tree_leaves((args, kwargs))):
-                del here.due[layer]
-                with here.untracked():
-                    correction.apply(output)
+                self.points.apply_due(here, layer)
         if here.awaited is None or here.awaited.output is None:
             return func(*args, **kwargs)
         output, consumer = here.awaited.output, self.points.consumers[here.awaited.name]

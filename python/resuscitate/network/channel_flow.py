@@ -115,8 +115,9 @@ class _Flow:
 
     def read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         axis = Axis(name, "out" if name in self.channelwise else "in")
-        self.axes.setdefault(axis, width(module, axis.side))
         x, dim = next(iter((*args, *kwargs.values())), None), _channel_dim(module)
+        # a norm without parameters takes any number of channels, whatever its `num_features`
+        self.axes.setdefault(axis, x.shape[dim] if isinstance(x, Tensor) else width(module, axis.side))
         if not isinstance(x, Tensor) or not x.requires_grad or not self.variables:
             return
         sources = self.variables
@@ -154,7 +155,7 @@ class _Flow:
     def write(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        self.axes.setdefault(Axis(name, "out"), width(module, "out"))
+        self.axes.setdefault(Axis(name, "out"), output.shape[_channel_dim(module)])
         # values for which no usual activation function has a derivative of zero
         values = self.sign * (0.2 + 0.6 * torch.rand(output.shape, generator=self.generator))
         variable = values.to(output).requires_grad_()

@@ -25,10 +25,23 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Shared(TorchFunctionMode):
+    """Copies no tensor: the copy holds the tensor itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
 def deep_copy(model: M) -> M:
     """A deep copy. Tensors with a graph, such as weights that `torch.nn.utils.prune` masks, are copied without it."""
     with _Detached():
         return copy.deepcopy(model)
+
+
+def copy_sharing_tensors(model: M) -> M:
+    """A deep copy of all but the tensors, which are those of the model."""
+    with _Shared():
+        return copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]})
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

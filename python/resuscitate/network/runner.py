@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,15 @@ class Network:
     @contextmanager
     def hooked(self, names: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Call `take` with the input of each named BatchNorm and the output of each named layer, in each pass."""
+
+        def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            take(name, next(iter((*args, *kwargs.values()))))
+
         with ExitStack() as hooks:
             for name in names:
                 module = self.modules[name]
                 if isinstance(module, _BatchNorm):
-                    handle = module.register_forward_pre_hook(lambda m, args, name=name: take(name, args[0]))
+                    handle = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
                 else:
                     handle = module.register_forward_hook(lambda m, args, out, name=name: take(name, out))
                 hooks.enter_context(handle)

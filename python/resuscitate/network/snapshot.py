@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -107,15 +108,25 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
+def set_seed(seed: int, devices: Iterable[torch.device]) -> None:
+    """Seed the CPU and those of the devices that are GPUs: `torch.manual_seed` would seed all GPUs of the process."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Measure in eval mode, without gradients, in full precision and from a fixed seed; then restore all settings.
 
     Full precision: without the caller's autocast, and without TF32. cuDNN is deterministic. Compiled code, which does
     not support suspended forward passes, runs in eager mode. Restored too: train/eval flags, forward hooks, random
-    states.
+    states, and what a forward pass may set for a while, which passes side by side put back in the wrong order: the
+    kernels of attention, whether cuDNN is used, the filters of warnings.
     """
-    devices = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
+    devices = {x.device for model in models for x in [*model.parameters(), *model.buffers()]}
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -126,18 +137,23 @@ def evaluation_mode(models: Sequence[nn.Module], seed: int) -> Iterator[None]:
                     stack.callback(_remove_others, hooks, set(hooks))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng([each for each in devices if each.type == "cuda"]))
         stack.enter_context(full_precision_of_models())
-        for setting, value in (("deterministic", True), ("benchmark", False)):
-            stack.callback(setattr, torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
-            setattr(torch.backends.cudnn, setting, value)
+        stack.enter_context(warnings.catch_warnings())
+        for kernel in ("flash", "mem_efficient", "math", "cudnn"):
+            enabled = getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+            stack.callback(getattr(torch.backends.cuda, f"enable_{kernel}_sdp"), enabled)
+        cudnn = torch.backends.cudnn
+        for setting, value in (("enabled", cudnn.enabled), ("deterministic", True), ("benchmark", False)):
+            stack.callback(setattr, cudnn, setting, getattr(cudnn, setting))
+            setattr(cudnn, setting, value)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled yet, and this would load the compiler
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for device in {"cpu", *(p.device.type for model in models for p in model.parameters())}:
-            stack.enter_context(autocast(device, None))
+        for kind in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(autocast(kind, None))
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        set_seed(seed, devices)
         for model in models:
             model.eval()
         yield

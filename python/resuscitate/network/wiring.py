@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .copies import copy_sharing_tensors
 from .layers import LAYERS, find_layers
 from .operands import PRODUCTS, named_arguments
 
@@ -104,8 +105,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, wiring = getattr(func, "__name__", ""), self.wiring
-        if name in DESCRIPTIONS:
-            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in DESCRIPTIONS and not isinstance(result, Tensor):  # x.T and x.data are attributes, and its values
+            return result
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         read = [self.values[leaf] for leaf in leaves if leaf in self.values]
         if not self.products:
@@ -114,7 +116,6 @@ class _Watch(TorchFunctionMode):
         for value in read:
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)
-        result = func(*args, **(kwargs or {}))
         sizes = [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
         wiring.bytes_made += sum(sizes)
         wiring.largest_bytes = max([wiring.largest_bytes, *sizes])
@@ -240,8 +241,18 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx."""
-    return _Tracer().trace(model)
+    """The model as a torch.fx graph in which layers and BatchNorms stay modules; errors are those of torch.fx.
+
+    `meta["constant"]` of a `get_attr` node is the value of a constant that is no attribute of the model.
+    """
+    # A trace adds constants to the module, and a forward pass may keep proxies in it: both stay in the copy.
+    root = copy_sharing_tensors(model)
+    graph = _Tracer().trace(root)
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name in vars(root).keys() - vars(model).keys():
+            node.meta["constant"] = getattr(root, name)
+    return graph
 
 
 def wiring_of(graph: fx.Graph, model: nn.Module) -> Wiring:

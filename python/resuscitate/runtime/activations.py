@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +116,11 @@ class Frame:
     """Values by key, any nests of tuples, lists and dicts, such as the activations of one batch.
 
     Between `close` and `open` a `Store` may spill the tensors; between `open` and `close` they may be changed.
+    foreign: addresses of storages that others hold and may change, such as those of parameters: they are not spilled.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, foreign: Set[int] = frozenset()) -> None:
+        self.store, self.foreign = store, foreign
         self._values: dict[Hashable, Any] = {}
         self._resident: dict[int, int] = {}  # storage address -> bytes
         self._opened: dict[Region, tuple[Tensor, int]] = {}  # its bytes in memory, and their version when read
@@ -171,9 +172,10 @@ class Frame:
     def _stow(self, leaf: Any, known: dict[int, Region]) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        leaf = leaf.resolve_conj().resolve_neg()  # bytes do not say that they are those of the conjugate
         storage = leaf.untyped_storage()
         address = storage.data_ptr()
-        if address in self._resident or not storage.nbytes():
+        if address in self._resident or address in self.foreign or not storage.nbytes():
             return leaf
         if address not in known:
             if self.store.admit(storage.nbytes()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +24,7 @@ from .raw_bytes import view_bytes
 
 MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
 WORTH_THREADS = 1 << 20  # bytes of images
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in a `repr`; it is another one in each process
 # types whose `repr` is complete
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, PurePath, np.generic, torch.dtype, torch.device)
 LEAVES = (*PLAIN, Tensor, np.ndarray)
@@ -30,8 +32,10 @@ NAMED = (type, ModuleType, BuiltinFunctionType)  # known by their names only
 
 
 def digest_model(model: nn.Module) -> str:
-    """Of every parameter and buffer, with its name, dtype and shape, wherever the model lies."""
-    return digest_tensors(model.state_dict())
+    """Of the modules as `repr` shows them, and of every parameter and buffer, saved or not, wherever the model lies."""
+    found = hashlib.sha256(ADDRESS.sub("", repr(model)).encode())
+    found.update(digest_tensors({**model.state_dict(), **dict(model.named_buffers())}).encode())
+    return found.hexdigest()[:32]
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -1,13 +1,17 @@
 """Batches kept, counted and cut."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import resuscitate
 from resuscitate.data.batches import Batches, cut, rebatch
 from resuscitate.errors import CalibrationError
 from resuscitate.runtime.activations import Store
+from tests.networks import chain, images, seeded
 
 IMAGES = torch.arange(10.0 * 3 * 2 * 2).view(10, 3, 2, 2)
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -16,6 +20,13 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 def numbered(sizes):
     """Batches of the given sizes whose images are numbered 0, 1, 2, ..."""
     return list(torch.arange(float(sum(sizes))).view(-1, 1).split(list(sizes)))
+
+
+def in_one_buffer(source, size):
+    """Batches of some images, each in the memory of the last one."""
+    buffer = torch.empty_like(source[:size])
+    for part in source.split(size):
+        yield buffer.copy_(part)
 
 
 def _rebatched(batches, *args):
@@ -50,10 +61,25 @@ class TestBatches:
             assert batches[1]["labels"] == [1]
             assert (store.bytes_spilled > 0) == (budget == 1)
 
-    def test_a_part_of_a_tensor_does_not_keep_the_whole(self):
+    @pytest.mark.parametrize("nest", [lambda x: x, lambda x: (x, 1), lambda x: {"image": x}], ids=["", "tuple", "dict"])
+    def test_a_part_of_a_tensor_does_not_keep_the_whole(self, nest):
         with Store(1 << 20, torch.device("cpu")) as store:
-            Batches(iter([IMAGES[:2]]), store)
+            Batches(iter([nest(IMAGES[:2])]), store)
             assert store.resident == IMAGES[:2].numel() * 4
+
+    @pytest.mark.parametrize("kind", [dict, UserDict], ids=lambda kind: kind.__name__)
+    def test_a_loader_may_use_the_same_memory_for_each_batch(self, kind):
+        with Store(1 << 20, torch.device("cpu")) as store:
+            batches = Batches((kind(image=part) for part in in_one_buffer(IMAGES, 5)), store)
+            assert torch.equal(torch.cat([batch["image"] for batch in batches.head()]), IMAGES)
+
+
+def test_passes_that_read_ahead_allow_such_a_loader():
+    dense = seeded(chain)
+    expected = resuscitate.DenseStatistics.measure(dense, images(30), batch_size=5)
+    found = resuscitate.DenseStatistics.measure(dense, in_one_buffer(images(30), 5))
+    assert found.digest == expected.digest
+    assert all(torch.equal(found.layers[name][0].mean, expected.layers[name][0].mean) for name in expected.layers)
 
 
 class TestRebatch:

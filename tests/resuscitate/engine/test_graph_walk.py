@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import resuscitate
 from resuscitate.data.batches import Batches
@@ -228,6 +229,39 @@ def test_a_layer_inside_one_of_torchs_own_modules_is_reached_all_the_same():
     rows = {row.name: row.status for row in report.layers}
     assert report.walk == "suspended"
     assert rows["2.linear1"] == rows["2.linear2"] == "repaired"
+
+
+def with_pre_hook(where):
+    """A chain with a module that changes its own input before its forward."""
+    model = chain()
+    model[where].register_forward_pre_hook(lambda module, args: (2 * args[0].relu() + 1,))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "walk"),
+    [
+        (3, {"method": "refit"}, "suspended"),
+        (3, {"method": "asr"}, "graph"),  # measured at its output
+        (4, {"method": "bn"}, "suspended"),
+        (4, {"method": "asr", "recalibrate": "exact"}, "suspended"),
+    ],
+)
+def test_an_input_that_a_pre_hook_changes_is_measured_behind_the_hook(where, options, walk):
+    dense, results = seeded(lambda: with_pre_hook(where)), []
+    for forward_fn in (None, lambda model, x: model(x)):
+        results.append(seeded(lambda: with_pre_hook(where)))
+        results[-1].load_state_dict(pruned_copy(dense).state_dict())
+        report = resuscitate.repair(results[-1], dense, images(40).split(8), forward_fn=forward_fn, **options)
+        assert report.walk == (walk if forward_fn is None else "suspended")
+    torch.testing.assert_close(results[0].state_dict(), results[1].state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_masks_of_torch_change_no_input():
+    dense = seeded(chain)
+    model = seeded(chain)
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    assert resuscitate.repair(model, dense, images(), method="refit").walk == "graph"
 
 
 def test_a_model_that_is_one_layer():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import resuscitate
 from resuscitate.network.wiring import observe
@@ -112,3 +114,40 @@ def test_passes_of_other_networks_measure_beside_one_another():
     resuscitate.DenseStatistics.measure(model, torch.randn(32, 3, 8, 8), batch_size=16)
     torch.set_num_threads(threads)
     assert found == {"forward pass"}
+
+
+class Attention(nn.Module):
+    """Sets settings of the process for a while, around its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def settings() -> list[object]:
+    cuda = torch.backends.cuda
+    sdp = [
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    ]
+    return [*sdp, torch.backends.cudnn.enabled, list(warnings.filters)]
+
+
+@pytest.mark.parametrize("method", ["asr", "refit"])
+def test_settings_that_interleaved_passes_change_are_put_back(method: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 16), Attention(), Attention(), nn.Linear(16, 5)).eval()
+    model, before = copy.deepcopy(dense), settings()
+    resuscitate.sparsify(model, 0.5)
+    x = list(torch.randn(64, 6, 8).split(16))
+    options = {"forward_fn": lambda net, batch: net(batch), "keep_worse": True}
+    assert resuscitate.repair(model, dense, x, method=method, **options).walk == "suspended"
+    assert settings() == before

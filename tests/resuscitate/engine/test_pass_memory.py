@@ -1,11 +1,12 @@
 """The memory of one suspended pass: what is freed, what is moved out, and what comes back."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from resuscitate.engine.pass_memory import SMALL, PassStorages, SharedStore, TrialPass, Unread
+from resuscitate.engine.pass_memory import SMALL, PassStorages, SharedStore, TrialPass, Unread, is_shared
 from resuscitate.runtime.activations import Store
 from resuscitate.runtime.passes import RestartError
 from tests.resuscitate.engine.walks import is_empty
@@ -134,6 +135,13 @@ def test_a_trial_tells_what_is_read_no_more():
         "third": {0, 1, 2, 3},  # `kept`, number 4, outlives the pass
     }
     assert kept.shape == (4,)
+
+
+@pytest.mark.parametrize(("device", "shared"), [("cpu", True), ("cuda", False)])
+def test_a_storage_on_a_gpu_may_be_freed(device, shared):
+    """torch calls each of them shared; this stands for one."""
+    assert is_shared(SimpleNamespace(device=torch.device(device), is_shared=lambda: True)) == shared
+    assert not is_shared(torch.ones(2).untyped_storage())
 
 
 def _key(x):

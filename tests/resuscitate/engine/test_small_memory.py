@@ -106,6 +106,16 @@ class MoodyKept(Moody):
         return self.convs[3](F.relu(e))
 
 
+class Skipping(Deep):
+    """Dark batches pass the third convolution by."""
+
+    def forward(self, x):
+        y = F.relu(self.convs[1](F.relu(self.convs[0](x))))
+        if bool(x.mean() > -5):
+            y = F.relu(self.convs[2](y))
+        return self.convs[3](y)
+
+
 class TestWhatIsSpent:
     @methods
     def test_is_freed(self, freed, options):
@@ -151,6 +161,14 @@ class TestWhatIsSpent:
             resuscitate.repair(results[-1], dense, x, progress=False, memory="1MiB", **options)
             assert (len(restarts) > before) == (build is Moody)
         torch.testing.assert_close(results[0].state_dict(), results[1].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@methods
+def test_a_batch_that_passes_a_layer_by_is_measured_at_the_next_one(options):
+    """Its value there is spilled before the others have come to that layer."""
+    x = list(images(40, size=16).split(8))
+    x[1], x[3] = x[1] - 10, x[3] - 10
+    in_and_out(Skipping, {**_plain(options), "keep_worse": True}, x)
 
 
 def _plain(options):

@@ -1,11 +1,17 @@
 """The walk by suspended forward passes gives what the walk along a graph gives, whatever the network does."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resuscitate.engine.probes import Probe
 from resuscitate.errors import LayerError
+from resuscitate.methods.base import Method
+from resuscitate.network.updates import Gain
+from resuscitate.statistics.base import Statistic
 from tests.networks import Residual, chain, images, pruned_copy, seeded
 from tests.resuscitate.engine.walks import OPTIONS, both_walks, close, methods, repaired, run_batch
 
@@ -61,6 +67,66 @@ class Keyword(nn.Module):
         if self.by_name:
             return self.last(input=F.relu(self.bn(self.conv(input=x))))
         return self.last(F.relu(self.bn(self.conv(x))))
+
+
+class KeywordNorm(Keyword):
+    """Its BatchNorm is given its input by name."""
+
+    def forward(self, x):
+        return self.last(F.relu(self.bn(input=self.conv(self.first(x)))))
+
+
+def test_images_are_screened_at_a_batchnorm_that_is_given_its_input_by_name():
+    x = images(40)
+    x[3] = torch.nan
+    _, report = repaired(seeded(KeywordNorm), x=x.split(16), on_nonfinite="skip")
+    assert report.images == 39
+
+
+def run_in_inference_mode(model, batch):
+    with torch.inference_mode():
+        return model(batch)
+
+
+@methods
+def test_a_forward_fn_may_use_inference_mode(options):
+    dense = seeded(Block)
+    model, expected = (repaired(dense, forward_fn=run, **options)[0] for run in (run_in_inference_mode, run_batch))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+class Magnitude(Statistic):
+    """The mean magnitude of the outputs of the pruned layer, and of the dense one."""
+
+    measured = ("sums",)
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.by_batch = {}  # several threads update it, each with batches of its own
+
+    def update(self, batch, pruned, dense):
+        self.by_batch[batch] = torch.stack([pruned.abs().sum(), dense.abs().sum()])
+
+    def finish(self, batches):
+        self.sums = torch.stack([self.by_batch[batch] for batch in range(batches)]).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale(Method):
+    """A gain from a statistic of its own, and a shift."""
+
+    name = "rescale"
+
+    def probe(self, layer):
+        return Probe(Magnitude)
+
+    def solve(self, layer, found):
+        gain = (found.sums[1] / found.sums[0]).double().repeat(layer.channels)
+        return Gain(gain, torch.full_like(gain, 0.5))
+
+
+def test_a_batchnorm_behind_a_layer_with_a_statistic_of_its_own_has_the_moments_of_its_corrected_inputs():
+    both_walks(chain, {"method": Rescale(), "recalibrate": "exact", "skip_first": False, "keep_worse": True})
 
 
 class Scaled(nn.Module):
@@ -158,6 +224,16 @@ def test_random_numbers_are_the_same_with_the_same_seed():
         results.append(repaired(dense, x=x, method="asr", forward_fn=run_batch, seed=seed)[0].body[3].weight)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_random_numbers_are_the_same_in_a_small_memory():
+    dense, results = seeded(Noisy), []
+    for memory in ("1GiB", "20KB"):
+        x = images(32, size=16).split(4)
+        model, report = repaired(dense, x=x, method="channelwise", forward_fn=run_batch, memory=memory)
+        assert (report.bytes_spilled > 0) == (memory == "20KB")
+        results.append(model.body[3].weight)
+    assert torch.equal(results[0], results[1])
 
 
 def test_what_a_pass_leaves_out_that_the_example_had_is_an_error_that_names_the_layer():

@@ -64,6 +64,18 @@ class TestFinding:
         inputs = {name: channels for name, channels in truth.kept_inputs.items() if name in kept.inputs}
         assert all(torch.equal(kept.inputs[name], channels) for name, channels in inputs.items())
 
+    @pytest.mark.filterwarnings("ignore:input's size at dim=1")
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_channels_are_followed_through_instance_norms(self, affine):
+        def build():
+            norms = (nn.InstanceNorm2d(8, affine=affine) for _ in range(2))
+            return nn.Sequential(conv(3, 8), next(norms), nn.ReLU(), conv(8, 8), next(norms), nn.ReLU(), conv(8, 4))
+
+        dense, small, truth = cut(build)
+        kept = find(small, dense)
+        assert {"0", "3"} <= truth.kept.keys() <= kept.outputs.keys()
+        assert all(torch.equal(kept.outputs[name], channels) for name, channels in truth.kept.items())
+
     @networks
     def test_the_dense_weights_between_kept_channels_are_those_of_the_small_network(self, build):
         dense, small, _ = cut(build)

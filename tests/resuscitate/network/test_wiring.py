@@ -40,13 +40,18 @@ class ReadTwice(nn.Module):
             "return": lambda: (y, z),
             "dataclass": lambda: Outputs(z, y),
             "view": lambda: z * y[:, :1],
+            "transpose": lambda: z + y.mT,
+            "data": lambda: z + y.data,
             "shape": lambda: z * y.shape[0],
         }[self.how]()
 
 
 @pytest.mark.parametrize(
     ("how", "alone"),
-    [("sum", False), ("return", False), ("dataclass", False), ("view", False), ("shape", True)],
+    [
+        *((how, False) for how in ("sum", "return", "dataclass", "view", "transpose", "data")),
+        ("shape", True),
+    ],
 )
 def test_a_layer_with_a_second_reader_has_no_batchnorm(how, alone):
     model = seeded(lambda: ReadTwice(how))
@@ -178,3 +183,42 @@ def test_a_scripted_module_runs_unrepaired():
     assert report.agreement.error_after < report.agreement.error_before
     report.undo()
     assert same_state(model.state_dict(), before)
+
+
+class Keeping(nn.Module):
+    """Multiplies by a constant, adds a table that the first pass makes, and keeps features of the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.table, self.last, self.features = None, None, []
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(-1, 1, x.shape[-1])
+        self.features[:] = [self.a((x + self.table) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))]
+        self.last = self.features[0].relu()
+        return self.b(self.last)
+
+
+def test_a_trace_leaves_nothing_in_the_model():
+    model = seeded(Keeping)
+    names = vars(model).keys()
+    for table in (None, torch.linspace(-1, 1, 9)):
+        model.table = table
+        nodes = [node for node in trace(model).nodes if node.op == "get_attr"]
+        assert ["constant" in node.meta for node in nodes] == [True] if table is None else [False, True]
+        assert vars(model).keys() == names
+        assert model.table is table
+        assert (model.last, model.features) == (None, [])
+
+
+def test_a_model_with_constants_and_kept_features_runs_after_repairs():
+    dense = seeded(Keeping)
+    model, names = pruned_copy(dense), vars(dense).keys()
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(images(), 6)
+        assert resuscitate.repair(model, dense, loader, keep_worse=True).walk == "graph"
+    for net in (dense, model):
+        assert vars(net).keys() == names
+        assert type(net.table) is type(net.last) is type(net(images())) is torch.Tensor

@@ -36,6 +36,18 @@ class ReadTwice(nn.Module):
         return self.conv4((self.conv3(b.relu()) + a).relu())
 
 
+class Tied(nn.Module):
+    """A view of the first weight is made before that changes, and read at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 16, bias=False), nn.Linear(16, 16), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = self.first.weight.t()
+        return self.last(nn.functional.linear(self.middle(self.first(x).relu()).relu(), back))
+
+
 def open_files(folder) -> list[str]:
     """The files of this process in a folder, the nameless ones too."""
     found = []
@@ -101,6 +113,26 @@ class TestFrame:
             assert all(torch.equal(found[key], expected[key]) for key in expected)
             frame.close({})
             assert store.resident == 0
+
+    @pytest.mark.parametrize("budget", [1 << 20, 1], ids=["in memory", "in scratch"])
+    def test_lazy_conjugates_and_negatives_keep_their_values(self, budget):
+        values = torch.complex(torch.arange(4.0), torch.ones(4))
+        with Store(budget, CPU) as store:
+            frame = Frame(store)
+            frame.close({"conjugate": values.conj(), "negative": values.conj().imag})
+            found = frame.open(["conjugate", "negative"])
+            assert torch.equal(found["conjugate"], values.conj())
+            assert torch.equal(found["negative"], -values.imag)
+            frame.close({})
+
+    def test_what_others_hold_is_not_spilled(self):
+        weight = torch.ones(3, 4)
+        with Store(1, CPU) as store:
+            frame = Frame(store, {weight.untyped_storage().data_ptr()})
+            frame.close({0: weight.t()})
+            weight.mul_(2)
+            assert torch.equal(frame.open([0])[0], weight.t())
+            assert store.bytes_spilled == 0
 
     def test_a_freed_region_is_used_again(self):
         with Store(1, CPU) as store:
@@ -173,6 +205,16 @@ class TestBudget:
             assert torch.equal(a, b)
 
     @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts open files as Linux shows them")
+    def test_views_of_a_weight_show_its_changes(self):
+        dense, results = seeded(Tied), []
+        for memory in ("1GiB", "1KB"):
+            results.append(pruned_copy(dense))
+            x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).split(16)
+            options = {"memory": memory, "method": "channelwise", "skip_first": False, "keep_worse": True}
+            report = resuscitate.repair(results[-1], dense, list(x), include=["first", "middle", "last"], **options)
+            assert (report.walk, report.bytes_spilled > 0) == ("graph", memory == "1KB")
+        torch.testing.assert_close(results[1].state_dict(), results[0].state_dict(), rtol=0, atol=0)
+
     @pytest.mark.parametrize("end", ["success", "error", "interrupt"])
     def test_scratch_is_removed_on(self, end, tmp_path, monkeypatch):
         dense, seen = seeded(chain), []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from resuscitate.utils.digest import digest_images, digest_in_order, fingerprint
+from resuscitate.utils.digest import digest_images, digest_in_order, digest_model, fingerprint
 from tests.networks import chain, images, seeded
 
 PROGRAM = """
@@ -132,6 +132,42 @@ def test_plain_options_are_returned_unchanged_and_others_are_digested():
     assert fingerprint([nn.Conv2d, "3"]) == fingerprint([nn.Conv2d, "3"])
     values = [[1, 2], (1, 2), [2, 1], [12], ["1", "2"], {1, 2}, {1: 2}, nn.Linear, nn.Conv2d, torch.float16, b"12"]
     assert len({fingerprint(value) for value in values}) == len(values)
+
+
+class Norm(nn.Module):
+    """Has a function that its `repr` shows, and a buffer that is not saved."""
+
+    def __init__(self, function, scale=1.0):
+        super().__init__()
+        self.function = function
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x):
+        return self.function(x * self.scale)
+
+    def extra_repr(self):
+        return repr(self.function)
+
+
+def network(norm=None, activation=nn.ReLU, **options):
+    return seeded(lambda: nn.Sequential(norm or Norm(lambda x: x), nn.Conv2d(3, 4, 3, **options), activation()))
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        "other",
+        [{"activation": nn.GELU}, {"dilation": 2}, {"norm": Norm(lambda x: x, 3.0)}],
+        ids=["activation", "dilation", "buffer that is not saved"],
+    )
+    def test_models_with_the_same_state_dict_are_told_apart(self, other):
+        one, two = network(), network(**other)
+        assert all(torch.equal(x, two.state_dict()[key]) for key, x in one.state_dict().items())
+        assert digest_model(one) != digest_model(two)
+
+    def test_addresses_do_not_count(self):
+        one, two = network(), network()
+        assert repr(one) != repr(two)
+        assert digest_model(one) == digest_model(two)
 
 
 class TestImages:
