@@ -56,8 +56,8 @@ class Judge:
         if isnan(logits) or not images:
             return None
         error = (difference / power) ** 0.5 if power else 0.0 if not difference else float("inf")
-        error_or_none = error if isfinite(error) else None
-        return Nearness(same / logits if logits else None, error_or_none, int(images), self.held_out > 0)
+        held_out = self.held_out > 0
+        return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
 
 
 def comparable(output: Any) -> list[Tensor]:
