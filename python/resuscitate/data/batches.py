@@ -116,20 +116,36 @@ class Batches:
         self._turns, self._folds = self._order(range(len(self) - self.held_out), ranks), {}
 
     def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
-        """Which rows of which batches are the first `images` of all ranks by contents, none held out, none a copy."""
-        rows = {index: (turns < images).nonzero().flatten() for index, turns in self.numbers(ranks).items()}
-        return {index: each for index, each in rows.items() if len(each)}
+        """Which rows of which batches are the first `images` of all ranks by contents, see `numbers`."""
+        found = {index: rows[numbers < images] for index, (rows, numbers) in self.numbers(ranks).items()}
+        return {index: rows for index, rows in found.items() if len(rows)}
 
-    def numbers(self, ranks: Ranks) -> dict[int, Tensor]:
-        """By batch the numbers of its images by contents over all ranks; of no batch held out or of copies."""
+    def numbers(self, ranks: Ranks) -> dict[int, tuple[Tensor, Tensor]]:
+        """By batch, rows and their numbers by contents over all ranks. Equal images are there once, on one rank.
+
+        None is held out, and none is a changed copy.
+        """
         chosen = [index for index, part in enumerate(self._parts[: len(self) - self.held_out]) if part.draw is None]
-        return dict(zip(chosen, self._order(chosen, ranks), strict=True))
+        found = {}
+        for index, numbers in zip(chosen, self._order(chosen, ranks, once=True), strict=True):
+            rows = (numbers >= 0).nonzero().flatten()
+            found[index] = rows, numbers[rows]
+        return found
 
-    def _order(self, batches: Sequence[int], ranks: Ranks) -> Sequence[Tensor]:
-        """For each of these batches, the places of its images in an order by contents, over all ranks."""
+    def _order(self, batches: Sequence[int], ranks: Ranks, once: bool = False) -> Sequence[Tensor]:
+        """For each of these batches, the places of its images in an order of all ranks' different images by contents.
+
+        Equal images have one place; `once`: all but the first of them have -1.
+        """
         self._make_keys()
         own = torch.cat([torch.zeros(0, dtype=torch.int64), *(self._keys[index] for index in batches)])
-        places = torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own)
+        by_rank = ranks.gather(own)
+        keys, places = torch.cat(by_rank).unique(return_inverse=True)
+        if once:
+            at = torch.arange(len(places))
+            first = torch.full_like(keys, len(places)).scatter_reduce(0, places, at, "amin")
+            places = torch.where(first[places] == at, places, -1)
+        places = places.split([len(each) for each in by_rank])[ranks.rank]
         return places.split([self.counts[index] for index in batches])
 
     def _make_keys(self) -> None:

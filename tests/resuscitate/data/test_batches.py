@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from resuscitate.data.batches import Batches, cut, rebatch
 from resuscitate.errors import CalibrationError
 from resuscitate.runtime.activations import Store
+from resuscitate.runtime.distributed import Ranks
+from tests.networks import images
 
 IMAGES = torch.arange(10.0 * 3 * 2 * 2).view(10, 3, 2, 2)
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -54,6 +56,37 @@ class TestBatches:
         with Store(1 << 20, torch.device("cpu")) as store:
             Batches(iter([IMAGES[:2]]), store)
             assert store.resident == IMAGES[:2].numel() * 4
+
+
+class TestImagesThatStandSeveralTimes:
+    """They count as one where images are told apart by their contents."""
+
+    @pytest.mark.parametrize("times", [1, 2, 4, 10])
+    def test_a_tenth_is_held_out_with_all_its_repeats_and_the_folds_are_alike(self, times):
+        batches = Batches(images(320).repeat(times, 1, 1, 1).split(64))
+        batches.hold_out(Ranks())
+        held = torch.cat([batches[index] for index in range(len(batches))[-batches.held_out :]])
+        fitted = torch.cat(list(batches.head(len(batches) - batches.held_out)))
+        assert len(held) == 32 * times
+        assert not {*map(bytes, held.numpy())} & {*map(bytes, fitted.numpy())}
+        batches.number_images(Ranks())
+        sizes = torch.zeros(4)
+        for index in range(len(batches) - batches.held_out):
+            for fold, rows in batches.folds(index, 4, batches.counts[index]).items():
+                sizes[fold] += len(rows)
+        assert sizes.tolist() == [72 * times] * 4
+
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_changed_copies_leave_the_folds_alike(self, draws):
+        batches = Batches([images(40)])
+        batches.augment("flip", draws)
+        batches.number_images(Ranks())
+        assert sorted(map(len, batches.folds(0, 4, 40).values())) == [10] * 4
+
+    def test_a_sample_takes_each_once(self):
+        batches = Batches(images(20).repeat(5, 1, 1, 1).split(8))
+        found = [batches[index][rows] for index, rows in batches.sample(12, Ranks()).items()]
+        assert len(torch.cat(found)) == len(torch.cat(found).unique(dim=0)) == 12
 
 
 class TestRebatch:
