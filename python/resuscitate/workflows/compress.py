@@ -33,7 +33,7 @@ from ..utils.progress import track
 from .latency import latency
 from .measured import measure_scales
 from .stages import stages
-from .steps import Steps, StepsReport, plan_of_steps
+from .steps import Steps, StepsReport, check_means, plan_of_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -139,7 +139,8 @@ def compress(
         curvature: measure, in a forward and two backward passes through the dense network over at most 256 images, how
             its outputs depend on those of each layer. A refit then fits the channels of a layer together. With a
             `forward_fn`, and where there is no backward pass, which a warning says, each channel is fitted alone.
-        method: of the repair after each step, see `repair`; its options may follow its name as keywords.
+        method: of the repair after each step, see `repair`; its options may follow its name as keywords. One that gives
+            means to pruned weights is for steps=1.
         augment, draws: as in `repair`.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
             once the result is saved.
@@ -166,6 +167,7 @@ def compress(
     check_number("walks", walks, 1, whole=True)
     dense = deep_copy(model)
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
+    check_means(plan.method, "steps", len(stops))
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     pruning: dict[str, Any] = {"allocation": used, "densities": densities, "include": include, "exclude": exclude}

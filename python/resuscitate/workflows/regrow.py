@@ -37,7 +37,7 @@ from ..utils.arguments import IMAGES, MASKS, NETWORK, NUMBER, check_places
 from ..utils.digest import digest_model
 from ..utils.progress import track
 from .plan import Plan
-from .steps import Steps, StepsReport, plan_of_steps
+from .steps import Steps, StepsReport, check_means, plan_of_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -273,6 +273,7 @@ def plan_of_growth(
     if accuracy is not None and evaluate is None:
         raise ValueError("accuracy is a goal for evaluate(model): pass that too")
     plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options, augment=augment, draws=draws)
+    check_means(plan.method, "rounds", rounds)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     if initial == "refit" and (method is None or not plan.method.finds_weights):
