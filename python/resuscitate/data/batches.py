@@ -87,7 +87,7 @@ class Batches:
         if (total := ranks.total(self.images())[0]) < 4 * FEWEST_HELD_OUT:
             return
         every = min(HELD_OUT, total // FEWEST_HELD_OUT)
-        chosen = [turns % every == every - 1 for turns in self._order(len(self), ranks)]
+        chosen = [turns % every == every - 1 for turns in self._order(range(len(self)), ranks)]
         fitted, held = (
             [_Part(index, rows) for index, each in enumerate(chosen) if len(rows := (each == out).nonzero().flatten())]
             for out in (False, True)
@@ -97,36 +97,56 @@ class Batches:
         self._parts, self.counts = parts, [len(keys) for keys in self._keys]
 
     def augment(self, augment: Augment, draws: int) -> None:
-        """Follow the batches that are not held out by `draws` changed copies of each; see `augmented`.
+        """Follow each batch that is not held out by `draws` changed copies of it; see `augmented`.
 
         A copy is in the same fold as its image. It is made anew each time that it is read.
         """
         self._make_keys()
         fitted = len(self) - self.held_out
-        places = [*range(fitted), *(index for _ in range(draws) for index in range(fitted)), *range(fitted, len(self))]
-        draw = [None] * fitted + [each for each in range(draws) for _ in range(fitted)] + [None] * self.held_out
-        parts = [self._parts[index]._replace(draw=each) for index, each in zip(places, draw, strict=True)]
-        self._parts, self.counts, self._augment = parts, [self.counts[index] for index in places], augment
-        self._keys = [self._keys[index] for index in places]
+        places = [(index, draw) for index in range(fitted) for draw in (None, *range(draws))]
+        places += [(index, None) for index in range(fitted, len(self))]
+        self._parts, self._augment = [self._parts[index]._replace(draw=draw) for index, draw in places], augment
+        self.counts, self._keys = (
+            [self.counts[index] for index, _ in places],
+            [self._keys[index] for index, _ in places],
+        )
 
     def number_images(self, ranks: Ranks) -> None:
         """Number the images of all ranks by their contents, so that `folds` depends on no order, batches or ranks."""
-        self._turns, self._folds = self._order(len(self) - self.held_out, ranks), {}
+        self._turns, self._folds = self._order(range(len(self) - self.held_out), ranks), {}
 
     def sample(self, images: int, ranks: Ranks) -> dict[int, Tensor]:
-        """Which rows of which batches are the first `images` of all ranks by contents, none held out, none a copy."""
-        rows = {index: (turns < images).nonzero().flatten() for index, turns in enumerate(self.numbers(ranks))}
-        return {index: each for index, each in rows.items() if len(each)}
+        """Which rows of which batches are the first `images` of all ranks by contents, see `numbers`."""
+        found = {index: rows[numbers < images] for index, (rows, numbers) in self.numbers(ranks).items()}
+        return {index: rows for index, rows in found.items() if len(rows)}
 
-    def numbers(self, ranks: Ranks) -> Sequence[Tensor]:
-        """Of each batch the numbers of its images by contents over all ranks; of no batch held out or of copies."""
-        return self._order(sum(part.draw is None for part in self._parts) - self.held_out, ranks)  # which come first
+    def numbers(self, ranks: Ranks) -> dict[int, tuple[Tensor, Tensor]]:
+        """By batch, rows and their numbers by contents over all ranks. Equal images are there once, on one rank.
 
-    def _order(self, batches: int, ranks: Ranks) -> Sequence[Tensor]:
-        """For each of the first batches, the places of its images in an order by contents, over all ranks."""
+        None is held out, and none is a changed copy.
+        """
+        chosen = [index for index, part in enumerate(self._parts[: len(self) - self.held_out]) if part.draw is None]
+        found = {}
+        for index, numbers in zip(chosen, self._order(chosen, ranks, once=True), strict=True):
+            rows = (numbers >= 0).nonzero().flatten()
+            found[index] = rows, numbers[rows]
+        return found
+
+    def _order(self, batches: Sequence[int], ranks: Ranks, once: bool = False) -> Sequence[Tensor]:
+        """For each of these batches, the places of its images in an order of all ranks' different images by contents.
+
+        Equal images have one place; `once`: all but the first of them have -1.
+        """
         self._make_keys()
-        own = torch.cat([torch.zeros(0, dtype=torch.int64), *self._keys[:batches]])
-        return torch.searchsorted(torch.cat(ranks.gather(own)).sort().values, own).split(self.counts[:batches])
+        own = torch.cat([torch.zeros(0, dtype=torch.int64), *(self._keys[index] for index in batches)])
+        by_rank = ranks.gather(own)
+        keys, places = torch.cat(by_rank).unique(return_inverse=True)
+        if once:
+            at = torch.arange(len(places))
+            first = torch.full_like(keys, len(places)).scatter_reduce(0, places, at, "amin")
+            places = torch.where(first[places] == at, places, -1)
+        places = places.split([len(each) for each in by_rank])[ranks.rank]
+        return places.split([self.counts[index] for index in batches])
 
     def _make_keys(self) -> None:
         """Set the keys of the images by their contents, before any are moved to other batches or copied."""
@@ -150,6 +170,10 @@ class Batches:
         if images is None:
             return len(self)
         return min(sum(before < images for before in accumulate(self.counts, initial=0)), len(self))
+
+    def batches_of(self, read: int) -> int:
+        """How many of the batches, the first ones, are of the first `read` that were read; none is held out."""
+        return sum(part.source < read for part in self._parts[: len(self) - self.held_out])
 
 
 def take(batch: Tensor, rows: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class BatchNormOnly(Method):
 class Exact(Recalibration):
     """The mean and unbiased variance, pooled over all images, of the inputs of each BatchNorm.
 
-    Each is measured when all earlier modules are final, in the same walk. samples: use so many images; None: all.
+    Each is measured when all earlier modules are final, in the same walk. samples: use so many images, the first ones,
+    less those that a refit holds out; None: all, also those.
     """
 
     samples: int | None = None

@@ -131,9 +131,12 @@ class RegrowthSelector:
     importance: dict[str, Tensor] = field(default_factory=dict)  # of each weight, if it is the same in all rounds
 
     def select(
-        self, model: nn.Module, masks: Masks, sparsity: float, resume: Path | None
+        self, model: nn.Module, masks: Masks, sparsity: float, rounds: int, resume: Path | None
     ) -> tuple[Masks, dict[str, int], dict[str, float]]:
-        """Masks at this sparsity, number of units regrown in each layer (or group), and the damage if measured."""
+        """Masks at this sparsity, number of units regrown in each layer (or group), and the damage if measured.
+
+        rounds: how many are left, with this one; layers of fixed densities have them after the last.
+        """
         damage, importance = dict[str, float](), dict[str, Tensor]()
         names, residual = self.space.names, self.saliency == "residual"
         if residual or self.budget == "damage":
@@ -143,10 +146,28 @@ class RegrowthSelector:
         units = self.space.units(masks, importance or self._dense_importance())
         layers = {name: self.space.layers[name] for name in self.space.unit_of}
         fixed = fixed_densities(layers, self.space.unit_of, self.densities)
-        removed = removal_counts(units, sparsity, self._allocation(units, damage), fixed)
+        removed = self._removed(units, sparsity, rounds, fixed, damage)
         pruned = {name: each.smallest(removed[name]) for name, each in units.items()}
         regrown = {name: each.removable - removed[name] for name, each in units.items()}
         return self.space.new_masks(masks, pruned), regrown, damage
+
+    def _removed(
+        self,
+        units: Mapping[str, Units],
+        sparsity: float,
+        rounds: int,
+        fixed: Mapping[str, float],
+        damage: Mapping[str, float],
+    ) -> dict[str, int]:
+        """Number of pruned units in each layer (or group) after this round."""
+        allocation = self._allocation(units, damage)
+        present = {name: 1 - units[name].removable / max(units[name].count, 1) for name in fixed}
+        if rounds == 1 or any(fixed[name] < kept for name, kept in present.items()):  # which is refused
+            return removal_counts(units, sparsity, allocation, fixed)
+        # without other pruned units the densities alone decide: they may miss the sparsity of the round by a few units
+        others = any(each.removable for name, each in units.items() if name not in fixed)
+        densities = {name: kept + (fixed[name] - kept) / rounds for name, kept in present.items()}
+        return removal_counts(units, sparsity if others or not fixed else None, allocation, densities)
 
     def _allocation(self, units: Mapping[str, Units], damage: Mapping[str, float]) -> Allocation:
         if self.budget == "greedy":

@@ -73,8 +73,9 @@ def attempt(
         w_S <- g w_S,   g = sqrt(var y / w_S' C_SS w_S), at most `most`
         b = mean(y) - w_S' mean(x_S)
 
-    Where a layer's inputs do not vary its weights stay. ridge: a number or a tensor (). `ranks`, which all have the
-    same moments, solve for some of the channels each. direct: factor all matrices, so that no channel is missed.
+    Where a layer's inputs do not vary its weights stay. ridge: a number or a tensor (), or (O,) where
+    the moments are matrices. `ranks`, which all have the same moments, solve for some of the channels each. direct:
+    factor all matrices, so that no channel is missed.
 
     `replay(w, b)`, where a ReLU alone reads the layer, gives the cross products, about the means of `moments`, with the
     ReLU-equivalent targets nearest to the outputs of w and b. The first line is then solved again for these targets,
@@ -86,7 +87,7 @@ def attempt(
     w = torch.empty_like(weight, dtype=torch.float64)
     bias = w.new_empty(len(w))
     sums = w.new_zeros(7)
-    direct = direct or (not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE)
+    direct = direct or _is_weak(ridge)
     for rows, part in [(slice(None), moments)] if replay is not None else _parts(moments, len(w)):
         problem = Problem(part, weight[rows], support[rows], ridge, ranks, direct, curvature)
         w[rows], bias[rows], found = _fit(problem, most, replay)
@@ -95,6 +96,11 @@ def attempt(
     shares = sums[1:6] / total
     shares[3:] = shares[3:].clamp(min=0).sqrt()
     return Fit(w, bias, problem.ridge[0], missed, *torch.where(total > 0, shares, torch.nan).unbind())
+
+
+def _is_weak(ridge: float | Tensor) -> bool:
+    """Is a stated ridge so weak that conjugate gradients would take too many steps?"""
+    return not isinstance(ridge, Tensor) and ridge < LEAST_RIDGE
 
 
 def _parts(moments: Moments, channels: int) -> Iterator[tuple[slice, Moments]]:
@@ -232,13 +238,16 @@ def fit_with_means(
     support: Tensor,
     shape: torch.Size,
     per: str,
+    ridge: float | Tensor = RIDGE,
     replay: Replay | None = None,
+    direct: bool = False,
     **options: Any,
 ) -> tuple[Fit, Tensor]:
     """`attempt` with one more weight per filter, or kernel: the mean of its pruned weights. `shape` is the weight's.
 
     The sums over windows are further inputs, x' = T x with T the identity over rows of ones: mean' = T mean,
-    C' = T C T'. Returns the fit, of surviving weights less means, and the means, broadcastable against the weight.
+    C' = T C T'. rho is that of `attempt`, from C and not from C', whose sums vary more. Returns the fit, of surviving
+    weights less means, and the means, broadcastable against the weight.
     """
     values, kernel = weight.shape[1], shape[2:].numel()
     inputs = values // kernel if per == "kernel" and kernel > 1 else 1
@@ -253,9 +262,13 @@ def fit_with_means(
         return replace(found, xy=t @ found.xy)
 
     weights, supports = torch.cat([weight, extra], 1), torch.cat([support, torch.ones_like(extra, dtype=torch.bool)], 1)
+    share = (moments.diagonal.mean(1) / wide.diagonal.mean(1)).nan_to_num(1.0)
+    by_channel = ridge * share.repeat_interleave(len(weight) // len(share))
+    stated = ridge if isinstance(ridge, Tensor) else torch.full_like(share[0], ridge)
+    options = {"ridge": by_channel, "direct": direct or _is_weak(ridge), **options}
     found = attempt(wide, weights, supports, replay=None if replay is None else replay_wide, **options)
     survivors, means = found.weight.split([values, inputs], 1)
-    return replace(found, weight=survivors), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
+    return replace(found, weight=survivors, ridge=stated), means.reshape(len(weight), inputs, *[1] * (len(shape) - 2))
 
 
 def single_weight_error_reduction(moments: Moments, weight: Tensor, ridge: float) -> tuple[Tensor, float | None]:

@@ -28,8 +28,9 @@ class Judge:
 
     def __init__(self, session: Session, batches: Batches, fitted: bool = False) -> None:
         self.session, self.batches = session, batches
+        (self.held_out,) = session.ranks.total(batches.held_out)  # batches over all ranks: a rank may have none
         self.chosen = dict[int, Tensor | None].fromkeys(range(len(batches) - batches.held_out, len(batches)))
-        if fitted or not batches.held_out:
+        if fitted or not self.held_out:
             (total,) = session.ranks.total(batches.images())
             count = min(max(total // PART, FEWEST), MOST)
             if session.run["forward_fn"] is None:
@@ -55,7 +56,7 @@ class Judge:
         if isnan(logits) or not images:
             return None
         error = (difference / power) ** 0.5 if power else 0.0 if not difference else float("inf")
-        held_out = self.batches.held_out > 0
+        held_out = self.held_out > 0
         return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
 
 

@@ -138,16 +138,20 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     marks = ranks.share(plan.gain_samples), ranks.share(plan.exact.samples if plan.exact else None)
     beside = plan.diagnostics or (plan.method.dense is DenseAccess.MODEL and plan.method.measures_layers)
     batches = session.read(calibration, most=most, marks=marks, beside=beside)
+    first, exactly = (batches.batches_for(mark) for mark in marks)  # before any are held out or copied
     plan.prepare(batches, ranks)
-    fitted = len(batches) - batches.held_out
-    gains = min(batches.batches_for(marks[0]), fitted) if changes_layers else 0
-    exact = batches.batches_for(marks[1]) if plan.exact else 0
+    gains = batches.batches_of(first) if changes_layers else 0
+    exact = len(batches) if marks[1] is None else batches.batches_of(exactly)
+    exact = exact if plan.exact else 0
     counts = [batches.images(count) for count in (None, gains, exact)]
     *totals, report.skipped = ranks.total(*counts, session.skipped["images"])
     _, report.images, report.batchnorm_images = totals
     if not totals[0]:
         cause = f"all {report.skipped} give NaN or infinite activations" if report.skipped else "there are none"
         raise CalibrationError(f"no images are left: {cause}")
+    if (changes_layers and not totals[1]) or (plan.exact and not totals[2]):
+        remedy = "raise gain_samples, or the samples of Exact"
+        raise CalibrationError(f"the few images that were asked for are all held out of the fit: {remedy}")
     if session.dense is not None and changes_layers and len(batches) and ranks.rank == 0:
         heads = (first_images(batch, NORMALISED_FROM) for batch in batches.head())
         warn_of_normalisation(session.dense.model, heads, session.dense.run)

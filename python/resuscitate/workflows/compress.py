@@ -20,10 +20,10 @@ from ..methods.base import Method, check_number
 from ..network.copies import deep_copy
 from ..network.layers import Selection, reusable, unwrap
 from ..network.masks import Masks
-from ..pruning.allocation import check_method, depthwise_floors
+from ..pruning.allocation import check_method, depthwise_floors, fixed_densities
 from ..pruning.sparsify import sparsify
 from ..pruning.structured import Shrinkage, shrink
-from ..pruning.units import ChannelFloors, check_floors
+from ..pruning.units import ChannelFloors, check_floors, prunable_layers
 from ..reports.agreement import Agreement
 from ..reports.base import plain
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
@@ -33,7 +33,7 @@ from ..utils.progress import track
 from .latency import latency
 from .measured import measure_scales
 from .stages import stages
-from .steps import Steps, StepsReport, plan_of_steps
+from .steps import Steps, StepsReport, check_means, plan_of_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,7 +120,8 @@ def compress(
 
     Args:
         sparsity, pattern, densities, min_per_layer, include, exclude: see `sparsify`. With pattern "channels" they are
-            removed from the model at the end (`shrink`), which is then smaller and faster.
+            removed from the model at the end (`shrink`), which is then smaller and faster. Layers in `densities` have
+            them after the last step; before, they have lost a part of their weights in proportion to the sparsity.
         min_per_channel: as in `sparsify`. None: for the pattern of single weights two in each channel of the depthwise
             layers, or fewer at a very high sparsity, because without weights such a channel is constant; else none.
         allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
@@ -138,7 +139,8 @@ def compress(
         curvature: measure, in a forward and two backward passes through the dense network over at most 256 images, how
             its outputs depend on those of each layer. A refit then fits the channels of a layer together. With a
             `forward_fn`, and where there is no backward pass, which a warning says, each channel is fitted alone.
-        method: of the repair after each step, see `repair`; its options may follow its name as keywords.
+        method: of the repair after each step, see `repair`; its options may follow its name as keywords. One that gives
+            means to pruned weights is for steps=1.
         augment, draws: as in `repair`.
         resume: a folder of journals, which refuses another run. A killed run continues from them. Delete the folder
             once the result is saved.
@@ -161,9 +163,11 @@ def compress(
         layers = densities, include, exclude
         min_per_channel = depthwise_floors(model, sparsity, *layers) if pattern == "unstructured" else {}
     check_floors(min_per_layer, min_per_channel)
+    fixed_densities(*prunable_layers(model, include, exclude), densities)
     check_number("walks", walks, 1, whole=True)
     dense = deep_copy(model)
     plan = plan_of_steps("compress()", dense, method, options, augment=augment, draws=draws)
+    check_means(plan.method, "steps", len(stops))
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     pruning: dict[str, Any] = {"allocation": used, "densities": densities, "include": include, "exclude": exclude}
@@ -229,10 +233,22 @@ def _in_steps(
             if index == first_walk:
                 stack.close()
                 measured = None
-            masks = sparsify(model, stop, pattern=patterns[stop], **pruning, **measuring)
+            masks = _pruned(model, stop, stops[-1], {**pruning, **measuring, "pattern": patterns[stop]})
             reports.append(each.repair("compress", f"step-{index + 1}", model, dense, measured=measured))
             log.info("step %d of %d: sparsity %.4f", index + 1, len(stops), masks.sparsity)
     return masks, reports, about
+
+
+def _pruned(model: nn.Module, stop: float, last: float, options: Mapping[str, Any]) -> Masks:
+    """Prune to the sparsity of a step. Layers of fixed densities lose weights in proportion to it."""
+    densities: Mapping[str, float] = options["densities"] or {}
+    if stop == last or not densities:
+        return sparsify(model, stop, **options)
+    layers, first_of = prunable_layers(model, options["include"], options["exclude"])
+    others = set(first_of.values()) - set(fixed_densities(layers, first_of, densities))
+    scaled = {glob: 1 - (1 - density) * stop / last for glob, density in densities.items()}
+    # without other layers the densities alone decide: their whole weights may miss the sparsity of the step by a few
+    return sparsify(model, stop if others else None, **{**options, "densities": scaled})
 
 
 def _measured(
@@ -247,7 +263,7 @@ def _measured(
     for exponent in EXPONENTS:
         options, draft = {**pruning, "calibration": scales.power(exponent)}, deep_copy(dense)
         for index, stop in enumerate(stops[::-3][::-1], 1):
-            sparsify(draft, stop, **options)
+            _pruned(draft, stop, stops[-1], options)
             each.repair("compress", f"draft-{exponent:g}-{index}", draft, dense, measured=kept)
         seen = each.nearness(draft, dense, fitted=True)
         errors[exponent] = inf if seen is None or seen.error is None else seen.error

@@ -127,7 +127,7 @@ def _sparsity(index: int, trials: int) -> float:
 def _try(
     model: nn.Module, sparsity: float, images: Any, resume: str | Path | None, options: dict[str, Any]
 ) -> CompressReport:
-    folder = None if resume is None else Path(resume) / f"sparsity-{sparsity:.4f}"
+    folder = None if resume is None else Path(resume) / f"sparsity-{sparsity!r}"
     return compress(model, sparsity, images, resume=folder, **options)
 
 

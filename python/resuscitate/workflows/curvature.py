@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -60,9 +60,9 @@ class _NoGradientsError(Exception):
     """The outputs do not depend on the images through operations that have gradients."""
 
 
-def _parts(batches: Batches, numbered: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _parts(batches: Batches, numbered: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Images by the half that they belong to, with their numbers, as many at a time as `VALUES` allow."""
-    for index, numbers in enumerate(numbered):
+    for index, (places, numbers) in numbered.items():
         batch = batches[index]
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             raise _NoGradientsError("the images are not one floating tensor")
@@ -70,7 +70,7 @@ def _parts(batches: Batches, numbered: Sequence[Tensor]) -> Iterator[tuple[int, 
         for half in (0, 1):
             chosen = ((numbers < IMAGES) & (numbers % 2 == half)).nonzero().flatten()
             for rows in chosen.split(most) if len(chosen) else ():
-                yield half, numbers[rows], take(batch, rows)
+                yield half, numbers[rows], take(batch, places[rows])
 
 
 def _add_gradients(net: Network, images: Tensor, numbers: Tensor, sums: dict[str, Tensor]) -> None:

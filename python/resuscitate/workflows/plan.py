@@ -149,6 +149,8 @@ def make_plan(
     several = run["group"] is not None and Ranks(run["group"]).size > 1
     if isinstance(recalibration, EMA) and (several or run["forward_fn"] is not None):
         raise ValueError("recalibrate='ema' cuts its own batches: it takes no forward_fn and no group of several ranks")
+    if isinstance(recalibration, EMA) and augment is not None:
+        raise ValueError("recalibrate='ema' cuts its own batches, without copies: leave augment out, or choose 'exact'")
     check_augment(augment, draws, run["forward_fn"] is not None)
     return Plan(chosen, recalibration, schedule, diagnostics, gain_samples, augment, draws, run)
 

@@ -37,7 +37,7 @@ from ..utils.arguments import IMAGES, MASKS, NETWORK, NUMBER, check_places
 from ..utils.digest import digest_model
 from ..utils.progress import track
 from .plan import Plan
-from .steps import Steps, StepsReport, plan_of_steps
+from .steps import Steps, StepsReport, check_means, plan_of_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -135,7 +135,8 @@ def regrow(
             "proportional": in proportion to the number of pruned weights. "damage": the same, times the fraction of the
             output lost (1 - corr^2 per channel, averaged with the dense variance as weight). "ssim": with 1 - SSIM of
             the feature maps in its place, as published.
-        densities: {glob over layer names: final density} of layers with a fixed density.
+        densities: {glob over layer names: density after the last round} of layers with a fixed density, which they
+            approach in equal steps.
         saliency: which weights of a layer are regrown. "magnitude": the largest dense ones. "residual": those that,
             each alone, reduce the squared error of the layer's output most, on its present inputs; the reductions
             overlap, so use several rounds. "gradient": largest (dL/dw)^2 w^2 of the dense network, summed over the
@@ -206,7 +207,7 @@ def regrow(
         goals = sparsity_steps(*space.counts(masks), sparsity, rounds)
         for index, goal in enumerate(track(goals, "regrow", len(goals), session.show), 1):
             journal = steps.journal(f"round-{index}-importance")
-            grown, regrown, damage = selector.select(model, masks, goal, journal)
+            grown, regrown, damage = selector.select(model, masks, goal, len(goals) + 1 - index, journal)
             space.initialise_weights(model, masks, grown, initial == "dense")
             masks, report = grown, None
             if method is not None:
@@ -272,6 +273,7 @@ def plan_of_growth(
     if accuracy is not None and evaluate is None:
         raise ValueError("accuracy is a goal for evaluate(model): pass that too")
     plan = plan_of_steps("regrow()", dense, "bn" if method is None else method, options, augment=augment, draws=draws)
+    check_means(plan.method, "rounds", rounds)
     if pattern == "channels" and plan.run["forward_fn"] is not None:
         raise ValueError("pattern 'channels' traces the model on plain images: it takes no forward_fn")
     if initial == "refit" and (method is None or not plan.method.finds_weights):

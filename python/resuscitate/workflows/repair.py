@@ -72,7 +72,8 @@ def repair(
             `Exact(...)` pools them over all images, which **cancels** gain and shift of a layer that a BatchNorm alone
             reads, but no refit. "ema" or `EMA(...)` is the published protocol, which also resets a shift that a
             BatchNorm took. "auto": "exact" for "bn", else None.
-        gain_samples: the number of images for the layers; None: all that are read.
+        gain_samples: the number of images for the layers, the first ones that are read, less those that are held out;
+            None: all. As is `samples` of `Exact` for BatchNorm.
         include, exclude: layers to repair, as globs over their names or as module types.
         masks: which weights are in use, as `Masks` or {layer: boolean tensor}; a refit then finds values also for
             weights that are in use but zero. None, or a layer without a mask: the weights that are not zero.
@@ -84,6 +85,7 @@ def repair(
             the dense network itself and the sequential schedule.
         augment: use changed copies of the images too: "flip" mirrors them, "crop" moves them by up to an eighth of
             their size, a list has both, and a function gets a batch and returns it changed, with as many images.
+            Copies come on top of the numbers of images that are asked for. Not with "ema".
         draws: the number of copies of each image. Every other one is mirrored, from the first on.
         resume: a journal file to which each update is appended. A killed run goes on from it; a run that differs in
             models, images or an option that changes the result is refused. Delete it once the result is saved.

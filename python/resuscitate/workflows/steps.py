@@ -42,6 +42,16 @@ def plan_of_steps(call: str, dense: nn.Module, method: Method | str, options: Ma
     return plan
 
 
+def check_means(method: Method, option: str, count: int) -> None:
+    """Raise ValueError for a method that gives layers means, after which they cannot be pruned or repaired again.
+
+    option, count: of the function, and how many repairs it makes.
+    """
+    if count > 1 and getattr(method, "means", None) is not None:
+        remedy = f"choose {option}=1, or another method here and repair(model, dense, images, method=...) afterwards"
+        raise ValueError(f"method {method.name!r} gives means to pruned weights, and only once: {remedy}")
+
+
 def options_of_steps(run: RunOptions) -> RunOptions:
     """The options of a step: the limits have been applied when the images were read."""
     return {**run, "max_samples": None, "max_batches": None}

@@ -70,13 +70,12 @@ def test_copies_follow_the_images_and_held_out_ones_have_none():
     fitted = len(batches) - batches.held_out
     assert batches.images(fitted) == 3 * 96
     assert batches.images() == 3 * 96 + 32
-    third = fitted // 3
-    for index in range(third):
-        assert torch.equal(batches[third + index], batches[index].flip(3))
-        assert torch.equal(batches[2 * third + index], batches[index])
+    for index in range(0, fitted, 3):
+        assert torch.equal(batches[index + 1], batches[index].flip(3))
+        assert torch.equal(batches[index + 2], batches[index])
     batches.number_images(Ranks())
-    for index in range(third):  # so that cross-validation is not judged on copies of what it saw
-        copies = (batches.folds(at, 4, batches.counts[at]) for at in (index, third + index, 2 * third + index))
+    for index in range(0, fitted, 3):  # so that cross-validation is not judged on copies of what it saw
+        copies = (batches.folds(at, 4, batches.counts[at]) for at in (index, index + 1, index + 2))
         first, *others = ({fold: rows.tolist() for fold, rows in each.items()} for each in copies)
         assert others == [first, first]
 
@@ -85,9 +84,8 @@ def test_a_sample_has_no_copy_and_no_held_out_image():
     batches = Batches(images(128).split(40))
     batches.hold_out(Ranks())
     batches.augment("flip", 2)
-    originals = (len(batches) - batches.held_out) // 3
     found = batches.sample(32, Ranks())
-    assert set(found) <= set(range(originals))
+    assert set(found) <= set(range(0, len(batches) - batches.held_out, 3))
     assert sum(map(len, found.values())) == 32
 
 
@@ -118,6 +116,7 @@ def test_compress_and_regrow_take_them():
         ({"augment": "rotate"}, ValueError, "augment='rotate' is unknown; there are 'flip', 'crop'"),
         ({"augment": []}, ValueError, "unknown"),
         ({"augment": "flip", "draws": 0}, ValueError, "draws=0 must be a whole number of at least 1"),
+        ({"augment": "flip", "recalibrate": "ema"}, ValueError, "'ema' cuts its own batches, without copies: leave"),
         ({"augment": "flip", "forward_fn": lambda m, x: m(x)}, ValueError, "with a forward_fn, give a function"),
         ({"augment": lambda batch: batch[:1]}, CalibrationError, "augment returned 1 images from a batch of 20"),
     ],

@@ -11,6 +11,7 @@ import resuscitate
 from resuscitate.data.batches import Batches, cut, rebatch
 from resuscitate.errors import CalibrationError
 from resuscitate.runtime.activations import Store
+from resuscitate.runtime.distributed import Ranks
 from tests.networks import chain, images, seeded
 
 IMAGES = torch.arange(10.0 * 3 * 2 * 2).view(10, 3, 2, 2)
@@ -80,6 +81,37 @@ def test_passes_that_read_ahead_allow_such_a_loader():
     found = resuscitate.DenseStatistics.measure(dense, in_one_buffer(images(30), 5))
     assert found.digest == expected.digest
     assert all(torch.equal(found.layers[name][0].mean, expected.layers[name][0].mean) for name in expected.layers)
+
+
+class TestImagesThatStandSeveralTimes:
+    """They count as one where images are told apart by their contents."""
+
+    @pytest.mark.parametrize("times", [1, 2, 4, 10])
+    def test_a_tenth_is_held_out_with_all_its_repeats_and_the_folds_are_alike(self, times):
+        batches = Batches(images(320).repeat(times, 1, 1, 1).split(64))
+        batches.hold_out(Ranks())
+        held = torch.cat([batches[index] for index in range(len(batches))[-batches.held_out :]])
+        fitted = torch.cat(list(batches.head(len(batches) - batches.held_out)))
+        assert len(held) == 32 * times
+        assert not {*map(bytes, held.numpy())} & {*map(bytes, fitted.numpy())}
+        batches.number_images(Ranks())
+        sizes = torch.zeros(4)
+        for index in range(len(batches) - batches.held_out):
+            for fold, rows in batches.folds(index, 4, batches.counts[index]).items():
+                sizes[fold] += len(rows)
+        assert sizes.tolist() == [72 * times] * 4
+
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_changed_copies_leave_the_folds_alike(self, draws):
+        batches = Batches([images(40)])
+        batches.augment("flip", draws)
+        batches.number_images(Ranks())
+        assert sorted(map(len, batches.folds(0, 4, 40).values())) == [10] * 4
+
+    def test_a_sample_takes_each_once(self):
+        batches = Batches(images(20).repeat(5, 1, 1, 1).split(8))
+        found = [batches[index][rows] for index, rows in batches.sample(12, Ranks()).items()]
+        assert len(torch.cat(found)) == len(torch.cat(found).unique(dim=0)) == 12
 
 
 class TestRebatch:

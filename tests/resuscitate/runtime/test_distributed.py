@@ -38,8 +38,8 @@ BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared, "Untraceable":
 
 
 def shard(rank, size, sizes):
-    """The images of a rank: every `size`-th one, or the numbers of images in `sizes`."""
-    x = images(23)
+    """The images of a rank: every `size`-th one of 23, or the numbers of images in `sizes`."""
+    x = images(23 if sizes is None else sum(sizes))
     if sizes is None:
         return x[rank::size]
     begin = sum(sizes[:rank])
@@ -58,6 +58,7 @@ AGREEING = {
     },
     "suspended passes, all but one empty": {"options": {"method": "layerwise"}, "build": "Shared", "sizes": (0, 23, 0)},
     "refit": {"options": {"method": "refit"}, "sizes": (12, 11, 0)},
+    "a rank without held-out images": {"options": {"ridge": 0.1}, "sizes": (2, 63, 63)},
     "refit by suspended passes": {"options": {"ridge": 0.01}, "build": "Untraceable", "sizes": (12, 11, 0)},
     "compress": {"options": {}, "build": "Residual", "sizes": (12, 11, 0), "compress": True},
     "smaller": {"options": {"ridge": 0.01}, "sizes": (12, 11, 0), "smaller": True},
@@ -174,7 +175,8 @@ def test_ranks_are_bit_identical_and_agree_with_one_process(job, ranks):
         assert all(torch.equal(v, state[k]) for k, v in other.items())
     dense = seeded(BUILDS[AGREEING[job].get("build", "chain")])
     alone = pruned(dense, AGREEING[job])
-    report = work_on(alone, dense, images(23), AGREEING[job], **options)
+    given = images(sum(AGREEING[job].get("sizes", (23,))))
+    report = work_on(alone, dense, given, AGREEING[job], **options)
     torch.testing.assert_close(dict(alone.state_dict()), dict(state), rtol=2e-5, atol=2e-6)
     assert (found[0][0]["images"], found[0][0]["walk"]) == (report.images, report.walk)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from asr_kernels import Window, patch_moments
-from resuscitate.statistics.fitting import fit
+from resuscitate.statistics.fitting import fit, fit_with_means
 
 PADDED = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 
@@ -106,3 +106,34 @@ class TestSolution:
         found = fit(patch_moments(x, y, PADDED), weight.flatten(1), torch.ones(8, 36, dtype=torch.bool), ridge=1e-10)
         assert found.weight.isfinite().all()
         assert F.conv2d(x, found.weight.view_as(weight), found.bias, padding=1) == pytest.approx(y, abs=1e-3)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.25, torch.tensor(0.05, dtype=torch.float64)], ids=["0.01", "0.25", "tensor"])
+@pytest.mark.parametrize("per", ["filter", "kernel"])
+def test_means_beside_the_weights_do_not_make_the_ridge_stronger(per, ridge):
+    """The sum of a window of like inputs varies about a hundred times as much as one of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, 8, 8, generator=generator) + 3 * torch.randn(40, 1, 1, 1, generator=generator)
+    weight = 0.1 * torch.randn(12, 8, 3, 3, generator=generator) + 0.02
+    moments = patch_moments(x, F.conv2d(x, weight), Window((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    support = torch.rand(12, 72, generator=generator) < 0.3
+    present = weight.flatten(1) * support
+    found, means = fit_with_means(moments, present, support, weight.shape, per, ridge=ridge, most=1.0)
+    assert found.ridge == ridge
+    rows = torch.ones(1, 72) if per == "filter" else torch.eye(8).repeat_interleave(9, 1)
+    t = torch.cat([torch.eye(72), rows]).double()
+    xx, xy, rho = t @ moments.xx[0] @ t.mT, t @ moments.xy[0], ridge * moments.diagonal.mean()
+    for o in range(12):
+        used = torch.cat([support[o], torch.ones(len(rows), dtype=torch.bool)]).nonzero().flatten()
+        right = xy[used, o] + rho * torch.cat([present[o], torch.zeros(len(rows))])[used]
+        wanted = torch.linalg.solve(xx[used][:, used] + rho * torch.eye(len(used)), right)
+        assert torch.cat([found.weight[o], means[o].flatten()])[used] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_means_beside_constant_inputs_leave_the_weights():
+    x, weight = torch.full((3, 4, 5, 5), 2.0), torch.randn(8, 4, 3, 3)
+    moments = patch_moments(x, torch.randn(3, 8, 3, 3), Window((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    support = torch.rand(8, 36) < 0.5
+    found, means = fit_with_means(moments, weight.flatten(1) * support, support, weight.shape, "filter")
+    assert torch.equal(found.weight, weight.flatten(1).double() * support)
+    assert not means.any()

@@ -96,6 +96,15 @@ class TestConversion:
         with pytest.raises(LayerError, match="recomputed"):
             to_hyperspherical(model)
 
+    def test_a_shared_weight_is_refused_and_nothing_is_changed(self):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+        model[2].weight = model[1].weight
+        names = [name for name, _ in model.named_parameters()]
+        with pytest.raises(LayerError, match=r"layer '1': its weight is that of '2' too.*exclude both"):
+            to_hyperspherical(model)
+        assert [name for name, _ in model.named_parameters()] == names
+        assert to_hyperspherical(model, exclude=["1", "2"]) == ["0"]
+
     def test_a_transposed_convolution_is_unchanged(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
         assert to_hyperspherical(model) == ["0"]

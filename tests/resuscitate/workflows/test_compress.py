@@ -47,6 +47,21 @@ class TestCompress:
         filters = compress(seeded(chain), 0.6, images(40), steps=2, pattern="filter", exclude="11").masks
         assert all(len(row.unique()) == 1 for mask in filters.values() for row in mask.flatten(1))
 
+    @pytest.mark.parametrize("allocation", ["measured", "global"])
+    def test_fixed_densities_are_approached_in_steps(self, allocation):
+        model, densities = seeded(chain), {"6": 0.4}
+        report = compress(model, 0.5, images(40), steps=3, densities=densities, allocation=allocation)
+        assert report.masks["6"].float().mean() == pytest.approx(0.4, abs=1e-3)
+        assert report.masks.sparsity == pytest.approx(0.5, abs=1e-4)
+
+    def test_fixed_densities_of_all_layers_are_approached_in_steps(self):
+        model = seeded(chain)
+        densities = resuscitate.allocate(model, 0.8, "erk")
+        report = compress(model, 0.8, images(40), steps=4, densities=densities)
+        assert {name: float(mask.float().mean()) for name, mask in report.masks.items()} == pytest.approx(densities)
+        with pytest.raises(ValueError, match="densities: '6': 1 is not a float"):
+            compress(model, 0.5, images(40), densities={"6": 1}, min_per_channel=0)
+
     def test_depthwise_channels_keep_two_weights_by_default_and_none_on_request(self):
         def build():
             return nn.Sequential(

@@ -118,3 +118,11 @@ def test_too_few_images_for_the_agreement_are_named(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "resuscitate"):
         resuscitate.compress_to_agreement(network(), 0.995, MANY, trials=1, **OPTIONS)
     assert "100 images, so that 0.995 allows none of them another class" in caplog.text
+
+
+def test_each_sparsity_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(module, "compress", lambda *args, resume: folders.append(resume))
+    for index in range(1, 2**12):
+        module._try(nn.Identity(), module._sparsity(index, 12), MANY, tmp_path, {})
+    assert len(set(folders)) == 2**12 - 1

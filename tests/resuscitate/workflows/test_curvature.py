@@ -60,6 +60,13 @@ def test_it_does_not_depend_on_the_batches(size, monkeypatch):
         assert torch.allclose(each, wanted[name], atol=1e-4)
 
 
+def test_images_that_stand_twice_count_once():
+    found = [curvatures(seeded(chain), given) for given in (images(40), images(40).repeat(2, 1, 1, 1))]
+    assert found[0]
+    for name, each in found[0].items():
+        torch.testing.assert_close(found[1][name], each, rtol=1e-4, atol=1e-6)
+
+
 def test_the_network_is_left_as_it_was():
     model = seeded(chain)
     before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]

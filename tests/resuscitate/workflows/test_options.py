@@ -176,6 +176,17 @@ class TestElsewhere:
             grown = regrow(pruned_copy(dense), dense, masks, 0.4, images(), method=method)
             assert grown.rounds[0].report.method == method
 
+    @pytest.mark.parametrize("options", [{"method": "mean"}, {"means": "filter"}], ids=["mean", "refit"])
+    def test_means_of_pruned_weights_are_given_once(self, options):
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        with pytest.raises(ValueError, match=r"gives means to pruned weights, and only once: choose steps=1, or"):
+            compress(seeded(chain), 0.5, never, **options)
+        with pytest.raises(ValueError, match=r"gives means to pruned weights, and only once: choose rounds=1, or"):
+            regrow(model, dense, Masks.from_zeros(model), 0.4, never, rounds=2, **options)
+        assert compress(seeded(chain), 0.5, images(), steps=1, **options).masks.sparsity == 0.5
+        assert regrow(model, dense, Masks.from_zeros(model), 0.4, images(), **options).rounds
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

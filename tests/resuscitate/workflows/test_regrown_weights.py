@@ -1,6 +1,7 @@
 """Which weights `regrow` brings back: exact budgets, shares of the layers, choice of weights, their values."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ class TestBudget:
         assert grown["0"].all()
         assert grown["3"].float().mean() == 0.5
         assert grown.sparsity == pytest.approx(0.7, abs=1e-3)
+
+    @pytest.mark.parametrize("rounds", [1, 3])
+    def test_densities_are_approached_in_rounds(self, rounds):
+        dense = seeded(chain)
+        model, masks = pruned(dense, allocation="uniform")
+        for densities, wanted in (({"6": 0.8}, 0.35), ({"6": 0.5, "*": 0.8}, 420 / 2104)):
+            report = regrow(copy.deepcopy(model), dense, masks, wanted, images(), densities=densities, rounds=rounds)
+            assert report.masks["6"].float().mean() == pytest.approx(0.8, abs=1e-3)
+            seen = [masks.sparsity, *(each.sparsity for each in report.rounds)]
+            steps = [before - after for before, after in pairwise(seen)]
+            assert steps == pytest.approx([(masks.sparsity - wanted) / rounds] * rounds, abs=1e-3)
 
     def test_a_glob_of_the_densities_selects_among_the_layers_with_a_mask(self):
         dense = seeded(chain)
