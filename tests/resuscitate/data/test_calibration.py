@@ -129,6 +129,11 @@ class TestRaw:
         batches = [{"step": torch.tensor(7), "meta": "text", "pair": (x, LABELS)} for x in IMAGES.split(4)]
         assert len(_read(batches, raw=True, max_samples=8)) == 2
 
+    def test_lists_of_images_are_counted_image_by_image(self):
+        batches = [list(x) for x in IMAGES.split(2)]
+        assert len(_read(batches, raw=True, max_samples=4)) == 2
+        assert len(_read([(x, "targets") for x in batches], raw=True, max_samples=4)) == 2
+
     def test_max_batches_holds_without_any_tensor(self):
         assert _read(["a", "b", "c"], raw=True, max_batches=2) == ["a", "b"]
 
