@@ -76,16 +76,17 @@ def export(
         raise ValueError("example must be a batch of at least two images, so that the batch size can stay variable")
     ready = plain_copy(unwrap(model))
     batch = Network(ready).place(example)
-    expected = output_tensors(ready(batch))
+    batches = batch, batch[:1]
+    expected = [output_tensors(ready(each.clone())) for each in batches]  # a network may write to its input
     before = len(find_batchnorms(ready))
     ready = fold_batchnorm(ready, batch) if fold else ready
     if path.suffix != ".safetensors":
         densify(ready)
     with atomic(path) as temporary:
         try:
-            read_back = WRITERS[path.suffix](ready, temporary, batch, provenance or {})
-            pairs = ((expected, read_back(batch)), ([y[:1] for y in expected], read_back(batch[:1])))
-            error = max(relative_difference(*pair) for pair in pairs)
+            read_back = WRITERS[path.suffix](ready, temporary, batch.clone(), provenance or {})
+            found = [read_back(each.clone()) for each in batches]
+            error = max(map(relative_difference, expected, found))
         except (ResuscitateError, OSError):
             raise
         except Exception as cause:  # an exporter may raise anything
