@@ -105,6 +105,8 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert "undone, because it made the outputs worse" in caplog.text
     assert "keep_worse=True keeps it" in caplog.text
     assert same_state(model.state_dict(), before)
+    report.undo()  # has nothing to do
+    assert same_state(model.state_dict(), before)
     with pytest.raises(RuntimeError, match="undone already"):
         report.undo()
     report = resuscitate.repair(kept, dense, given, method=Negated(), keep_worse=True)
