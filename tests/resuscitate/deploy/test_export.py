@@ -125,6 +125,13 @@ class DataDependent(nn.Module):
         return x * int(x.sum() > 0)
 
 
+def test_the_innermost_error_of_the_onnx_exporter_is_said_in_plain_text(tmp_path):
+    need(".onnx")
+    with pytest.raises(ResuscitateError, match="exported; GuardOnDataDependentSymNode: Could not guard") as found:
+        export(DataDependent(), tmp_path / "net.onnx", images(2))
+    assert str(found.value).isprintable()
+
+
 def test_a_failed_export_raises_and_writes_no_file(tmp_path):
     with pytest.raises(ResuscitateError, match="cannot be exported"):
         export(DataDependent(), tmp_path / "net.pt2", images(2))
