@@ -113,7 +113,7 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {REMEDY}")
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {_prefix(state, wanted) or REMEDY}")
     for key in added:
         name, _, part = key.rpartition(".")
         if part == "bias":
@@ -189,6 +189,15 @@ def _fits(value: Tensor, layers: Mapping[str, Any], key: str) -> bool:
     if part == "means":
         return means_fit(value, layers[name])
     return layers[name].bias is None and value.shape == (out_channels(layers[name]),)
+
+
+def _prefix(state: Collection[str], wanted: Collection[str]) -> str:
+    """What to do where all names in the file have a prefix before names of the model, as of a training wrapper."""
+    first = next(iter(state), "")
+    for prefix in (first[: end + 1] for end, letter in enumerate(first) if letter == "."):
+        if all(key.startswith(prefix) for key in state) and any(key.removeprefix(prefix) in wanted for key in state):
+            return f"all names in the file begin with {prefix!r}: remove it"
+    return ""
 
 
 def _abbreviated(keys: list[str]) -> str:

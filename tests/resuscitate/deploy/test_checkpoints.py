@@ -137,6 +137,12 @@ class TestLoading:
             load_weights(model, tmp_path / "a.safetensors")
         assert same_state(model.state_dict(), before)
 
+    def test_a_prefix_of_all_names_is_named(self, tmp_path):
+        for prefix in ("model.", "model.net."):
+            save_file({prefix + key: x for key, x in seeded(chain).state_dict().items()}, tmp_path / "a.safetensors")
+            with pytest.raises(CheckpointError, match=f"all names in the file begin with '{prefix}': remove it"):
+                load_weights(seeded(chain), tmp_path / "a.safetensors")
+
     def test_a_bias_of_another_shape_is_not_taken_for_an_added_one(self, tmp_path):
         state = seeded(chain).state_dict() | {"0.bias": torch.zeros(5)}
         save_file(state, tmp_path / "a.safetensors")
