@@ -161,7 +161,7 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
         images = _as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
         return iter(images[:max_samples].split(batch_size) if len(images) else ())
     if isinstance(source, str | bytes | Path):
-        raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with images.load_images")
+        raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with resuscitate.load_images")
     if isinstance(source, Mapping):
         raise CalibrationError(f"calibration is one batch of kind {_describe(source)}; put it in a list")
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):

@@ -82,8 +82,8 @@ def warn_of_padding(loader: Any) -> None:
     if repeated > 0:
         log.warning(
             "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
-            "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
-            "does with shard=(rank, ranks)",
+            "ranks may have different numbers of images here: deal them out one by one, as "
+            "resuscitate.load_images does with shard=(rank, ranks)",
             repeated,
         )
 

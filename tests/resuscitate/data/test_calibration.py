@@ -172,7 +172,7 @@ class TestRefusals:
             input_of([])
 
     def test_common_slips_are_answered(self):
-        with pytest.raises(CalibrationError, match=r"is a path, 'images\.npz'; read it with images\.load_images"):
+        with pytest.raises(CalibrationError, match=r"is a path, 'images\.npz'; read it with resuscitate\.load_images"):
             _read("images.npz")
         with pytest.raises(CalibrationError, match="is one batch of kind dict with keys 'image'; put it in a list"):
             _read({"image": IMAGES})
