@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 
 import asr_kernels as ak
 
-from ..errors import CalibrationError, ResuscitateError
+from ..errors import CalibrationError
 from ..utils.nested import images_of
 
 log = logging.getLogger("resuscitate")
@@ -34,13 +34,14 @@ told: WeakSet[nn.Module] = WeakSet()  # networks about whose images a warning wa
 def run_first(run: Callable[[Any], Any], batch: Any) -> Any:
     """`run(batch)`, the first forward pass on the caller's images.
 
-    Raises CalibrationError, with shape and dtype of the batch, where the model raises an error that is none of memory.
+    Raises CalibrationError, with shape and dtype of the batch, where the model raises a built-in error such as
+    RuntimeError. MemoryError, and errors of classes of the user, of the package or of torch, come as they are.
     """
     try:
         return run(batch)
-    except (ResuscitateError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the network is the user's own code, which may raise anything
+        if type(error).__module__ != "builtins" or isinstance(error, MemoryError):
+            raise
         images = images_of(batch)
         first = images if isinstance(images, Tensor | np.ndarray) else images[0] if images else None
         shape = "" if first is None else f" of shape {tuple(first.shape)} and dtype {first.dtype}"

@@ -227,8 +227,11 @@ class TestImagesThatTheNetworkCannotRunOn:
         assert "a normalised float tensor (N, C, H, W)" in str(found.value)
         assert same_state(model.state_dict(), before)
 
-    def test_an_error_of_the_package_or_of_memory_comes_as_it_is(self):
-        for error in (NonFiniteError("conv", 0, "overflow"), MemoryError(), torch.OutOfMemoryError()):
+    def test_an_error_of_another_class_or_of_memory_comes_as_it_is(self):
+        class UsersError(Exception):
+            pass
+
+        for error in (UsersError(), NonFiniteError("conv", 0, "overflow"), MemoryError(), torch.OutOfMemoryError()):
             with pytest.raises(type(error)) as found:
                 run_first(Mock(side_effect=error), images(2))
             assert found.value is error
