@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
 from ..runtime.options import check_count
-from ..utils.nested import first_tensor
+from ..utils.nested import images_of
 from .checks import labels_of, warn_of_class_order
 
 log = logging.getLogger("resuscitate")
@@ -71,7 +71,7 @@ def read_batches(
     max_samples, max_batches: limits, both always honoured. The last tensor is cut so that exactly `max_samples` images
         are used, and nothing is read beyond the batch that reaches a limit.
     raw: yield the batches as they came, for a user's own `forward_fn`. They are whole: reading stops with the batch
-        that reaches `max_samples`, counted along the first tensor found in each.
+        that reaches `max_samples`, counted as `count_images` does.
     allow_empty: have no batches at all without an error, as one of several ranks may.
     room: end, with a warning in the log, at the first batch that takes more memory than is left. None, and for a
         tensor, array, list or tuple, which the caller holds anyway: no such limit.
@@ -87,11 +87,11 @@ def read_batches(
         samples, total, dimensions, labels = 0, None, set[int](), list[np.ndarray]()
         for index, batch in enumerate(batches):
             try:
-                images = first_tensor(batch) if raw else input_of(batch)
+                images = images_of(batch) if raw else input_of(batch)
                 count = 0 if images is None else _count(images)
             except CalibrationError as error:
                 raise CalibrationError(f"batch {index}: {error}") from None
-            dimensions.add(0 if images is None else images.ndim)
+            dimensions.add(images.ndim if isinstance(images, Tensor) else 0)
             if not raw and len(dimensions) > 1:
                 raise CalibrationError(
                     f"the batches differ in their number of dimensions ({', '.join(map(str, sorted(dimensions)))}); "
@@ -161,7 +161,7 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
         images = _as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
         return iter(images[:max_samples].split(batch_size) if len(images) else ())
     if isinstance(source, str | bytes | Path):
-        raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with images.load_images")
+        raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with resuscitate.load_images")
     if isinstance(source, Mapping):
         raise CalibrationError(f"calibration is one batch of kind {_describe(source)}; put it in a list")
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
@@ -181,12 +181,12 @@ def _total(source: Any, batch: int, max_samples: int | None, max_batches: int | 
     return min(known, default=None)
 
 
-def _count(tensor: Tensor | np.ndarray) -> int:
-    if tensor.ndim == 0:
+def _count(images: Tensor | np.ndarray | Sequence[Any]) -> int:
+    if isinstance(images, Tensor) and images.ndim == 0:
         raise CalibrationError("its images are a tensor without dimensions; give (n, ...)")
-    if len(tensor) == 0:
-        raise CalibrationError(f"there are no images in it (shape {tuple(tensor.shape)})")
-    return len(tensor)
+    if len(images) == 0:
+        raise CalibrationError(f"there are no images in it (shape {tuple(np.shape(images))})")
+    return len(images)
 
 
 def _describe(batch: Any) -> str:

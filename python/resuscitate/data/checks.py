@@ -18,6 +18,9 @@ from torch.utils.data import DistributedSampler
 
 import asr_kernels as ak
 
+from ..errors import CalibrationError
+from ..utils.nested import images_of
+
 log = logging.getLogger("resuscitate")
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "cls", "y")
@@ -26,6 +29,25 @@ NORMALISED_FROM = 64  # images to judge the normalisation from, where there are 
 ENOUGH_IMAGES = 16  # the fewest to judge it from
 FAR = 0.4  # Jeffreys' divergence: a variance 3.3 times off, or a mean 0.9 standard deviations off
 told: WeakSet[nn.Module] = WeakSet()  # networks about whose images a warning was given
+
+
+def run_first(run: Callable[[Any], Any], batch: Any) -> Any:
+    """`run(batch)`, the first forward pass on the caller's images.
+
+    Raises CalibrationError, with shape and dtype of the batch, where the model raises a built-in error such as
+    RuntimeError. MemoryError, and errors of classes of the user, of the package or of torch, come as they are.
+    """
+    try:
+        return run(batch)
+    except Exception as error:  # the network is the user's own code, which may raise anything
+        if type(error).__module__ != "builtins" or isinstance(error, MemoryError):
+            raise
+        images = images_of(batch)
+        first = images if isinstance(images, Tensor | np.ndarray) else images[0] if images else None
+        shape = "" if first is None else f" of shape {tuple(first.shape)} and dtype {first.dtype}"
+        remedy = "give what it was trained on, usually a normalised float tensor (N, C, H, W), or pass forward_fn="
+        problem = f"the model cannot run on a {type(batch).__name__}{shape}"
+        raise CalibrationError(f"{problem}: {type(error).__name__}: {error}; {remedy}") from error
 
 
 def warn_of_class_order(labels: Sequence[np.ndarray]) -> None:
@@ -61,8 +83,8 @@ def warn_of_padding(loader: Any) -> None:
     if repeated > 0:
         log.warning(
             "the loader's DistributedSampler repeats %d images to give every rank as many, and they count twice; "
-            "ranks may have different numbers of images here: deal them out one by one, as images.load_images "
-            "does with shard=(rank, ranks)",
+            "ranks may have different numbers of images here: deal them out one by one, as "
+            "resuscitate.load_images does with shard=(rank, ranks)",
             repeated,
         )
 
@@ -94,7 +116,7 @@ def warn_of_normalisation(dense: nn.Module, batches: Iterable[Any], run: Callabl
             hooks.callback(module.register_forward_pre_hook(take).remove)
         for batch in batches:
             with suppress(_SeenError):
-                run(batch)
+                run_first(run, batch)
             if not seen or first not in (None, seen[0][0]):
                 return
             first, x = seen.pop()

@@ -123,6 +123,8 @@ class ImageStream(IterableDataset[Tensor]):
 
 def _order(path: str | Path, total: int, limit: int | None, seed: int | None) -> np.ndarray:
     """Which images to take, in order: all of them, or a shuffled choice."""
-    if total < 1 or (limit is not None and limit < 1):
-        raise CalibrationError(f"{path}: {total} images found, at most {limit} asked for; both must be at least 1")
+    if total < 1:
+        raise CalibrationError(f"{path}: holds no images")
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"{path}: max_samples={limit} must be at least 1")
     return (np.arange(total) if seed is None else np.random.default_rng(seed).permutation(total))[:limit]

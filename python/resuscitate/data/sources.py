@@ -141,6 +141,8 @@ class _Folder(_Files):
     def __init__(self, path: Path, size: Size) -> None:
         found = (f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         super().__init__(path, size, sorted(found))
+        if not self.items:
+            raise CalibrationError(f"{path}: no image files ({', '.join(SUFFIXES)}) in this folder or below it")
 
     def open(self, row: int) -> tuple[str, Any]:
         return str(self.items[row]), self.items[row]

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import CheckpointError
 from ..network.layers import LAYERS, out_channels, unwrap
 from ..network.mean_layers import can_have_means, means_fit, to_mean_layer
-from ..network.resizing import resize_layers, smaller_shapes
+from ..network.resizing import misfit, resize_layers, smaller_shapes
 from ..network.snapshot import Snapshot
 from ..utils.files import write_safetensors
 from ..version import __version__
@@ -31,6 +31,7 @@ from ..version import __version__
 log = logging.getLogger("resuscitate")
 
 NESTED_UNDER = ("state_dict", "model")  # keys of the state dict in the checkpoints of training scripts
+REMEDY = "build the very model that the file was saved from"
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -88,6 +89,8 @@ def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -
     with Snapshot(model):
         resize_layers(model, shapes)
         _load(model, path, state, optional)
+        if problem := misfit(model):
+            raise CheckpointError(f"{path} does not fit the model: {problem}; {REMEDY}")
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -110,8 +113,7 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
-        remedy = "build the very model that the file was saved from"
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {_prefix(state, wanted) or REMEDY}")
     for key in added:
         name, _, part = key.rpartition(".")
         if part == "bias":
@@ -187,6 +189,15 @@ def _fits(value: Tensor, layers: Mapping[str, Any], key: str) -> bool:
     if part == "means":
         return means_fit(value, layers[name])
     return layers[name].bias is None and value.shape == (out_channels(layers[name]),)
+
+
+def _prefix(state: Collection[str], wanted: Collection[str]) -> str:
+    """What to do where all names in the file have a prefix before names of the model, as of a training wrapper."""
+    first = next(iter(state), "")
+    for prefix in (first[: end + 1] for end, letter in enumerate(first) if letter == "."):
+        if all(key.startswith(prefix) for key in state) and any(key.removeprefix(prefix) in wanted for key in state):
+            return f"all names in the file begin with {prefix!r}: remove it"
+    return ""
 
 
 def _abbreviated(keys: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,20 +77,21 @@ def export(
         raise ValueError("example must be a batch of at least two images, so that the batch size can stay variable")
     ready = plain_copy(unwrap(model))
     batch = Network(ready).place(example)
-    expected = output_tensors(ready(batch))
+    batches = batch, batch[:1]
+    expected = [output_tensors(ready(each.clone())) for each in batches]  # a network may write to its input
     before = len(find_batchnorms(ready))
     ready = fold_batchnorm(ready, batch) if fold else ready
     if path.suffix != ".safetensors":
         densify(ready)
     with atomic(path) as temporary:
         try:
-            read_back = WRITERS[path.suffix](ready, temporary, batch, provenance or {})
-            pairs = ((expected, read_back(batch)), ([y[:1] for y in expected], read_back(batch[:1])))
-            error = max(relative_difference(*pair) for pair in pairs)
+            read_back = WRITERS[path.suffix](ready, temporary, batch.clone(), provenance or {})
+            found = [read_back(each.clone()) for each in batches]
+            error = max(map(relative_difference, expected, found))
         except (ResuscitateError, OSError):
             raise
         except Exception as cause:  # an exporter may raise anything
-            raise ResuscitateError(f"{path}: cannot be exported; {describe_error(cause)}") from cause
+            raise ResuscitateError(f"{path}: cannot be exported; {_innermost(cause)}") from cause
         if not error <= tolerance:
             differ = f"differ from the model's by {error:.3g} of the largest output, more than tolerance={tolerance:g}"
             raise ResuscitateError(f"{path}: its outputs {differ}; no file was written")
@@ -104,6 +106,13 @@ def check_target(path: str | Path) -> Path:
         raise ValueError(f"{path}: write one of {', '.join(WRITERS)}, not {path.suffix or 'a file without an ending'}")
     check_writable(path)
     return path
+
+
+def _innermost(error: Exception) -> str:
+    """The error that the others of an exporter were raised from, in plain text."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return re.sub(r"\x1b\[[0-9;]*m", "", describe_error(error))
 
 
 ReadBack = Callable[[Tensor], list[Tensor]]  # the outputs of a written file for a batch

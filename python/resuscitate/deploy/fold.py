@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from ..errors import LayerError, called
 from ..network.comparison import output_tensors, relative_difference
@@ -62,8 +63,11 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
     folded, report = plain_copy(model), FoldReport()
     modules = dict(folded.named_modules())
 
+    def run() -> Any:  # on a copy: a network may write to its input
+        return folded(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example))
+
     def outputs() -> list[Tensor]:
-        return [x for x in output_tensors(folded(example)) if x.is_floating_point()]
+        return [x for x in output_tensors(run()) if x.is_floating_point()]
 
     if example is None:
         try:
@@ -72,7 +76,7 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
             raise ValueError(f"torch.fx cannot trace this model ({error}); pass example=, an input for it") from error
     else:
         before = outputs()
-        wiring = observe(folded, lambda: folded(example))
+        wiring = observe(folded, run)
     layer_of = {batchnorm: layer for layer, batchnorm in wiring.batchnorm_of.items()}
     for name, batchnorm in modules.items():
         if not isinstance(batchnorm, _BatchNorm):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches, copied, cut, read_share
 from ..data.calibration import hold, is_held
+from ..data.checks import run_first
 from ..errors import DistributedError, ModelMismatchError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
 from ..network.channels import KeptChannels
@@ -130,7 +131,7 @@ class Session:
         """Observe the wiring of the first network in a pass of a small batch, the first of any rank that has one."""
         self.example = self.ranks.lend(self.net.example(batches[0]) if len(batches) else None)
         set_seed(self.run["seed"], [self.net.device])  # again: what ran before may have drawn random numbers
-        self.wiring = observe(self.net.model, lambda: self.net.run(self.example))
+        self.wiring = observe(self.net.model, lambda: run_first(self.net.run, self.example))
         return self.wiring
 
     def match_channels(self, given: Mapping[str, Any], batches: Iterable[Any]) -> KeptChannels:

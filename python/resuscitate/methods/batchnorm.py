@@ -135,7 +135,8 @@ def batchnorms_to_estimate(model: nn.Module, how: Recalibration, report: RepairR
         if module.running_mean is None:
             report.notes.append(f"{called(name, 'BatchNorm')} keeps no running statistics: nothing to re-estimate")
         elif how.frozen == "keep" and model.training and not module.training:
-            report.notes.append(f"{called(name, 'BatchNorm')} is frozen (in eval mode while the model trains): kept")
+            why = "is frozen (in eval mode while the model trains): kept, unless frozen='recalibrate'"
+            report.notes.append(f"{called(name, 'BatchNorm')} {why}")
         else:
             chosen[name] = module
     return chosen

@@ -144,6 +144,7 @@ def to_mean_layer(layer: nn.Module, means: Tensor) -> None:
 def densify(model: nn.Module, *, keep_zeros: bool = False) -> list[str]:
     """Turn mean layers into plain layers, in place, with the same outputs up to rounding; returns their names.
 
+    A function of the model that reads the weight of a mean layer itself, as a tied decoder does, then reads another.
     keep_zeros: remove the means instead: survivors get back their values, pruned weights are zero.
     """
     layers = {name: layer for name, layer in unwrap(model).named_modules() if type(layer) in PLAIN}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .layers import is_depthwise
+from ..errors import called
+from .layers import LAYERS, is_depthwise, out_channels
+from .wiring import trace, wiring_of
+
+OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")  # tensors with a value or a filter for each channel
 
 
 def smaller_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
@@ -26,6 +32,27 @@ def smaller_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Siz
         ):
             found[name] = new
     return found
+
+
+def misfit(model: nn.Module) -> str:
+    """A layer or norm whose tensors, or a convolution whose BatchNorm, have other numbers of channels; "" if none.
+
+    BatchNorms are found by torch.fx, and so not in a network that it cannot trace.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        tensors = {**module._parameters, **module._buffers}
+        counts = {key: len(each) for key in OF_CHANNELS if (each := tensors.get(key)) is not None}
+        if isinstance(module, LAYERS):
+            counts["weight"] = out_channels(module)
+        if isinstance(module, (*LAYERS, _NormBase, nn.GroupNorm)) and len(set(counts.values())) > 1:
+            found = " and ".join(f"{count} in its {key}" for key, count in counts.items())
+            return f"{called(name)} has different numbers of channels: {found}"
+    with suppress(Exception):  # torch.fx runs the user's own code, which may raise anything
+        for name, batchnorm in wiring_of(trace(model), model).batchnorm_of.items():
+            if (count := out_channels(modules[name])) != (read := modules[batchnorm].num_features):
+                return f"{called(name)} has {count} channels, and {called(batchnorm, 'BatchNorm')} behind it {read}"
+    return ""
 
 
 @torch.no_grad()

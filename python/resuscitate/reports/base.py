@@ -55,7 +55,10 @@ class UndoableReport(Report):
     undone: bool = False
 
     def undo(self) -> None:
-        """Restore the model from before the change, bit for bit. Raises RuntimeError the second time."""
+        """Restore the model from before the change, bit for bit. Raises RuntimeError the second time.
+
+        Where the change was undone already, because it made the outputs worse, nothing is left to do.
+        """
         if self._undo is None:
             raise RuntimeError(f"this {self.work} has been undone already")
         self._undo()
@@ -64,6 +67,7 @@ class UndoableReport(Report):
     def take_back(self) -> None:
         """Undo a change that made the outputs worse, and say so."""
         self.undo()
+        self._undo = _nothing
         self.note_undone()
 
     def note_undone(self) -> None:
@@ -75,6 +79,10 @@ class UndoableReport(Report):
         """The agreement in words, and whether the change was undone."""
         undone = [f"the {self.work} was undone, because it made the outputs worse"] if self.undone else []
         return [*([str(self.agreement)] if self.agreement else []), *undone]
+
+
+def _nothing() -> None:
+    """The undoing of a change that was undone already."""
 
 
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

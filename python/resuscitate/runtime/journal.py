@@ -48,6 +48,8 @@ class Journal(AbstractContextManager["Journal"]):
         if path is None:
             return
         if ranks.rank == 0:
+            if Path(path).is_dir():
+                raise JournalError(f"{path} is a folder, and resume= takes a file here; `compress` takes a folder")
             try:
                 self._file = open_locked(Path(path))
             except BlockingIOError as error:

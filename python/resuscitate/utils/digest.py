@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .nested import first_tensor
+from .nested import images_of
 from .raw_bytes import view_bytes
 
 MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
@@ -177,12 +177,13 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def image_keys(batch: Any) -> list[int]:
-    """A whole number of 63 bits for each image of the first tensor found in a batch, from its contents."""
-    images = first_tensor(batch)
+    """A whole number of 63 bits for each image of a batch, as `images_of` finds them, from its contents."""
+    images = images_of(batch)
     if images is None or not len(images):
         return [0]
-    rows = images if isinstance(images, Tensor) else torch.from_numpy(images)
-    return [int.from_bytes(digest, "big") >> 1 for digest in _digests(rows)]
+    stacks = [each[None] for each in images] if isinstance(images, list | tuple) else [images]
+    tensors = (each if isinstance(each, Tensor) else torch.from_numpy(each) for each in stacks)
+    return [int.from_bytes(digest, "big") >> 1 for rows in tensors for digest in _digests(rows)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,25 +1,33 @@
-"""Tensors in a nest of tuples, lists and dicts: the first one, their total bytes, and the number of images."""
+"""Tensors in a nest of tuples, lists and dicts: the images, their total bytes, and the number of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor
 
+IMAGE_CHANNELS = (1, 3, 4)
 
-def first_tensor(batch: Any) -> Tensor | np.ndarray | None:
-    """The first tensor or array that has a batch axis; None if there is none."""
+
+def images_of(batch: Any) -> Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None:
+    """The images of a batch: the first tensor that has a batch axis, or the first list of images; None if none.
+
+    A list of images is a list or tuple of nothing but tensors (C, H, W) with the same number of channels: 1, 3 or 4, as
+    images have. Others, such as the tensors (N, C, L) of signals and their targets, are no list of images.
+    """
     if isinstance(batch, Tensor | np.ndarray):
         return batch if batch.ndim else None
-    return next((found for part in _parts(batch) if (found := first_tensor(part)) is not None), None)
+    if _are_images(batch):
+        return batch
+    return next((found for part in _parts(batch) if (found := images_of(part)) is not None), None)
 
 
 def count_images(batch: Any) -> int:
-    """The number of images in a batch: the length of its first tensor, 1 if it has none."""
-    tensor = first_tensor(batch)
-    return 1 if tensor is None else len(tensor)
+    """The number of images in a batch, as `images_of` finds them: 1 if it finds none."""
+    images = images_of(batch)
+    return 1 if images is None else len(images)
 
 
 def bytes_of(batch: Any) -> int:
@@ -30,3 +38,11 @@ def bytes_of(batch: Any) -> int:
 def _parts(batch: Any) -> Iterable[Any]:
     """The values of a dict, the elements of a tuple or list; nothing of any other type."""
     return batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+
+
+def _are_images(batch: Any) -> TypeGuard[Sequence[Tensor | np.ndarray]]:
+    if not isinstance(batch, tuple | list) or not batch:
+        return False
+    if not all(isinstance(each, Tensor | np.ndarray) and each.ndim == 3 for each in batch):
+        return False
+    return len(batch[0]) in IMAGE_CHANNELS and len({len(each) for each in batch}) == 1

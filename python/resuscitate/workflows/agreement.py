@@ -50,12 +50,11 @@ class Judge:
             theirs = self._dense[index] if index in self._dense else comparable(session.dense.run(batch))
             if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
                 self._dense[index] = theirs
-            sums += _compared(comparable(session.net.run(batch)), theirs, sums)
-            sums[4] += count_images(batch)
+            sums += _compared(comparable(session.net.run(batch)), theirs, count_images(batch), sums)
         same, logits, difference, power, images = session.ranks.add(sums).tolist()
-        if isnan(logits) or not images:
+        if isnan(logits) or not power:
             return None
-        error = (difference / power) ** 0.5 if power else 0.0 if not difference else float("inf")
+        error = (difference / power) ** 0.5
         held_out = self.held_out > 0
         return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
 
@@ -66,14 +65,17 @@ def comparable(output: Any) -> list[Tensor]:
     return found[:1] if found and found[0].ndim == 2 and found[0].shape[1] > 1 else found
 
 
-def _compared(ours: list[Tensor], theirs: list[Tensor], sums: Tensor) -> Tensor:
-    """Images with the same largest logit, images with logits, squares of differences, and of the dense outputs, and 0.
+def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tensor) -> Tensor:
+    """Images with the same largest logit, images with logits, squares of differences, and of the dense outputs; images.
 
-    NaN where the outputs are not comparable, such as lists of boxes.
+    Tensors without one row for each image are left out. NaN where no others are left, such as for lists of boxes, or
+    where their shapes differ.
     """
     found = torch.zeros_like(sums)
+    ours, theirs = ([each for each in outputs if each.shape[:1] == (images,)] for outputs in (ours, theirs))
     if not theirs or [each.shape for each in ours] != [each.shape for each in theirs]:
         return found.fill_(torch.nan)
+    found[4] = images
     if len(theirs) == 1 and theirs[0].ndim == 2 and theirs[0].shape[1] > 1:
         found[0], found[1] = (ours[0].argmax(1) == theirs[0].argmax(1)).sum(), len(theirs[0])
     for mine, other in zip(ours, theirs, strict=True):

@@ -71,7 +71,10 @@ def carry_out(
     layers = matching_layers(model, target, include, exclude, report) if plan.method.changes_layers else {}
     batchnorms = batchnorms_to_estimate(model, recalibration, report) if recalibration else {}
     if not plan.method.changes_layers and not batchnorms:
-        raise ResuscitateError("there is no BatchNorm to re-estimate; use a method that matches the dense outputs")
+        why = "".join(f": {note}" for note in report.notes[:1])
+        raise ResuscitateError(
+            f"there is no BatchNorm to re-estimate{why}; use a method that matches the dense outputs"
+        )
     models = [model, target] if isinstance(target, nn.Module) else [model]
     with Session(models, plan.run, writes=True, ranks=ranks) as session:
         images = _read(session, plan, calibration, bool(layers), report)

@@ -180,7 +180,7 @@ def matching_layers(
         effective_weight(name, layer), stored_bias(name, layer)
     if isinstance(dense, nn.Module):
         if same_layers(layers, dense, smaller=True):
-            report.notes.append("the two models' weights are equal: nothing was pruned")
+            report.notes.append("the weights of the two models' layers are equal: no layer was pruned")
             log.warning(report.notes[-1])
         check_order(layers, dense)
     elif isinstance(dense, DenseStatistics):

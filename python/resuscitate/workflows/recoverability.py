@@ -124,7 +124,9 @@ def recoverability(
     cells = Cells(deep_copy(unwrap(dense)).eval(), batches, evaluate, common, pruning)
     score = cells.score(cells.dense)
     if not score > chance:
-        remedy = "look at its weights, and at the images that it is scored on, their normalisation and their labels"
+        remedy = (
+            "look at its weights and at the normalisation and labels of the images it is scored on, or give chance="
+        )
         raise ValueError(f"the dense model scores {score:g}, which is no more than chance={chance:g}; {remedy}")
     identity = dict[str, object]()
     if resume is not None:

@@ -15,6 +15,7 @@ from ..data.batches import Batches
 from ..engine.kept import KeptStatistics
 from ..engine.probes import Request
 from ..engine.session import Session
+from ..errors import JournalError
 from ..methods.base import Method, option_names
 from ..network.copies import deep_copy
 from ..network.layer_checks import split_by_objections
@@ -76,6 +77,8 @@ class Steps:
         self.plan, self.ranks = replace(plan, run=self.run), session.ranks
         self.folder = None if resume is None else Path(resume)
         if self.folder is not None:
+            if self.folder.is_file():
+                raise JournalError(f"{resume} is a file, and resume= takes a folder here; `repair` takes a file")
             self.folder.mkdir(parents=True, exist_ok=True)
         self.curvatures: Mapping[str, Tensor] = {}  # of the layers of the dense network, for all repairs that follow
         self.batches = session.hold(calibration)

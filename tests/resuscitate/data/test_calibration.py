@@ -129,6 +129,11 @@ class TestRaw:
         batches = [{"step": torch.tensor(7), "meta": "text", "pair": (x, LABELS)} for x in IMAGES.split(4)]
         assert len(_read(batches, raw=True, max_samples=8)) == 2
 
+    def test_lists_of_images_are_counted_image_by_image(self):
+        batches = [list(x) for x in IMAGES.split(2)]
+        assert len(_read(batches, raw=True, max_samples=4)) == 2
+        assert len(_read([(x, "targets") for x in batches], raw=True, max_samples=4)) == 2
+
     def test_max_batches_holds_without_any_tensor(self):
         assert _read(["a", "b", "c"], raw=True, max_batches=2) == ["a", "b"]
 
@@ -167,7 +172,7 @@ class TestRefusals:
             input_of([])
 
     def test_common_slips_are_answered(self):
-        with pytest.raises(CalibrationError, match=r"is a path, 'images\.npz'; read it with images\.load_images"):
+        with pytest.raises(CalibrationError, match=r"is a path, 'images\.npz'; read it with resuscitate\.load_images"):
             _read("images.npz")
         with pytest.raises(CalibrationError, match="is one batch of kind dict with keys 'image'; put it in a list"):
             _read({"image": IMAGES})

@@ -1,8 +1,10 @@
 """What makes images a poor sample is said: sorted classes, samplers that repeat images, another normalisation."""
 
+import copy
 import io
 import logging
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import resuscitate
 from resuscitate.data.calibration import read_batches
-from resuscitate.data.checks import warn_of_normalisation, warn_of_padding
-from resuscitate.errors import NonFiniteError
+from resuscitate.data.checks import run_first, warn_of_normalisation, warn_of_padding
+from resuscitate.errors import CalibrationError, NonFiniteError
 from resuscitate.runtime.distributed import Ranks
+from tests.compare import same_state
 from tests.networks import chain, images, pruned_copy, seeded
 
 IMAGES = torch.rand(100, 1, 2, 2)
@@ -201,3 +204,40 @@ class TestNormalisationOfRealNetworks:
     def test_others_than_these_clips_are_warned_of(self, keywords, caplog, change):
         network, x, _ = keywords
         assert self.alarms(caplog, network, change(x[:64]))
+
+
+class TestImagesThatTheNetworkCannotRunOn:
+    GIVEN: ClassVar = {
+        "uint8": (images(4).to(torch.uint8), r"Tensor of shape \(\d, 3, \d+, \d+\) and dtype torch.uint8"),
+        "channels last": (images(4).permute(0, 2, 3, 1), r"of shape \(\d, \d+, \d+, 3\) and dtype torch.float32"),
+        "grey": (images(4)[:, :1], r"of shape \(\d, 1, .*RuntimeError: .*expected input.* to have 3 channels"),
+        "one image": (images(4)[0], r"of shape \(\d, \d+, \d+\)"),
+        "labels": (torch.arange(4), r"of shape \(\d,\) and dtype torch.int64"),
+    }
+
+    @pytest.mark.parametrize(("given", "what"), GIVEN.values(), ids=GIVEN)
+    @pytest.mark.parametrize("method", ["refit", "bn"])
+    def test_their_shape_and_the_models_own_message_are_said(self, given, what, method):
+        dense = seeded(chain)
+        model = pruned_copy(dense)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(CalibrationError, match=f"the model cannot run on .*{what}") as found:
+            resuscitate.repair(model, dense, given, method=method)
+        assert str(found.value.__cause__) in str(found.value)
+        assert "a normalised float tensor (N, C, H, W)" in str(found.value)
+        assert same_state(model.state_dict(), before)
+
+    def test_an_error_of_another_class_or_of_memory_comes_as_it_is(self):
+        class UsersError(Exception):
+            pass
+
+        for error in (UsersError(), NonFiniteError("conv", 0, "overflow"), MemoryError(), torch.OutOfMemoryError()):
+            with pytest.raises(type(error)) as found:
+                run_first(Mock(side_effect=error), images(2))
+            assert found.value is error
+
+    def test_a_batch_of_a_forward_fn_is_named_by_its_first_image(self):
+        with pytest.raises(CalibrationError, match=r"cannot run on a list of shape \(3, 8, 8\) and dtype torch.uint8"):
+            run_first(Mock(side_effect=TypeError("no list")), [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2)
+        with pytest.raises(CalibrationError, match=r"cannot run on a str: TypeError: no list; give what"):
+            run_first(Mock(side_effect=TypeError("no list")), "opaque")

@@ -137,6 +137,12 @@ class TestLoading:
             load_weights(model, tmp_path / "a.safetensors")
         assert same_state(model.state_dict(), before)
 
+    def test_a_prefix_of_all_names_is_named(self, tmp_path):
+        for prefix in ("model.", "model.net."):
+            save_file({prefix + key: x for key, x in seeded(chain).state_dict().items()}, tmp_path / "a.safetensors")
+            with pytest.raises(CheckpointError, match=f"all names in the file begin with '{prefix}': remove it"):
+                load_weights(seeded(chain), tmp_path / "a.safetensors")
+
     def test_a_bias_of_another_shape_is_not_taken_for_an_added_one(self, tmp_path):
         state = seeded(chain).state_dict() | {"0.bias": torch.zeros(5)}
         save_file(state, tmp_path / "a.safetensors")
@@ -186,6 +192,23 @@ class TestSmaller:
         save_file(state, tmp_path / "small.safetensors")
         with pytest.raises(CheckpointError, match=r"1 missing: 3\.weight"):
             load_weights(model, tmp_path / "small.safetensors", smaller=True)
+        assert unchanged(before, everything(model))
+
+    @pytest.mark.parametrize(
+        ("cut", "problem"),
+        [
+            ({"4.weight": (7, 288)}, "layer '4' has different numbers of channels: 7 in its weight and 10 in its bias"),
+            ({"0.weight": (5, 3, 3, 3), "0.bias": (5,)}, "layer '0' has 5 channels, and BatchNorm '1' behind it 8"),
+            ({"1.running_var": (5,)}, "layer '1' has different numbers of channels: 8 in its weight"),
+        ],
+    )
+    def test_tensors_that_do_not_fit_one_another_are_refused(self, tmp_path, cut, problem):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        before = everything(model)
+        state = model.state_dict() | {key: torch.zeros(shape) for key, shape in cut.items()}
+        save_file(state, tmp_path / "odd.safetensors")
+        with pytest.raises(CheckpointError, match=f"odd.safetensors does not fit the model: {problem}"):
+            load_weights(model, tmp_path / "odd.safetensors", smaller=True)
         assert unchanged(before, everything(model))
 
 

@@ -64,6 +64,30 @@ def test_the_exported_file_gives_the_same_outputs(tmp_path, ending, fold, build)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+class NormalisesInPlace(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.mul_(2.0).add_(1.0))
+
+
+def normalises_in_place():
+    return NormalisesInPlace(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+def normalises_by_its_batch():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("build", [normalises_in_place, normalises_by_its_batch])
+def test_a_network_that_writes_to_its_input_or_reads_its_whole_batch_is_exported(tmp_path, ending, fold, build):
+    need(ending)
+    given = images(4)
+    kept = given.clone()
+    assert export(seeded(build), tmp_path / f"net{ending}", given, fold=fold).error < 1e-5
+    assert torch.equal(given, kept)
+
+
 def test_a_program_needs_no_code_and_takes_any_batch_size(tmp_path):
     model = pruned_copy(seeded(chain))
     export(model, tmp_path / "net.pt2", images(2))
@@ -99,6 +123,13 @@ def test_a_file_with_other_outputs_is_not_written(tmp_path, monkeypatch):
 class DataDependent(nn.Module):
     def forward(self, x):
         return x * int(x.sum() > 0)
+
+
+def test_the_innermost_error_of_the_onnx_exporter_is_said_in_plain_text(tmp_path):
+    need(".onnx")
+    with pytest.raises(ResuscitateError, match="exported; GuardOnDataDependentSymNode: Could not guard") as found:
+        export(DataDependent(), tmp_path / "net.onnx", images(2))
+    assert str(found.value).isprintable()
 
 
 def test_a_failed_export_raises_and_writes_no_file(tmp_path):

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 
 import resuscitate
 from resuscitate import EMA, Exact
-from resuscitate.errors import LayerError
+from resuscitate.errors import LayerError, ResuscitateError
 from tests.networks import Elaborate, Residual, Shared, Untraceable, Zoo, chain, images, pruned_copy, seeded
 
 
@@ -75,6 +75,14 @@ class TestExact:
             "0",
             "2",
         ]
+
+    def test_where_all_are_frozen_the_error_says_so(self):
+        model = nn.Sequential(nn.BatchNorm2d(3)).train()
+        model[0].eval()
+        with pytest.raises(
+            ResuscitateError, match=r"no BatchNorm to .* '0' is frozen .* unless frozen='recalibrate'; use"
+        ):
+            resuscitate.recalibrate_batchnorm(model, images())
 
     def test_half_precision_statistics_that_overflow_are_refused(self):
         model = nn.Sequential(nn.BatchNorm2d(3)).half()

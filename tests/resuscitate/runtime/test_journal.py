@@ -236,6 +236,14 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path):
     assert path.read_text() == "do not overwrite"
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_and_a_file_in_that_of_a_folder(tmp_path):
+    with pytest.raises(JournalError, match=r"is a folder, and resume= takes a file here"):
+        repaired(chain, resume=tmp_path)
+    (tmp_path / "notes.txt").write_text("do not overwrite")
+    with pytest.raises(JournalError, match=r"notes\.txt is a file, and resume= takes a folder here"):
+        resuscitate.compress(seeded(chain), 0.5, images(), resume=tmp_path / "notes.txt")
+
+
 def test_it_holds_whatever_tensors_a_layer_wrote(tmp_path):
     from resuscitate.runtime.distributed import Ranks
 

@@ -105,6 +105,8 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert "undone, because it made the outputs worse" in caplog.text
     assert "keep_worse=True keeps it" in caplog.text
     assert same_state(model.state_dict(), before)
+    report.undo()  # has nothing to do
+    assert same_state(model.state_dict(), before)
     with pytest.raises(RuntimeError, match="undone already"):
         report.undo()
     report = resuscitate.repair(kept, dense, given, method=Negated(), keep_worse=True)
@@ -168,6 +170,35 @@ class TestOtherOutputs:
 
         dense = seeded(Boxes)
         assert resuscitate.repair(pruned_copy(dense), dense, images()).agreement is None
+
+    @pytest.mark.parametrize("boxes", [0, 10])
+    def test_as_many_boxes_for_each_image_are_no_logits(self, boxes):
+        class Detector(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 5, 3)
+
+            def forward(self, given):
+                found = self.conv(torch.stack(given)).flatten(2).transpose(1, 2)  # (N, places, 4 coordinates and score)
+                best = [places[places[:, 4].topk(boxes).indices] for places in found]
+                return [{"boxes": each[:, :4], "scores": each[:, 4]} for each in best]
+
+        dense, given = seeded(Detector), [list(images(8)) for _ in range(4)]
+        report = resuscitate.repair(pruned_copy(dense), dense, given, forward_fn=lambda model, batch: model(batch))
+        assert (report.images, report.agreement) == (32, None)
+
+    def test_outputs_that_are_all_zero_are_not_compared(self):
+        dense = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Threshold(1e9, 0.0)))
+        assert resuscitate.repair(pruned_copy(dense), dense, images()).agreement is None
+
+    def test_a_tensor_without_a_row_for_each_image_is_left_out(self):
+        class WithProposals(nn.Sequential):
+            def forward(self, x):
+                x = super().forward(x)
+                return x, x[x > 0.5]
+
+        dense = seeded(lambda: WithProposals(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)))
+        assert resuscitate.repair(pruned_copy(dense), dense, images()).agreement.error_after > 0
 
     def test_the_batches_of_a_forward_fn_are_not_split(self):
         dense = seeded(chain)

@@ -271,7 +271,7 @@ class TestRefusals:
             ({"max_batches": 0}, "max_batches must be"),
             ({"pattern": "2:4"}, "has no sparsity to vary"),
             ({"workers": 0}, "must be at least 1"),
-            ({"chance": 200.0}, r"no more than chance=200"),
+            ({"chance": 200.0}, r"no more than chance=200; look at .* or give chance="),
         ],
         ids=lambda value: str(value)[:30],
     )

@@ -301,8 +301,8 @@ def test_equal_models_are_noticed(caplog):
     dense = seeded(chain)
     with caplog.at_level(logging.WARNING, logger="resuscitate"):
         report = resuscitate.repair(copy.deepcopy(dense), dense, images(), method="asr", eps=0.0)
-    assert "nothing was pruned" in caplog.text
-    assert "nothing was pruned" in report.notes[0]
+    assert "no layer was pruned" in caplog.text
+    assert "no layer was pruned" in report.notes[0]
     assert all(row.gain == pytest.approx((1, 1), abs=1e-4) for row in report.layers if row.gain)
 
 
