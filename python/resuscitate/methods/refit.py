@@ -20,7 +20,7 @@ from ..statistics.fitting import Fit, attempt, choose_ridge, fit_with_means
 from ..statistics.least_squares import LEAST_RIDGE
 from ..statistics.outputs import OutputMoments
 from ..statistics.patches import WIDEST, UncheckedPatchCovariances, input_blocks, merge_input_blocks, split_input_blocks
-from ..statistics.second_moments import Moments, merged
+from ..statistics.second_moments import Moments, merged, without_noise
 from .base import DenseAccess, Method, Recalibration, Schedule, check_number, register
 from .gains import ChannelWise
 
@@ -78,7 +78,7 @@ class Refit(Method):
         if weight.device.type == "cpu" or (self.ridge is not None and self.ridge < LEAST_RIDGE):
             found.check()  # costs no wait here
         rows, support = (split_input_blocks(each, count).flatten(1) for each in (weight, layer.in_use))
-        moments, infinite = merged(found.folds.values()), ~found.finite
+        moments, infinite = without_noise(merged(found.folds.values()), weight[0, 0].numel()), ~found.finite
         ridge = choose_ridge(found.folds, moments, rows, support, layer.ranks) if self.ridge is None else self.ridge
         found.folds.clear()  # they are large
         replay = None if found.replay is None else partial(_replay, layer.ranks, weight, moments, found.replay)

@@ -17,12 +17,27 @@ from torch.nn.functional import normalize
 from asr_kernels import PatchMoments, RowMoments
 
 Moments = PatchMoments | RowMoments
+NOISE = 3e-5  # a part of what is subtracted from a sum of squares; 10,000 equal windows left up to 5e-6 of it
 MOST_RANK, VALUES_PER_RANK = 32, 32  # of the low-rank part: the most, and one for so many values
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
     """The moments of all parts together."""
     return reduce(lambda one, other: one.merge(other), parts)  # type: ignore[arg-type]
+
+
+def without_noise(moments: Moments, kernel: int) -> Moments:
+    """The moments, with xx set to 0, in place, in groups whose inputs vary by no more than rounding.
+
+    kernel: how many inputs a channel has. The sums are of float32 deviations from the mean of a channel, from which
+    those of each input's own mean are subtracted. So equal windows leave a rest, but not with one input a channel.
+    """
+    if isinstance(moments, RowMoments) or kernel == 1:
+        return moments
+    by_channel = moments.mean.unflatten(1, (-1, kernel))
+    subtracted = moments.count * (by_channel - by_channel.mean(2, keepdim=True)).square().amax((1, 2))
+    moments.xx.mul_((moments.diagonal.amax(1) > NOISE * subtracted)[:, None, None])
+    return moments
 
 
 def as_groups(parts: Sequence[Moments]) -> Moments:

@@ -32,6 +32,23 @@ def at(network, name, x):
 
 
 class TestRepair:
+    @pytest.mark.parametrize("count", [1, 64, 1000])
+    @pytest.mark.parametrize("ridge", [None, 0.0, 1e-2])
+    def test_equal_windows_leave_the_weights_and_set_the_bias(self, count, ridge):
+        dense = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10)))
+        model, given = pruned_copy(dense), images(1, size=5)
+        before = model[0].weight.clone()
+        equal = given.expand(count, -1, -1, -1).clone()
+        resuscitate.repair(model, dense, equal, ridge=ridge, skip_last=False, keep_worse=True)
+        assert torch.equal(model[0].weight, before)
+        torch.testing.assert_close(model(given), dense(given), rtol=1e-3, atol=1e-4)
+
+    def test_windows_that_differ_a_little_are_fitted(self):
+        dense = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10)))
+        model, given = pruned_copy(dense), images(1, size=5) + 0.03 * images(100, size=5)
+        row = resuscitate.repair(model, dense, given, ridge=1e-2, keep_worse=True).layers[0]
+        assert row.error_after < 0.9 * row.error_before
+
     @pytest.mark.parametrize("build", [chain, Residual, Dense, Excited], ids=lambda build: build.__name__)
     def test_what_was_not_pruned_comes_back_as_it_is(self, build):
         dense = seeded(build)
