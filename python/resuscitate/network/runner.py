@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import asr_kernels as ak
 
@@ -56,9 +56,11 @@ class Network:
                 torch.clear_autocast_cache()
 
     def run(self, batch: Any) -> Any:
-        """The model's output for one batch."""
+        """The model's output for one batch, whose tensors a `forward_fn` gets as copies: it may write to them."""
         with self.precision():
-            return self.forward_fn(self.model, batch) if self.forward_fn else self.model(self.place(batch))
+            if self.forward_fn is None:
+                return self.model(self.place(batch))
+            return self.forward_fn(self.model, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch))
 
     def example(self, batch: Any) -> Any:
         """The first images of a batch, to observe the network with.

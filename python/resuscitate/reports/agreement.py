@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FEWEST = 32  # images that are enough to say that the outputs are worse
+ROUNDING = 1e-4  # of the norm of the dense outputs: a smaller rise of the error says nothing
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Agreement:
 
     @property
     def fell(self) -> bool:
-        """Has the error risen, and the number of equal largest logits not, on 32 images or more?
+        """Has the error risen by more than rounding, and the number of equal largest logits not, on 32 images or more?
 
         Both: to restore the variance of outputs that have lost it raises their error, and finds more of the classes.
         """
@@ -54,7 +55,7 @@ class Agreement:
             return False
         if self.error_after is None or self.error_before is None:
             return self.error_after is None and self.error_before is not None
-        return self.error_after > self.error_before and not (self.after or 0.0) > (self.before or 0.0)
+        return self.error_after > self.error_before + ROUNDING and not (self.after or 0.0) > (self.before or 0.0)
 
     def __str__(self) -> str:
         pairs = (("same class", self.before, self.after), ("error", self.error_before, self.error_after))

@@ -151,3 +151,16 @@ def test_settings_that_interleaved_passes_change_are_put_back(method: str) -> No
     options = {"forward_fn": lambda net, batch: net(batch), "keep_worse": True}
     assert resuscitate.repair(model, dense, x, method=method, **options).walk == "suspended"
     assert settings() == before
+
+
+def test_a_forward_fn_may_write_to_its_batch():
+    model, dense = pair(KeepsTable)
+    images = torch.rand(64, 3, 8, 8) * 255
+    found = []
+    for scale in (torch.Tensor.div, torch.Tensor.div_):
+        repaired, batches = copy.deepcopy(model), [{"image": part.clone()} for part in images.split(16)]
+        forward_fn = lambda each, batch, scale=scale: each(scale(batch["image"], 255))  # noqa: E731
+        resuscitate.repair(repaired, dense, batches, forward_fn=forward_fn)
+        assert torch.equal(torch.cat([batch["image"] for batch in batches]), images)
+        found.append(repaired)
+    assert same(*found)

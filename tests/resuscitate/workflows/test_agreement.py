@@ -216,6 +216,7 @@ class TestOtherOutputs:
         ((0.5, 0.4, 0.8, 0.9), True),
         ((0.5, 0.6, 0.8, 0.9), False),  # more of the classes
         ((0.5, 0.5, 0.8, 0.9), True),
+        ((1.0, 1.0, 0.0, 1e-6), False),  # rounding
         ((0.5, 0.4, 0.8, 0.7), False),
         ((None, None, 0.8, 0.9), True),
         ((None, None, 0.8, None), True),
