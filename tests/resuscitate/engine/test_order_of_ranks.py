@@ -39,11 +39,15 @@ def work(rank, folder, shift):
         error = str(caught)
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     torch.save((error, changed), f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shift", [0, 20], ids=["alike", "apart"])
 def test_ranks_that_run_other_modules_are_refused_and_nothing_is_changed(shift, tmp_path):
-    mp.spawn(work, (str(tmp_path), shift), nprocs=2)
+    for process in mp.spawn(work, (str(tmp_path), shift), nprocs=2, join=False).processes:
+        process.join(120)
+        assert not process.is_alive(), "a rank hangs"
     for rank in range(2):
         error, changed = torch.load(tmp_path / f"{rank}")
         if shift:
