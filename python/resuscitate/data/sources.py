@@ -119,9 +119,12 @@ class _Files:
         for name, file in files:
             try:
                 with Image.open(file) as opened:
-                    image = opened.convert("RGB")
+                    image, mode = opened.convert("RGB"), opened.mode
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise CalibrationError(f"{name}: not a readable image ({error})") from error
+            if mode[0] in "IF":  # of 16 or 32 bits, which `convert` cuts off at 255
+                remedy = "convert it to 8 bits, or give an array of floats"
+                raise CalibrationError(f"{name}: its pixels have more than 8 bits (mode {mode}); {remedy}")
             if self.size is not None:
                 height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
                 image = ImageOps.fit(image, (width, height))

@@ -48,8 +48,9 @@ class Statistic:
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         """Add the values of one batch, by its number: the tensor in the pruned and in the dense network, or None.
 
-        A layer that a forward pass calls several times is updated several times. Raises LayerError. To read a value
-        from the device here would empty its queue for each batch: leave that to `finish`.
+        A layer that a forward pass calls several times is updated several times. Batches may come in any order and from
+        several threads, each from one: keep what is added by batch, and add it up in `finish`. Raises LayerError.
+        To read a value from the device here would empty its queue for each batch: leave that to `finish`.
         """
 
     def finish(self, batches: int) -> None:

@@ -135,6 +135,12 @@ class TestImageFiles:
         self.save(tmp_path, "rgba.png", np.concatenate([pixels[0], pixels[1, :, :, :1]], -1))
         assert load_images(tmp_path).shape == (2, 3, 6, 5)
 
+    @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+    def test_images_of_more_than_8_bits_are_refused(self, tmp_path, dtype):
+        self.save(tmp_path, "deep.tiff", np.full((4, 4), 1000, dtype=dtype))
+        with pytest.raises(CalibrationError, match=r"deep.tiff: its pixels have more than 8 bits \(mode (I|F)"):
+            load_images(tmp_path)
+
     @pytest.mark.parametrize(("size", "shape"), [(4, (4, 4)), ((4, 8), (4, 8))])
     def test_size_brings_all_to_one_size(self, tmp_path, pixels, size, shape):
         self.save(tmp_path, "a.png", pixels[0])
