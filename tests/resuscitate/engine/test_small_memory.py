@@ -1,7 +1,5 @@
 """Repairs by suspended passes in a small memory: what is freed, and that no value changes."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -292,7 +290,7 @@ class TestNetworks:
 
         def run(model, batch):
             kept.append(batch)
-            assert batch.untyped_storage().nbytes() == sizes[0]
+            assert batch.untyped_storage().nbytes() == batch.nbytes
             return model(batch)
 
         dense = seeded(chain)
@@ -300,7 +298,9 @@ class TestNetworks:
         for part, size, was in zip(x, sizes, before, strict=True):
             assert part.untyped_storage().nbytes() == size
             assert torch.equal(part, was)
-        assert any(each is part for each, part in itertools.product(kept, x))
+        whole = [each for each in kept if len(each) == 8]  # copies, which it may keep
+        assert whole
+        assert all(any(torch.equal(each, was) for was in before) for each in whole)
 
     @methods
     @pytest.mark.parametrize("memory", ["1GiB", "20KB", "1MB"])
