@@ -20,8 +20,8 @@ class RunOptions(TypedDict, total=False):
     max_samples, max_batches: read no more images, or batches, than this. Under ranks `max_samples` counts those of all
         ranks together, `max_batches` those of each.
     batch_size: how one tensor of images is split. It changes the result by rounding only.
-    forward_fn: `forward_fn(model, batch)` runs one batch as it came, in copies, for models that take more than one tensor.
-        Its images are counted along its first tensor (N, ...), or in its first list of images (C, H, W).
+    forward_fn: `forward_fn(model, batch)` runs a copy of one batch as it came, for models that take more than one
+        tensor. Its images are counted along its first tensor (N, ...), or in its first list of images (C, H, W).
     dtype: run under autocast to "bf16" or "fp16"; moments stay float32 sums in float64. None: as the model is. The
         caller's own autocast is off meanwhile.
     device: where to run; the models are moved there and back.
