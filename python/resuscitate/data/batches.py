@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..errors import CalibrationError
 from ..runtime.activations import Frame, Store
 from ..runtime.distributed import Ranks
 from ..utils.digest import image_keys
-from ..utils.nested import count_images
+from ..utils.nested import copied, count_images
 from .augment import Augment, augmented
 from .calibration import read_batches
 from .checks import warn_of_padding
@@ -53,7 +51,7 @@ class Batches:
                 self._kept.append(batch)
             else:
                 self._kept.append(Frame(store))
-                self._kept[-1].close({0: copied(batch)})
+                self._kept[-1].close({0: copied(batch)})  # a loader may use the same memory for each batch
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -179,11 +177,6 @@ class Batches:
 def take(batch: Tensor, rows: Tensor) -> Tensor:
     """Some rows, int64 (R,) on the host, of a batch, without a wait for its device."""
     return batch[rows.to(batch.device, non_blocking=True)]
-
-
-def copied(batch: Any) -> Any:
-    """A copy of a batch, each tensor in memory of its own; a loader may use the same memory for each batch."""
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else copy.deepcopy(x), batch)
 
 
 def read_share(calibration: Any, ranks: Ranks, *, max_samples: int | None, **options: Any) -> Iterable[Any]:

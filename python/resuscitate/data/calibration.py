@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
 from ..runtime.options import check_count
-from ..utils.nested import images_of
+from ..utils.nested import copied, images_of
 from .checks import labels_of, warn_of_class_order
 
 log = logging.getLogger("resuscitate")
@@ -127,7 +126,7 @@ def read_batches(
 def hold(calibration: Calibration, batches: Iterable[Any]) -> list[Any]:
     """The batches that were read from `calibration`, as a list that can be read any number of times."""
     # a loader may use the same memory for each batch
-    return list(batches if is_held(calibration) else map(copy.deepcopy, batches))
+    return list(batches if is_held(calibration) else map(copied, batches))
 
 
 def is_held(calibration: Any) -> bool:

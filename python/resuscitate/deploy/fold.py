@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from ..errors import LayerError, called
 from ..network.comparison import output_tensors, relative_difference
@@ -19,6 +18,7 @@ from ..network.layer_checks import CONVOLUTIONS
 from ..network.updates import Gain, change_of, write_change
 from ..network.wiring import observe, trace, wiring_of
 from ..reports.base import Report
+from ..utils.nested import copied
 from ..utils.readout import read_numbers
 
 log = logging.getLogger("resuscitate")
@@ -64,7 +64,7 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
     modules = dict(folded.named_modules())
 
     def run() -> Any:  # on a copy: a network may write to its input
-        return folded(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example))
+        return folded(copied(example))
 
     def outputs() -> list[Tensor]:
         return [x for x in output_tensors(run()) if x.is_floating_point()]

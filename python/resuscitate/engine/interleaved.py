@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import ResuscitateError
 from ..network.runner import Network
 from ..network.wiring import same_output
 from ..runtime.passes import Pass, PassRunner, end, suspend
+from .suspension import thread_context
 
 
 def check_interleaved(net: Network, batches: Sequence[Any]) -> None:
@@ -33,12 +35,13 @@ def check_interleaved(net: Network, batches: Sequence[Any]) -> None:
 def _interleaved(net: Network, batches: Sequence[Any]) -> list[Any]:
     """The outputs of passes that are suspended in turn at each layer; None for one that fails."""
     outputs: list[Any] = [None] * len(batches)
-    device = net.device
+    context = thread_context(net.device)
 
     def run(index: int) -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        outputs[index] = net.run(batches[index])
+        with ExitStack() as stack:
+            for enter in context:
+                stack.enter_context(enter())
+            outputs[index] = net.run(batches[index])
 
     passes = [Pass(partial(run, index), outputs) for index in range(len(batches))]
     try:

@@ -25,6 +25,10 @@ AHEAD = 16  # batches that are read before their passes begin, so that all cores
 LARGE = 16 << 20
 
 
+class _KeptError(Exception):
+    """The network keeps a tensor of a pass, such as a feature for a later layer, and may read that of another one."""
+
+
 class _Worker:
     """Runs passes one after the other, and calls `after` after each. `calls`: the moments of the present batch."""
 
@@ -47,10 +51,6 @@ class _Worker:
             moments = [each for calls in self.calls.values() for each in calls]
             if made.kept(but=[tensor for each in moments for tensor in (each.mean, each.m2)]):
                 raise _KeptError
-
-
-class _KeptError(Exception):
-    """The network keeps a tensor of a pass, such as a feature for a later layer, and may read that of another one."""
 
 
 def measure(

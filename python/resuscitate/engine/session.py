@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, copied, cut, read_share
+from ..data.batches import Batches, cut, read_share
 from ..data.calibration import hold, is_held
 from ..data.checks import run_first
 from ..errors import DistributedError, ModelMismatchError, called
@@ -28,6 +28,7 @@ from ..runtime.options import RunOptions, as_dtype
 from ..statistics.base import Place, Statistic
 from ..statistics.correlations import OutputCorrelations
 from ..statistics.outputs import OutputMoments
+from ..utils.nested import copied
 from .graph_walk import GraphPasses, NoGraphError, graph_walk
 from .measure import measure, screen
 from .probes import Layer, Measurement, Request
@@ -247,7 +248,7 @@ class Session:
                 differing = next((a or b for a, b in zip_longest(first, other) if a != b), "")
                 raise DistributedError(
                     f"rank {rank} runs other modules than rank 0, or in another order, from {called(differing)} on, "
-                    "because their first images differ in kind; shuffle the images"
+                    "as where their first images differ in kind; shuffle the images"
                 )
 
     def merged(self, found: S) -> S:

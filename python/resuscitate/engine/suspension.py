@@ -104,7 +104,7 @@ class SuspensionPoints:
         self.corrections: dict[str, DeferredCorrection] = {}
         # asked before the walk adds hooks
         self.plain = {name: module for name, module in self.net.modules.items() if is_mergeable(module)}
-        self.context = _thread_context(self.net.device)
+        self.context = thread_context(self.net.device)
 
     def hook(self, stack: ExitStack) -> None:
         """Put hooks on the modules, until the stack is closed."""
@@ -223,7 +223,7 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-def _thread_context(device: torch.device) -> list[Callable[[], Any]]:
+def thread_context(device: torch.device) -> list[Callable[[], Any]]:
     """The state of this thread that the thread of a pass needs: the default device, and the GPU and its stream."""
     found: list[Callable[[], Any]] = []
     if torch.get_default_device().type != "cpu":

@@ -20,8 +20,7 @@ class _Detached(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            return memo.setdefault(id(tensor), tensor.detach().clone())
+            return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
 
 
@@ -40,7 +39,7 @@ def deep_copy(model: M) -> M:
 
 def copy_sharing_tensors(model: M) -> M:
     """A deep copy of all but the tensors, which are those of the model."""
-    with _Shared():
+    with _Shared():  # a parameter does not ask it
         return copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]})
 
 

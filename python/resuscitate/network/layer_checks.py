@@ -68,7 +68,7 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module, *, smaller: b
     return same
 
 
-def check_order(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
+def check_not_swapped(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
     """Raise ModelMismatchError where the dense model clearly has more zeros: the two models seem to be swapped."""
     originals, zeros, total = dict(dense.named_modules()), [], 0
     for name, layer in layers.items():

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import asr_kernels as ak
 
 from ..errors import LayerError, NonFiniteError
+from ..utils.nested import copied
 from .layers import LAYERS, channel_dim
 from .snapshot import autocast
 
@@ -56,11 +57,11 @@ class Network:
                 torch.clear_autocast_cache()
 
     def run(self, batch: Any) -> Any:
-        """The model's output for one batch, whose tensors a `forward_fn` gets as copies: it may write to them."""
+        """The model's output for one batch, of which a `forward_fn` gets a copy: it may write to it."""
         with self.precision():
             if self.forward_fn is None:
                 return self.model(self.place(batch))
-            return self.forward_fn(self.model, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch))
+            return self.forward_fn(self.model, copied(batch))
 
     def example(self, batch: Any) -> Any:
         """The first images of a batch, to observe the network with.

@@ -206,7 +206,7 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
     for leaf in output_leaves(result):
         if isinstance(leaf, Tensor) and leaf in watch.values:
             watch.values[leaf].readers += 1
-    result = leaf = None
+    result = leaf = None  # lest these refer to a tensor
     wiring.keeps_tensors = made.kept()
     wiring.draws_random_numbers = not torch.equal(random_state, torch.get_rng_state())
     wiring.products -= others

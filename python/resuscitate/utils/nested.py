@@ -1,12 +1,14 @@
-"""Tensors in a nest of tuples, lists and dicts: the images, their total bytes, and the number of images."""
+"""Tensors in a nest of tuples, lists and dicts: the images and their number, their total bytes, copies."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 IMAGE_CHANNELS = (1, 3, 4)
 
@@ -28,6 +30,11 @@ def count_images(batch: Any) -> int:
     """The number of images in a batch, as `images_of` finds them: 1 if it finds none."""
     images = images_of(batch)
     return 1 if images is None else len(images)
+
+
+def copied(batch: Any) -> Any:
+    """A deep copy; a tensor that is a part of another one is copied alone, without its graph."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), batch)
 
 
 def bytes_of(batch: Any) -> int:

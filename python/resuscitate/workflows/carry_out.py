@@ -87,7 +87,7 @@ def carry_out(
         active = recalibration if batchnorms else None
         last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
         sharing = sharing_weights(model) if plan.method.measures_layers else {}
-        layers = layers_to_repair(layers, wiring, report, first, last, target == "running", sharing)
+        layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running", sharing=sharing)
         zeros = in_use(model, layers, masks)
         seen = session.layers(layers, zeros, curvatures)
         plan.method.prepare(seen)
@@ -144,8 +144,9 @@ def _read(session: Session, plan: Plan, calibration: Any, changes_layers: bool, 
     first, exactly = (batches.batches_for(mark) for mark in marks)  # before any are held out or copied
     plan.prepare(batches, ranks)
     gains = batches.batches_of(first) if changes_layers else 0
-    exact = len(batches) if marks[1] is None else batches.batches_of(exactly)
-    exact = exact if plan.exact else 0
+    exact = 0
+    if plan.exact:
+        exact = len(batches) if marks[1] is None else batches.batches_of(exactly)
     counts = [batches.images(count) for count in (None, gains, exact)]
     *totals, report.skipped = ranks.total(*counts, session.skipped["images"])
     _, report.images, report.batchnorm_images = totals

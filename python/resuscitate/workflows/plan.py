@@ -17,7 +17,7 @@ from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
-from ..network.layer_checks import check_order, same_layers, split_by_objections
+from ..network.layer_checks import check_not_swapped, same_layers, split_by_objections
 from ..network.layers import Selection, effective_weight, out_channels, select_layers, stored_bias
 from ..network.wiring import Wiring
 from ..reports.repair import LayerReport, RepairReport
@@ -182,7 +182,7 @@ def matching_layers(
         if same_layers(layers, dense, smaller=True):
             report.notes.append("the weights of the two models' layers are equal: no layer was pruned")
             log.warning(report.notes[-1])
-        check_order(layers, dense)
+        check_not_swapped(layers, dense)
     elif isinstance(dense, DenseStatistics):
         for name, layer in layers.items():
             if name not in dense.layers:
