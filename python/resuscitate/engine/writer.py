@@ -167,7 +167,8 @@ def _variances(gain: Tensor, found: OutputMoments) -> dict[str, Tensor]:
     """The variances before and after a gain, over all calls and at each of several calls; what `found` explains."""
     pairs = {"": (found.pruned, found.dense)}
     if len(found.calls) > 1:
-        pairs |= {f" {call}": pair for call, pair in enumerate(zip(found.calls, found.dense_calls, strict=True))}
+        by_call = enumerate(zip(found.calls, found.dense_calls, strict=True))
+        pairs |= {f" {call}": pair for call, pair in by_call if all(each.count for each in pair)}
     numbers = {"dense": found.dense.m2.sum()} | ({"explained": explained_share(found.pairs)} if found.pairs else {})
     for call, (pruned, dense) in pairs.items():
         numbers |= {f"before{call}": _ratio(pruned, dense), f"after{call}": _ratio(pruned, dense, gain)}
@@ -180,7 +181,8 @@ def _describe_gain(row: LayerReport, calls: int, numbers: Mapping[str, float]) -
         return
     row.variance_before = row.variance_after = numbers["before"]
     row.explained = _number(numbers.get("explained", math.nan))
-    if calls > 1 and not all(_nearer(numbers[f"before {call}"], numbers[f"after {call}"]) for call in range(calls)):
+    compared = [call for call in range(calls) if f"before {call}" in numbers]
+    if not all(_nearer(numbers[f"before {call}"], numbers[f"after {call}"]) for call in compared):
         row.status, row.reason, row.gain = "unchanged", f"called {calls} times with incompatible statistics", None
     else:
         row.variance_after = numbers["after"]

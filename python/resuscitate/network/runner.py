@@ -108,10 +108,24 @@ class Network:
 
 
 def moments_at(name: str, module: nn.Module, x: Any) -> ak.ChannelMoments:
-    """Moments of a BatchNorm's input, or of a layer's output. Raises LayerError where it is no tensor."""
+    """Moments of a BatchNorm's input, or of a layer's output. Raises LayerError where it is no tensor.
+
+    It may have no values: a layer may run on a choice of its input's rows, and in some batch on none.
+    """
     check_tensors(name, x)
+    if not x.numel():
+        return ak.ChannelMoments.empty(x.shape[channel_dim(module)], x.device)
     # the tolerance of the variance is far below the error of any sample of images, and saves time on a CPU
     return ak.channel_moments(x, channel_dim(module), tolerance=1e-5)
+
+
+def paired_moments_at(name: str, module: nn.Module, dense: Any, pruned: Any) -> ak.PairedMoments:
+    """As `moments_at`, of a layer's outputs in both networks."""
+    check_tensors(name, dense, pruned)
+    if dense.numel() or pruned.numel():
+        return ak.paired_moments(dense, pruned, channel_dim(module))
+    nothing = moments_at(name, module, pruned)
+    return ak.PairedMoments(nothing, nothing, nothing.mean.clone())
 
 
 def check_tensors(name: str, *outputs: Any) -> None:

@@ -15,8 +15,8 @@ import asr_kernels as ak
 
 from ..engine.session import Session
 from ..errors import CalibrationError, ModelMismatchError, called
-from ..network.layers import Selection, channel_dim, effective_weight, unwrap, with_weight
-from ..network.runner import check_finite, check_tensors
+from ..network.layers import Selection, effective_weight, unwrap, with_weight
+from ..network.runner import check_finite, paired_moments_at
 from ..runtime.options import RunOptions, run_options
 from ..statistics.base import merge_calls
 from ..statistics.outputs import OutputCovariances, explained
@@ -118,10 +118,9 @@ def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
 def _compare(found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: Any, out: Any) -> None:
     """A forward hook that compares a layer's output with its output at each density; `pairs` has one for each."""
     name, weight, pairs = found.place.name, effective_weight(found.place.name, layer), []
-    check_tensors(name, out)
     for index in range(int(times.max())):
         pruned = with_weight(layer, weight * (times > index))(*args)
-        pairs.append(ak.paired_moments(out, pruned, channel_dim(layer)))
+        pairs.append(paired_moments_at(name, layer, out, pruned))
     moments = [each for pair in pairs for each in (pair.dense, pair.pruned)]
     check_finite(name, ((batch, x) for each in moments for x in (each.mean, each.m2)))
     found.pairs = merge_calls(found.pairs, pairs)

@@ -57,12 +57,15 @@ class ScratchFile:
     def read(self, region: Region, data: Tensor) -> None:
         assert self.file is not None
         self.file.seek(region.offset)
-        left = view_bytes(data)
+        host = data if data.device.type == "cpu" else torch.empty(data.shape, dtype=data.dtype)
+        left = view_bytes(host)
         while left:
             got = self.file.readinto(left)  # type: ignore[attr-defined]
             if not got:
                 raise ResuscitateError(f"scratch file in {self.folder} was cut short")
             left = left[got:]
+        if host is not data:  # images that the caller has on a GPU
+            data.copy_(host)
 
     def free(self, region: Region) -> None:
         bisect.insort(self.gaps, (region.size, region.offset))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import asr_kernels as ak
 
-from ..network.layers import channel_dim
-from ..network.runner import check_finite, check_tensors, moments_at
+from ..network.runner import check_finite, moments_at, paired_moments_at
 from .base import Place, Statistic, merge_calls
 
 Calls = list[ak.ChannelMoments]
@@ -68,7 +67,7 @@ class OutputMoments(Statistic):
 
     @property
     def empty(self) -> bool:
-        return not self.calls
+        return any(not sum(each.count for each in calls) for calls in (self.calls, self.dense_calls or self.calls))
 
 
 class OutputCovariances(OutputMoments):
@@ -84,8 +83,7 @@ class OutputCovariances(OutputMoments):
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         if pruned is not None and dense is not None:
-            check_tensors(self.place.name, pruned, dense)
-            pair = ak.paired_moments(dense, pruned, channel_dim(self.place.module))
+            pair = paired_moments_at(self.place.name, self.place.module, dense, pruned)
             self.pairs_by_batch.setdefault(batch, []).append(pair)
             self.dense_by_batch.setdefault(batch, []).append(pair.dense)
         super().update(batch, pruned, None)

@@ -58,6 +58,8 @@ class PatchCovariances(Statistic):
         batched: Any = with_batch_axis(layer, pruned, dense)
         x, y = batched
         (x, window), count = operands(name, layer, x), input_blocks(layer)
+        if not len(x):  # of a choice of rows
+            return
         if count > 1:
             y = contributions(name, self.place.dense, y, count, self.place.kept)
             window = replace(window, groups=count)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from torch.utils.data import DataLoader
 import resuscitate
 from resuscitate.errors import ResuscitateError
 from resuscitate.runtime import activations as storage
+from resuscitate.runtime import spill
 from resuscitate.runtime.activations import Frame, Store, free_memory, parse_memory
-from resuscitate.runtime.spill import HostMemory
+from resuscitate.runtime.spill import HostMemory, ScratchFile
+from resuscitate.utils.raw_bytes import view_bytes
+from tests.device import device
 from tests.networks import Residual, Shuffled, Zoo, chain, images, pruned_copy, seeded
 
 CPU = torch.device("cpu")
@@ -293,3 +297,19 @@ class TestFreedPages:
                 assert store.admit(size)
                 store.release(size)
         assert len(given_back) == times
+
+
+def test_bytes_of_a_gpu_pass_through_host_memory_to_and_from_a_file(monkeypatch):
+    def view(data: Tensor) -> memoryview:
+        assert data.device == CPU
+        return view_bytes(data)
+
+    monkeypatch.setattr(spill, "view_bytes", view)
+    place = torch.device("cuda", 0) if torch.cuda.is_available() else device()
+    data = torch.arange(100, dtype=torch.uint8).to(place)
+    with closing(ScratchFile(None)) as file:
+        region = file.write(data, None)
+        read = torch.zeros_like(data)
+        file.read(region, read)
+    assert read.device == region.device == place
+    assert torch.equal(read.cpu(), data.cpu())

@@ -313,24 +313,3 @@ def test_the_device_option_brings_the_models_back(monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda self, *args: moved.append(args) or to(self, *args))
     resuscitate.repair(model, dense, images(), device="cpu")
     assert moved == [("cpu",)] * 2 + [(torch.device("cpu"),)] * 2
-
-
-def test_what_the_images_never_reach_is_unchanged_and_reported():
-    class Branching(nn.Module):
-        """Batches of two, as the first look takes them, go another way than longer ones."""
-
-        def __init__(self):
-            super().__init__()
-            self.stem, self.rare, self.rare_bn = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.stem(x)
-            return self.rare_bn(self.rare(x)) if len(x) == 2 else x
-
-    dense = seeded(Branching)
-    report = resuscitate.repair(pruned_copy(dense), dense, images(), skip_first=False, recalibrate="exact")
-    assert {row.name: (row.status, row.reason) for row in report.layers}["rare"] == (
-        "unchanged",
-        "these images never reach it",
-    )
-    assert "BatchNorm 'rare_bn' is unchanged: these images never reach it" in report.notes
