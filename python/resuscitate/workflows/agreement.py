@@ -68,11 +68,11 @@ def comparable(output: Any) -> list[Tensor]:
 def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tensor) -> Tensor:
     """Images with the same largest logit, images with logits, squares of differences, and of the dense outputs; images.
 
-    Tensors without one row for each image are left out. NaN where no others are left, such as for lists of boxes, or
+    Tensors without an axis of images are left out. NaN where no others are left, such as for lists of boxes, or
     where their shapes differ.
     """
     found = torch.zeros_like(sums)
-    ours, theirs = ([each for each in outputs if each.shape[:1] == (images,)] for outputs in (ours, theirs))
+    ours, theirs = ([each for each in outputs if _has_images(each, images)] for outputs in (ours, theirs))
     if not theirs or [each.shape for each in ours] != [each.shape for each in theirs]:
         return found.fill_(torch.nan)
     found[4] = images
@@ -82,3 +82,8 @@ def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tenso
         found[2] += (mine.double() - other.double()).square().sum()
         found[3] += other.double().square().sum()
     return found
+
+
+def _has_images(x: Tensor, images: int) -> bool:
+    """Has the first axis as many entries as there are images, or the second one, as in sequences (T, N, K)?"""
+    return x.shape[:1] == (images,) or (x.ndim == 3 and x.shape[1] == images)

@@ -158,6 +158,17 @@ class TestOtherOutputs:
         assert (agreement.before, agreement.after) == (None, None)
         assert agreement.error_after < agreement.error_before
 
+    @pytest.mark.parametrize("count", [24, 140])
+    def test_sequences_with_the_images_on_the_second_axis_have_an_error_too(self, count):
+        class Sequences(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x).mean(2).permute(2, 0, 1)  # (T, N, K)
+
+        dense = seeded(lambda: Sequences(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)))
+        agreement = resuscitate.repair(pruned_copy(dense), dense, images(count)).agreement
+        assert (agreement.before, agreement.after) == (None, None)
+        assert agreement.error_after < agreement.error_before
+
     def test_lists_of_other_lengths_cannot_be_compared(self):
         class Boxes(nn.Module):
             def __init__(self):
