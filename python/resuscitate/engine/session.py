@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -39,6 +40,9 @@ from .walk import Walk
 log = logging.getLogger("resuscitate")
 
 S = TypeVar("S", bound=Statistic)
+# Sessions of several threads follow one another: torch.fx changes `nn.Module` while it traces, and the random state,
+# the number of intra-op threads and the settings of malloc are those of the process.
+ONE_AT_A_TIME = threading.RLock()
 
 
 class Session:
@@ -50,6 +54,7 @@ class Session:
     images left out for non-finite activations. `nets` are the networks, `net` the first of them, `dense` the second, if
     any. After `look`, `wiring` and `example` are the wiring of the first network and a small batch; after
     `match_channels`, `kept` are the dense channels that the first network has; after a walk, `walk_taken` is its kind.
+    One thread at a time has sessions; the others wait.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Session:
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
+            stack.enter_context(ONE_AT_A_TIME)
             if self.writes:
                 self.snapshot = stack.enter_context(Snapshot(self.models[0]))
             if self.measures:
