@@ -60,7 +60,8 @@ class Agreement:
     def __str__(self) -> str:
         pairs = (("same class", self.before, self.after), ("error", self.error_before, self.error_after))
         parts = [f"{name} {_text(was)} -> {_text(now)}" for name, was, now in pairs if (was, now) != (None, None)]
-        return f"{', '.join(parts)} on {self.images} {'held-out ' if self.held_out else ''}images"
+        which = "held-out images" if self.held_out else "of the images that it used"
+        return f"{', '.join(parts)} on {self.images} {which}"
 
 
 def _text(number: float | None) -> str:

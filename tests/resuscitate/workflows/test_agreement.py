@@ -238,3 +238,9 @@ class TestOtherOutputs:
 def test_the_agreement_fell(numbers, fell):
     assert Agreement(*numbers, 32, True).fell == fell
     assert not Agreement(*numbers, 31, False).fell
+
+
+@pytest.mark.parametrize(("held_out", "which"), [(True, "held-out images"), (False, "of the images that it used")])
+def test_its_text_says_whether_the_images_were_held_out(held_out, which):
+    found = str(Agreement(0.25, 0.5, 0.9, None, 40, held_out))
+    assert found == f"same class 0.250 -> 0.500, error 0.900 -> not finite on 40 {which}"

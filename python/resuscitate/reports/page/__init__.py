@@ -120,7 +120,7 @@ def _sentences(document: Row, last: Row) -> str:
     kept, total = (sum(row[key] for row in document.get("masks", ())) for key in ("kept", "total"))
     said += [f"{1 - kept / total:.1%} of its weights are zero."] if total else []
     if found.get("before") is not None:
-        which = "images to which no weight was fitted" if found["held_out"] else "of these images"
+        which = "images to which no weight was fitted" if found["held_out"] else "of these images, which it used"
         said.append(
             f"On {found['images']:,} {which}, it gives the same class as the network before pruning for "
             f"{found['after']:.1%} (without repair: {found['before']:.1%})."
