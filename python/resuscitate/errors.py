@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MODEL = "the model itself"  # in messages, for the module with the empty name in `model.named_modules()`
 
@@ -23,6 +23,11 @@ class CheckpointError(ResuscitateError, ValueError):
 def called(name: str, kind: str = "layer") -> str:
     """How a message names a layer, or another kind of module: by its name, or `MODEL` if the name is empty."""
     return f"{kind} {name!r}" if name else MODEL
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class LayerError(ResuscitateError, ValueError):

@@ -93,7 +93,18 @@ def options_of(found: Mapping[str, Any]) -> Options:
     None.
     """
     options = {**found, **found["given"]}
+    _check_written(options)
     return {name: None if value == [] else value for name, value in options.items() if name != "given"}
+
+
+def _check_written(options: Options) -> None:
+    """Refuse a file that is written in place of another one that the command names."""
+    for name in ("output", "report", "masks"):
+        if (path := options.get(name)) is not None:
+            for other, value in options.items():
+                if other != name and isinstance(value, str | Path) and Path(value).resolve() == path.resolve():
+                    flags = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))
+                    raise typer.BadParameter(f"{flags} name one file, {path}, which would be overwritten")
 
 
 def run_time_options(options: Options) -> Options:

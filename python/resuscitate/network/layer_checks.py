@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import LayerError, ModelMismatchError, called
@@ -82,6 +83,22 @@ def check_not_swapped(layers: Mapping[str, nn.Module], dense: nn.Module) -> None
     if theirs > ours + CLEARLY_MORE:
         shares = f"{theirs:.0%} of the dense model's weights are zero, and {ours:.0%} of the pruned one's"
         raise ModelMismatchError(f"{shares}: they seem to be swapped; pass the pruned model first")
+
+
+def different_elsewhere(model: nn.Module, dense: nn.Module) -> list[str]:
+    """The parameters that differ from the dense model's, of modules that are no layer and no BatchNorm, as an LSTM."""
+    originals, found = dict(dense.named_modules()), []
+    for name, module in model.named_modules():
+        if isinstance(module, (*LAYERS, _BatchNorm)) or name not in originals:
+            continue
+        for parameter in module._parameters if isinstance(module._parameters, dict) else ():
+            attribute = parameter.removesuffix("_orig")  # of a parameter with a mask of torch.nn.utils.prune
+            ours, theirs = (getattr(each, attribute, None) for each in (module, originals[name]))
+            if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
+                continue
+            if not torch.equal(ours, theirs.to(ours.device)):
+                found.append(f"{name}.{attribute}".lstrip("."))
+    return found
 
 
 def _fits_into(weight: Tensor, original: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from asr_kernels.precision import full_precision_of_models
 
+from ..errors import ModelMismatchError
 from ..utils.interrupts import Interrupts
 from ..utils.readout import differing
 from .layers import find_layers, refresh_weight
@@ -83,6 +84,13 @@ class Snapshot:
         for module in find_layers(self.model).values():
             refresh_weight(module)
         torch.clear_autocast_cache()
+
+    def undo(self) -> None:
+        """`restore`, for a model that the caller may have changed. Raises ModelMismatchError for a module replaced."""
+        present = set(self.model.modules())
+        if not all(module in present for module, _, _ in self.copies.values()):
+            raise ModelMismatchError("a module that was changed has been replaced since: there is nothing to restore")
+        self.restore()
 
     def forget_unchanged(self) -> None:
         """Keep only the copies that differ from the model as it is now."""

@@ -47,12 +47,15 @@ class Agreement:
 
     @property
     def fell(self) -> bool:
-        """Has the error risen by more than rounding, and the number of equal largest logits not, on 32 images or more?
+        """Are the outputs `worse` on 32 images or more?"""
+        return self.worse and self.images >= FEWEST
+
+    @property
+    def worse(self) -> bool:
+        """Has the error risen by more than rounding, and the number of equal largest logits not?
 
         Both: to restore the variance of outputs that have lost it raises their error, and finds more of the classes.
         """
-        if self.images < FEWEST:
-            return False
         if self.error_after is None or self.error_before is None:
             return self.error_after is None and self.error_before is not None
         return self.error_after > self.error_before + ROUNDING and not (self.after or 0.0) > (self.before or 0.0)

@@ -55,20 +55,27 @@ class UndoableReport(Report):
     undone: bool = False
 
     def undo(self) -> None:
-        """Restore the model from before the change, bit for bit. Raises RuntimeError the second time.
+        """Restore what the change has changed, bit for bit; what was changed later, elsewhere, stays.
 
-        Where the change was undone already, because it made the outputs worse, nothing is left to do.
+        Where the change was undone already, because it made the outputs worse, nothing is left to do. Raises
+        RuntimeError the second time, ModelMismatchError for a module that has been replaced since.
         """
         if self._undo is None:
             raise RuntimeError(f"this {self.work} has been undone already")
         self._undo()
         self._undo = None
 
-    def take_back(self) -> None:
-        """Undo a change that made the outputs worse, and say so."""
-        self.undo()
-        self._undo = _nothing
-        self.note_undone()
+    def undo_if_worse(self) -> None:
+        """Undo a change that made the outputs worse, and say so; with too few images only say so."""
+        if self.agreement is None or not self.agreement.worse:
+            return
+        if self.agreement.fell:
+            self.undo()
+            self._undo = _nothing
+            self.note_undone()
+        else:
+            doubt = f"too few to undo the {self.work} for that; give more, or call undo()"
+            log.warning("%s: the outputs seem to be worse, but these images are %s", self.agreement, doubt)
 
     def note_undone(self) -> None:
         """Note that the change was undone, because it made the outputs worse."""

@@ -18,7 +18,7 @@ from ..engine.probes import Measurement, Probe, Request
 from ..engine.reference import Dense, DenseStatistics, Target, as_target, fill_reference, identify
 from ..engine.session import Session
 from ..engine.writer import Writer
-from ..errors import CalibrationError, ModelMismatchError, ResuscitateError
+from ..errors import CalibrationError, ModelMismatchError, ResuscitateError, listed
 from ..methods.base import DenseAccess
 from ..methods.batchnorm import EMA, batchnorms_to_estimate
 from ..network.layers import Selection, running_statistics, sharing_weights, unwrap
@@ -106,6 +106,7 @@ def carry_out(
         report.resumed = len(journal.entries)
         writer = Writer(session.net, wiring, seen, report, journal, ranks, plan.method.dense is not DenseAccess.NONE)
         clock.end("looking at the models")
+        without_bias = [name for name, layer in layers.items() if layer.bias is None]
         _update(session, plan, writer, probes, batchnorms, images, target, measured)
         if isinstance(recalibration, EMA):
             recalibration.estimate(session.net, batchnorms, images.cut_anew)
@@ -117,10 +118,12 @@ def carry_out(
         report.walk = session.walk_taken
         report.bytes_spilled = sum(store.bytes_spilled for store in {session.store, session.image_store})
         session.snapshot.forget_unchanged()
-        report._undo = session.snapshot.restore
+        report._undo = session.snapshot.undo
         report.agreement = Agreement.of(before, judge.look() if judge else None)
-        if report.agreement is not None and report.agreement.fell and plan.follows_dense and not keep_worse:
-            report.take_back()
+        if plan.follows_dense and not keep_worse:
+            report.undo_if_worse()
+        if new := [f"{name}.bias".lstrip(".") for name in without_bias if layers[name].bias is not None]:
+            report.notes.append(f"layers that had no bias have one now, so the state dict has new keys: {listed(new)}")
         clock.end("checking")
         report.stages, report.seconds = clock.stages, sum(clock.stages.values())
         return report

@@ -193,7 +193,7 @@ def compress(
             removal = shrink(model, masks, example)
             speeds = latency(dense, example, each.run, each.ranks), latency(model, example, each.run, each.ranks)
         session.snapshot.forget_unchanged()
-        seconds, undo = time.perf_counter() - started, session.snapshot.restore
+        seconds, undo = time.perf_counter() - started, session.snapshot.undo
         report = CompressReport(
             masks=masks,
             seconds=seconds,

@@ -116,7 +116,7 @@ def compress_to_agreement(
             report = _try(model, _sparsity(low, trials), images, resume, settings)
         session.snapshot.forget_unchanged()
         parts = {each.name: getattr(report, each.name) for each in fields(report)}
-        parts |= {"seconds": time.perf_counter() - started, "_undo": session.snapshot.restore}
+        parts |= {"seconds": time.perf_counter() - started, "_undo": session.snapshot.undo}
         return TargetReport(**parts, target=agreement, trials=found)
 
 

@@ -14,10 +14,10 @@ from ..data.augment import Augment, check_augment
 from ..data.batches import Batches
 from ..engine.probes import Layer, Probe
 from ..engine.reference import DenseStatistics, Target
-from ..errors import ModelMismatchError, ResuscitateError, called
+from ..errors import ModelMismatchError, ResuscitateError, called, listed
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
-from ..network.layer_checks import check_not_swapped, same_layers, split_by_objections
+from ..network.layer_checks import check_not_swapped, different_elsewhere, same_layers, split_by_objections
 from ..network.layers import Selection, effective_weight, out_channels, select_layers, stored_bias
 from ..network.wiring import Wiring
 from ..reports.repair import LayerReport, RepairReport
@@ -183,6 +183,10 @@ def matching_layers(
             report.notes.append("the weights of the two models' layers are equal: no layer was pruned")
             log.warning(report.notes[-1])
         check_not_swapped(layers, dense)
+        if elsewhere := different_elsewhere(model, dense):
+            kinds = "only convolutions, linear layers and BatchNorm are repaired"
+            report.notes.append(f"unchanged, but not as in the dense network: {listed(elsewhere)}; {kinds}")
+            log.warning(report.notes[-1])
     elif isinstance(dense, DenseStatistics):
         for name, layer in layers.items():
             if name not in dense.layers:

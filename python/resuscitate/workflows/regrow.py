@@ -228,11 +228,11 @@ def regrow(
         if shrunk and example is not None:
             shrink(model, masks, example)
         session.snapshot.forget_unchanged()
-        seconds, undo = time.perf_counter() - started, session.snapshot.restore
+        seconds, undo = time.perf_counter() - started, session.snapshot.undo
         result = RegrowthReport(masks=masks, seconds=seconds, agreement=agreement, _undo=undo, rounds=found)
-        if agreement is not None and agreement.fell and plan.follows_dense and not keep_worse and finetune is None:
-            result.masks = given
-            result.take_back()
+        if plan.follows_dense and not keep_worse and finetune is None:
+            result.undo_if_worse()
+            result.masks = given if result.undone else masks
         return result
 
 

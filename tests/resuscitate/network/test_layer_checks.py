@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import resuscitate
 from resuscitate.errors import LayerError
@@ -146,3 +147,48 @@ def test_swapped_models_are_refused():
         resuscitate.repair(dense, pruned, images())
     assert same(dense, before)
     resuscitate.repair(pruned, dense, images())
+
+
+class Recurrent(nn.Module):
+    """A convolution, an LSTM over its columns, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.lstm, self.head = nn.LSTM(28, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_weights_that_nothing_repairs_are_named_where_they_are_pruned(removed, caplog):
+    dense = seeded(Recurrent)
+    model = pruned_copy(dense)
+    assert resuscitate.repair(copy.deepcopy(model), dense, images()).notes == []
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        prune.l1_unstructured(model.lstm, name, 0.5)
+        if removed:
+            prune.remove(model.lstm, name)
+    report = resuscitate.repair(model, dense, images())
+    assert "unchanged, but not as in the dense network: " in (note := "".join(report.notes))
+    assert "lstm.weight_ih_l0" in note
+    assert "lstm.weight_hh_l0" in note
+    assert note in caplog.text
+
+
+def test_layers_that_get_a_bias_are_named():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    dense = seeded(build)
+    model = pruned_copy(dense)
+    before = model.state_dict().keys()
+    report = resuscitate.repair(model, dense, images(), keep_worse=True)
+    assert model.state_dict().keys() - before == {"0.bias"}
+    assert report.notes == ["layers that had no bias have one now, so the state dict has new keys: 0.bias"]
+    report.undo()
+    assert model.state_dict().keys() == before
+    chained = seeded(chain)
+    assert resuscitate.repair(pruned_copy(chained), chained, images()).notes == []

@@ -1,5 +1,8 @@
 """Settings of the process during a repair, and after it."""
 
+import copy
+
+import pytest
 import torch
 
 import resuscitate
@@ -17,3 +20,19 @@ def test_gpus_that_hold_no_model_are_not_seeded(monkeypatch):
     with evaluation_mode([model], seed=3):
         assert torch.initial_seed() == 3
     assert not seeds
+
+
+def test_an_undo_keeps_what_was_changed_later_elsewhere_and_refuses_a_module_that_was_replaced():
+    dense = seeded(chain)
+    model = pruned_copy(dense)
+    before = copy.deepcopy(model.state_dict())
+    report = resuscitate.repair(model, dense, images(), method="channelwise", include=["3"])
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    layer, model[3] = model[3], copy.deepcopy(model[3])
+    with pytest.raises(resuscitate.ModelMismatchError, match="has been replaced since"):
+        report.undo()
+    model[3] = layer
+    report.undo()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"0.weight"}

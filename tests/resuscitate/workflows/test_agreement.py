@@ -115,6 +115,21 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert not same_state(kept.state_dict(), before)
 
 
+def test_a_repair_that_few_images_find_worse_is_kept_and_doubted(caplog):
+    dense, given = seeded(chain), images(24)
+    model = pruned_copy(dense, 0.1)
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.WARNING):
+        report = resuscitate.repair(model, dense, given, method=Negated())
+    assert not report.undone
+    assert "the outputs seem to be worse, but these images are too few to undo the repair for that" in caplog.text
+    report.undo()
+    assert same_state(model.state_dict(), before)
+    caplog.clear()
+    resuscitate.repair(model, dense, given, method=Negated(), keep_worse=True)
+    assert "too few" not in caplog.text
+
+
 def test_a_compression_that_makes_the_outputs_worse_leaves_the_pruned_weights(caplog):
     dense, given = seeded(chain), images(128)
     model, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
