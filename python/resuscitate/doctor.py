@@ -137,7 +137,7 @@ def _facts(device: torch.device) -> Findings:
     facts |= {"device": f"{device}, {name}", "backend": backend, "Triton's interpreter": "on" if interpreted else "off"}
     for extra, (module, purpose) in EXTRAS.items():
         installed = find_spec(module) is not None
-        facts[f"extra {extra}"] = f"installed, for {purpose}" if installed else f"missing: no {purpose}"
+        facts[f"extra {extra}"] = f"installed, for {purpose}" if installed else f"missing, for {purpose}"
         if not installed:
             remedies.append(f"for {purpose}: pip install 'resuscitate[{extra}]'")
     return Findings(facts, remedies=remedies)

@@ -47,6 +47,10 @@ class _PlainErrors(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt:
+            goes_on = any(word.startswith("--resume") for word in sys.argv)
+            typer.echo("Interrupted" + (": the same command goes on from its journal" if goes_on else ""), err=True)
+            raise typer.Exit(130) from None
         except (ResuscitateError, OSError, TypeError, ValueError) as error:
             raise typer.Exit(_say(error)) from error
 
@@ -98,10 +102,12 @@ def options_of(found: Mapping[str, Any]) -> Options:
 
 
 def _check_written(options: Options) -> None:
-    """Refuse a file that is written in place of another one that the command names."""
+    """Refuse to write over a file that the command reads, but for the pruned weights, which their repair replaces."""
     for name in ("output", "report", "masks"):
         if (path := options.get(name)) is not None:
             for other, value in options.items():
+                if {name, other} == {"output", "pruned"}:
+                    continue
                 if other != name and isinstance(value, str | Path) and Path(value).resolve() == path.resolve():
                     flags = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))
                     raise typer.BadParameter(f"{flags} name one file, {path}, which would be overwritten")

@@ -56,6 +56,8 @@ def compress(
     options = options_of(locals())
     if sparsity is not None and target_agreement is not None:
         raise typer.BadParameter("--sparsity and --target-agreement are two ways to say how much: give one")
+    if isinstance(steps, list) and sparsity is None and target_agreement is None:
+        sparsity = options["sparsity"] = steps[-1]
     target = AGREEMENT if target_agreement is None else target_agreement
     network = load_model(model, dense)
     chosen = {"method": method_name(method), "densities": flags.parse_densities(densities), **method_options(options)}

@@ -64,6 +64,8 @@ def build_model(name: str) -> nn.Module:
 
 def _from_transformers(folder: str) -> Any:
     transformers = importlib.import_module("transformers")
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"there is no folder {folder}")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return transformers.AutoModelForImageClassification.from_config(config)
 

@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from ..network.masks import Masks
 from ..reports.agreement import Agreement
 from . import flags
 from .flags import Options
 
 
 def size_of(network: nn.Module) -> dict[str, int]:
-    """The number of parameters, and of those that are not zero."""
-    parameters = list(network.parameters())
-    counts = sum(each.numel() for each in parameters), sum(int(each.count_nonzero()) for each in parameters)
-    return dict(zip(("parameters", "nonzero"), counts, strict=True))
+    """The number of parameters, and of those that are not zero; the same of the weights of layers."""
+    parameters, rows = list(network.parameters()), Masks.from_zeros(network).table()
+    found = {"parameters": sum(each.numel() for each in parameters)}
+    found["nonzero"] = sum(int(each.count_nonzero()) for each in parameters)
+    return found | {"weights": sum(row.total for row in rows), "nonzero_weights": sum(row.kept for row in rows)}
 
 
 def summarise(document: Mapping[str, Any], options: Options) -> list[str]:
@@ -29,7 +31,7 @@ def summarise(document: Mapping[str, Any], options: Options) -> list[str]:
     agreement = str(Agreement(**found)) if found else "not measured: it needs the dense network, and outputs to compare"
     agreement += "; undone, because the outputs were worse" if document["undone"] else ""
     scores = ", ".join(f"{name} {score:.2f}" for name, score in document.get("scores", {}).items())
-    kept, total = (sum(row[key] for row in document["masks"]) for key in ("kept", "total"))
+    kept, total = size["nonzero_weights"], size["weights"]
     lines = {
         "agreement": agreement + (f"; accuracy in per cent: {scores}" if scores else ""),
         "sparsity": f"{1 - kept / total:.2%} of {total:,} weights are zero" if total else "no layer has weights",

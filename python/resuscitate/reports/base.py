@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -54,6 +57,14 @@ class UndoableReport(Report):
     agreement: Agreement | None = None
     undone: bool = False
 
+    @abstractmethod
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        """What `rich.print` shows: the table of the layers or steps, and the outcome."""
+
+    def __str__(self) -> str:
+        """What `rich.print` shows, as plain text."""
+        return as_text(self)
+
     def undo(self) -> None:
         """Restore what the change has changed, bit for bit; what was changed later, elsewhere, stays.
 
@@ -90,6 +101,16 @@ class UndoableReport(Report):
 
 def _nothing() -> None:
     """The undoing of a change that was undone already."""
+
+
+def as_text(part: Any) -> str:
+    """What rich prints for an object, as plain text; nothing is cut off where standard output is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    text = io.StringIO()
+    Console(file=text, width=width, highlight=False).print(part)
+    return text.getvalue().rstrip()
 
 
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -41,7 +41,6 @@ USAGE = [
     (["--method", "asr", "--no-relu-aware"], "method 'asr' has no option 'relu_aware'; it is for method 'refit'"),
     (["--recalibrate", "exact", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
     (["--exact-samples", "8", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
-    (["-o", "pruned.safetensors"], "--pruned and --output name one file, pruned.safetensors, which would be"),
     (["-o", "./dense.safetensors"], "--dense and --output name one file"),
     (["--report", "report.txt"], "a report is written as .json or .csv"),
     (["--method", "refit", "--ridge", "-5"], "ridge=-5 must be at least 0"),

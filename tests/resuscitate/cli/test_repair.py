@@ -64,6 +64,12 @@ class TestRepair:
         resuscitate.repair(expected, loaded("dense.safetensors"), load_images("images.npz"), **keywords)
         assert same_state(load_file("repaired.safetensors"), expected.state_dict())
 
+    def test_the_pruned_weights_may_be_written_over(self, user):
+        weights = load_file("pruned.safetensors")
+        save_file(weights, "mine.safetensors")
+        repair("--pruned", "mine.safetensors", "-o", "mine.safetensors")
+        assert not same_state(load_file("mine.safetensors"), weights)
+
     def test_a_report_is_written_as_csv_too(self, user):
         repair("--report", "run.csv")
         with Path("run.csv").open() as file:

@@ -25,7 +25,8 @@ def test_five_lines_end_a_repair(user):
     found = last_lines(repair("--max-samples", 40).stdout)
     assert list(found) == ["agreement", "sparsity", "size", "time", "next"]
     assert re.fullmatch(
-        r"same class 0\.\d{3} -> \d\.\d{3}, error \d\.\d{3} -> \d\.\d{3} on \d+ images", found["agreement"]
+        r"same class 0\.\d{3} -> \d\.\d{3}, error \d\.\d{3} -> \d\.\d{3} on \d+ of the images that it used",
+        found["agreement"],
     )
     network = loaded("repaired.safetensors")
     nonzero = sum(int(each.count_nonzero()) for each in network.parameters())
@@ -36,6 +37,12 @@ def test_five_lines_end_a_repair(user):
         f"{nonzero:,} of {total:,} parameters are not zero; written to repaired.safetensors"
     )
     assert found["time"].endswith(" s")
+
+
+def test_zeros_are_those_of_the_network_even_if_more_than_its_masks_have(user):
+    words = ["--dense", "pruned.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
+    found = last_lines(invoke("compress", "-m", MODEL, "--sparsity", 0.3, "--steps", 1, *words).stdout)
+    assert found["sparsity"].startswith(f"{resuscitate.Masks.from_zeros(loaded('out.safetensors')).sparsity:.2%} of ")
 
 
 @pytest.mark.parametrize("words", [["--mean", "0.4,0.5,0.6", "--std", "0.2,0.25,0.3"], ["--report", "run.json"]])

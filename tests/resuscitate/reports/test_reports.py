@@ -2,10 +2,12 @@
 
 import copy
 import csv
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import resuscitate
@@ -82,6 +84,9 @@ def test_a_report_is_plain_data_is_saved_and_undone(make, count, undoes, tmp_pat
     assert not list(tmp_path.glob("report.[tp]*"))
     assert hasattr(report, "undo") == undoes
     if undoes:
+        shown = io.StringIO()
+        Console(file=shown, width=160).print(report)
+        assert str(report) == shown.getvalue().rstrip()
         report.undo()
         assert json.loads(json.dumps(report.to_dict())) == plain
         with pytest.raises(RuntimeError, match="has been undone already"):
