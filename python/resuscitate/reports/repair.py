@@ -44,14 +44,14 @@ class LayerReport:
     ridge: float | None = None
 
     def summary(self) -> str:
-        """What was done, in a few words."""
+        """What was done, in a few words, without the name."""
         for what, before, after in (
             ("error", self.error_before, self.error_after),
             ("variance", self.variance_before, self.variance_after),
         ):
             if before is not None and after is not None:
-                return f"{self.name or MODEL}: {what} {before:.3f} -> {after:.3f}"
-        return f"{self.name or MODEL}: {self.status}"
+                return f"{what} {before:.3f} -> {after:.3f}"
+        return self.status
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:

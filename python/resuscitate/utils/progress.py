@@ -35,9 +35,18 @@ def progress_line(title: str, total: int, show: bool | None = None) -> Iterator[
 def _new_display(show: bool | None) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = TextColumn("{task.description}"), BarColumn(16), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
-    return Progress(*columns, console=Console(stderr=True, force_terminal=show), transient=True)
+    # on a narrow terminal the description, which may have a long name, is cut off, and nothing else
+    left, bar, note = (Column(no_wrap=True, min_width=width) for width in (7, 16, 0))
+    description = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = (
+        TimeRemainingColumn(table_column=left),
+        BarColumn(16, table_column=bar),
+        TextColumn("{task.description}", table_column=description),
+        TextColumn("{task.fields[note]}", table_column=note),
+    )
+    return Progress(*columns, console=Console(stderr=True, force_terminal=show), transient=True, expand=True)
 
 
 class Bar:
