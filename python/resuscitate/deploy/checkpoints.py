@@ -32,6 +32,7 @@ log = logging.getLogger("resuscitate")
 
 NESTED_UNDER = ("state_dict", "model")  # keys of the state dict in the checkpoints of training scripts
 REMEDY = "build the very model that the file was saved from"
+FEWER = f"it has fewer channels, as after structured pruning: pass smaller=True, or {REMEDY}"
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -113,7 +114,9 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {_prefix(state, wanted) or REMEDY}")
+        fewer = smaller_shapes(wanted, {key: value.shape for key, value in common.items()})
+        remedy = _prefix(state, wanted) or (FEWER if reshaped and len(fewer) == len(reshaped) else REMEDY)
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
     for key in added:
         name, _, part = key.rpartition(".")
         if part == "bias":
