@@ -155,7 +155,9 @@ def refuse_means(layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_writable(model: nn.Module) -> None:
-    """Raise ResuscitateError for a tensor made under `torch.inference_mode()`: only there can it be written to."""
+    """Raise ResuscitateError, outside of `torch.inference_mode()`, for a tensor that was made under it."""
+    if torch.is_inference_mode_enabled():
+        return
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_inference():
             remedy = "copy or load the model outside of it"

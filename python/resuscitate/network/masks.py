@@ -145,8 +145,7 @@ class Masks(Mapping[str, Tensor]):
         where a mask has no layer of its shape in the model; ResuscitateError where its tensors were made under
         `torch.inference_mode()` and this is called outside of it.
         """
-        if not torch.is_inference_mode_enabled():
-            check_writable(unwrap(model))
+        check_writable(unwrap(model))
         for name, module in self._layers_of(model).items():
             mask = module._buffers.get("weight_mask")
             target = stored_weight(name, module) if mask is None else mask

@@ -31,7 +31,8 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_writable(model)
+        with torch.inference_mode(False):  # as in `evaluation_mode`, where the model is changed
+            check_writable(model)
         self.model = model
         # module and name identify a tensor even after `Module.to` has replaced a buffer
         named = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])

@@ -39,7 +39,7 @@ def test_an_undo_keeps_what_was_changed_later_elsewhere_and_refuses_a_module_tha
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_tensors_made_in_inference_mode_are_refused_before_any_image_is_read(inside):
+def test_tensors_made_in_inference_mode_are_refused_before_any_image_is_read(inside, tmp_path):
     dense = seeded(chain)
     with torch.inference_mode():
         model = copy.deepcopy(dense)
@@ -57,4 +57,11 @@ def test_tensors_made_in_inference_mode_are_refused_before_any_image_is_read(ins
         ):
             act()
     assert len(list(never)) == 1
+    resuscitate.deploy.checkpoints.write_state_dict(tmp_path / "a.safetensors", dense.state_dict(), {})
+    for act in (
+        lambda: resuscitate.replace_by_means(model, dense),
+        lambda: resuscitate.load_weights(model, tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(resuscitate.ResuscitateError, match="copy or load the model outside of it"):
+            act()
     assert all(map(torch.equal, before, model.state_dict().values()))
