@@ -76,6 +76,15 @@ class Batches:
         """How many images the first so many batches hold; None for all."""
         return sum(self.counts[:batches])
 
+    def different(self, ranks: Ranks, batches: int | None = None) -> int:
+        """How many images of all ranks differ by their contents, in the first so many batches; None for all.
+
+        A changed copy counts as its image.
+        """
+        self._make_keys()
+        own = torch.cat([torch.zeros(0, dtype=torch.int64), *self._keys[:batches]])
+        return len(torch.cat(ranks.gather(own)).unique())
+
     def hold_out(self, ranks: Ranks) -> None:
         """Move a tenth of the images of all ranks, and no fewer than 32, into batches of their own, the last ones.
 

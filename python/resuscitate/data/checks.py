@@ -27,6 +27,7 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "cls", "y")
 ENOUGH = 32  # labels in order that are no accident
 NORMALISED_FROM = 64  # images to judge the normalisation from, where there are as many
 ENOUGH_IMAGES = 16  # the fewest to judge it from
+FEWEST = 8  # different images, by contents, to fit weights to without a warning
 FAR = 0.4  # Jeffreys' divergence: a variance 3.3 times off, or a mean 0.9 standard deviations off
 told: WeakSet[nn.Module] = WeakSet()  # networks about whose images a warning was given
 
@@ -47,7 +48,17 @@ def run_first(run: Callable[[Any], Any], batch: Any) -> Any:
         shape = "" if first is None else f" of shape {tuple(first.shape)} and dtype {first.dtype}"
         remedy = "give what it was trained on, usually a normalised float tensor (N, C, H, W), or pass forward_fn="
         problem = f"the model cannot run on a {type(batch).__name__}{shape}"
+        if isinstance(first, Tensor) and first.ndim == 1:
+            taken = "the first entry of a tuple or list is taken for the images"
+            remedy += f"; if these are labels: {taken}, so give (images, labels), or choose the images in forward_fn="
         raise CalibrationError(f"{problem}: {type(error).__name__}: {error}; {remedy}") from error
+
+
+def warn_of_few(different: int) -> None:
+    """Warn if weights are fitted to so few different images."""
+    if different < FEWEST:
+        few = "the only image" if different == 1 else f"only {different} different images"
+        log.warning("weights are fitted to %s: the outcome says nothing of other images; give 32 or more", few)
 
 
 def warn_of_class_order(labels: Sequence[np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
-from ..network.layers import LAYERS, out_channels, unwrap
+from ..network.layers import LAYERS, check_writable, out_channels, unwrap
 from ..network.mean_layers import can_have_means, means_fit, to_mean_layer
 from ..network.resizing import misfit, resize_layers, smaller_shapes
 from ..network.snapshot import Snapshot
@@ -32,6 +32,7 @@ log = logging.getLogger("resuscitate")
 
 NESTED_UNDER = ("state_dict", "model")  # keys of the state dict in the checkpoints of training scripts
 REMEDY = "build the very model that the file was saved from"
+FEWER = f"it has fewer channels, as after structured pruning: pass smaller=True, or {REMEDY}"
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -75,9 +76,11 @@ def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -
       no BatchNorm can take the shift), as are the `means` of a layer (see `replace_by_means`);
     - a tied tensor may be stored once, and `num_batches_tracked` may be missing.
     smaller: the file may have fewer channels, as after structured pruning; layers and norms are made smaller then.
-    Raises CheckpointError, naming the keys that do not fit, with the model unchanged.
+    Raises CheckpointError, naming the keys that do not fit, with the model unchanged; ResuscitateError where its
+    tensors were made under `torch.inference_mode()`.
     """
     model = unwrap(model)
+    check_writable(model)
     wanted = model.state_dict()
     optional = {f"{name}.{part}" for name in _layers(model) for part in ("bias", "means")}
     state = _strip_wrappers(path, read_state_dict(path), {*wanted, *optional})
@@ -113,7 +116,9 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {_prefix(state, wanted) or REMEDY}")
+        fewer = smaller_shapes(wanted, {key: value.shape for key, value in common.items()})
+        remedy = _prefix(state, wanted) or (FEWER if reshaped and len(fewer) == len(reshaped) else REMEDY)
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
     for key in added:
         name, _, part = key.rpartition(".")
         if part == "bias":

@@ -32,8 +32,11 @@ class _Shared(TorchFunctionMode):
 
 
 def deep_copy(model: M) -> M:
-    """A deep copy. Tensors with a graph, such as weights that `torch.nn.utils.prune` masks, are copied without it."""
-    with _Detached():
+    """A deep copy. Tensors with a graph, such as weights that `torch.nn.utils.prune` masks, are copied without it.
+
+    Its tensors can be changed, and have gradients, also where it is made under `torch.inference_mode()`.
+    """
+    with torch.inference_mode(False), _Detached():
         return copy.deepcopy(model)
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import LayerError, ModelMismatchError, called
-from .layers import LAYERS, channel_dim, effective_weight, out_channels, refuse_means, with_weight
+from .layers import LAYERS, channel_dim, effective_weight, out_channels, qualified, refuse_means, with_weight
 from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -58,6 +58,8 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module, *, smaller: b
             raise ModelMismatchError(f"the dense model has no layer {name!r}; both models need the same layers")
         kind, dense_kind = (type(each).__name__.removeprefix("Mean") for each in (layer, originals[name]))
         if not isinstance(originals[name], LAYERS) or kind != dense_kind:
+            if kind == dense_kind:
+                kind, dense_kind = qualified(type(layer)), qualified(type(originals[name]))
             raise ModelMismatchError(f"{called(name)} is {kind} in the pruned model and {dense_kind} in the dense one")
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
         if not (_fits_into(weight, original) if smaller else weight.shape == original.shape):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from ..errors import MODEL, LayerError, did_you_mean
+from ..errors import MODEL, LayerError, ResuscitateError, did_you_mean, listed
 
 LAYERS = (_ConvNd, nn.Linear)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # exactly these types: a subclass may compute more
@@ -42,6 +42,26 @@ def find_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
     }
+
+
+def no_layers(model: nn.Module) -> str:
+    """What a message says of a model without convolutions and linear layers: what it has instead, and the remedy."""
+    names = dict.fromkeys(_class_name(type(module)) for module in model.modules())
+    remedy = "prune and repair it first, then script, export or quantize it"
+    return (
+        f"the model has no convolution or linear layer, but {listed(list(names))}; a scripted, exported or quantized "
+        f"model can be neither pruned nor repaired: {remedy}"
+    )
+
+
+def qualified(kind: type) -> str:
+    """The name of a class with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _class_name(kind: type) -> str:
+    """The name of a class, with its module where torch.nn has another class of this name."""
+    return kind.__name__ if getattr(nn, kind.__name__, kind) is kind else qualified(kind)
 
 
 def running_statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -86,7 +106,8 @@ def matching(layers: Mapping[str, nn.Module], selectors: Iterable[Selector] | Se
 def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
     """The parameter that stores the weight: `weight`, or `weight_orig` under `torch.nn.utils.prune`.
 
-    Raises LayerError where the weight is recomputed in each forward pass, and where it is not initialised.
+    Raises LayerError where the weight is recomputed in each forward pass, where it is not initialised, and where it is
+    on the meta device.
     """
     weight = module._parameters.get("weight")
     if weight is None and "weight_mask" in module._buffers:
@@ -97,6 +118,8 @@ def stored_weight(name: str, module: nn.Module) -> nn.Parameter:
         raise LayerError(name, f"{type(module).__name__}.weight {problem}; {remedy}")
     if is_lazy(weight):
         raise LayerError(name, "its parameters are not initialised yet; run one forward pass first")
+    if weight.is_meta:
+        raise LayerError(name, "its weight is on the meta device and has no values; load the weights first")
     return weight
 
 
@@ -129,6 +152,18 @@ def refuse_means(layers: Mapping[str, nn.Module]) -> None:
         if "means" in layer._parameters:
             remedy = "remove them with resuscitate.densify(model, keep_zeros=True)"
             raise LayerError(name, f"it has means of its pruned weights; {remedy}")
+
+
+def check_writable(model: nn.Module) -> None:
+    """Raise ResuscitateError, outside of `torch.inference_mode()`, for a tensor that was made under it."""
+    if torch.is_inference_mode_enabled():
+        return
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            remedy = "copy or load the model outside of it"
+            raise ResuscitateError(
+                f"{name!r} was made under torch.inference_mode() and cannot be changed outside of it; {remedy}"
+            )
 
 
 def refresh_weight(module: nn.Module) -> None:

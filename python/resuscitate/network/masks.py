@@ -18,7 +18,16 @@ from ..errors import MODEL, CheckpointError, MaskError
 from ..reports.base import terminal_table
 from ..utils.files import write_safetensors
 from ..utils.readout import read_numbers
-from .layers import Selection, effective_weight, find_layers, refresh_weight, select_layers, stored_weight, unwrap
+from .layers import (
+    Selection,
+    check_writable,
+    effective_weight,
+    find_layers,
+    refresh_weight,
+    select_layers,
+    stored_weight,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -133,8 +142,10 @@ class Masks(Mapping[str, Tensor]):
 
         Under `torch.nn.utils.prune` the zeros are written to its mask (weights that it pruned stay pruned), and
         `weight_orig` is unchanged. Kept weights are unchanged, bit for bit. Raises MaskError, with the model unchanged,
-        where a mask has no layer of its shape in the model.
+        where a mask has no layer of its shape in the model; ResuscitateError where its tensors were made under
+        `torch.inference_mode()` and this is called outside of it.
         """
+        check_writable(unwrap(model))
         for name, module in self._layers_of(model).items():
             mask = module._buffers.get("weight_mask")
             target = stored_weight(name, module) if mask is None else mask

@@ -23,7 +23,16 @@ from torch.nn.utils import prune
 from ..errors import ModelMismatchError
 from ..runtime.options import check_choice
 from .layer_checks import same_layers
-from .layers import Selection, effective_weight, refresh_weight, refuse_means, select_layers, stored_weight, unwrap
+from .layers import (
+    Selection,
+    check_writable,
+    effective_weight,
+    refresh_weight,
+    refuse_means,
+    select_layers,
+    stored_weight,
+    unwrap,
+)
 from .masks import tied_layers
 
 Per = Literal["layer", "filter", "kernel"]
@@ -103,6 +112,7 @@ def replace_by_means(
     model, dense = unwrap(model), unwrap(dense)
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
+    check_writable(model)
     selected = select_layers(model, include, exclude)
     refuse_means(selected)
     layers = {name: layer for name, layer in selected.items() if can_have_means(layer)}

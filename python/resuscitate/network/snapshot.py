@@ -19,7 +19,7 @@ from asr_kernels.precision import full_precision_of_models
 from ..errors import ModelMismatchError
 from ..utils.interrupts import Interrupts
 from ..utils.readout import differing
-from .layers import find_layers, refresh_weight
+from .layers import check_writable, find_layers, refresh_weight
 
 
 class Snapshot:
@@ -27,9 +27,12 @@ class Snapshot:
 
     As a context it restores the model when an error or an interrupt ends the block; a further interrupt waits. Torch's
     gradient and function modes are restored too: an interrupt at the end of a `with` statement can leave them set.
+    Raises ResuscitateError for a model whose tensors were made under `torch.inference_mode()`.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        with torch.inference_mode(False):  # as in `evaluation_mode`, where the model is changed
+            check_writable(model)
         self.model = model
         # module and name identify a tensor even after `Module.to` has replaced a buffer
         named = ((m, name, x) for m in model.modules() for name, x in [*m._parameters.items(), *m._buffers.items()])

@@ -111,11 +111,16 @@ def choose_allocation(method: str, model: nn.Module, calibration: Any, **measuri
 
 
 def removal_counts(
-    units: Mapping[str, Units], sparsity: float | None, method: Allocation, fixed: Mapping[str, float]
+    units: Mapping[str, Units],
+    sparsity: float | None,
+    method: Allocation,
+    fixed: Mapping[str, float],
+    what: str = "weights",
 ) -> dict[str, int]:
     """Number of units to remove from each layer: round(sparsity * total) weights in all, or less than one unit below.
 
     fixed: densities of layers that `method` does not decide. If `sparsity` is None, all other layers are unchanged.
+    what: what the units' sizes count, for the message.
     """
     if sparsity is None and not fixed:
         raise ValueError('sparsity is missing: give one, such as 0.9, or densities; only "n:m" implies it')
@@ -136,8 +141,8 @@ def removal_counts(
     if not least <= budget <= most:
         lower = f"at least {least} (fixed densities, a sparsity of {least / total:.6g}) and " if least else ""
         upper = f"at most {most} can be removed, a sparsity of {math.floor(most / total * 1e6) / 1e6:.6g}"
-        kept = f"with the weights that must be kept in {len(units)} layers"
-        raise ValueError(f"sparsity={sparsity} removes {budget} of {total} weights; {kept} {lower}{upper}")
+        kept = f"with the {what} that must be kept in {len(units)} layers"
+        raise ValueError(f"sparsity={sparsity} removes {budget} of {total} {what}; {kept} {lower}{upper}")
     return removed | (method(free, budget - least) if free else {})
 
 

@@ -90,6 +90,13 @@ def channel_groups(
     those without which the network does not run or computes something else; the log gives the reasons at level INFO.
     Raises ResuscitateError if the channels cannot be followed through the model.
     """
+    return groups_and_reasons(model, example, include, exclude)[0]
+
+
+def groups_and_reasons(
+    model: nn.Module, example: Example, include: Selection = None, exclude: Selection = None
+) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """`channel_groups`, and for the first layer of each other group the reason why its channels are kept."""
     model = unwrap(model)
     selected = select_layers(model, include, exclude)
     groups, refused = verified_groups(model, input_tensors(example))
@@ -98,7 +105,7 @@ def channel_groups(
             refused[group.name] = f"not selected: {', '.join(left)}"
     for name, reason in refused.items():
         logger.info("channels of %r are kept: %s", name, reason)
-    return [group for group in groups if group.name not in refused]
+    return [group for group in groups if group.name not in refused], refused
 
 
 def verified_groups(model: nn.Module, inputs: list[Tensor]) -> tuple[list[ChannelGroup], dict[str, str]]:

@@ -21,13 +21,14 @@ from ..network.layers import (
     out_channels,
     reusable,
     rows_of,
+    select_layers,
     unwrap,
 )
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot
 from ..runtime.options import RunOptions, check_choice
 from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
-from .coupling import channel_groups, channel_masks
+from .coupling import channel_masks, groups_and_reasons
 from .structured import shrink, units_of_channels
 from .units import ChannelFloors, Units, channel_floors, check_floors, magnitude, prunable_layers, units_of
 
@@ -230,6 +231,14 @@ def _input_channels(module: nn.Module) -> int:
     return int(channels)
 
 
+def _why_none(kept: Mapping[str, str], selected: Mapping[str, nn.Module]) -> str:
+    """The message where no channels can be removed, with the reason for the first selected layer that has one."""
+    first = next((name for name in (*selected, *kept) if name in kept), None)
+    reason = "" if first is None else f": {called(first)}: {kept[first]}"
+    more = "; the log gives the other reasons at level INFO" if len(kept) > 1 else ""
+    return f"no channels can be removed from the selected layers{reason}{more}"
+
+
 def _channels(
     model: nn.Module, sparsity: float | None, allocation: str, example: Any, remove: bool, *selectors: Selection
 ) -> Masks:
@@ -240,13 +249,13 @@ def _channels(
         raise ValueError('pattern "channels" traces the model: pass example, a batch of one or two images')
     if allocation not in ("global", "uniform", "lamp"):
         raise ValueError(f"allocation {allocation!r} is for weights; for whole channels choose global, uniform or lamp")
-    groups = channel_groups(model, example, *selectors)
+    groups, kept = groups_and_reasons(model, example, *selectors)
     if not groups:
-        raise ValueError("no channels can be removed from the selected layers; the log says why, at level INFO")
+        raise ValueError(_why_none(kept, select_layers(model, *selectors)))
     layers = find_layers(model)
     scores = {name: magnitude(name, layers[name]) for group in groups for name in (*group.producers, *group.consumers)}
     units = {group.name: units_of_channels(group, layers, scores) for group in groups}
-    removed = removal_counts(units, sparsity, ALLOCATIONS[allocation], {})
+    removed = removal_counts(units, sparsity, ALLOCATIONS[allocation], {}, "channels")
     dropped = {name: each.smallest(removed[name]) for name, each in units.items()}
     chosen = channel_masks(model, groups, dropped)
     masks = Masks(chosen, _notes_on_dead_channels(layers, chosen))

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..errors import LayerError, called
 from ..network.layer_checks import split_by_objections
-from ..network.layers import Selection, effective_weight, find_layers, matching, rows_of, select_layers, unwrap
+from ..network.layers import (
+    Selection,
+    effective_weight,
+    find_layers,
+    matching,
+    no_layers,
+    rows_of,
+    select_layers,
+    unwrap,
+)
 from ..network.masks import tied_layers
 
 log = logging.getLogger("resuscitate")
@@ -29,6 +38,8 @@ def prunable_layers(
     Raises ValueError if no layer is selected, LayerError if all change their weight, or one is tied to another layer.
     """
     selected = select_layers(unwrap(model), include, exclude)
+    if not find_layers(unwrap(model)):
+        raise ValueError(f"nothing to prune: {no_layers(unwrap(model))}")
     if not selected:
         raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
     layers, found = split_by_objections(selected, "pruned")

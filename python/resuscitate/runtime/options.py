@@ -82,6 +82,7 @@ def run_options(call: str, given: Mapping[str, Any]) -> RunOptions:
     check_count("batch_size", options["batch_size"], required=True)
     check_choice("on_nonfinite", options["on_nonfinite"], get_args(OnNonfinite))
     as_dtype(options["dtype"])
+    check_device(options["device"])
     return options
 
 
@@ -96,6 +97,18 @@ def check_count(option: str, limit: int | None, required: bool = False) -> None:
         return
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise CalibrationError(f"{option} must be a whole number of at least 1, not {limit!r}")
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ValueError, with torch's reason, for a device on which torch makes no tensor."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # an AssertionError where torch was built without the backend
+        reason = str(error).partition("\n")[0].rstrip(".")
+        remedy = "name another, such as 'cpu', or leave device out"
+        raise ValueError(f"device={str(device)!r} cannot be used: {reason}; {remedy}") from error
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

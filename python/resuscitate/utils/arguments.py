@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 Kind = tuple[Callable[[Any], bool], str]
 NETWORK: Kind = (lambda value: isinstance(value, nn.Module), "a torch.nn.Module")
 NUMBER: Kind = (lambda value: isinstance(value, Real), "a number")
-MASKS: Kind = (lambda value: isinstance(value, Mapping), "masks by layer")
+MASKS: Kind = (lambda value: isinstance(value, Mapping), "{layer: mask}, such as sparsify returns")
 FUNCTION: Kind = (lambda value: callable(value) and not isinstance(value, nn.Module), "a function")
 IMAGES: Kind = (lambda value: not isinstance(value, nn.Module | Real), "images, as a tensor or any iterable of batches")
 

@@ -62,7 +62,12 @@ class Judge:
 def comparable(output: Any) -> list[Tensor]:
     """The floating tensors of an output; of these the first alone if it is a tensor of logits (N, K), K at least 2."""
     found = [leaf for leaf in output_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return found[:1] if found and found[0].ndim == 2 and found[0].shape[1] > 1 else found
+    return found[:1] if are_logits(found[:1]) else found
+
+
+def are_logits(outputs: list[Tensor]) -> bool:
+    """Is this one tensor of logits, (N, K) with K at least 2?"""
+    return len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
 
 
 def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tenso
     if not theirs or [each.shape for each in ours] != [each.shape for each in theirs]:
         return found.fill_(torch.nan)
     found[4] = images
-    if len(theirs) == 1 and theirs[0].ndim == 2 and theirs[0].shape[1] > 1:
+    if are_logits(theirs):
         found[0], found[1] = (ours[0].argmax(1) == theirs[0].argmax(1)).sum(), len(theirs[0])
     for mine, other in zip(ours, theirs, strict=True):
         found[2] += (mine.double() - other.double()).square().sum()

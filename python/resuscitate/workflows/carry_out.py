@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.batches import Batches, most_images, rebatch
-from ..data.checks import NORMALISED_FROM, warn_of_normalisation
+from ..data.checks import NORMALISED_FROM, warn_of_few, warn_of_normalisation
 from ..engine.kept import KeptStatistics
 from ..engine.probes import Measurement, Probe, Request
 from ..engine.reference import Dense, DenseStatistics, Target, as_target, fill_reference, identify
@@ -78,6 +78,8 @@ def carry_out(
     models = [model, target] if isinstance(target, nn.Module) else [model]
     with Session(models, plan.run, writes=True, ranks=ranks) as session:
         images = _read(session, plan, calibration, bool(layers), report)
+        if judged and layers and plan.holds_out:
+            warn_of_few(images.batches.different(ranks, images.gains))
         clock.end("reading images")
         wiring, selected = session.look(images.batches), layers
         if selected and isinstance(target, nn.Module):

@@ -10,20 +10,27 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..data.checks import run_first
 from ..engine.session import Session
 from ..errors import ResuscitateError
 from ..methods.base import check_number
 from ..network.layers import unwrap
+from ..network.runner import first_images
 from ..reports.agreement import Agreement
 from ..reports.base import plain
 from ..runtime.options import DEFAULTS, run_options
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
+from .agreement import are_logits, comparable
 from .compress import CompressReport, compress
 from .steps import options_of_steps
 
 log = logging.getLogger("resuscitate")
 PATTERNS = "unstructured", "filter"
+NO_LOGITS = (
+    "the outputs are not logits (N, K), so there is no agreement to keep: call compress with a sparsity, and compare "
+    "the networks by a measure of your own"
+)
 LEAST_DENSITY = 1 / 64  # of the weights, the fewest that a trial keeps is a little more
 
 
@@ -95,6 +102,7 @@ def compress_to_agreement(
     run = run_options("compress_to_agreement()", {name: options[name] for name in DEFAULTS if name in options})
     with Session([model], run, writes=True, measures=False) as session:
         images, settings = session.hold(calibration), {**options, **options_of_steps(run)}
+        _check_logits(session, images)
         found, low, high = list[Trial](), 0, 2**trials
         for _ in track(range(trials), "search", trials, session.show):
             middle = (low + high) // 2
@@ -120,6 +128,14 @@ def compress_to_agreement(
         return TargetReport(**parts, target=agreement, trials=found)
 
 
+def _check_logits(session: Session, images: list[Any]) -> None:
+    """Raise ResuscitateError where the outputs of the dense network for a few images are no logits."""
+    example = session.ranks.lend(first_images(images[0]) if images else None)
+    with Session(session.models, session.run, ranks=session.ranks) as looking:
+        if not are_logits(comparable(run_first(looking.net.run, example))):
+            raise ResuscitateError(NO_LOGITS)
+
+
 def _sparsity(index: int, trials: int) -> float:
     return 1 - LEAST_DENSITY ** (index / 2**trials)
 
@@ -136,8 +152,7 @@ def _reached(report: CompressReport) -> float:
     found = report.agreement
     reached = None if found is None else found.before if report.undone else found.after
     if reached is None:
-        remedy = "call compress with a sparsity, and compare the networks by a measure of your own"
-        raise ResuscitateError(f"the outputs are not logits (N, K), so there is no agreement to keep: {remedy}")
+        raise ResuscitateError(NO_LOGITS)
     return reached
 
 

@@ -18,7 +18,15 @@ from ..errors import ModelMismatchError, ResuscitateError, called, listed
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
 from ..network.layer_checks import check_not_swapped, different_elsewhere, same_layers, split_by_objections
-from ..network.layers import Selection, effective_weight, out_channels, select_layers, stored_bias
+from ..network.layers import (
+    Selection,
+    effective_weight,
+    find_layers,
+    no_layers,
+    out_channels,
+    select_layers,
+    stored_bias,
+)
 from ..network.wiring import Wiring
 from ..reports.repair import LayerReport, RepairReport
 from ..runtime.distributed import Ranks
@@ -172,8 +180,10 @@ def matching_layers(
     if dense is model:
         raise ModelMismatchError("dense is the pruned model itself; pass a copy made before pruning")
     selected = select_layers(model, include, exclude)
+    if not find_layers(model):
+        raise ResuscitateError(no_layers(model))
     if not selected:
-        raise ResuscitateError("the model has no convolution or linear layer to repair")
+        raise ResuscitateError("include and exclude leave no convolution or linear layer of the model to repair")
     layers, found = split_by_objections(selected, "repaired")
     report.layers += [left_out(name, selected[name], "unchanged", objection) for name, objection in found.items()]
     for name, layer in layers.items():

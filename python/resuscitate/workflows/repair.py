@@ -16,7 +16,7 @@ from ..network.layers import Selection
 from ..reports.repair import RepairReport
 from ..runtime.distributed import Ranks
 from ..runtime.options import RunOptions
-from ..utils.arguments import IMAGES, NETWORK, check_places
+from ..utils.arguments import IMAGES, MASKS, NETWORK, check_places
 from .carry_out import carry_out
 from .plan import Recalibrate, check_read, make_plan
 
@@ -111,6 +111,8 @@ def repair(
         if plan.method.dense is DenseAccess.NONE and calibration is None and not isinstance(dense, Dense | None):
             dense, calibration = None, dense  # no dense network is needed, and these are the images
         check_places(CALL, model=(model, NETWORK), dense=(dense, TARGET), calibration=(calibration, IMAGES))
+        if masks is not None:
+            check_places("repair(model, dense, images, masks=masks)", masks=(masks, MASKS))
         plan.check_dense(dense)
         if channels is not None and not isinstance(dense, nn.Module):
             raise ValueError("channels are those of a dense network: pass dense as a model")

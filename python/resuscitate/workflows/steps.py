@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..data.batches import Batches
+from ..data.checks import warn_of_few
 from ..engine.kept import KeptStatistics
 from ..engine.probes import Request
 from ..engine.session import Session
@@ -82,6 +83,8 @@ class Steps:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.curvatures: Mapping[str, Tensor] = {}  # of the layers of the dense network, for all repairs that follow
         self.batches = session.hold(calibration)
+        if plan.holds_out:
+            warn_of_few(Batches(self.batches).different(session.ranks))
         if self.folder is not None:
             (images,) = session.ranks.total(digest_images(self.batches))
             # choices last: a `regrow` without repairs has no method, though its plan has one

@@ -227,6 +227,14 @@ class TestImagesThatTheNetworkCannotRunOn:
         assert "a normalised float tensor (N, C, H, W)" in str(found.value)
         assert same_state(model.state_dict(), before)
 
+    @pytest.mark.parametrize("given", [(torch.arange(4), images(4)), {"x": torch.arange(4.0)}, images(4)[:, 0]])
+    def test_what_may_be_labels_is_told_which_entry_is_taken(self, given):
+        dense = seeded(chain)
+        said = "if these are labels: the first entry of a tuple or list is taken for the images, so give (images, "
+        with pytest.raises(CalibrationError, match="the model cannot run") as found:
+            resuscitate.repair(pruned_copy(dense), dense, [given])
+        assert (said in str(found.value)) == (not isinstance(given, torch.Tensor))
+
     def test_an_error_of_another_class_or_of_memory_comes_as_it_is(self):
         class UsersError(Exception):
             pass

@@ -177,8 +177,11 @@ class TestSmaller:
     def test_only_if_it_is_asked_for_and_only_in_channels(self, tmp_path):
         model = seeded(chain)
         save_file(seeded(lambda: chain(width=4)).state_dict(), tmp_path / "small.safetensors")
-        with pytest.raises(CheckpointError, match="of another shape"):
+        with pytest.raises(CheckpointError, match=r"of another shape.*fewer channels.*: pass smaller=True, or "):
             load_weights(model, tmp_path / "small.safetensors")
+        save_file(seeded(lambda: chain(width=16)).state_dict(), tmp_path / "wide.safetensors")
+        with pytest.raises(CheckpointError, match=r"of another shape.* more; build the very model"):
+            load_weights(model, tmp_path / "wide.safetensors")
         kernel = seeded(chain).state_dict() | {"0.weight": torch.ones(8, 3, 1, 1)}
         save_file(kernel, tmp_path / "kernel.safetensors")
         with pytest.raises(CheckpointError, match=r"1 of another shape: 0\.weight"):

@@ -83,3 +83,11 @@ def test_such_networks_can_be_compressed_and_mapped(make):
     grid = {"sparsities": [0.8], "allocations": ["global"], "methods": ["channelwise"]}
     found = resuscitate.recoverability(make(), x, lambda each: float(each(x).isfinite().all()), **grid)
     assert [row["method"] for row in found.rows()] == ["channelwise"]
+
+
+def test_a_copy_made_in_inference_mode_can_be_changed_and_has_gradients() -> None:
+    model = network()
+    with torch.inference_mode():
+        copied = deep_copy(model)
+    assert not any(tensor.is_inference() for tensor in copied.state_dict().values())
+    copied(torch.randn(2, 3, 9, 9)).sum().backward()

@@ -192,3 +192,12 @@ def test_layers_that_get_a_bias_are_named():
     assert model.state_dict().keys() == before
     chained = seeded(chain)
     assert resuscitate.repair(pruned_copy(chained), chained, images()).notes == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_layer_of_the_same_name_is_named_with_its_module():
+    dense = seeded(chain)
+    dense[11] = torch.ao.nn.quantized.dynamic.Linear(dense[11].in_features, dense[11].out_features)
+    plain = r"'11' is torch.nn.modules.linear.Linear in .* and torch.ao.nn.quantized.dynamic.modules.linear.Linear in"
+    with pytest.raises(resuscitate.ModelMismatchError, match=plain):
+        resuscitate.repair(pruned_copy(seeded(chain)), dense, images())

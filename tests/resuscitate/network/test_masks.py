@@ -1,5 +1,6 @@
 """Masks are read from a model's zeros, applied, checked, counted and saved."""
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from resuscitate import Masks, sparsify
-from resuscitate.errors import CheckpointError, LayerError, MaskError
+from resuscitate.errors import CheckpointError, LayerError, MaskError, ResuscitateError
 from resuscitate.network.masks import tied_layers
 from tests.networks import Shared, Zoo, chain, images, pruned_copy, seeded
 
@@ -263,3 +264,15 @@ class TestFromPruneAndHold:
         optimizer.step()
         with pytest.raises(MaskError):
             masks.check(model)
+
+
+def test_masks_write_to_tensors_of_inference_mode_only_there():
+    with torch.inference_mode():
+        model = copy.deepcopy(seeded(chain))
+        masks = sparsify(model, 0.5)
+    before = model[0].weight.clone()
+    with pytest.raises(ResuscitateError, match="copy or load the model outside of it"):
+        sparsify(model, 0.9)
+    assert torch.equal(model[0].weight, before)
+    with torch.inference_mode():
+        masks.apply_(model)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from resuscitate import Masks, allocate, sparsify
-from resuscitate.errors import LayerError
+from resuscitate import Masks, allocate, repair, sparsify
+from resuscitate.errors import LayerError, ResuscitateError
 from resuscitate.pruning.units import Units, smallest
 from tests.compare import same
 from tests.networks import Residual, Shared, Zoo, chain, images, linears, seeded
@@ -208,6 +208,27 @@ class TestRefusals:
             sparsify(seeded(chain), 0.5, exclude="*")
         with pytest.raises(ValueError, match="nothing to prune"):
             sparsify(nn.Sequential(nn.ReLU()), 0.5)
+
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+    def test_a_model_without_layers_is_told_what_it_has_instead(self):
+        exported = torch.export.export(seeded(chain), (images(2),)).module()
+        quantized = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3), nn.ReLU())
+        for model, has in (
+            (torch.jit.script(seeded(chain)), "RecursiveScriptModule;"),
+            (exported, "GraphModule, Module, GuardsFn;"),
+            (quantized, "Sequential, torch.ao.nn.quantized.modules.conv.Conv2d, ReLU;"),
+        ):
+            message = f"no convolution or linear layer, but {has}.*repair it first, then script, export or quantize"
+            with pytest.raises(ValueError, match=message):
+                sparsify(model, 0.5)
+            with pytest.raises(ResuscitateError, match=message):
+                repair(model, seeded(chain), images())
+
+    def test_weights_without_values_are_refused_by_name(self):
+        with pytest.raises(LayerError, match=r"'0': its weight is on the meta device.*load the weights first"):
+            sparsify(seeded(chain).to("meta"), 0.5)
+        with pytest.raises(LayerError, match=r"'0': its weight is on the meta device.*load the weights first"):
+            repair(seeded(chain).to("meta"), seeded(chain).to("meta"), images())
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

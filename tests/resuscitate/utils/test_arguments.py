@@ -30,6 +30,10 @@ SWAPPED = {
         lambda: resuscitate.recalibrate_batchnorm(MODEL, DENSE),
         r"calibration must be images.*Sequential; write recalibrate_batchnorm\(model, images\)",
     ),
+    "repair, a list of masks": (
+        lambda: repair(MODEL, DENSE, X, masks=[*MASKS.values()]),
+        r"masks must be {layer: mask}, such as sparsify returns, not list; write repair\(.*masks=masks\)",
+    ),
     "compress swapped": (lambda: compress(MODEL, X, 0.9), f"sparsity must be a number, not Tensor; {COMPRESS}"),
     "compress, two networks": (lambda: compress(MODEL, DENSE, X), f"sparsity must be a number.*; {COMPRESS}"),
     "compress, a network for images": (

@@ -107,8 +107,10 @@ def test_an_agreement_that_no_sparsity_keeps_is_an_error_and_changes_nothing(mon
     assert same_state(state(model), before)
 
 
-def test_outputs_that_are_no_logits_are_refused():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+@pytest.mark.parametrize("last", [[nn.Conv2d(8, 4, 3)], [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)]])
+def test_outputs_that_are_no_logits_are_refused_before_anything_is_compressed(monkeypatch, last):
+    monkeypatch.setattr(module, "compress", lambda *args, **options: pytest.fail("compressed"))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *last)
     with pytest.raises(ResuscitateError, match="not logits"):
         resuscitate.compress_to_agreement(model, 0.9, MANY, trials=2, **OPTIONS)
 

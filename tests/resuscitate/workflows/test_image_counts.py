@@ -64,3 +64,25 @@ def test_too_few_to_leave_one_are_refused():
             errors.append(str(error))
     assert 0 < len(errors) < 8
     assert "are all held out of the fit: raise gain_samples" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        (images(1), {}, "the only image: "),
+        (images(1).repeat(40, 1, 1, 1), {}, "the only image: "),
+        (images(4), {"augment": "flip", "draws": 3}, "only 4 different images: "),
+        (images(40), {"gain_samples": 5, "batch_size": 5}, "only 5 different images: "),
+        (images(8), {}, None),
+        (images(4), {"method": "asr"}, None),
+    ],
+)
+def test_few_different_images_are_warned_of_once(caplog, given, options, said):
+    repaired(given, **options)
+    found = [record.getMessage() for record in caplog.records if "are fitted to" in record.getMessage()]
+    assert [text.partition("fitted to ")[2].partition("the outcome")[0] for text in found] == ([said] if said else [])
+
+
+def test_few_different_images_are_warned_of_once_in_all_steps(caplog):
+    resuscitate.compress(seeded(chain), 0.5, images(3), steps=2)
+    assert caplog.text.count("are fitted to only 3 different images: ") == 1

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import fields
 from inspect import signature
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from resuscitate.engine.measure import measure
 from resuscitate.errors import CalibrationError
 from resuscitate.methods.base import option_names, registered
 from resuscitate.network.runner import Network
-from resuscitate.runtime.options import DEFAULTS
+from resuscitate.runtime.options import DEFAULTS, run_options
 from tests.networks import chain, images, pruned_copy, seeded
 
 METHODS = registered()
@@ -247,3 +248,11 @@ class TestRefitAndRecalibration:
         assert second.method == "refit"
         assert [row.explained for row in first.layers] == [row.explained for row in second.layers]
         assert all(row.explained is not None for row in first.layers)
+
+
+@pytest.mark.parametrize("reason", [AssertionError("Torch not compiled with X"), RuntimeError("no such")])
+def test_a_device_that_torch_cannot_use_is_refused_with_the_reason(reason, monkeypatch):
+    refused("device='gpu' cannot be used: .*; name another, such as 'cpu', or leave device out", device="gpu")
+    monkeypatch.setattr(torch, "empty", Mock(side_effect=reason))
+    with pytest.raises(ValueError, match=f"device='cuda:7' cannot be used: {reason}; name another"):
+        run_options("repair()", {"device": torch.device("cuda:7")})
