@@ -97,7 +97,7 @@ _libraries: list[torch.library.Library] = []  # their kernels last as long as th
 _recording: list[list[Wait]] = []
 
 
-class _Module(backend_registration._DummyBackendModule):
+class _Module(getattr(backend_registration, "_DummyBackendModule", object)):
     # for PyTorch's own functions, such as `fork_rng`, there is no such device
     def device_count(self) -> int:
         return 0
@@ -109,7 +109,7 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-class _Hooks(backend_registration._DummyPrivateUse1Hook):
+class _Hooks(getattr(backend_registration, "_DummyPrivateUse1Hook", object)):
     def is_available(self) -> bool:
         return False
 
