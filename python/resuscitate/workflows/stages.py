@@ -42,8 +42,9 @@ def _gradual(sparsity: float, steps: int, pattern: str) -> dict[float, str]:
         return {sparsity: pattern}
     first = sparsity / 2
     kept = (1 - sparsity) / (1 - first)
-    early = [1 - (1 - first) * kept ** (index / (steps - 1)) for index in range(steps - 1)]
-    return dict.fromkeys([*early, sparsity], pattern)
+    early = (1 - (1 - first) * kept ** (index / (steps - 1)) for index in range(steps - 1))
+    # the least sparsities round to more than the last one
+    return dict.fromkeys([*(min(stop, sparsity) for stop in early), sparsity], pattern)
 
 
 def _of_n_of_m(kind: NofM) -> dict[float, str]:

@@ -209,7 +209,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="nothing to prune"):
             sparsify(nn.Sequential(nn.ReLU()), 0.5)
 
-    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:`torch.jit.script` is deprecated")
     def test_a_model_without_layers_is_told_what_it_has_instead(self):
         exported = torch.export.export(seeded(chain), (images(2),)).module()
         quantized = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 4, 3), nn.ReLU())

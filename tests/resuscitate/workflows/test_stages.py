@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resuscitate.workflows.stages import stages
@@ -13,6 +13,7 @@ def schedule(sparsity, steps):
     return list(stages(sparsity, steps, "unstructured"))
 
 
+@example(sparsity=8.752166216043719e-16, steps=9)
 @given(sparsity=st.floats(0, 0.999), steps=st.integers(1, 12))
 def test_it_ascends_to_the_sparsity_in_at_most_so_many_steps(sparsity, steps):
     stops = schedule(sparsity, steps)
