@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import LayerError, MaskError
 from ..network.layers import effective_weight, find_layers, refresh_weight, stored_weight
 from ..network.masks import Masks
-from .allocation import Allocation, by_magnitude, by_priority, check_sparsity, fixed_densities, removal_counts
+from .allocation import check_sparsity, fixed_densities, removal_counts
+from .allocation_rules import Allocation, by_magnitude, by_priority
 from .coupling import channel_groups, channel_masks
 from .importance import ImportanceEstimator
 from .structured import dropped_units, units_of_channels

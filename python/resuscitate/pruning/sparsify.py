@@ -27,7 +27,8 @@ from ..network.layers import (
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot
 from ..runtime.options import RunOptions, check_choice
-from .allocation import ALLOCATIONS, check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
+from .allocation import check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
+from .allocation_rules import ALLOCATIONS
 from .coupling import channel_masks, groups_and_reasons
 from .structured import shrink, units_of_channels
 from .units import ChannelFloors, Units, channel_floors, check_floors, magnitude, prunable_layers, units_of

@@ -15,7 +15,7 @@ from benchmarks.networks.resnet import resnet18
 from resuscitate import Repairability, allocate, sparsify
 from resuscitate.errors import CalibrationError, ModelMismatchError
 from resuscitate.network.layers import select_layers
-from resuscitate.pruning.allocation import by_erk, by_lamp, lamp_scores
+from resuscitate.pruning.allocation_rules import by_erk, by_lamp, lamp_scores
 from resuscitate.pruning.units import Units
 from tests.networks import Shared, Zoo, chain, images, linears, seeded
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from resuscitate import Masks, regrow, repair, sparsify
 from resuscitate.errors import MaskError
-from resuscitate.pruning.allocation import by_priority
+from resuscitate.pruning.allocation_rules import by_priority
 from resuscitate.pruning.units import Units
 from tests.networks import Residual, chain, images, linears, seeded
 
