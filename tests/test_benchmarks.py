@@ -32,6 +32,14 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_result_says_by_which_benchmark_it_was_measured(path):
+    found = json.loads(path.read_text())
+    if "_resnet" not in path.stem:  # parts of recoverability.json have no command of their own
+        assert found["command"].startswith("python benchmarks/")
+    assert "/tmp" not in path.read_text()
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry(tmp_path):
     pytest.importorskip("triton")
