@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from ..deploy.checkpoints import provenance, write_state_dict
 from ..errors import ResuscitateError
 from ..network.masks import Masks
+from ..reports.base import console_width
 from ..runtime.options import DEFAULTS
 from ..utils.files import atomic
 from ..version import __version__
@@ -43,13 +44,13 @@ class _PlainErrors(TyperGroup):
     """Turns the errors that a user can cause into one line on standard error and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        resumes = any(word.startswith("--resume") for word in ctx.args)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
-            goes_on = any(word.startswith("--resume") for word in sys.argv)
-            typer.echo("Interrupted" + (": the same command goes on from its journal" if goes_on else ""), err=True)
+            typer.echo("Interrupted" + (": the same command goes on from its journal" if resumes else ""), err=True)
             raise typer.Exit(130) from None
         except (ResuscitateError, OSError, TypeError, ValueError) as error:
             raise typer.Exit(_say(error)) from error
@@ -103,14 +104,11 @@ def options_of(found: Mapping[str, Any]) -> Options:
 
 def _check_written(options: Options) -> None:
     """Refuse to write over a file that the command reads, but for the pruned weights, which their repair replaces."""
-    for name in ("output", "report", "masks"):
-        if (path := options.get(name)) is not None:
-            for other, value in options.items():
-                if {name, other} == {"output", "pruned"}:
-                    continue
-                if other != name and isinstance(value, str | Path) and Path(value).resolve() == path.resolve():
-                    flags = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))
-                    raise typer.BadParameter(f"{flags} name one file, {path}, which would be overwritten")
+    files = {name: Path(value).resolve() for name, value in options.items() if isinstance(value, str | Path)}
+    for name, other in product(files.keys() & {"output", "report", "masks"}, files):
+        if files[name] == files[other] and name != other and {name, other} != {"output", "pruned"}:
+            both = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))
+            raise typer.BadParameter(f"{both} name one file, {options[name]}, which would be overwritten")
 
 
 def run_time_options(options: Options) -> Options:
@@ -145,7 +143,7 @@ def finish(
     """
     about, report, output = made_by(name, options), options["report"], options["output"]
     kept = [row._asdict() for row in Masks.from_zeros(network).table()]
-    document = {"masks": kept, **done.to_dict(), **more, "size": size_of(network)}
+    document = {"masks": kept, **done.to_dict(), **more, "size": size_of(network, kept)}
     document |= {"calibration": images.measured, "output": str(output), "provenance": about}
     with ExitStack() as stack:
         if report is not None and report.suffix == ".json":
@@ -163,6 +161,6 @@ def finish(
 
 def show(*parts: Any) -> None:
     """Print strings or renderables to standard output, at a width that cuts nothing off where that is no terminal."""
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
+    console = Console(width=console_width(), highlight=False)
     for part in parts:
         console.print(part, markup=not isinstance(part, str), soft_wrap=isinstance(part, str))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..network.masks import Masks
 from ..reports.agreement import Agreement
 from . import flags
 from .flags import Options
 
 
-def size_of(network: nn.Module) -> dict[str, int]:
-    """The number of parameters, and of those that are not zero; the same of the weights of layers."""
-    parameters, rows = list(network.parameters()), Masks.from_zeros(network).table()
+def size_of(network: nn.Module, kept: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The number of parameters, and of those that are not zero; the same of weights, from a row for each layer."""
+    parameters = list(network.parameters())
     found = {"parameters": sum(each.numel() for each in parameters)}
     found["nonzero"] = sum(int(each.count_nonzero()) for each in parameters)
-    return found | {"weights": sum(row.total for row in rows), "nonzero_weights": sum(row.kept for row in rows)}
+    return found | {"weights": sum(row["total"] for row in kept), "nonzero_weights": sum(row["kept"] for row in kept)}
 
 
 def summarise(document: Mapping[str, Any], options: Options) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..network.layers import LAYERS, check_writable, out_channels, unwrap
 from ..network.mean_layers import can_have_means, means_fit, to_mean_layer
 from ..network.resizing import misfit, resize_layers, smaller_shapes
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -
     shapes = smaller_shapes(wanted, {key: value.shape for key, value in state.items()}) if smaller else {}
     if not shapes:
         return _load(model, path, state, optional)
-    log.info("%s: has fewer channels than the model: %s", path, _abbreviated(list(shapes)))
+    log.info("%s: has fewer channels than the model: %s", path, listed(list(shapes)))
     with Snapshot(model):
         resize_layers(model, shapes)
         _load(model, path, state, optional)
@@ -115,7 +115,7 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
         f"{key} ({stored} in the file, {own} in the model)" for key, (stored, own) in shapes.items() if stored != own
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if found := [f"{len(keys)} {what}: {_abbreviated(keys)}" for what, keys in problems.items() if keys]:
+    if found := [f"{len(keys)} {what}: {listed(keys)}" for what, keys in problems.items() if keys]:
         fewer = smaller_shapes(wanted, {key: value.shape for key, value in common.items()})
         remedy = _prefix(state, wanted) or (FEWER if reshaped and len(fewer) == len(reshaped) else REMEDY)
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(found)}; {remedy}")
@@ -127,7 +127,7 @@ def _load(model: nn.Module, path: str | Path, state: dict[str, Tensor], optional
             to_mean_layer(layers[name], state[key])
     for part, what in (("bias", "biases"), ("means", "means of pruned weights")):
         if keys := [key for key in added if key.endswith(part)]:
-            log.info("%s: %s added to layers that had none: %s", path, what, _abbreviated(keys))
+            log.info("%s: %s added to layers that had none: %s", path, what, listed(keys))
     model.load_state_dict(state, strict=False)
 
 
@@ -182,7 +182,7 @@ def _bake_masks(path: str | Path, state: dict[str, Tensor], wanted: Collection[s
     masked = [name for name in names if name in wanted and f"{name}_mask" in state]
     if not masked:
         return state
-    log.info("%s: applied the masks of torch.nn.utils.prune to %s", path, _abbreviated(masked))
+    log.info("%s: applied the masks of torch.nn.utils.prune to %s", path, listed(masked))
     products = {name: state[f"{name}_orig"] * state[f"{name}_mask"] for name in masked}
     parts = {f"{name}{part}" for name in masked for part in ("_orig", "_mask")}
     return {key: value for key, value in state.items() if key not in parts} | products
@@ -203,7 +203,3 @@ def _prefix(state: Collection[str], wanted: Collection[str]) -> str:
         if all(key.startswith(prefix) for key in state) and any(key.removeprefix(prefix) in wanted for key in state):
             return f"all names in the file begin with {prefix!r}: remove it"
     return ""
-
-
-def _abbreviated(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -104,13 +104,17 @@ def _nothing() -> None:
 
 
 def as_text(part: Any) -> str:
-    """What rich prints for an object, as plain text; nothing is cut off where standard output is no terminal."""
+    """What rich prints for an object, as plain text."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     text = io.StringIO()
-    Console(file=text, width=width, highlight=False).print(part)
+    Console(file=text, width=console_width(), highlight=False).print(part)
     return text.getvalue().rstrip()
+
+
+def console_width() -> int | None:
+    """The width of a console of rich: a terminal's own, or one that cuts nothing off."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 
 def terminal_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -90,6 +90,15 @@ class TestFailing:
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
 
+    @pytest.mark.parametrize("words", [[], ["--resume", "run.journal"], ["--resume=run.journal"]])
+    def test_an_interrupt_is_130_and_one_line(self, monkeypatch, words):
+        def interrupted(**options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("resuscitate.cli.repair.run", interrupted)
+        goes_on = ": the same command goes on from its journal" if words else ""
+        assert repair(*words, code=130).stderr == f"Interrupted{goes_on}\n"
+
     def test_a_method_that_needs_dense_weights_says_so(self):
         options = ["--pruned", "pruned.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
         done = invoke("repair", "-m", MODEL, *options, code=2)

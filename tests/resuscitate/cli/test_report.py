@@ -1,7 +1,6 @@
 """`resuscitate report`, and what `resuscitate repair` puts into a report for it."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +33,6 @@ class TestCommand:
     def test_another_ending_is_refused(self, tmp_path):
         (tmp_path / "run.json").write_text("{}")
         assert "name it page.html" in unframed(invoke("report", "run.json", "-o", "page.pdf", code=2).stderr)
-
-    @pytest.mark.parametrize("words", [[], ["--resume", "run.journal"]])
-    def test_an_interrupt_is_130_and_one_line(self, tmp_path, monkeypatch, words):
-        def interrupted(document):
-            raise KeyboardInterrupt
-
-        (tmp_path / "run.json").write_text("{}")
-        monkeypatch.setattr("resuscitate.cli.report.render", interrupted)
-        monkeypatch.setattr(sys, "argv", ["resuscitate", *words])
-        goes_on = ": the same command goes on from its journal" if words else ""
-        assert invoke("report", "run.json", code=130).stderr == f"Interrupted{goes_on}\n"
 
 
 def test_repair_reports_accuracy_and_channels_where_they_are_asked_for(user):

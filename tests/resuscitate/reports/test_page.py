@@ -121,7 +121,7 @@ def test_a_reader_who_has_not_run_it_is_told_what_came_of_it():
     text = " ".join(read(page).text)
     before, after = (f"{found['agreement'][when]:.1%}" for when in ("before", "after"))
     done = (
-        "A pruned network was repaired from 24 unlabelled images. 80.0% of its weights are zero. "
+        "A pruned network was repaired from 24 unlabelled images. 80.0% of the original weights are pruned. "
         "On 8 of these images, which it used"
     )
     came = f"it gives the same class as the network before pruning for {after} (without repair: {before})."

@@ -118,7 +118,7 @@ def _sentences(document: Row, last: Row) -> str:
     done = DONE.get(_method(document, last), "A pruned network was repaired")
     said = [f"{done} from {images:,} unlabelled images."]
     kept, total = (sum(row[key] for row in document.get("masks", ())) for key in ("kept", "total"))
-    said += [f"{1 - kept / total:.1%} of its weights are zero."] if total else []
+    said += [f"{1 - kept / total:.1%} of the original weights are pruned."] if total else []
     if found.get("before") is not None:
         which = "images to which no weight was fitted" if found["held_out"] else "of these images, which it used"
         said.append(
