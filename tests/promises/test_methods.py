@@ -16,6 +16,7 @@ from resuscitate.methods.base import register, registered
 from resuscitate.reports.repair import STATUSES
 from tests.compare import same_state
 from tests.networks import Residual, chain, images, pruned_copy, seeded
+from tests.ranks import joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +140,14 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
 
 
 def on_a_rank(rank, folder):
-    torch.set_num_threads(1)
     register(MedianGain)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    for method in METHODS:
-        dense = seeded(chain)
-        model = pruned_copy(dense)
-        share = images(24)[rank::2].split(5)
-        resuscitate.repair(model, dense, share, method=method, group=dist.group.WORLD, progress=False)
-        torch.save(state(model), f"{folder}/{method}.{rank}")
-    dist.destroy_process_group()
+    with joined(rank, 2, folder) as group:
+        for method in METHODS:
+            dense = seeded(chain)
+            model = pruned_copy(dense)
+            share = images(24)[rank::2].split(5)
+            resuscitate.repair(model, dense, share, method=method, group=group, progress=False)
+            torch.save(state(model), f"{folder}/{method}.{rank}")
 
 
 @pytest.fixture(scope="module")

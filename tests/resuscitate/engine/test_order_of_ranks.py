@@ -9,6 +9,7 @@ from torch import nn
 import resuscitate
 from resuscitate.errors import DistributedError
 from tests.networks import images, pruned_copy, seeded
+from tests.ranks import joined
 from tests.wired import conv
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")
@@ -28,19 +29,17 @@ class Domains(nn.Module):
 
 
 def work(rank, folder, shift):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     model, error = pruned_copy(seeded(Domains)), None
     before = {key: value.clone() for key, value in model.state_dict().items()}
     x = images(16, seed=rank) + shift * rank
-    try:
-        resuscitate.recalibrate_batchnorm(model, x, group=dist.group.WORLD, batch_size=8, progress=False)
-    except DistributedError as caught:
-        error = str(caught)
-    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    torch.save((error, changed), f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, 2, folder) as group:
+        try:
+            resuscitate.recalibrate_batchnorm(model, x, group=group, batch_size=8, progress=False)
+        except DistributedError as caught:
+            error = str(caught)
+        changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+        torch.save((error, changed), f"{folder}/{rank}")
+        dist.barrier()
 
 
 @pytest.mark.parametrize("shift", [0, 20], ids=["alike", "apart"])

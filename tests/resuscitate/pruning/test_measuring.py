@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from resuscitate import Repairability, allocate, sparsify
 from resuscitate.errors import CalibrationError, NonFiniteError
 from tests.networks import Residual, chain, images, seeded
+from tests.ranks import joined
 
 
 def measure(x, **options):
@@ -77,9 +78,8 @@ def results(x, **options):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(results(images(23)[rank::2], group=dist.group.WORLD), f"{folder}/{rank}")
+    with joined(rank, 2, folder) as group:
+        torch.save(results(images(23)[rank::2], group=group), f"{folder}/{rank}")
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")

@@ -32,6 +32,7 @@ from tests.networks import (
     seeded,
     without_channels,
 )
+from tests.ranks import joined
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with Gloo")
 BUILDS = {"chain": chain, "Residual": Residual, "Shared": Shared, "Untraceable": Untraceable}
@@ -82,11 +83,10 @@ FAILING = {
 
 
 def worker(rank, size, folder, jobs):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-    for name, job in jobs.items():
-        outcome, state = work(rank, size, {"build": "chain", "options": {}, **job})
-        torch.save((outcome, state), f"{folder}/{name}.{rank}")
+    with joined(rank, size, folder):
+        for name, job in jobs.items():
+            outcome, state = work(rank, size, {"build": "chain", "options": {}, **job})
+            torch.save((outcome, state), f"{folder}/{name}.{rank}")
 
 
 def work(rank, size, job):
