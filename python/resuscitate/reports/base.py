@@ -78,13 +78,16 @@ class UndoableReport(Report):
 
     def undo_if_worse(self) -> None:
         """Undo a change that made the outputs worse, and say so; with too few images only say so."""
-        if self.agreement is None or not self.agreement.worse:
-            return
-        if self.agreement.fell:
+        if self.agreement is not None and self.agreement.fell:
             self.undo()
             self._undo = _nothing
             self.note_undone()
         else:
+            self.warn_if_worse()
+
+    def warn_if_worse(self) -> None:
+        """Warn that a change which was kept seems to make the outputs worse."""
+        if self.agreement is not None and self.agreement.worse:
             doubt = f"too few to undo the {self.work} for that; give more, or call undo()"
             log.warning("%s: the outputs seem to be worse, but these images are %s", self.agreement, doubt)
 

@@ -122,7 +122,9 @@ class RepairReport(UndoableReport):
     def __rich_console__(self, *_: object) -> Iterator[Any]:
         from rich.markup import escape
 
-        yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {self.recalibrate or 'as in the dense model'}"
+        statistics = self.recalibrate or "as in the dense model"
+        undone = "; undone, and below is what it had done" if self.undone else ""
+        yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {statistics}{undone}"
         rows = self.rows()
         others = [row for row in rows if row["error_before"] is None]
         shown = {

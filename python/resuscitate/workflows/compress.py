@@ -184,7 +184,8 @@ def compress(
         before = deep_copy(dense)
         masks.apply_(before)
         agreement = Agreement.of(each.nearness(before, dense), each.nearness(model, dense))
-        worse = agreement is not None and agreement.fell and plan.follows_dense and not keep_worse
+        guarded = plan.follows_dense and not keep_worse
+        worse = guarded and agreement is not None and agreement.fell
         if worse:
             session.snapshot.restore()
             masks.apply_(model)
@@ -207,6 +208,8 @@ def compress(
         )
         if worse:
             report.note_undone()
+        elif guarded:
+            report.warn_if_worse()
         return report
 
 

@@ -103,6 +103,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert report.undone
     assert report.to_dict()["undone"]
     assert "undone, because it made the outputs worse" in caplog.text
+    assert "undone, and below is what it had done" in str(report).splitlines()[0]
     assert "keep_worse=True keeps it" in caplog.text
     assert same_state(model.state_dict(), before)
     report.undo()  # has nothing to do
@@ -140,6 +141,20 @@ def test_a_compression_that_makes_the_outputs_worse_leaves_the_pruned_weights(ca
     assert same_state(model.state_dict(), pruned.state_dict())
     report.undo()
     assert same_state(model.state_dict(), dense.state_dict())
+
+
+def test_a_compression_that_few_images_find_worse_is_kept_and_doubted(caplog):
+    dense, given = seeded(chain), images(24)
+    model = copy.deepcopy(dense)
+    with caplog.at_level(logging.WARNING):
+        report = resuscitate.compress(model, 0.1, given, method=Negated())
+    assert not report.undone
+    assert "these images are too few to undo the compression for that" in caplog.text
+    report.undo()
+    assert same_state(model.state_dict(), dense.state_dict())
+    caplog.clear()
+    resuscitate.compress(model, 0.1, given, method=Negated(), keep_worse=True)
+    assert "too few" not in caplog.text
 
 
 def test_compress_and_regrow_report_the_agreement_of_the_whole():
