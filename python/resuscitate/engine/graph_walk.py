@@ -25,7 +25,7 @@ from .deferred import DeferredCorrection, is_mergeable
 from .pass_memory import storages
 from .probes import Measurement
 from .relu_targets import Seen, added_node
-from .segments import follow, run_step, split
+from .segments import follow, run_step, split, value_of
 from .walk import Collector, Walk
 
 
@@ -91,18 +91,18 @@ class GraphPasses:
                     values[step.node] = due.correction.through_batchnorm(values.pop(due.source))
                 else:
                     run_step(self.net, step, values, lambda: self.batches[index])
-        result = values[segment.source]
+        result = value_of(self.net, segment.source, values)
         frame.close({node: value for node, value in values.items() if node in segment.keep}, segment.keep)
         return result
 
     def again(self, part: int, index: int) -> tuple[Tensor, Tensor | None]:
         """The value at the end of a segment for one batch, and the tensor added to it before the ReLU, if any."""
         frame, segment = self.frames[index], self.segments[part]
-        added = self.added[segment.name]
-        values = frame.open({segment.source, added} - {None}, segment.keep)
-        found = values[segment.source], values.get(added)
+        wanted = [node for node in (segment.source, self.added[segment.name]) if node is not None]
+        values = frame.open([node for node in wanted if node in frame], segment.keep)
+        found, *added = (value_of(self.net, node, values) for node in wanted)
         frame.close({}, segment.keep)
-        return found
+        return found, *(added or [None])
 
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
         """Make the output at the end of a segment gain * output + shift, when each batch is next in memory."""

@@ -52,6 +52,16 @@ def run_step(net: Network, step: Step, values: Values, batch: Callable[[], Any])
         values.pop(source, None)
 
 
+def value_of(net: Network, node: fx.Node, values: Values) -> Any:
+    """The value of a node: one of `values`, or a tensor of the model, which is in none of them."""
+    if node.op != "get_attr":
+        return values[node]
+    if "constant" in node.meta:
+        return node.meta["constant"]
+    # looked up at each use: a tensor of the model may be replaced meanwhile
+    return operator.attrgetter(str(node.target))(net.model)
+
+
 def follow(net: Network, graph: fx.Graph, batch: Any) -> tuple[Any, int]:
     """The network's output for one batch, by its graph, and the peak number of bytes of activations."""
     values: Values = {}
@@ -124,16 +134,7 @@ def _may_overwrite(net: Network, node: fx.Node, gone: Sequence[fx.Node]) -> bool
 def _evaluate(net: Network, node: fx.Node, values: Values, batch: Callable[[], Any]) -> Any:
     if node.op == "placeholder":
         return net.place(batch())
-    if node.op == "get_attr":
-        if "constant" in node.meta:
-            return node.meta["constant"]
-        # looked up at each use: a tensor of the model may be replaced meanwhile
-        return operator.attrgetter(str(node.target))(net.model)
-
-    def value(source: fx.Node) -> Any:
-        return _evaluate(net, source, values, batch) if source.op == "get_attr" else values[source]
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: value_of(net, source, values))
     if node.op == "call_module":
         return net.model.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":

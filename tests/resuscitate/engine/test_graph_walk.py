@@ -86,6 +86,31 @@ def test_batchnorm_statistics_by_arithmetic_are_those_that_a_pass_finds(build):
         torch.testing.assert_close(batchnorm.running_var.double(), unbiased, rtol=1e-4, atol=1e-6)
 
 
+class Positions(torch.nn.Module):
+    """Adds what a layer with a ReLU makes of each place's coordinates, which are a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias, self.last = torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(2, 6), torch.nn.Conv2d(6, 4, 1)
+        self.register_buffer("places", torch.cartesian_prod(torch.linspace(-1, 1, 7), torch.linspace(-1, 1, 7)))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last((x + self.bias(self.places).relu().T.view(6, 7, 7)).relu())
+
+
+@pytest.mark.parametrize("method", ["refit", "asr", "channelwise"])
+def test_both_walks_agree_where_a_layer_reads_a_buffer(method):
+    dense = seeded(Positions)
+    by_graph, suspended = pruned_copy(dense), pruned_copy(dense)
+    options = {"method": method, "skip_first": False}
+    report = resuscitate.repair(by_graph, dense, images(), batch_size=10, **options)
+    fallback = resuscitate.repair(suspended, dense, list(images().split(10)), forward_fn=lambda m, x: m(x), **options)
+    assert (report.walk, fallback.walk) == ("graph", "suspended")
+    torch.testing.assert_close(by_graph.state_dict(), suspended.state_dict(), rtol=1e-4, atol=1e-5)
+    assert {row.status for row in report.layers} <= {"refitted", "repaired"}
+
+
 def test_every_node_runs_once_per_batch_and_model_however_many_layers(monkeypatch):
     dense = seeded(Residual)
     model, ran = pruned_copy(dense), []
