@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -26,13 +26,14 @@ from ..utils.files import atomic
 from ..version import __version__
 from .flags import Options, opt
 from .inputs import Images
+from .keywords import as_flags, warnings_with_flags
 from .method_options import load_methods
 from .summary import size_of, summarise
 
 
-def _say(error: Exception) -> int:
-    """Write an error on one line of standard error; the exit code."""
-    message = str(error)
+def _say(error: Exception, keywords: Collection[str] = ()) -> int:
+    """Write an error on one line of standard error, with these keywords as flags; the exit code."""
+    message = as_flags(str(error), keywords)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     typer.echo(f"Error: {' '.join(message.split())}", err=True)
@@ -45,15 +46,17 @@ class _PlainErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         resumes = any(word.startswith("--resume") for word in ctx.args)
+        keywords = {str(option.name) for command in self.commands.values() for option in command.params}
         try:
-            return super().invoke(ctx)
+            with warnings_with_flags(keywords):
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
             typer.echo("Interrupted" + (": the same command goes on from its journal" if resumes else ""), err=True)
             raise typer.Exit(130) from None
         except (ResuscitateError, OSError, TypeError, ValueError) as error:
-            raise typer.Exit(_say(error)) from error
+            raise typer.Exit(_say(error, keywords)) from error
 
 
 app = typer.Typer(

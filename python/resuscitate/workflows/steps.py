@@ -50,7 +50,7 @@ def check_means(method: Method, option: str, count: int) -> None:
     option, count: of the function, and how many repairs it makes.
     """
     if count > 1 and getattr(method, "means", None) is not None:
-        remedy = f"choose {option}=1, or another method here and repair(model, dense, images, method=...) afterwards"
+        remedy = f"choose {option}=1, or another method here and a repair by this one afterwards"
         raise ValueError(f"method {method.name!r} gives means to pruned weights, and only once: {remedy}")
 
 

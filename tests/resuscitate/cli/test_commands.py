@@ -27,13 +27,13 @@ PROGRAMS = {"forward_fn", "max_batches", "group", "progress"}
 RECALIBRATION = {f"{name}_{field.name}" for name, kind in RECALIBRATIONS.items() for field in fields(kind)}
 
 USAGE = [
-    (["--method", "magic"], "method='magic' is unknown; there are 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
+    (["--method", "magic"], "--method magic is unknown; there are 'auto', 'bn', 'layerwise', 'channelwise', 'asr'"),
     (["-m", "resnet21"], "did you mean 'resnet"),
     (["-o", "repaired.pt"], "name it repaired.safetensors"),
     (["--mean", "red"], "'red' is neither a number"),
     (["--size", "large"], "'large' is not a size"),
-    (["--include", "33"], "include='33' selects no layer; did you mean"),
-    (["--method", "asr", "--prior", "mode"], "prior='mode' must be 'median', 'mean' or a positive variance"),
+    (["--include", "33"], "--include 33 selects no layer; did you mean"),
+    (["--method", "asr", "--prior", "mode"], "--prior mode must be 'median', 'mean' or a positive variance"),
     (
         ["--prior", "mean"],
         "method 'refit', which 'auto' stands for here, has no option 'prior'; it is for method 'asr'",
@@ -43,8 +43,8 @@ USAGE = [
     (["--exact-samples", "8", "--ema-batches", "3"], "--ema-batches is for --recalibrate ema"),
     (["-o", "./dense.safetensors"], "--dense and --output name one file"),
     (["--report", "report.txt"], "a report is written as .json or .csv"),
-    (["--method", "refit", "--ridge", "-5"], "ridge=-5 must be at least 0"),
-    (["--method", "asr", "--eps", "small"], "eps='small' must be a number"),
+    (["--method", "refit", "--ridge", "-5"], "--ridge -5 must be at least 0"),
+    (["--method", "asr", "--eps", "small"], "--eps small must be a number"),
     (["--method", "bn", "--recalibrate", "none"], "does nothing; choose 'exact' or 'ema'"),
 ]
 FAILURES = [
