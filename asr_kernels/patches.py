@@ -63,8 +63,8 @@ class PatchMoments:
             count,
             self.mean + dx * share,
             self.target + dy * share,
-            torch.baddbmm(self.xx + other.xx, dx[:, :, None], dx[:, None, :], alpha=weight),
-            torch.baddbmm(self.xy + other.xy, dx[:, :, None], dy[:, None, :], alpha=weight),
+            (self.xx + other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=weight),
+            (self.xy + other.xy).baddbmm_(dx[:, :, None], dy[:, None, :], alpha=weight),
             self.yy + other.yy + dy.square() * weight,
         )
 
@@ -92,8 +92,8 @@ class PatchMoments:
             count,
             self.mean + dx * share,
             self.target + dy * share,
-            torch.baddbmm(self.xx - other.xx, dx[:, :, None], dx[:, None, :], alpha=-weight),
-            torch.baddbmm(self.xy - other.xy, dx[:, :, None], dy[:, None, :], alpha=-weight),
+            (self.xx - other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=-weight),
+            (self.xy - other.xy).baddbmm_(dx[:, :, None], dy[:, None, :], alpha=-weight),
             (self.yy - other.yy - dy.square() * weight).clamp(min=0),
         )
 

@@ -168,7 +168,7 @@ def choose_ridge(
     parts = list(folds.values())
     at_once = weight.device.type in AT_ONCE and all(isinstance(fold, PatchMoments) for fold in parts)
     for chosen in [parts] if at_once else [[fold] for fold in parts]:
-        others = [merged.without(fold) for fold in chosen]  # type: ignore[arg-type]
+        others = [_others(fold, parts, merged) for fold in chosen]
         seen, left_out = (_judges(moments, weight, support, ranks) for moments in (others, chosen))
         w, wanted = seen.solve(seen.own_targets(), excess=ROUGH_EXCESS).w, left_out.own_targets()
         covariance, varies, total = (
@@ -184,6 +184,13 @@ def choose_ridge(
     errors = ranks.first(errors)
     last = torch.cat([~(errors[1:] < errors[:-1]), torch.ones_like(errors[:1], dtype=torch.bool)])
     return _ridges(weight.device).gather(0, last.int().argmax()[None])[0]
+
+
+def _others(fold: Moments, parts: Sequence[Moments], merged: Moments) -> Moments:
+    """The moments of all parts but one, of which `merged` are all."""
+    if len(parts) == 2:
+        return parts[0] if fold is parts[1] else parts[1]
+    return merged.without(fold)  # type: ignore[arg-type]
 
 
 def _ridges(device: torch.device) -> Tensor:
