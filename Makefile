@@ -30,7 +30,7 @@ test: lint $(OUTSIDE)/.ready ## lint, every test, some of `outside`, then the Tr
 	@echo "the kernels again, and the walk with them, in Triton's interpreter"
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SHARED_OUT) tests/asr_kernels tests/resuscitate/runtime/test_activations.py -k triton
 
-outside: $(OUTSIDE)/.ready ## thirty networks of torchvision, timm and transformers, pruned, repaired and compressed; ten minutes
+outside: $(OUTSIDE)/.ready ## forty networks of torchvision, timm and transformers, pruned, repaired and compressed; ten minutes
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(OUTSIDE) $(BIN)/python -m pytest $(SHARED_OUT) --dist load tests/outside \
 		--table benchmarks/results/outside.md $(ARGS)
 
