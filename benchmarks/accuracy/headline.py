@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -200,7 +200,7 @@ def publish(file: Path, rows: list[dict[str, Any]], test_images: int) -> None:
     file.with_name("headline_all.md").write_text(table(rows))
 
 
-def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
+def table(rows: list[dict[str, Any]], hidden: Iterable[str] = (), titles: Mapping[str, str] = NETS) -> str:
     """A row for each network and target; for each tool mean accuracy, its spread over draws, and median seconds.
 
     A tool that a draw does not have was not at hand then. Draws without seconds count in the accuracy only.
@@ -217,7 +217,7 @@ def table(rows: list[dict[str, Any]], hidden: Iterable[str] = ()) -> str:
             spent = f" ({median(seconds):.1f} s)" if seconds else ""
             cells.append(f"{accuracy_cell(mean(accuracies), best)}{spread}{spent}" if accuracies else "")
         dense = mean(row["dense"] for row in chosen)
-        lines.append([f"{NETS[net]} ({dense:.1f}), {target}", *cells])
+        lines.append([f"{titles[net]} ({dense:.1f}), {target}", *cells])
     return markdown_table(["network (dense), sparsity", *names], lines)
 
 
