@@ -14,7 +14,7 @@ OUTSIDE := $(VENV)/outside
 RELEASE := $(VENV)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test outside headline picture ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs dist lint format clean
+.PHONY: help demo test outside headline compact picture ablation accuracy map structured regrow recoverable ridge means bench gpu paper bench-repair bench-large bench-walk bench-memory docs dist lint format clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS='options of the command behind it'], where TARGET is"
@@ -36,6 +36,9 @@ outside: $(OUTSIDE)/.ready ## forty networks of torchvision, timm and transforme
 
 headline: $(READY) ## what each tool brings back on real networks, and how fast; several hours, and goes on where it was stopped
 	@$(BIN)/python benchmarks/accuracy/headline.py $(ARGS)
+
+compact: $(READY) ## two compact networks, trained, pruned and repaired with each tool; an hour, and goes on where it was stopped
+	@$(BIN)/python benchmarks/accuracy/compact.py $(ARGS)
 
 picture: $(READY) ## the picture of a run in README.md; a quarter of a minute
 	@$(BIN)/python benchmarks/accuracy/picture.py $(ARGS)

@@ -15,6 +15,7 @@ from torch import nn
 import resuscitate
 from benchmarks.accuracy.peers import distil, one_shot
 from benchmarks.accuracy.two_stage import aggregate
+from benchmarks.networks.compact import mobilenet_v1, mobilenet_v2
 from tests.networks import depthwise, images, seeded
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +143,34 @@ def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_
     for variant, error in found.items():
         assert (error == found["as it is"]) == (variant == "as it is"), variant
     assert (tmp_path / "ablation.md").read_text().count("\n") == 2 + len(found)
+
+
+@pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2])
+def test_a_compact_network_has_the_parameters_that_it_says(build):
+    model = build(7).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert f"{sum(each.numel() for each in build().parameters()):,} parameters" in build.__doc__
+
+
+def test_compact_networks_are_trained_and_repaired_and_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    from benchmarks.accuracy import compact
+
+    torch.manual_seed(0)
+    pool, labels = images(256, size=12), torch.arange(256) % 2
+    pool += 3 * (2 * labels - 1).view(-1, 1, 1, 1)  # dark and bright ones
+    monkeypatch.setattr(compact, "data_folder", lambda folder: tmp_path)
+    monkeypatch.setattr(compact, "load_images", lambda path, **_: pool)
+    monkeypatch.setattr(compact, "load_labels", lambda path, **_: labels)
+    monkeypatch.setattr(compact, "scorer", lambda *_: resuscitate.Accuracy(pool, labels))
+    monkeypatch.setattr(compact, "TOOLS", {name: compact.TOOLS[name] for name in ("no repair", "refit")})
+    monkeypatch.setattr(compact, "BUILDS", dict.fromkeys(compact.BUILDS, depthwise))
+    for targets in ("50%", "50%,70%", "50%,70%"):
+        compact.main(nets="mobilenet_v1,mobilenet_v2", targets=targets, epochs=10, images=64, output=tmp_path)
+    rows = json.loads((tmp_path / "compact.json").read_text())["rows"]
+    assert {(row["net"], row["target"]) for row in rows} == {(net, f"{s}%") for net in compact.BUILDS for s in (50, 70)}
+    assert len(rows) == 4
+    assert all(row["dense"] > 95 and row["accuracy"].keys() == {"no repair", "refit"} for row in rows)
+    assert (tmp_path / "compact.md").read_text().count("| MobileNetV") == 4
 
 
 def test_the_cpu_benchmark_runs(tmp_path):
