@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.outside.networks import NETWORKS
 
-TITLES = "network", "layers", "walk", "asr", "refit", "compress", "left alone by the refit, and why"
+TITLES = "network", "layers", "walk", "asr", "refit", "compress", "unchanged by the refit, and why"
 
 
 def pytest_addoption(parser):
