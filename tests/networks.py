@@ -239,6 +239,19 @@ class Excited(nn.Module):
         return self.head(x.mean((2, 3))), {"features": x}
 
 
+class Positions(nn.Module):
+    """Adds what a layer with a ReLU makes of each place's coordinates, which are a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias, self.last = nn.Conv2d(3, 6, 3), nn.Linear(2, 6), nn.Conv2d(6, 4, 1)
+        self.register_buffer("places", torch.cartesian_prod(torch.linspace(-1, 1, 7), torch.linspace(-1, 1, 7)))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last((x + self.bias(self.places).relu().T.view(6, 7, 7)).relu())
+
+
 class Functional(nn.Module):
     """A convolution called as a function, beside one that is a module."""
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-# a keyword outside of a call's parentheses, and its value: a switch, a word, a number or nothing; not a list or a call
+# a keyword, unless a parenthesis opens before it, and its value: True or False, a word, a number or nothing; where the
+# value is a list or a call, nothing matches
 KEYWORD = re.compile(r"(?<![\w.(])(\w+)=(?:(True|False)\b|'([^']*)'|(-?\d[\w.-]*)|(?![\w\[{('-]))")
 
 

@@ -98,11 +98,11 @@ class GraphPasses:
     def again(self, part: int, index: int) -> tuple[Tensor, Tensor | None]:
         """The value at the end of a segment for one batch, and the tensor added to it before the ReLU, if any."""
         frame, segment = self.frames[index], self.segments[part]
-        wanted = [node for node in (segment.source, self.added[segment.name]) if node is not None]
-        values = frame.open([node for node in wanted if node in frame], segment.keep)
-        found, *added = (value_of(self.net, node, values) for node in wanted)
+        source, added = segment.source, self.added[segment.name]
+        values = frame.open([node for node in (source, added) if node in frame], segment.keep)
+        found = value_of(self.net, source, values), values.get(added)
         frame.close({}, segment.keep)
-        return found, *(added or [None])
+        return found
 
     def correct(self, part: int, gain: Tensor, shift: Tensor) -> None:
         """Make the output at the end of a segment gain * output + shift, when each batch is next in memory."""

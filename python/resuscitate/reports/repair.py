@@ -123,7 +123,7 @@ class RepairReport(UndoableReport):
         from rich.markup import escape
 
         statistics = self.recalibrate or "as in the dense model"
-        undone = "; undone, and below is what it had done" if self.undone else ""
+        undone = "; undone: below is what was undone" if self.undone else ""
         yield f"[bold]{self.method}[/], {self.schedule}, BatchNorm: {statistics}{undone}"
         rows = self.rows()
         others = [row for row in rows if row["error_before"] is None]

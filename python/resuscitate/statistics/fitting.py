@@ -187,7 +187,7 @@ def choose_ridge(
 
 
 def _others(fold: Moments, parts: Sequence[Moments], merged: Moments) -> Moments:
-    """The moments of all parts but one, of which `merged` are all."""
+    """The moments of all parts but this fold; merged: of all."""
     if len(parts) == 2:
         return parts[0] if fold is parts[1] else parts[1]
     return merged.without(fold)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from tests.networks import (
     Elaborate,
     Excited,
     Functional,
+    Positions,
     Residual,
     Shared,
     Shuffled,
@@ -84,19 +85,6 @@ def test_batchnorm_statistics_by_arithmetic_are_those_that_a_pass_finds(build):
         torch.testing.assert_close(batchnorm.running_mean.double(), moments.mean, rtol=1e-4, atol=1e-5)
         unbiased = moments.m2 / (moments.count - 1)
         torch.testing.assert_close(batchnorm.running_var.double(), unbiased, rtol=1e-4, atol=1e-6)
-
-
-class Positions(torch.nn.Module):
-    """Adds what a layer with a ReLU makes of each place's coordinates, which are a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.bias, self.last = torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(2, 6), torch.nn.Conv2d(6, 4, 1)
-        self.register_buffer("places", torch.cartesian_prod(torch.linspace(-1, 1, 7), torch.linspace(-1, 1, 7)))
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.last((x + self.bias(self.places).relu().T.view(6, 7, 7)).relu())
 
 
 @pytest.mark.parametrize("method", ["refit", "asr", "channelwise"])

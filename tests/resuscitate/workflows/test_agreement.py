@@ -103,7 +103,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone_and_says_so(caplog):
     assert report.undone
     assert report.to_dict()["undone"]
     assert "undone, because it made the outputs worse" in caplog.text
-    assert "undone, and below is what it had done" in str(report).splitlines()[0]
+    assert "undone: below is what was undone" in str(report).splitlines()[0]
     assert "keep_worse=True keeps it" in caplog.text
     assert same_state(model.state_dict(), before)
     report.undo()  # has nothing to do
