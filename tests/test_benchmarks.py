@@ -15,7 +15,9 @@ from torch import nn
 import resuscitate
 from benchmarks.accuracy.peers import distil, one_shot
 from benchmarks.accuracy.two_stage import aggregate
-from benchmarks.networks.compact import mobilenet_v1, mobilenet_v2
+from benchmarks.networks import build
+from benchmarks.networks.checkpoints import save_weights
+from tests.compare import same_state
 from tests.networks import depthwise, images, seeded
 
 ROOT = Path(__file__).parents[1]
@@ -145,32 +147,17 @@ def test_the_ablation_leaves_out_each_part_and_goes_on_where_it_was_stopped(tmp_
     assert (tmp_path / "ablation.md").read_text().count("\n") == 2 + len(found)
 
 
-@pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2])
-def test_a_compact_network_has_the_parameters_that_it_says(build):
-    model = build(7).eval()
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
-    assert f"{sum(each.numel() for each in build().parameters()):,} parameters" in build.__doc__
+def test_a_compact_network_is_the_one_that_was_trained_or_a_message_says_how(tmp_path, monkeypatch):
+    from benchmarks.common import inputs
 
-
-def test_compact_networks_are_trained_and_repaired_and_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    from benchmarks.accuracy import compact
-
-    torch.manual_seed(0)
-    pool, labels = images(256, size=12), torch.arange(256) % 2
-    pool += 3 * (2 * labels - 1).view(-1, 1, 1, 1)  # dark and bright ones
-    monkeypatch.setattr(compact, "data_folder", lambda folder: tmp_path)
-    monkeypatch.setattr(compact, "load_images", lambda path, **_: pool)
-    monkeypatch.setattr(compact, "load_labels", lambda path, **_: labels)
-    monkeypatch.setattr(compact, "scorer", lambda *_: resuscitate.Accuracy(pool, labels))
-    monkeypatch.setattr(compact, "TOOLS", {name: compact.TOOLS[name] for name in ("no repair", "refit")})
-    monkeypatch.setattr(compact, "BUILDS", dict.fromkeys(compact.BUILDS, depthwise))
-    for targets in ("50%", "50%,70%", "50%,70%"):
-        compact.main(nets="mobilenet_v1,mobilenet_v2", targets=targets, epochs=10, images=64, output=tmp_path)
-    rows = json.loads((tmp_path / "compact.json").read_text())["rows"]
-    assert {(row["net"], row["target"]) for row in rows} == {(net, f"{s}%") for net in compact.BUILDS for s in (50, 70)}
-    assert len(rows) == 4
-    assert all(row["dense"] > 95 and row["accuracy"].keys() == {"no repair", "refit"} for row in rows)
-    assert (tmp_path / "compact.md").read_text().count("| MobileNetV") == 4
+    monkeypatch.setattr(inputs, "COMPACT", tmp_path)
+    with pytest.raises(SystemExit, match="mobilenet_v2 is not trained: `make compact` trains it"):
+        inputs.network("mobilenet_v2", tmp_path, images())
+    trained = build("mobilenet_v2")
+    save_weights(trained, tmp_path / "mobilenet_v2.safetensors", {})
+    found = inputs.network("mobilenet_v2", tmp_path, images())
+    assert not found.training
+    assert same_state(found.state_dict(), trained.state_dict())
 
 
 def test_the_cpu_benchmark_runs(tmp_path):

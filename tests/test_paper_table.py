@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.networks import NETS, build
+from benchmarks.networks import NETS, build, mobilenet_v1, mobilenet_v2
 from tests.test_benchmarks import run
 
 # with 10 classes; the ResNets and VGG-16 as commonly given for CIFAR-10. DenseNet-121: torchvision's 7,978,856, less
@@ -46,6 +46,11 @@ def test_the_networks_are_those_of_the_papers(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert len(state) == TENSORS[name]
     assert set(NAMED[name]) <= set(state)
+
+
+@pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2])
+def test_a_compact_network_has_the_parameters_that_it_says(build):
+    assert f"{sum(p.numel() for p in build().parameters()):,} parameters" in build.__doc__
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 import resuscitate
 from benchmarks.common.results import ROOT
+from benchmarks.networks import NETS
+from benchmarks.networks.checkpoints import is_trained, load
 from benchmarks.networks.dscnn import load_dscnn
 from resuscitate.data.images import load_images, load_labels
 from resuscitate.models import build
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COMPACT = ROOT / "build" / "compact"  # the networks that `make compact` has trained
 
 # options of several command lines
 DataFolder = Annotated[Path | None, typer.Option(help="folder with networks and images; else RESUSCITATE_DATA")]
@@ -50,7 +53,14 @@ def scorer(folder: Path, count: int) -> resuscitate.Accuracy:
 
 
 def network(name: str, folder: Path, images: Tensor) -> nn.Module:
-    """The trained network; without trained weights, random weights and BatchNorm statistics of 512 of the images."""
+    """The trained network; without trained weights, random weights and BatchNorm statistics of 512 of the images.
+
+    Exits with a message if it is one of `benchmarks.networks` that is not trained.
+    """
+    if name in NETS:
+        if not is_trained(name, COMPACT):
+            sys.exit(f"{name} is not trained: `make compact` trains it")
+        return load(name, COMPACT)[0]
     torch.manual_seed(0)
     model = build(name).eval()
     weights = folder / f"cifar10_{name}.safetensors"
