@@ -56,16 +56,25 @@ class PatchMoments:
         """Moments of both sets of patches together; one of the two objects itself where the other is empty."""
         if not self.count or not other.count:
             return self if self.count else other
-        count = self.count + other.count
-        share, weight = other.count / count, self.count * (other.count / count)
+        return self._with(other, 1)
+
+    def without(self, other: PatchMoments) -> PatchMoments:
+        """The inverse of `merge`: moments of these patches without the others, which must be some of them."""
+        return self._with(other, -1) if other.count else self
+
+    def _with(self, other: PatchMoments, sign: int) -> PatchMoments:
+        """With the other patches (sign 1), or without them (-1)."""
+        count = self.count + sign * other.count
+        share = sign * other.count / count if count else 0.0
+        weight = self.count * share
         dx, dy = other.mean - self.mean, other.target - self.target
         return PatchMoments(
             count,
             self.mean + dx * share,
             self.target + dy * share,
-            (self.xx + other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=weight),
-            (self.xy + other.xy).baddbmm_(dx[:, :, None], dy[:, None, :], alpha=weight),
-            self.yy + other.yy + dy.square() * weight,
+            torch.add(self.xx, other.xx, alpha=sign).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=weight),
+            torch.add(self.xy, other.xy, alpha=sign).baddbmm_(dx[:, :, None], dy[:, None, :], alpha=weight),
+            torch.add(self.yy, other.yy, alpha=sign).add_(dy.square() * weight).clamp_(min=0),
         )
 
     @property
@@ -79,23 +88,6 @@ class PatchMoments:
         xx = self.xx if len(one) == len(self.xx) else self.xx[one]
         y, xy, yy = self.target[groups, rows], self.xy.mT[groups, rows].mT, self.yy[groups, rows]
         return PatchMoments(self.count, self.mean[one], y, xx, xy, yy)
-
-    def without(self, other: PatchMoments) -> PatchMoments:
-        """The inverse of `merge`: moments of these patches without the others, which must be some of them."""
-        if not other.count:
-            return self
-        count = self.count - other.count
-        share = other.count / count if count else 0.0
-        dx, dy = self.mean - other.mean, self.target - other.target
-        weight = share * self.count
-        return PatchMoments(
-            count,
-            self.mean + dx * share,
-            self.target + dy * share,
-            (self.xx - other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=-weight),
-            (self.xy - other.xy).baddbmm_(dx[:, :, None], dy[:, None, :], alpha=-weight),
-            (self.yy - other.yy - dy.square() * weight).clamp(min=0),
-        )
 
 
 class PatchSums:
@@ -126,9 +118,12 @@ class PatchSums:
         x, y, window = _of_images(x, y, self.window)
         if len(x) != images:  # a linear layer: of each image several positions
             folds = {fold: rows if rows is None else _positions(rows, len(x) // images) for fold, rows in folds.items()}
-        if not len(y) * prod(y.shape[2:]):
-            for fold in folds:
-                self._nothing.setdefault(fold, _no_moments(x, y, window))
+        places = len(y) * prod(y.shape[2:])
+        empty = [fold for fold, rows in folds.items() if not places or (rows is not None and not len(rows))]
+        for fold in empty:
+            self._nothing.setdefault(fold, _no_moments(x, y, window))
+        folds = {fold: rows for fold, rows in folds.items() if fold not in empty}
+        if not folds:
             return
         budget = _copies_budget(x.device) if self.budget is None else self.budget
         with full_precision(x.device), torch.cuda.device_of(x):
@@ -167,7 +162,7 @@ def _of_images(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor, Wi
 def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
     """The cross products of one batch, about the points `mean` (G, K) and `target` (G, O), float64, near the means.
 
-    x, y, window, precision: as in `patch_moments`, which also returns the means. Where `xx` is known already, this is a
+    x, y, window, precision, errors: as in `PatchSums`, which gives the means. Where `xx` is known already, this is a
     fraction of the work of `patch_moments`: one gradient of a convolution with respect to its weight.
     """
     with full_precision(x.device):
@@ -175,11 +170,12 @@ def cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: T
 
 
 def _cross_products(x: Tensor, y: Tensor, window: Window, mean: Tensor, target: Tensor) -> CrossProducts:
+    _of_images(x, y, window)  # its errors
     G, O = target.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wanted = y.to(dtype, copy=True)
     if not window.kernel:
-        wanted = wanted.view(-1, O).sub_(target.view(-1))
+        wanted = wanted.reshape(-1, O).sub_(target.view(-1))
         # products about the float32 rounding of the mean; `rest` corrects them below
         about = mean.to(dtype)
         xy = ((x.reshape(-1, x.shape[-1]).to(dtype) - about).mT @ wanted).double()[None]

@@ -69,8 +69,9 @@ class Plans(dict[Any, Any]):
 
 
 def signature(x: Tensor) -> tuple[Any, ...]:
-    """What the launches for a tensor depend on."""
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+    """What the launches for a tensor depend on; last, whether its storage begins at an aligned address before it."""
+    behind = x.data_ptr() % 16
+    return x.shape, x.stride(), x.dtype, x.device, behind, behind <= x.storage_offset() * x.itemsize
 
 
 def on_device_of(x: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -158,6 +159,17 @@ def test_offsets_beyond_2_to_the_31(backend, vast):
     m = ak.channel_moments(vast)
     assert_moments(m, vast)
     assert_paired(ak.paired_moments(vast, vast), vast, vast)
+
+
+def test_a_storage_is_not_read_like_a_view_at_the_same_unaligned_address(backend, device):
+    if device != "cpu":
+        pytest.skip("PyTorch gives each storage on a GPU an aligned address")
+    memory = np.arange(2 * 3 * 64 + 1, dtype=np.float32)
+    view = torch.from_numpy(memory)[1:].view(2, 3, 64)
+    whole = torch.from_numpy(memory[1:]).view(2, 3, 64)
+    assert view.data_ptr() == whole.data_ptr()
+    for x in (view, whole):
+        torch.testing.assert_close(ak.channel_moments(x).mean, x.double().mean((0, 2)))
 
 
 def test_expanded_tensor_counts_repeated_values(backend, device):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import asr_kernels.patches
-from asr_kernels import PatchMoments, PatchSums, Window, patch_moments
+from asr_kernels import PatchMoments, PatchSums, Window, cross_products, patch_moments
 from asr_kernels.backends import torch_patches, whole_patches
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -236,3 +236,25 @@ def test_squares_of_nearly_constant_outputs_are_not_negative():
     x = torch.randn(105, 1, 9, 9, generator=generator)
     found = patch_moments(x, y, Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)))
     assert (found.yy >= 0).all()
+
+
+@pytest.mark.parametrize("sums", ["torch_patches", "whole_patches"])
+def test_a_fold_without_images_adds_nothing(sums, monkeypatch):
+    monkeypatch.setattr(asr_kernels.patches, "backend_for", lambda *_: globals()[sums])
+    x, y = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    found = PatchSums(Window())
+    found.add(x, y, {0: torch.arange(6), 1: torch.empty(0, dtype=torch.int64)})
+    moments = found.moments()
+    assert (moments[0].count, moments[1].count) == (6, 0)
+    assert_near(moments[0].merge(moments[1]), reference(x, y, Window()))
+
+
+def test_cross_products_take_outputs_in_any_layout_and_refuse_other_shapes():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 7, 5, generator=generator), torch.randn(4, 3, 7, generator=generator).mT
+    mean, target = torch.zeros(1, 5, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    found = cross_products(x, y, Window(), mean, target)
+    expected = x.double().flatten(0, 1).mT @ y.double().flatten(0, 1)
+    torch.testing.assert_close(found.xy[0], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="do not belong together"):
+        cross_products(x, y[:3], Window(), mean, target)

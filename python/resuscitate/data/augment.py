@@ -46,7 +46,7 @@ def augmented(batch: Any, augment: Augment, draw: int, keys: Tensor) -> Any:
     """
     if callable(augment):
         with _one_at_a_time, torch.random.fork_rng(devices=[]):  # passes of several threads read images
-            torch.manual_seed(int(keys.sum()) + draw)
+            torch.default_generator.manual_seed(int(keys.sum()) + draw)  # and no GPU's
             found = augment(batch)
         if count_images(found) != count_images(batch):
             counts = f"{count_images(found)} images from a batch of {count_images(batch)}"

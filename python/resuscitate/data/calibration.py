@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import CalibrationError
 from ..runtime.options import check_count
-from ..utils.nested import copied, images_of
+from ..utils.nested import as_tensor, copied, images_of
 from .checks import labels_of, warn_of_class_order
 
 log = logging.getLogger("resuscitate")
@@ -140,7 +139,7 @@ def input_of(batch: Any) -> Tensor:
     The keys are `INPUT_KEYS`, tried in that order. Raises CalibrationError, naming the type and keys, for another kind.
     """
     if isinstance(batch, Tensor | np.ndarray):
-        return _as_tensor(batch)
+        return as_tensor(batch)
     if isinstance(batch, Mapping):
         for key in INPUT_KEYS:
             if key in batch:
@@ -157,7 +156,7 @@ def _iterate(source: Any, batch_size: int, max_samples: int | None) -> Iterator[
     if isinstance(source, Tensor | np.ndarray):
         if source.ndim == 0:
             raise CalibrationError("the calibration images are a tensor without dimensions; give (N, ...)")
-        images = _as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
+        images = as_tensor(source if isinstance(source, Tensor) else source[:max_samples])
         return iter(images[:max_samples].split(batch_size) if len(images) else ())
     if isinstance(source, str | bytes | Path):
         raise CalibrationError(f"calibration is a path, {str(source)!r}; read it with resuscitate.load_images")
@@ -191,16 +190,3 @@ def _count(images: Tensor | np.ndarray | Sequence[Any]) -> int:
 def _describe(batch: Any) -> str:
     name = type(batch).__name__
     return f"{name} with keys {', '.join(map(repr, batch)) or 'none'}" if isinstance(batch, Mapping) else name
-
-
-def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
-    """The tensor, or one over the array's memory; a copy of what torch cannot share (read-only, reversed)."""
-    if isinstance(array, Tensor):
-        if array.layout is not torch.strided:
-            raise CalibrationError(f"a tensor of layout {array.layout} holds no images; make it dense: .to_dense()")
-        return array
-    shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-    try:
-        return torch.from_numpy(array if shareable else array.copy())
-    except TypeError as error:
-        raise CalibrationError(f"an array of {array.dtype} holds no images: {error}") from None

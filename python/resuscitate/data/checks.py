@@ -48,6 +48,8 @@ def run_first(run: Callable[[Any], Any], batch: Any) -> Any:
         shape = "" if first is None else f" of shape {tuple(first.shape)} and dtype {first.dtype}"
         remedy = "give what it was trained on, usually a normalised float tensor (N, C, H, W), or pass forward_fn="
         problem = f"the model cannot run on a {type(batch).__name__}{shape}"
+        if isinstance(first, Tensor) and first.ndim == 3:
+            remedy += "; if these are single images (C, H, W), give them as one tensor: torch.stack(images)"
         if isinstance(first, Tensor) and first.ndim == 1:
             taken = "the first entry of a tuple or list is taken for the images"
             remedy += f"; if these are labels: {taken}, so give (images, labels), or choose the images in forward_fn="

@@ -9,7 +9,7 @@ import shlex
 import sys
 import zipfile
 from collections.abc import Collection, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def provenance(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "options": dict(options),
         "versions": {"resuscitate": __version__, "python": platform.python_version(), **versions},
         "command": shlex.join(["resuscitate", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -15,6 +15,8 @@ from ..errors import LayerError, called
 from ..network.comparison import output_tensors, relative_difference
 from ..network.copies import plain_copy
 from ..network.layer_checks import CONVOLUTIONS
+from ..network.layers import sharing_layers
+from ..network.snapshot import evaluation_mode
 from ..network.updates import Gain, change_of, write_change
 from ..network.wiring import observe, trace, wiring_of
 from ..reports.base import Report
@@ -63,8 +65,9 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
     folded, report = plain_copy(model), FoldReport()
     modules = dict(folded.named_modules())
 
-    def run() -> Any:  # on a copy: a network may write to its input
-        return folded(copied(example))
+    def run() -> Any:
+        with evaluation_mode([folded], 0):
+            return folded(copied(example))  # a network may write to its input
 
     def outputs() -> list[Tensor]:
         return [x for x in output_tensors(run()) if x.is_floating_point()]
@@ -78,11 +81,17 @@ def fold_batchnorm(model: nn.Module, example: Any = None, *, strict: bool = Fals
         before = outputs()
         wiring = observe(folded, run)
     layer_of = {batchnorm: layer for layer, batchnorm in wiring.batchnorm_of.items()}
+    sharing = sharing_layers(folded)
     for name, batchnorm in modules.items():
         if not isinstance(batchnorm, _BatchNorm):
             continue
         layer = layer_of.get(name)
-        reason = "no layer is read by it alone" if layer is None else _obstacle(modules[layer], batchnorm)
+        if layer is None:
+            reason = "no layer is read by it alone"
+        elif layer in sharing:
+            reason = f"{layer!r} shares a parameter with {sharing[layer]!r}"
+        else:
+            reason = _obstacle(modules[layer], batchnorm)
         if layer is None or reason:
             if strict:
                 raise LayerError(name, f"cannot be folded: {reason}")

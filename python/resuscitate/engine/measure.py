@@ -144,7 +144,8 @@ def screen(nets: Sequence[Network], batches: Iterable[Any], skipped: Counter[str
         good = torch.ones(images, dtype=torch.bool)
 
         def take(name: str, x: Tensor, good: Tensor = good) -> None:
-            finite = x.isfinite().flatten(1).all(1).cpu() if x.dim() > 1 else x.isfinite().all().cpu()
+            fine = x.float().square().isfinite()  # a square that overflows is refused as well
+            finite = fine.flatten(1).all(1).cpu() if x.dim() > 1 else fine.all().cpu()
             good &= finite if finite.shape == good.shape else finite.all()
 
         with ExitStack() as stack:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Unpack
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..errors import CalibrationError, CheckpointError
 from ..network.layers import find_layers, running_statistics, unwrap
 from ..network.runner import Network
 from ..network.wiring import Wiring
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import Calls, OutputMoments
 from ..utils.arguments import IMAGES, NETWORK, Kind, check_places
@@ -26,10 +27,6 @@ from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .probes import Measurement
 from .session import Session
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 FORMAT = "resuscitate dense statistics 1"
 
@@ -50,6 +47,7 @@ class DenseStatistics:
     path: str = field(default="dense statistics", compare=False)
 
     @classmethod
+    @fails_on_all
     def measure(cls, dense: nn.Module, calibration: Any, **options: Unpack[RunOptions]) -> DenseStatistics:
         """Measure every layer of `dense` in one pass over the images, which are not kept. See `RunOptions`.
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import asr_kernels as ak
 
 from ..errors import ModelMismatchError, called
-from ..network.layers import out_channels
+from ..network.layers import memory_of, out_channels, stored_weight
 from ..network.mean_layers import to_mean_layer
 from ..network.runner import Network
 from ..network.updates import (
@@ -57,7 +57,7 @@ class Writer:
     journal: Journal
     ranks: Ranks
     compares: bool
-    _means: dict[int, Tensor] = field(default_factory=dict)  # by shared weight, the means that its layers share
+    _means: dict[object, Tensor] = field(default_factory=dict)  # by shared weight, the means that its layers share
 
     def update(self, measurement: Measurement, solve: Solve) -> None:
         """Solve for the update of one layer or BatchNorm, unless the journal has it, and write it."""
@@ -119,7 +119,7 @@ class Writer:
         return change_of(name, self.net.modules[name], update, kept, batchnorm)
 
     def _write_means(self, module: nn.Module, means: Tensor) -> None:
-        shared = id(module._parameters.get("weight", module._parameters.get("weight_orig")))
+        shared = memory_of(stored_weight("", module))
         to_mean_layer(module, self._means.get(shared, means))
         self._means[shared] = module.get_parameter("means")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ResuscitateError
 from .layers import find_batchnorms
 from .runner import Network
+from .snapshot import set_seed
 from .wiring import output_leaves
 
 Example = Tensor | Sequence[Tensor]
@@ -44,8 +45,9 @@ def to_model(model: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def compute_outputs(model: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
     """Tensors that the model returns; the random state is seeded with 0 first."""
-    torch.manual_seed(0)
-    return output_tensors(model(*to_model(model, inputs)))
+    network = Network(model)
+    set_seed(0, [network.device])
+    return output_tensors(model(*map(network.place, inputs)))
 
 
 def output_tensors(out: Any) -> list[Tensor]:

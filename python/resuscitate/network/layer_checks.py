@@ -6,7 +6,7 @@ gain and replaces zeros by minus the mean; a layer with a built-in activation do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -111,34 +111,54 @@ def _fits_into(weight: Tensor, original: Tensor) -> bool:
 
 @torch.no_grad()
 def _objection(name: str, layer: nn.Module) -> str:
-    """Which test fails: y(2 w) - y(0) = 2 (y(w) - y(0)), or a bias larger by 1 makes the output larger by 1."""
+    """Which test of the output y(weight, bias) fails; empty where none does, or the layer runs on no random input.
+
+    y(2 w, 0) - y(0, 0) = 2 (y(w, 0) - y(0, 0)); y(0, 0) = 0; y(w, b) = y(w, 0) + b on the axis of the channels.
+    """
     weight = effective_weight(name, layer)
-    x, bias = _random_input(layer, weight), weight.new_zeros(out_channels(layer))
+    none, bias = weight.new_zeros(out_channels(layer)), 1 + torch.arange(out_channels(layer)).to(weight) % 2
 
-    def output(scale: float, shift: float) -> Tensor:
-        stand_in = with_weight(layer, weight * scale, bias + shift)
-        stand_in.training = False
-        with autocast(weight.device.type, None):
-            return stand_in(x).double()
+    def outputs(x: Tensor) -> list[Tensor]:
+        found = []
+        for scale, shift in ((0, none), (1, none), (2, none), (1, bias)):
+            stand_in = with_weight(layer, weight * scale, shift)
+            stand_in.training = False
+            with autocast(weight.device.type, None):
+                found.append(stand_in(x).double())
+        return found
 
-    agreement = max(1e-3, 8 * torch.finfo(weight.dtype).eps)  # relative; a standardising layer errs by about 1
-    try:
-        zero, once, twice, shifted = (output(*change) for change in ((0, 0), (1, 0), (2, 0), (1, 1)))
-    except Exception:  # user code, which may need other inputs; the walk reports its error
+    for x in _random_inputs(layer, weight):
+        try:
+            zero, once, twice, shifted = outputs(x)
+            break
+        except Exception:  # user code, which may need other inputs; the walk reports its error
+            continue
+    else:
         return ""
+    agreement = max(1e-3, 8 * torch.finfo(weight.dtype).eps)  # relative; a standardising layer errs by about 1
     size = float((once - zero).abs().max()) or 1.0
     if not float((twice - zero - 2 * (once - zero)).abs().max()) <= agreement * size:
         return "does not compute with its weight as it is (a weight standardisation?), so that a gain would be lost"
-    shift_error = float((shifted - once - 1).abs().max()) if zero.shape[channel_dim(layer)] == len(bias) else 0.0
-    if not shift_error <= agreement * max(size, 1):
+    if not float(zero.abs().max()) <= agreement * max(size, 1):
+        return "adds more than a bias to the product with its weight (a second branch?), which no fit would know"
+    axis = channel_dim(layer)
+    if once.shape[axis] != len(bias):
+        return f"has no axis of {len(bias)} channels where this layer has it, so that they cannot be told apart"
+    wanted = once.movedim(axis, -1) + bias.double()
+    if not float((shifted.movedim(axis, -1) - wanted).abs().max()) <= agreement * max(size, 1):
         return "does more to its output than add a bias (a built-in activation?), so that a shift would be lost"
     return ""
 
 
-def _random_input(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Random input (2, channels, *sizes), each size the kernel's extent plus 2."""
-    shape = [weight.shape[1]]
+def _random_inputs(layer: nn.Module, weight: Tensor) -> Iterator[Tensor]:
+    """Random inputs of two images: (2, channels, *sizes), each size the kernel's extent plus 2.
+
+    For a linear layer (2, channels), and with spatial axes behind the channels, for one that is a 1x1 convolution.
+    """
     if isinstance(layer, _ConvNd):
         extents = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-        shape = [layer.in_channels, *(extent + 2 for extent in extents)]
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
+        shapes = [[layer.in_channels, *(extent + 2 for extent in extents)]]
+    else:
+        shapes = [[weight.shape[1]], [weight.shape[1], 3, 3]]
+    for shape in shapes:
+        yield torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(weight)

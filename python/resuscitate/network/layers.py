@@ -130,18 +130,29 @@ def stored_bias(name: str, module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("bias")
 
 
-def sharing_weights(model: nn.Module) -> dict[str, str]:
-    """By name, the layers whose stored weight another module has too, each with the name of that module."""
-    owners: dict[object, list[str]] = {}
+def memory_of(tensor: Tensor | None) -> object:
+    """The same for two tensors whose values begin at one address; of one without values, its identity."""
+    if tensor is None or is_lazy(tensor) or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr()
+
+
+def modules_by_parameter(model: nn.Module) -> dict[object, list[str]]:
+    """By `memory_of` each parameter, the names of the modules that have it."""
+    found: dict[object, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and not is_lazy(parameter) and parameter.numel() and not parameter.is_meta:
-                owners.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
-    found = dict[str, str]()
+        for memory in {memory_of(each) for each in module._parameters.values() if each is not None}:
+            found.setdefault(memory, []).append(name)
+    return found
+
+
+def sharing_layers(model: nn.Module) -> dict[str, str]:
+    """By name, the layers of which another module has a parameter too, each with the name of that module."""
+    owners, found = modules_by_parameter(model), dict[str, str]()
     for name, layer in find_layers(model).items():
-        weight = layer._parameters.get("weight_orig", layer._parameters.get("weight"))
-        others = [] if weight is None or is_lazy(weight) else owners.get((weight.device, weight.data_ptr()), [])
-        if (other := next((each for each in others if each != name), None)) is not None:
+        parameters = [each for each in layer._parameters.values() if each is not None]
+        others = (other for each in parameters for other in owners[memory_of(each)] if other != name)
+        if (other := next(others, None)) is not None:
             found[name] = other
     return found
 

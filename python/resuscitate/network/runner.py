@@ -38,10 +38,11 @@ class Network:
     def place(self, batch: Tensor) -> Tensor:
         """A copy of the batch on the model's device and in its dtype; the caller's own is never written to.
 
-        Pinned memory would be read after the return, when the caller may have changed it: its copy is waited for.
+        Pinned memory would be read after the return, when the caller may have changed it, and memory of the host could
+        be read before a GPU has written it: these copies are waited for.
         """
-        dtype = self.dtype if batch.is_floating_point() else None
-        return batch.detach().to(self.device, dtype, non_blocking=not batch.is_pinned(), copy=True)
+        dtype, waits = self.dtype if batch.is_floating_point() else None, self.device.type == "cpu" or batch.is_pinned()
+        return batch.detach().to(self.device, dtype, non_blocking=not waits, copy=True)
 
     @contextmanager
     def precision(self) -> Iterator[None]:

@@ -89,10 +89,16 @@ class Snapshot:
         torch.clear_autocast_cache()
 
     def undo(self) -> None:
-        """`restore`, for a model that the caller may have changed. Raises ModelMismatchError for a module replaced."""
+        """`restore`, for a model that the caller may have changed.
+
+        Raises ModelMismatchError for a module that was replaced, and a parameter or buffer that was removed.
+        """
         present = set(self.model.modules())
         if not all(module in present for module, _, _ in self.copies.values()):
             raise ModelMismatchError("a module that was changed has been replaced since: there is nothing to restore")
+        for *_, tensors in self.records:
+            if lost := [name for slots, before in tensors for name in before if name not in slots]:
+                raise ModelMismatchError(f"{lost[0]!r} has been removed since, as by prune.remove: undo before that")
         self.restore()
 
     def forget_unchanged(self) -> None:

@@ -32,6 +32,10 @@ CLAMPS = {
 }
 # functions that read a tensor's metadata, not its values
 DESCRIPTIONS = {"__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride"}
+# functions that make a tensor like another one; of the others, values of the first argument only
+LIKE = {"empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "ones_like"}
+LIKE |= {"rand_like", "randn_like", "zeros_like"}
+LIKE_THE_SECOND = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ class _Watch(TorchFunctionMode):
     def __init__(self, wiring: Wiring, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.wiring, self.layer_calls = wiring, 0  # calls of layers and BatchNorms
-        self.weights = {id(getattr(layer, "weight", None)): name for name, layer in layers.items()}
+        self.weights = WeakIdKeyDictionary()  # the names of layers by weight
+        for name, layer in layers.items():
+            weight = layer._parameters.get("weight", vars(layer).get("weight"))
+            if isinstance(weight, Tensor):
+                self.weights[weight] = name
         self.values = WeakIdKeyDictionary()  # of the watched tensors
         self.products: list[list[tuple[Any, Any]]] = []  # by layer that is running: weight and result of each product
 
@@ -112,7 +120,8 @@ class _Watch(TorchFunctionMode):
         read = [self.values[leaf] for leaf in leaves if leaf in self.values]
         if not self.products:
             wiring.functional.update({name} & FUNCTIONAL_LAYERS)
-            wiring.read_elsewhere |= {self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights}
+            values = [] if name in LIKE else leaves[:1] if name in LIKE_THE_SECOND else leaves
+            wiring.read_elsewhere |= {self.weights[leaf] for leaf in values if leaf in self.weights}
         for value in read:
             value.readers += 1
             value.rectified = is_rectifier(name, args, kwargs)

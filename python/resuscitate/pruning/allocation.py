@@ -6,26 +6,25 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from ..errors import CalibrationError, called, did_you_mean
 from ..network.layers import Selection, effective_weight, is_depthwise, matching, out_channels, reusable
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions, run_options
 from .allocation_rules import ALLOCATIONS, Allocation, by_scaled_magnitude
 from .layer_scales import LayerScales
 from .repairability import Repairability, by_repairability
 from .units import ChannelFloors, Units, channel_floors, check_floors, prunable_layers, units_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 # weights of a depthwise channel that `compress` keeps at least, and the most of all kept weights that these may be
 DEPTHWISE, DEPTHWISE_PART = 2, 0.25
 METHODS = (*ALLOCATIONS, "rr", "measured")
 
 
+@fails_on_all
 def allocate(
     model: nn.Module,
     sparsity: float | None = None,

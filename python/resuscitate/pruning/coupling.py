@@ -43,6 +43,7 @@ from ..network.layers import (
     along_weight,
     find_layers,
     is_depthwise,
+    modules_by_parameter,
     select_layers,
     stored_weight,
     unwrap,
@@ -252,10 +253,7 @@ def _equal_places(model: nn.Module, axes: Iterable[Axis]) -> list[tuple[Axis, Ax
 
 def _sharing_modules(model: nn.Module) -> set[str]:
     """Modules that share a parameter with another module."""
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {
-        name for name, module in model.named_modules() if any(holders[id(p)] > 1 for p in module._parameters.values())
-    }
+    return {name for names in modules_by_parameter(model).values() if len(names) > 1 for name in names}
 
 
 @torch.no_grad()

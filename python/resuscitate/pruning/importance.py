@@ -94,7 +94,10 @@ class ImportanceEstimator:
         with Session([self.dense], self.run, ranks=self.ranks) as session:
             net, ranks = session.net, session.ranks
             leaves = {n: stored_weight(n, layer).detach().clone().requires_grad_() for n, layer in layers.items()}
-            places = {f"model.{name}.weight": leaf for name, leaf in leaves.items()}
+            stored = {
+                name: "weight_orig" if "weight_mask" in each._buffers else "weight" for name, each in layers.items()
+            }
+            places = {f"model.{name}.{stored[name]}": leaf for name, leaf in leaves.items()}
             squares = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
             batches, runner = 0, nn.Module()  # functional_call needs a module: this one runs the network
             runner.model, runner.forward = net.model, net.run
@@ -103,9 +106,10 @@ class ImportanceEstimator:
                     raise CalibrationError("labelled must give pairs of images and labels; each batch is (x, y)")
                 with torch.enable_grad(), net.precision():
                     output = functional_call(runner, places, (batch[0],))
-                    slopes = torch.autograd.grad(loss(output, batch[1].to(net.device)), list(leaves.values()))
+                    lost = loss(output, batch[1].to(net.device))
+                    slopes = torch.autograd.grad(lost, list(leaves.values()), allow_unused=True)
                 for square, slope in zip(squares.values(), slopes, strict=True):
-                    square += slope.double().square()
+                    square += 0 if slope is None else slope.double().square()  # None: no pass reaches the layer
                 batches += 1
             if not ranks.total(batches)[0]:
                 raise CalibrationError("labelled holds no batches; saliency 'gradient' needs some")

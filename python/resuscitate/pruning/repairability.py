@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..engine.session import Session
 from ..errors import CalibrationError, ModelMismatchError, called
 from ..network.layers import Selection, effective_weight, unwrap, with_weight
 from ..network.runner import check_finite, paired_moments_at
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions, run_options
 from ..statistics.base import merge_calls
 from ..statistics.outputs import OutputCovariances, explained
@@ -25,9 +26,6 @@ from ..utils.nested import count_images
 from ..utils.progress import Bar
 from .curves import Curve, by_curves
 from .units import Units, prunable_layers, units_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 
@@ -47,6 +45,7 @@ class Repairability:
     images: int
 
     @classmethod
+    @fails_on_all
     def measure(
         cls,
         model: nn.Module,
@@ -79,7 +78,7 @@ class Repairability:
                 with ExitStack() as hooks:
                     for name, times in times_kept.items():
                         hook = partial(_compare, found[name], times, index)
-                        hooks.enter_context(session.net.modules[name].register_forward_hook(hook))
+                        hooks.enter_context(session.net.modules[name].register_forward_hook(hook, with_kwargs=True))
                     session.net.run(batch)
                 seen += count_images(batch)
                 bar.advance("all layers", count_images(batch))
@@ -115,11 +114,13 @@ def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
     return times_kept.view(units.shape).to(effective_weight(name, layer).device)
 
 
-def _compare(found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: Any, out: Any) -> None:
+def _compare(
+    found: OutputCovariances, times: Tensor, batch: int, layer: nn.Module, args: Any, kwargs: Any, out: Any
+) -> None:
     """A forward hook that compares a layer's output with its output at each density; `pairs` has one for each."""
     name, weight, pairs = found.place.name, effective_weight(found.place.name, layer), []
     for index in range(int(times.max())):
-        pruned = with_weight(layer, weight * (times > index))(*args)
+        pruned = with_weight(layer, weight * (times > index))(*args, **kwargs)
         pairs.append(paired_moments_at(name, layer, out, pruned))
     moments = [each for pair in pairs for each in (pair.dense, pair.pruned)]
     check_finite(name, ((batch, x) for each in moments for x in (each.mean, each.m2)))

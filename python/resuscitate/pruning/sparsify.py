@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,13 @@ from ..network.layers import (
 )
 from ..network.masks import Masks
 from ..network.snapshot import Snapshot
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions, check_choice
 from .allocation import check_measurement, check_method, choose_allocation, fixed_densities, removal_counts
 from .allocation_rules import ALLOCATIONS
 from .coupling import channel_masks, groups_and_reasons
 from .structured import shrink, units_of_channels
 from .units import ChannelFloors, Units, channel_floors, check_floors, magnitude, prunable_layers, units_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 NAMES = ("unstructured", "filter", "channels")
@@ -59,6 +57,7 @@ def parse_pattern(pattern: str) -> str | NofM:
     raise ValueError(f"unknown pattern {pattern!r}; choose {known}{did_you_mean(str(pattern), NAMES)}")
 
 
+@fails_on_all
 def sparsify(
     model: nn.Module,
     sparsity: float | None = None,

@@ -137,7 +137,7 @@ def restore_units(model: nn.Module, dense: nn.Module, masks: Mapping[str, Tensor
             raise MaskError(owner, f"{problem}; pass the masks that shrink was given")
         full[where.to(full.device)] = small.detach().to(full).flatten()
         tensors[name] = full.to(small)
-    with evaluation_mode([], 0), Snapshot(model):
+    with evaluation_mode([model], 0), Snapshot(model):
         before = compute_outputs(trial_copy(model), inputs)
         _install(model, tensors, dense)
         error = relative_difference(before, compute_outputs(trial_copy(model), inputs))

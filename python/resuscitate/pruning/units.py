@@ -18,9 +18,12 @@ from ..network.layers import (
     effective_weight,
     find_layers,
     matching,
+    memory_of,
+    modules_by_parameter,
     no_layers,
     rows_of,
     select_layers,
+    stored_weight,
     unwrap,
 )
 from ..network.masks import tied_layers
@@ -37,8 +40,8 @@ def prunable_layers(
     Not returned, with a warning: layers that change their weight before use, so that a zero would not stay zero.
     Raises ValueError if no layer is selected, LayerError if all change their weight, or one is tied to another layer.
     """
-    selected = select_layers(unwrap(model), include, exclude)
-    if not find_layers(unwrap(model)):
+    selected, every = select_layers(unwrap(model), include, exclude), find_layers(unwrap(model))
+    if not every:
         raise ValueError(f"nothing to prune: {no_layers(unwrap(model))}")
     if not selected:
         raise ValueError("nothing to prune: include and exclude leave no convolution or linear layer of the model")
@@ -47,11 +50,11 @@ def prunable_layers(
         reasons = [f"{name!r}: {objection}" for name, objection in found.items()]
         shown = ", ".join(reasons[:3] + ["..."] * (len(reasons) > 3))
         log.warning("%d of %d layers are left dense: %s", len(found), len(selected), shown)
-    owners = {id(parameter): name for name, module in layers.items() for parameter in module.parameters(recurse=False)}
-    for name, module in find_layers(unwrap(model)).items():
-        weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
-        if name not in layers and id(weight) in owners:
-            raise LayerError(owners[id(weight)], f"shares its weight with {name!r}, which is not selected; select both")
+    owners = modules_by_parameter(unwrap(model))
+    for name, layer in layers.items():
+        for other in owners[memory_of(stored_weight(name, layer))]:
+            if other in every and other not in layers:
+                raise LayerError(name, f"shares its weight with {other!r}, which is not selected; select both")
     return layers, first_layers(layers)
 
 

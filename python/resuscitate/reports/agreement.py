@@ -56,8 +56,10 @@ class Agreement:
 
         Both: to restore the variance of outputs that have lost it raises their error, and finds more of the classes.
         """
-        if self.error_after is None or self.error_before is None:
-            return self.error_after is None and self.error_before is not None
+        if self.error_before is None:
+            return self.error_after is None and (self.after or 0.0) < (self.before or 0.0)
+        if self.error_after is None:
+            return True
         return self.error_after > self.error_before + ROUNDING and not (self.after or 0.0) > (self.before or 0.0)
 
     def __str__(self) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, ClassVar
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ import asr_kernels as ak
 from ..errors import DistributedError
 
 log = logging.getLogger("resuscitate")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Ranks:
@@ -133,6 +136,19 @@ class Ranks:
             Ranks.failures += 1
             problem = f"another rank no longer answers rank {self.rank}, and nothing was changed"
             raise DistributedError(f"{problem}; look at its own output ({str(error).splitlines()[0]})") from error
+
+
+def fails_on_all(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator for a function with the keyword `group`: an error on one of its ranks is an error on all."""
+
+    @wraps(function)
+    def called(*args: P.args, **options: P.kwargs) -> T:
+        if options.get("group") is None:
+            return function(*args, **options)
+        with Ranks(options["group"]).together():
+            return function(*args, **options)
+
+    return called
 
 
 @contextmanager

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
 import asr_kernels as ak
 
 from ..network.channels import KeptChannels
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 M = TypeVar("M", ak.ChannelMoments, ak.PairedMoments)
 

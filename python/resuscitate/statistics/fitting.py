@@ -122,7 +122,9 @@ def _fit(problem: Problem, most: float, replay: Replay | None) -> tuple[Tensor, 
     """Weights and biases of `attempt`; sums over channels (6,): of var y, then of the last five numbers of `Fit`."""
     targets, excess = problem.own_targets(), EXCESS if replay is None else ROUGH_EXCESS
     total, found = targets.squares.sum(), problem.solve(targets, excess=excess)
-    if replay is not None and problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total:
+    much = problem.unexplained(found, targets).sum() > LEAST_UNEXPLAINED * total
+    # rank 0 decides: a replay has collectives, and ranks on other hardware may differ in rounding
+    if replay is not None and problem.ranks.first(much):
         ahead = found.w
         for excess in (*[ROUGH_EXCESS] * (PASSES - 1), EXCESS):
             seen = replay(ahead, problem.bias(ahead, targets))

@@ -12,6 +12,7 @@ from torch.utils._pytree import register_pytree_node
 
 import asr_kernels as ak
 
+from ..errors import LayerError
 from ..network.channels import KeptChannels
 from ..network.layers import effective_weight, stored_bias
 from ..network.operands import operands, product, with_batch_axis
@@ -58,6 +59,11 @@ class PatchCovariances(Statistic):
         batched: Any = with_batch_axis(layer, pruned, dense)
         x, y = batched
         (x, window), count = operands(name, layer, x), input_blocks(layer)
+        ours, theirs = (each.shape[: 1 if window.kernel else -1].numel() for each in (x, y))
+        if ours != theirs:
+            problem = f"it gets {ours} rows in the pruned network and {theirs} in the dense one"
+            remedy = "as where a network chooses rows by their values; exclude it, or choose method='channelwise'"
+            raise LayerError(name, f"{problem}, {remedy}")
         if not len(x):  # of a choice of rows
             return
         if count > 1:

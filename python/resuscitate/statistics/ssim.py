@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..network.layers import channel_dim
-from ..network.runner import check_tensors
+from ..network.runner import check_finite, check_tensors
 from .base import Place, Statistic
 
 
@@ -21,11 +21,18 @@ class Ssim(Statistic):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.sums = torch.zeros(2, dtype=torch.float64)  # of the similarities, and their number
+        self.found: list[tuple[int, Tensor]] = []  # by batch, the sum of the similarities
+        self.count = 0
 
     def update(self, batch: int, pruned: Any, dense: Any) -> None:
         check_tensors(self.place.name, pruned)
         similar = ssim(dense, pruned, channel_dim(self.place.module))
-        self.sums += torch.tensor([float(similar.sum()), similar.numel()], dtype=torch.float64)
+        self.found.append((batch, similar.sum(dtype=torch.float64)))
+        self.count += similar.numel()
+
+    def finish(self, batches: int) -> None:
+        check_finite(self.place.name, self.found)
+        self.sums = torch.tensor([sum(float(each) for _, each in self.found), self.count], dtype=torch.float64)
 
     @property
     def dissimilarity(self) -> float:
@@ -43,7 +50,8 @@ def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
 
     wanted, found: of one shape, (N, C, H, W) or with other spatial axes, the channels on `axis`; without spatial axes,
     (N, C), the images are the places of one map. Windows of 7 along each spatial axis, or the whole of a shorter axis;
-    uniform weights, K1 = 0.01, K2 = 0.03, and L the range of the wanted channel.
+    uniform weights, K1 = 0.01, K2 = 0.03, and L the range of the wanted channel. Where that is 0: 1 for windows that
+    are equal, else 0. NaN or infinite values give NaN.
     """
     x, y = (t.float().T[None] if t.dim() == 2 else t.float().movedim(axis, 1) for t in (wanted, found))
     places = [0, *range(2, x.dim())]
@@ -53,8 +61,12 @@ def ssim(wanted: Tensor, found: Tensor, axis: int) -> Tensor:
     def mean(t: Tensor) -> Tensor:
         return pool(t, [min(7, size) for size in t.shape[2:]], stride=1)
 
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    # about the mean of each channel: squares of means far above the spread would hide it
+    ax, ay = (t.mean(places, keepdim=True) for t in (x, y))
+    dx, dy = x - ax, y - ay
+    ex, ey = mean(dx), mean(dy)
+    vx, vy, cov = mean(dx * dx) - ex * ex, mean(dy * dy) - ey * ey, mean(dx * dy) - ex * ey
+    mx, my = ax + ex, ay + ey
     c1, c2 = (0.01 * spread).square(), (0.03 * spread).square()
     top, bottom = (2 * mx * my + c1) * (2 * cov + c2), (mx * mx + my * my + c1) * (vx + vy + c2)
-    return torch.where(bottom > 0, top / bottom, 1.0)
+    return torch.where(spread == 0, (mean((x - y).abs()) == 0).float(), top / bottom)

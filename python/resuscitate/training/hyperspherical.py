@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError
-from ..network.layers import Selection, find_layers, refuse_means, select_layers, sharing_weights, stored_weight, unwrap
+from ..network.layers import Selection, find_layers, refuse_means, select_layers, sharing_layers, stored_weight, unwrap
 from ..pruning.allocation import check_sparsity
 
 SMALLEST = 1e-12  # lower bound of divisors
@@ -64,18 +64,18 @@ def to_hyperspherical(
     keep: the outputs are unchanged up to rounding. False: the filters stay normalised, for training from the start.
     Uses `torch.nn.utils.parametrize`: the parameters are new, so make the optimizer afterwards. Transposed convolutions
     are unchanged. Call `to_plain` before pruning or repair. Raises LayerError for a layer whose weight is already
-    recomputed in each forward pass, or is another module's too.
+    recomputed in each forward pass, or that shares a parameter with another module.
     """
     selected = select_layers(unwrap(model), include, exclude)
     layers = {name: layer for name, layer in selected.items() if not isinstance(layer, _ConvTransposeNd)}
     refuse_means(layers)
-    sharing = sharing_weights(unwrap(model))
+    sharing = sharing_layers(unwrap(model))
     for name, layer in layers.items():
         stored_weight(name, layer)
         if "weight_mask" in layer._buffers:
             raise LayerError(name, "its weight is under torch.nn.utils.prune; prune.remove(layer, 'weight') first")
         if name in sharing:
-            raise LayerError(name, f"its weight is that of {sharing[name]!r} too, and would no longer be; exclude both")
+            raise LayerError(name, f"it shares a parameter with {sharing[name]!r}, and would no longer; exclude both")
     for layer in layers.values():
         weight = layer.get_parameter("weight").detach()
         parametrize.register_parametrization(layer, "weight", Hypersphere(weight, keep))

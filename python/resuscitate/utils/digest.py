@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .nested import images_of
+from .nested import as_tensor, images_of
 from .raw_bytes import view_bytes
 
 MODULUS = 1 << 56  # sums over a hundred ranks stay within int64
@@ -181,8 +181,8 @@ def image_keys(batch: Any) -> list[int]:
     images = images_of(batch)
     if images is None or not len(images):
         return [0]
-    stacks = [each[None] for each in images] if isinstance(images, list | tuple) else [images]
-    tensors = (each if isinstance(each, Tensor) else torch.from_numpy(each) for each in stacks)
+    stacks: Any = [each[None] for each in images] if isinstance(images, list | tuple) else [images]
+    tensors = (each if isinstance(each, Tensor) else as_tensor(each) for each in stacks)
     return [int.from_bytes(digest, "big") >> 1 for rows in tensors for digest in _digests(rows)]
 
 

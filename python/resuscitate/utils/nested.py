@@ -1,4 +1,4 @@
-"""Tensors in a nest of tuples, lists and dicts: the images and their number, their total bytes, copies."""
+"""Tensors and arrays in a nest of tuples, lists and dicts: the images and their number, their total bytes, copies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from ..errors import CalibrationError
 
 IMAGE_CHANNELS = (1, 3, 4)
 
@@ -30,6 +33,19 @@ def count_images(batch: Any) -> int:
     """The number of images in a batch, as `images_of` finds them: 1 if it finds none."""
     images = images_of(batch)
     return 1 if images is None else len(images)
+
+
+def as_tensor(array: Tensor | np.ndarray) -> Tensor:
+    """The tensor, or one over the array's memory; a copy of what torch cannot share (read-only, reversed)."""
+    if isinstance(array, Tensor):
+        if array.layout is not torch.strided:
+            raise CalibrationError(f"a tensor of layout {array.layout} holds no images; make it dense: .to_dense()")
+        return array
+    shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    try:
+        return torch.from_numpy(array if shareable else array.copy())
+    except TypeError as error:
+        raise CalibrationError(f"an array of {array.dtype} holds no images: {error}") from None
 
 
 def copied(batch: Any) -> Any:

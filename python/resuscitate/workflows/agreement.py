@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.batches import Batches, take
 from ..engine.session import Session
+from ..network.runner import check_finite
 from ..network.wiring import output_leaves
 from ..reports.agreement import Nearness
 from ..utils.nested import count_images
@@ -44,16 +45,20 @@ class Judge:
         session = self.session
         if session.dense is None:
             return None
-        sums = torch.zeros(5, dtype=torch.float64, device=session.net.device)
+        sums, powers = torch.zeros(5, dtype=torch.float64, device=session.net.device), list[tuple[int, Tensor]]()
         for index, rows in self.chosen.items():
             batch = self.batches[index] if rows is None else take(self.batches[index], rows)
             theirs = self._dense[index] if index in self._dense else comparable(session.dense.run(batch))
             if sum(each.nbytes for each in theirs) * len(self.chosen) <= KEPT_BYTES:
                 self._dense[index] = theirs
-            sums += _compared(comparable(session.net.run(batch)), theirs, count_images(batch), sums)
+            found = _compared(comparable(session.net.run(batch)), theirs, count_images(batch), sums)
+            sums += found
+            powers.append((index, found[3]))
         same, logits, difference, power, images = session.ranks.add(sums).tolist()
         if isnan(logits) or not power:
             return None
+        if not isfinite(power) and session.run["on_nonfinite"] == "raise":
+            check_finite("", powers)
         error = (difference / power) ** 0.5
         held_out = self.held_out > 0
         return Nearness(same / logits if logits else None, error if isfinite(error) else None, int(images), held_out)
@@ -73,8 +78,8 @@ def are_logits(outputs: list[Tensor]) -> bool:
 def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tensor) -> Tensor:
     """Images with the same largest logit, images with logits, squares of differences, and of the dense outputs; images.
 
-    Tensors without an axis of images are left out. NaN where no others are left, such as for lists of boxes, or
-    where their shapes differ.
+    Tensors without an axis of images are left out. All NaN where no others are left, such as for lists of boxes, or
+    where their shapes differ. Infinite values that are equal, such as those of a mask, count as no difference.
     """
     found = torch.zeros_like(sums)
     ours, theirs = ([each for each in outputs if _has_images(each, images)] for outputs in (ours, theirs))
@@ -84,8 +89,9 @@ def _compared(ours: list[Tensor], theirs: list[Tensor], images: int, sums: Tenso
     if are_logits(theirs):
         found[0], found[1] = (ours[0].argmax(1) == theirs[0].argmax(1)).sum(), len(theirs[0])
     for mine, other in zip(ours, theirs, strict=True):
-        found[2] += (mine.double() - other.double()).square().sum()
-        found[3] += other.double().square().sum()
+        differences = (mine.double() - other.double()).masked_fill(mine == other, 0)
+        found[2] += differences.square().sum()
+        found[3] += other.double().masked_fill(other.isinf(), 0).square().sum()
     return found
 
 

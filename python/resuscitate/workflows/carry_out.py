@@ -21,7 +21,7 @@ from ..engine.writer import Writer
 from ..errors import CalibrationError, ModelMismatchError, ResuscitateError, listed
 from ..methods.base import DenseAccess
 from ..methods.batchnorm import EMA, batchnorms_to_estimate
-from ..network.layers import Selection, running_statistics, sharing_weights, unwrap
+from ..network.layers import Selection, running_statistics, sharing_layers, unwrap
 from ..network.masks import in_use
 from ..network.runner import first_images
 from ..reports.agreement import Agreement
@@ -88,7 +88,7 @@ def carry_out(
         first = plan.method.skips_first if skip_first is None else skip_first
         active = recalibration if batchnorms else None
         last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
-        sharing = sharing_weights(model) if plan.method.measures_layers else {}
+        sharing = sharing_layers(model) if plan.method.measures_layers else {}
         layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running", sharing=sharing)
         zeros = in_use(model, layers, masks)
         seen = session.layers(layers, zeros, curvatures)

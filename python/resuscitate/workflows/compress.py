@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import nn
 
@@ -27,6 +27,7 @@ from ..pruning.units import ChannelFloors, check_floors, prunable_layers
 from ..reports.agreement import Agreement
 from ..reports.base import plain
 from ..reports.repair import COLUMNS, LayerReport, RepairReport
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
@@ -34,9 +35,6 @@ from .latency import latency
 from .measured import measure_scales
 from .stages import stages
 from .steps import Steps, StepsReport, check_means, plan_of_steps
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 log = logging.getLogger("resuscitate")
 WALKS = 2  # number of steps, the last ones, that measure the pruned network
@@ -91,6 +89,7 @@ class CompressReport(StepsReport):
             yield {"sparsity": sparsity, **report.to_dict()}, report.rows(), cells
 
 
+@fails_on_all
 def compress(
     model: nn.Module,
     sparsity: float,
@@ -126,7 +125,7 @@ def compress(
             layers, or fewer at a very high sparsity, because without weights such a channel is constant; else none.
         allocation: as in `sparsify`. "rr" is measured anew in each step. "measured": a global ranking of magnitudes
             times a factor for each layer, from the error that the layer's pruning causes at the outputs of the network.
-            The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts of three steps. The one whose
+            The factors to the powers 0 (no factors), 0.5 and 1 are tried in drafts with every third step. The one whose
             outputs come nearest to the dense network's is taken, if by 5 %; else no factors. For patterns of single
             weights; else "uniform" for channels, and "global", as also where the method measures no inputs.
         calibration: as in `repair`. The images are read once and held in host memory: of a loader no more than fit in

@@ -18,6 +18,7 @@ from ..network.layers import unwrap
 from ..network.runner import first_images
 from ..reports.agreement import Agreement
 from ..reports.base import plain
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import DEFAULTS, run_options
 from ..utils.arguments import IMAGES, NETWORK, NUMBER, check_places
 from ..utils.progress import track
@@ -59,6 +60,7 @@ class TargetReport(CompressReport):
         return [*super().outcome(), f"agreement by sparsity: {tried}; wanted: {self.target:g}"]
 
 
+@fails_on_all
 def compress_to_agreement(
     model: nn.Module,
     agreement: float,

@@ -14,6 +14,8 @@ from asr_kernels.precision import full_precision
 
 from ..data.batches import Batches, take
 from ..engine.session import Session
+from ..errors import ResuscitateError
+from ..network.comparison import describe_error
 from ..network.layers import LAYERS, out_channels
 from ..network.runner import Network
 from ..statistics.curvature import curvature_from
@@ -41,22 +43,22 @@ def measure_curvatures(session: Session, batches: Batches) -> dict[str, Tensor]:
     # in float64: in float32 the order of the sums, which is another one on several ranks, shows in the fits
     zeros = partial(torch.zeros, dtype=torch.float64, device=net.device)
     sums = {name: zeros(2, count, count) for name, count in channels.items() if count <= MOST_CHANNELS}
-    problem, numbered = "", batches.numbers(ranks)
+    failure, numbered = None, batches.numbers(ranks)
     try:
         for half, numbers, images in _parts(batches, numbered):
             _add_gradients(net, images, numbers, {name: each[half] for name, each in sums.items()})
     except (RuntimeError, _NoGradientsError) as error:  # of autograd, or of memory
-        problem = str(error).splitlines()[0]
-    (failed,) = ranks.total(bool(problem))
+        failure = error
+    (failed,) = ranks.total(failure is not None)
     if failed:
-        cause = problem or "another rank could not"
+        cause = "another rank could not" if failure is None else describe_error(failure)
         log.warning("the network's curvature is not measured, and each channel is fitted alone: %s", cause)
         return {}
     found = {name: curvature_from(ranks.add(sums.pop(name))) for name in list(sums)}
     return {name: each.float() for name, each in found.items() if each is not None}
 
 
-class _NoGradientsError(Exception):
+class _NoGradientsError(ResuscitateError):
     """The outputs do not depend on the images through operations that have gradients."""
 
 

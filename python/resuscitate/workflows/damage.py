@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -14,14 +14,13 @@ from ..engine.session import Session
 from ..network.layer_checks import same_layers
 from ..network.layers import find_layers, unwrap
 from ..reports.damage import LayerDamage
+from ..runtime.distributed import fails_on_all
 from ..runtime.options import RunOptions, run_options
 from ..statistics.outputs import OutputCovariances
 from ..utils.arguments import IMAGES, NETWORK, check_places
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-
+@fails_on_all
 def damage(
     model: nn.Module, dense: nn.Module, calibration: Any, **options: Unpack[RunOptions]
 ) -> dict[str, LayerDamage]:

@@ -223,19 +223,24 @@ def layers_to_repair(
 ) -> dict[str, nn.Module]:
     """The layers to repair that a forward pass calls, in its order; the report has a row for each other layer.
 
-    running: the reference is the running statistics of the BatchNorm behind the layer. sharing: layers whose weight
-    another module has too, which is named.
+    running: the reference is the running statistics of the BatchNorm behind the layer. sharing: layers that share a
+    parameter with another module, which is named.
     """
     run = [name for name in wiring.calls if name in wiring.layers]
     first = next((name for name in run if issubclass(wiring.layers[name], _ConvNd)), None)
     reasons = dict[str, tuple[str, str]]()
     for name in layers:
+        inner = next((other for other in run if other.startswith(f"{name}." if name else "") and other != name), None)
         if name not in run and name in wiring.read_elsewhere:
             reasons[name] = "unchanged", "its weight is used, but not by a call of the layer"
         elif name not in run:
-            reasons[name] = "unchanged", "no forward pass reaches it"
+            reasons[name] = "unchanged", "no forward pass of the first images reaches it"
+        elif name in wiring.read_elsewhere:
+            reasons[name] = "unchanged", "a function reads its weight too"
+        elif inner is not None:
+            reasons[name] = "unchanged", f"it contains another layer, {inner!r}"
         elif name in sharing:
-            reasons[name] = "unchanged", f"it shares its weight with {sharing[name]!r}, which has other inputs"
+            reasons[name] = "unchanged", f"it shares a parameter with {sharing[name]!r}, which has other inputs"
         elif running and name not in wiring.batchnorm_of:
             reasons[name] = "unchanged", "no BatchNorm alone reads it, whose running statistics its output could match"
     if skip_last and run and run[-1] not in wiring.batchnorm_of:
@@ -244,9 +249,9 @@ def layers_to_repair(
         reasons[first] = "skipped", "its input is the image"
     report.layers += [left_out(name, layer, *reasons[name]) for name, layer in layers.items() if name in reasons]
     chosen = {name: layers[name] for name in run if name in layers and name not in reasons}
-    if layers and not chosen and not skip_last and not running:
+    if layers and not chosen:
         name, (status, reason) = next(iter(reasons.items()))
-        remedy = "; pass skip_first=False" if status == "skipped" else ""
+        remedy = "; pass skip_first=False, or skip_last=False" if status == "skipped" else ""
         raise ResuscitateError(f"no layer is left to repair: {called(name)}: {reason}{remedy}")
     return chosen
 

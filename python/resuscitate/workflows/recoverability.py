@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from .cells import Cells, Job
 from .plan import check_read, make_plan
 from .regrow import plan_of_growth
 from .steps import options_of_steps, run_identity
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Columns = Iterable[str] | Mapping[str, Method | Mapping[str, Any] | None]
 # by name, the options of `repair`; None is no repair; with "past" those of `regrow`, see `recoverability`

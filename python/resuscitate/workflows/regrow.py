@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,13 @@ from ..pruning.regrowth import Budget, RegrowableChannels, RegrowableWeights, Re
 from ..pruning.structured import restore_units, shrink
 from ..reports.agreement import Agreement
 from ..reports.repair import COLUMNS, RepairReport
-from ..runtime.distributed import Ranks
+from ..runtime.distributed import Ranks, fails_on_all
 from ..runtime.options import RunOptions, check_choice
 from ..utils.arguments import IMAGES, MASKS, NETWORK, NUMBER, check_places
 from ..utils.digest import digest_model
 from ..utils.progress import track
 from .plan import Plan
 from .steps import Steps, StepsReport, check_means, plan_of_steps
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 log = logging.getLogger("resuscitate")
 Initial = Literal["dense", "refit", "zero"]
@@ -53,7 +50,8 @@ class GrowthRound:
 
     sparsity: float  # after the round
     regrown: dict[str, int]  # layer (or group of channels) -> number of weights (or units of channels) regrown
-    damage: dict[str, float]  # layer -> fraction of the output lost before the round; empty if not measured
+    # by layer, before the round: the part of the outputs' variance that is lost, or 1 - SSIM; empty if not measured
+    damage: dict[str, float]
     score: float | None = None  # of `evaluate`, after the round
     report: RepairReport | None = None  # of the repair in the round
 
@@ -94,6 +92,7 @@ class RegrowthReport(StepsReport, Mapping[str, Tensor]):
             yield {**vars(each), "report": each.report and each.report.to_dict()}, rows, cells
 
 
+@fails_on_all
 def regrow(
     model: nn.Module,
     dense: nn.Module,
@@ -147,7 +146,8 @@ def regrow(
             ridge towards the dense value. (In a refit, the ridge is towards "dense".)
         rounds: number of equal steps.
         method: of the `repair` after each round; None: no repair, only `finetune`.
-        evaluate, accuracy: stop after the first round in which `evaluate(model)`, on rank 0, is at least `accuracy`.
+        evaluate, accuracy: stop after the first round in which `evaluate(model)` is at least `accuracy`. All ranks call
+            it, and the value of rank 0 counts.
         finetune: called as `finetune(model, masks)` after each round's repair; pruned weights are set to zero after it.
             The next round's repair starts from its result, but its targets are those of the dense network: with enough
             labels to train, method=None may be better.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -14,18 +14,16 @@ from ..methods.base import DenseAccess, Method, Schedule
 from ..methods.batchnorm import EMA, Exact
 from ..network.layers import Selection
 from ..reports.repair import RepairReport
-from ..runtime.distributed import Ranks
+from ..runtime.distributed import Ranks, fails_on_all
 from ..runtime.options import RunOptions
 from ..utils.arguments import IMAGES, MASKS, NETWORK, check_places
 from .carry_out import carry_out
 from .plan import Recalibrate, check_read, make_plan
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 CALL = "repair(model, dense, images), or repair(model, images, method='bn') where there is no dense network"
 
 
+@fails_on_all
 def repair(
     model: nn.Module,
     dense: Dense | None = None,
@@ -103,25 +101,24 @@ def repair(
         JournalError: `resume` names another run's journal. CheckpointError: a statistics file cannot be read.
         LayerError, NonFiniteError: a layer cannot be repaired; the message names it, and the batch.
     """
-    ranks = Ranks(options.get("group"))
-    with ranks.together():
-        choices: dict[str, Any] = {"method": method, "schedule": schedule, "recalibrate": recalibrate}
-        choices |= {"diagnostics": diagnostics, "gain_samples": gain_samples, "augment": augment, "draws": draws}
-        plan = make_plan("repair()", dense, **choices, **options)
-        if plan.method.dense is DenseAccess.NONE and calibration is None and not isinstance(dense, Dense | None):
-            dense, calibration = None, dense  # no dense network is needed, and these are the images
-        check_places(CALL, model=(model, NETWORK), dense=(dense, TARGET), calibration=(calibration, IMAGES))
-        if masks is not None:
-            check_places("repair(model, dense, images, masks=masks)", masks=(masks, MASKS))
-        plan.check_dense(dense)
-        if channels is not None and not isinstance(dense, nn.Module):
-            raise ValueError("channels are those of a dense network: pass dense as a model")
-        given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks, "channels": channels}
-        check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
+    choices: dict[str, Any] = {"method": method, "schedule": schedule, "recalibrate": recalibrate}
+    choices |= {"diagnostics": diagnostics, "gain_samples": gain_samples, "augment": augment, "draws": draws}
+    plan = make_plan("repair()", dense, **choices, **options)
+    if plan.method.dense is DenseAccess.NONE and calibration is None and not isinstance(dense, Dense | None):
+        dense, calibration = None, dense  # no dense network is needed, and these are the images
+    check_places(CALL, model=(model, NETWORK), dense=(dense, TARGET), calibration=(calibration, IMAGES))
+    if masks is not None:
+        check_places("repair(model, dense, images, masks=masks)", masks=(masks, MASKS))
+    plan.check_dense(dense)
+    if channels is not None and not isinstance(dense, nn.Module):
+        raise ValueError("channels are those of a dense network: pass dense as a model")
+    given: dict[str, Any] = {"include": include, "exclude": exclude, "masks": masks, "channels": channels}
+    check_read(plan.method, **given, skip_first=skip_first, skip_last=skip_last)
     given |= {"skip_first": skip_first, "skip_last": skip_last, "resume": resume, "keep_worse": keep_worse}
-    return carry_out(plan, model, dense, calibration, ranks, **given)
+    return carry_out(plan, model, dense, calibration, Ranks(plan.run["group"]), **given)
 
 
+@fails_on_all
 def recalibrate_batchnorm(
     model: nn.Module, calibration: Any = None, *, mode: Exact | EMA | str = "exact", **options: Unpack[RunOptions]
 ) -> RepairReport:

@@ -225,6 +225,7 @@ class TestImagesThatTheNetworkCannotRunOn:
             resuscitate.repair(model, dense, given, method=method)
         assert str(found.value.__cause__) in str(found.value)
         assert "a normalised float tensor (N, C, H, W)" in str(found.value)
+        assert ("torch.stack(images)" in str(found.value)) == (getattr(given, "ndim", 0) == 3)
         assert same_state(model.state_dict(), before)
 
     @pytest.mark.parametrize("given", [(torch.arange(4), images(4)), {"x": torch.arange(4.0)}, images(4)[:, 0]])

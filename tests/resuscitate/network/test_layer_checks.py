@@ -35,6 +35,24 @@ class Activated(nn.Conv2d):
         return super().forward(x).relu()
 
 
+class TwoBranches(nn.Conv2d):
+    """An update of low rank beside the convolution."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.down, self.up = nn.Parameter(torch.randn(2, 8, 1, 1)), nn.Parameter(torch.randn(8, 2, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) + F.conv2d(F.conv2d(x, self.down), self.up)
+
+
+class Transposed(nn.Conv2d):
+    """An output with the channels on the last axis, which is as long as the axis of the channels should be."""
+
+    def forward(self, x):
+        return super().forward(x).movedim(1, -1)
+
+
 class Harmless(nn.Conv2d):
     """A `forward` that does not change the layer's output."""
 
@@ -65,6 +83,7 @@ def with_layer(layer):
         (Standardised, "does not compute with its weight as it is"),
         (ThroughConvForward, "does not compute with its weight as it is"),
         (Activated, "does more to its output than add a bias"),
+        (TwoBranches, "adds more than a bias to the product with its weight"),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
@@ -201,3 +220,44 @@ def test_a_quantized_layer_of_the_same_name_is_named_with_its_module():
     plain = r"'11' is torch.nn.modules.linear.Linear in .* and torch.ao.nn.quantized.dynamic.modules.linear.Linear in"
     with pytest.raises(resuscitate.ModelMismatchError, match=plain):
         resuscitate.repair(pruned_copy(seeded(chain)), dense, images())
+
+
+class ChannelsFirst(nn.Linear):
+    """A linear layer as a 1x1 convolution."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Transposed(8, 8, 3), "has no axis of 8 channels"),
+        (Transposed(8, 3, 3), "does more to its output than add a bias"),  # maps of 3x3
+        (ChannelsFirst(8, 8), "has no axis of 8 channels"),
+        (ChannelsFirst(8, 3), "does more to its output than add a bias"),
+    ],
+)
+def test_layers_with_channels_on_another_axis_are_unchanged(layer, message):
+    assert objections({"layer": layer})["layer"].startswith(f"{type(layer).__name__} {message}")
+
+
+class Adapted(nn.Linear):
+    """A linear layer that contains two others, and adds nothing as long as the second is zero."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("method", ["refit", "channelwise"])
+def test_a_layer_that_contains_others_is_unchanged(method):
+    dense = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(243, 16), nn.ReLU(), Adapted(16, 5)))
+    report = resuscitate.repair(pruned_copy(dense), dense, images(), method=method, exclude=["3.up", "3.down"])
+    rows = {row.name: (row.status, row.reason) for row in report.layers}
+    assert rows["3"] == ("unchanged", "it contains another layer, '3.down'")
+    assert rows["1"][0] != "unchanged"

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import resuscitate
 from resuscitate.network.snapshot import evaluation_mode
@@ -65,3 +66,43 @@ def test_tensors_made_in_inference_mode_are_refused_before_any_image_is_read(ins
         with pytest.raises(resuscitate.ResuscitateError, match="copy or load the model outside of it"):
             act()
     assert all(map(torch.equal, before, model.state_dict().values()))
+
+
+class Drawing(torch.nn.Module):
+    """A network that draws random numbers and does not use them."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = chain()
+
+    def forward(self, x):
+        torch.rand(3)
+        return self.network(x)
+
+
+@pytest.mark.parametrize("act", ["fold", "prune channels", "augment"])
+def test_nothing_draws_from_the_callers_random_numbers_or_seeds_gpus(act, monkeypatch):
+    seeds = []
+    dense = seeded(Drawing)
+    model = pruned_copy(dense)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    before = torch.get_rng_state()
+    if act == "fold":
+        resuscitate.fold_batchnorm(model, images(4))
+    elif act == "prune channels":
+        resuscitate.sparsify(model, 0.5, pattern="channels", example=images(4))
+    else:
+        resuscitate.repair(model, dense, images(), augment=lambda batch: batch + torch.rand(()))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeds
+
+
+def test_an_undo_refuses_a_model_that_has_lost_a_parameter():
+    dense = seeded(chain)
+    model = copy.deepcopy(dense)
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    report = resuscitate.repair(model, dense, images())
+    prune.remove(model[3], "weight")
+    with pytest.raises(resuscitate.ModelMismatchError, match="'weight_orig' has been removed since"):
+        report.undo()
+    assert "weight" in model[3]._parameters

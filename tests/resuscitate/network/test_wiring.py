@@ -134,7 +134,7 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_unchanged():
     assert {row.name: (row.status, row.reason) for row in report.layers} == {
         "attention.out_proj": elsewhere,
         "plain": elsewhere,
-        "unused": ("unchanged", "no forward pass reaches it"),
+        "unused": ("unchanged", "no forward pass of the first images reaches it"),
         "embed": ("refitted", ""),
         "head": ("refitted", ""),
     }
@@ -222,3 +222,27 @@ def test_a_model_with_constants_and_kept_features_runs_after_repairs():
     for net in (dense, model):
         assert vars(net).keys() == names
         assert type(net.table) is type(net.last) is type(net(images())) is torch.Tensor
+
+
+class Reading(nn.Module):
+    """A convolution whose weight a function reads as well, or only what kind of tensor it is."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.conv, self.head, self.reads = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), reads
+
+    def forward(self, x):
+        x = x.type_as(self.conv.weight).to(self.conv.weight) + torch.zeros_like(self.conv.weight).sum()
+        found = self.conv(x)
+        if self.reads:
+            found = found - 0.1 * nn.functional.conv2d(x[..., 1:-1, 1:-1], self.conv.weight.sum((2, 3), keepdim=True))
+        return self.head(found.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["refit", "channelwise"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_layer_whose_weight_a_function_reads_too_is_unchanged(reads, method):
+    dense = seeded(lambda: Reading(reads))
+    report = resuscitate.repair(pruned_copy(dense), dense, images(), method=method, skip_first=False)
+    rows = {row.name: (row.status, row.reason) for row in report.layers}
+    assert (rows["conv"] == ("unchanged", "a function reads its weight too")) == reads

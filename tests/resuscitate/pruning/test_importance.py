@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from asr_kernels import Window, patch_moments
+from resuscitate.errors import NonFiniteError
 from resuscitate.pruning.importance import ImportanceEstimator
 from resuscitate.runtime.distributed import Ranks
 from resuscitate.runtime.options import run_options
@@ -74,3 +76,47 @@ class TestSsim:
     def test_any_number_of_axes(self, shape):
         x = torch.randn(shape)
         assert ssim(x, x, 1 if len(shape) > 2 else -1).mean() == pytest.approx(1, abs=1e-5)
+
+
+class TestImagesAndMapsThatSsimCannotCompare:
+    def test_images_that_are_not_finite_are_refused(self):
+        x = images(8)
+        x[3] = torch.nan
+        dense = seeded(chain)
+        estimator = ImportanceEstimator(dense, x.split(4), run_options("regrow()", {}), Ranks())
+        with pytest.raises(NonFiniteError, match="layer '3': batch 0"):
+            estimator.dissimilarity(copy.deepcopy(dense), ["3"])
+
+    def test_constant_maps_are_alike_only_if_they_are_equal(self):
+        x = torch.full((2, 3, 9, 9), 0.1)
+        assert (ssim(x, x.clone(), 1) == 1).all()
+        assert (ssim(x, x + 1, 1) == 0).all()
+
+    def test_means_far_above_the_spread_hide_nothing(self):
+        x, noise = torch.randn(2, 4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+        wanted = ssim(x + 1e3, x + noise + 1e3, 1)
+        expected = ssim(x.double() + 1e3, (x + noise).double() + 1e3, 1)
+        assert wanted.mean() == pytest.approx(float(expected.mean()), abs=0.01)
+        assert float(wanted.mean()) < 0.9
+
+
+class Unreached(torch.nn.Module):
+    """A network with a layer that no forward pass reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.unused, self.head = torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(4, 4), torch.nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "torch.nn.utils.prune"])
+def test_the_gradient_of_a_layer_that_no_forward_pass_reaches_is_0(masked):
+    dense = seeded(Unreached)
+    if masked:
+        prune.identity(dense.conv, "weight")
+    estimator = ImportanceEstimator(dense, [], run_options("regrow()", {}), Ranks())
+    found = estimator.sensitivity(["conv", "unused"], LABELLED, None)
+    assert (found["conv"] > 0).any()
+    assert not found["unused"].any()

@@ -95,3 +95,16 @@ def test_two_ranks_give_the_result_of_one_process(tmp_path):
         assert all(torch.equal(mask, ranks[0][0][name]) for name, mask in masks.items())
         for name, curve in residuals.items():
             assert curve == pytest.approx(alone[1][name], abs=1e-5)
+
+
+def test_a_layer_that_is_called_by_keyword_is_measured():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(input=self.conv(x).relu().mean((2, 3)))
+
+    found = Repairability.measure(seeded(Network), images())
+    assert found.residuals["head"]

@@ -75,8 +75,13 @@ FAILING = {
     "a loader fails in compress": {"broken": 1, "compress": True},
     "a loader fails in regrow": {"broken": 1, "regrow": True},
     "different models": {"other weights": 1},
-    "different options": {"other options": 1},
-    "a stray option": {"stray option": 1},
+    "different options": {"mistake": {"ridge": 0.5}},
+    "a stray option": {"mistake": {"prior": "mean"}},
+    "no statistics file": {"options": {"method": "asr"}, "mistake": {"dense": "missing.safetensors"}},
+    "a glob without layers": {"mistake": {"include": "conv*"}},
+    "a batch size in statistics": {"mistake": {"batch_size": 0}, "statistics": True},
+    "a sparsity in compress": {"mistake": {"sparsity": 1.5}, "compress": True},
+    "a sparsity in regrow": {"mistake": {"sparsity": 1.5}, "regrow": True},
     "no images": {"sizes": (0, 0, 0)},
     "momentum": {"options": {"recalibrate": resuscitate.EMA(batches=1, batch_size=8)}},
 }
@@ -102,14 +107,14 @@ def work(rank, size, job):
     if rank == job.get("other weights"):
         with torch.no_grad():
             next(model.parameters()).add_(1)
-    if rank == job.get("other options"):
-        options["ridge"] = 0.5
-    if rank == job.get("stray option"):
-        options["prior"] = "mean"
+    if rank == 1:
+        options |= job.get("mistake", {})
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         if job.get("statistics"):
-            dense = resuscitate.DenseStatistics.measure(dense, part, batch_size=4, group=dist.group.WORLD)
+            given = {"batch_size": options.pop("batch_size", 4), "group": dist.group.WORLD}
+            dense = resuscitate.DenseStatistics.measure(dense, part, **given)
+        dense = options.pop("dense", dense)
         report = work_on(model, dense, part, job, group=dist.group.WORLD, **options)
         return {"error": None, "images": report.images, "walk": report.walk}, model.state_dict()
     except Exception as error:
@@ -122,13 +127,14 @@ def pruned(dense, job):
     return disturb(without_channels(dense, [0, 3, 6]), 0.1) if job.get("smaller") else pruned_copy(dense)
 
 
-def work_on(model, dense, x, job, **options):
+def work_on(model, dense, x, job, *, sparsity=None, batch_size=4, **options):
+    options["batch_size"] = batch_size
     if job.get("compress"):
-        return resuscitate.compress(model, 0.8, x, steps=3, batch_size=4, **options).steps[-1]
+        return resuscitate.compress(model, sparsity or 0.8, x, steps=3, **options).steps[-1]
     if job.get("regrow"):
         masks = resuscitate.Masks.from_zeros(model)
-        return resuscitate.regrow(model, dense, masks, 0.3, x, rounds=2, batch_size=4, **options).rounds[-1].report
-    return resuscitate.repair(model, dense, x, batch_size=4, **options)
+        return resuscitate.regrow(model, dense, masks, sparsity or 0.3, x, rounds=2, **options).rounds[-1].report
+    return resuscitate.repair(model, dense, x, **options)
 
 
 def die_at_the_second(*args, seen=[]):  # noqa: B006
@@ -190,6 +196,11 @@ def test_ranks_are_bit_identical_and_agree_with_one_process(job, ranks):
         ("different models", *["rank 1 has a model or options other than rank 0"] * 2),
         ("different options", *["rank 1 has a model or options other than rank 0"] * 2),
         ("a stray option", "DistributedError: rank 1 failed", "has no option 'prior'; it is for method 'asr'"),
+        ("no statistics file", "DistributedError: rank 1 failed", "FileNotFoundError: "),
+        ("a glob without layers", "DistributedError: rank 1 failed", "'conv*'"),
+        ("a batch size in statistics", "DistributedError: rank 1 failed", "CalibrationError: batch_size"),
+        ("a sparsity in compress", "DistributedError: rank 1 failed", "ValueError: sparsity=1.5 is not in [0, 1)"),
+        ("a sparsity in regrow", "DistributedError: rank 1 failed", "ValueError: sparsity=1.5 is not in [0, 1)"),
         ("no images", *["no images are left"] * 2),
         ("momentum", *["it takes no forward_fn and no group of several ranks"] * 2),
     ],

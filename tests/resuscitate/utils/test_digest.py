@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from resuscitate.utils.digest import digest_images, digest_in_order, digest_model, fingerprint
+from resuscitate.utils.digest import digest_images, digest_in_order, digest_model, fingerprint, image_keys
 from tests.networks import chain, images, seeded
 
 PROGRAM = """
@@ -208,3 +208,13 @@ class TestImages:
         assert digest_images([x]) == digest_images(x.flip(0).split(4))
         assert digest_in_order([x]) == digest_in_order(x.split(4))
         assert digest_in_order([x]) != digest_in_order([x.flip(0)])
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_cannot_share_have_the_keys_of_their_copies():
+    rgb = np.random.default_rng(0).random((4, 3, 5, 5), dtype=np.float32)
+    fixed = rgb.copy()
+    fixed.flags.writeable = False
+    reversed_ = rgb[:, ::-1]
+    assert image_keys(reversed_) == image_keys(reversed_.copy())
+    assert image_keys(fixed) == image_keys(rgb) != image_keys(reversed_)

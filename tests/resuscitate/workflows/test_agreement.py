@@ -10,10 +10,12 @@ from torch import nn
 
 import resuscitate
 from resuscitate.data.batches import Batches
+from resuscitate.engine.session import Session
 from resuscitate.methods.base import Method
 from resuscitate.network.updates import Weights
 from resuscitate.reports.agreement import Agreement
 from resuscitate.runtime.distributed import Ranks
+from resuscitate.runtime.options import run_options
 from tests.compare import same_state
 from tests.networks import chain, images, pruned_copy, seeded
 
@@ -263,6 +265,8 @@ class TestOtherOutputs:
         ((None, None, 0.8, None), True),
         ((None, None, None, 0.9), False),
         ((None, None, None, None), False),
+        ((1.0, 0.1, None, None), True),
+        ((0.1, 1.0, None, None), False),
     ],
 )
 def test_the_agreement_fell(numbers, fell):
@@ -274,3 +278,36 @@ def test_the_agreement_fell(numbers, fell):
 def test_its_text_says_whether_the_images_were_held_out(held_out, which):
     found = str(Agreement(0.25, 0.5, 0.9, None, 40, held_out))
     assert found == f"same class 0.250 -> 0.500, error 0.900 -> not finite on 40 {which}"
+
+
+class Masked(nn.Module):
+    """Logits of which the first is masked by minus infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = chain()
+
+    def forward(self, x):
+        return self.network(x) - torch.tensor([torch.inf] + [0.0] * 9)
+
+
+def test_an_image_that_is_not_finite_is_refused_also_where_it_is_held_out():
+    dense, given = seeded(chain), images(128, size=4)
+    model = pruned_copy(dense)
+    before = copy.deepcopy(model.state_dict())
+    with Session([model, dense], run_options("repair()", {})) as session:
+        batches = session.read(given)
+        batches.hold_out(session.ranks)
+        held = torch.cat([batches[index] for index in range(len(batches) - batches.held_out, len(batches))])
+    (where,) = (given == held[0]).flatten(1).all(1).nonzero()
+    given[where] = torch.nan
+    with pytest.raises(resuscitate.NonFiniteError, match="on_nonfinite='skip'"):
+        resuscitate.repair(model, dense, given)
+    assert same_state(model.state_dict(), before)
+    assert resuscitate.repair(model, dense, given, on_nonfinite="skip").skipped == 1
+
+
+def test_infinite_values_of_a_mask_count_as_no_difference():
+    dense, given = seeded(Masked), images(8)
+    report = resuscitate.repair(pruned_copy(dense), dense, given)
+    assert 0 < report.agreement.error_after < report.agreement.error_before < 10

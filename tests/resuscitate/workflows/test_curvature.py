@@ -135,3 +135,22 @@ def test_a_compression_gives_each_layer_its_curvature(monkeypatch):
 def test_a_method_that_does_not_use_it_does_not_pay_for_it(monkeypatch):
     monkeypatch.setattr(curvature, "_add_gradients", lambda *_: pytest.fail("measured"))
     compress(seeded(chain), 0.5, images(20), steps=2, method="asr")
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError
+
+
+def test_an_error_without_a_message_is_said_by_its_type(caplog):
+    class Network(Linear):
+        def forward(self, x):
+            return NoBackward.apply(super().forward(x))
+
+    assert curvatures(seeded(Network), torch.randn(20, 8)) == {}
+    assert "each channel is fitted alone: NotImplementedError" in caplog.text

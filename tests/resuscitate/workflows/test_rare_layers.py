@@ -90,3 +90,38 @@ def test_what_the_images_never_reach_is_unchanged_and_reported():
         "these images never reach it",
     )
     assert "BatchNorm 'rare_bn' is unchanged: these images never reach it" in report.notes
+
+
+class Routed(nn.Module):
+    """`expert` gets the images for which `gate` is positive: in the pruned network others than in the dense one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.expert = nn.Conv2d(3, 8, 3), nn.Linear(8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu().mean((2, 3))
+        chosen = self.gate(x)[:, 0]
+        out = torch.zeros(len(x), 5)
+        out[chosen > chosen.mean()] = self.expert(x[chosen > chosen.mean()])
+        return out
+
+
+def test_a_layer_that_gets_other_rows_than_in_the_dense_network_is_named():
+    dense = seeded(Routed)
+    model = pruned_copy(dense, 0.8)
+    with pytest.raises(
+        resuscitate.LayerError, match=r"layer 'expert': it gets \d+ rows .* exclude it, or choose method="
+    ):
+        resuscitate.repair(model, dense, images(64))
+    report = resuscitate.repair(model, dense, images(64), exclude=["expert"])
+    assert {row.name: row.status for row in report.layers}["stem"] != "unchanged"
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_a_repair_that_has_no_layer_left_is_an_error(schedule):
+    dense = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 5)))
+    with pytest.raises(resuscitate.ResuscitateError, match=r"no layer is left to repair.*skip_first=False"):
+        resuscitate.repair(
+            pruned_copy(dense), dense, images(), method="asr", schedule=schedule, skip_first=True, skip_last=True
+        )

@@ -195,7 +195,7 @@ def test_layers_that_never_run_are_unchanged_and_named():
     report = resuscitate.repair(pruned_copy(dense), dense, images())
     assert {row.name: (row.status, row.reason) for row in report.layers}["unused"] == (
         "unchanged",
-        "no forward pass reaches it",
+        "no forward pass of the first images reaches it",
     )
 
 
