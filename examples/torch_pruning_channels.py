@@ -28,4 +28,7 @@ report = resuscitate.repair(small, dense, images, method=method)  # which channe
 
 print(report.notes)
 print(f"refitted in {report.seconds:.0f} s; agreement with the dense network: {report.agreement}")
-torch.save(small, "smaller.pt")  # the whole network: its shapes are no longer those of the class
+torch.save(small.state_dict(), "smaller.pt")
+fresh = torchvision.models.resnet18().eval()  # yours: the class of the dense network
+resuscitate.load_weights(fresh, "smaller.pt", smaller=True)  # gives its layers the shapes in the file
+print("read again:", torch.equal(fresh(images[:2]), small(images[:2])))

@@ -41,6 +41,7 @@ from .reports.agreement import Agreement
 from .reports.damage import LayerDamage
 from .reports.recoverability import RecoverabilityMap
 from .reports.repair import LayerReport, RepairReport
+from .runtime.options import RunOptions
 from .statistics.outputs import OutputCovariances, OutputMoments
 from .statistics.patches import PatchCovariances
 from .training.hyperspherical import PruningPenalty, to_hyperspherical, to_plain
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "Refit", "ASR", "ChannelWise", "LayerWise", "MeanReplacement", "BatchNormOnly", "Exact", "EMA",
     "Method", "register", "DenseAccess", "Layer", "Probe", "OutputMoments", "OutputCovariances",
     "PatchCovariances", "Gain", "Weights", "Unchanged",
+    "RunOptions",
     "DenseStatistics", "Repairability", "LayerScales", "Masks", "Accuracy", "ImageStream", "load_images", "load_labels",
     "load_weights",
     "RepairReport", "LayerReport", "Agreement", "CompressReport", "TargetReport", "Trial", "RegrowthReport",

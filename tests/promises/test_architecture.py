@@ -145,7 +145,7 @@ def test_a_session_alone_prepares_networks_for_measuring():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 used[node.func.id].add(module)
     # what compares a model's outputs on an example, and measures nothing
-    comparing = {"pruning.coupling", "pruning.structured", "deploy.semistructured"}
+    comparing = {"pruning.coupling", "pruning.structured", "deploy.fold", "deploy.semistructured"}
     assert used["evaluation_mode"] - comparing == {"engine.session"}
     assert used["Store"] | used["moved_to"] - {"cli.compare", "cli.inputs"} == {"engine.session"}
 

@@ -262,7 +262,7 @@ class TestPlainErrors:
         self.run("'conv3'.*did you mean conv", model=pruned_copy(model), dense=model, include="conv3")
 
     def test_a_missing_dense_model(self):
-        with pytest.raises(ValueError, match="pass dense, or use method 'bn'"):
+        with pytest.raises(ValueError, match=r"pass dense, or .*call recalibrate_batchnorm\(model, images\)"):
             resuscitate.repair(pruned_copy(seeded(chain)), None, images())
 
     def test_models_that_do_not_match(self):

@@ -108,7 +108,8 @@ def options_of(found: Mapping[str, Any]) -> Options:
 def _check_written(options: Options) -> None:
     """Refuse to write over a file that the command reads, but for the pruned weights, which their repair replaces."""
     files = {name: Path(value).resolve() for name, value in options.items() if isinstance(value, str | Path)}
-    for name, other in product(files.keys() & {"output", "report", "masks"}, files):
+    written = {"output", "report", "write_masks"} | ({"masks"} if "pruned" not in options else set())
+    for name, other in product(files.keys() & written, files):
         if files[name] == files[other] and name != other and {name, other} != {"output", "pruned"}:
             both = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))
             raise typer.BadParameter(f"{both} name one file, {options[name]}, which would be overwritten")

@@ -31,7 +31,9 @@ def compress(
     target_agreement: Annotated[
         float | None, opt("In its place: find the highest sparsity that keeps this agreement; default: 0.98.")
     ] = None,
-    trials: Annotated[int, opt("Number of sparsities that are tried for it; a compression each.", min=1)] = 6,
+    trials: Annotated[
+        int | None, opt("Number of sparsities that are tried for it, a compression each; default: 6.", min=1)
+    ] = None,
     allocation: Annotated[Literal["measured", Allocation], opt("How it is distributed over the layers.")] = "measured",
     pattern: Annotated[
         str, opt("unstructured, filter, channels (which are removed), or n:m, such as 2:4.")
@@ -58,7 +60,10 @@ def compress(
         raise typer.BadParameter("--sparsity and --target-agreement are two ways to say how much: give one")
     if isinstance(steps, list) and sparsity is None and target_agreement is None:
         sparsity = options["sparsity"] = steps[-1]
-    target = AGREEMENT if target_agreement is None else target_agreement
+    if sparsity is not None and trials is not None:
+        raise typer.BadParameter("--trials is for --target-agreement: with a --sparsity there is one compression")
+    searched: dict[str, Any] = {"agreement": AGREEMENT if target_agreement is None else target_agreement}
+    searched |= {} if trials is None else {"trials": trials}
     network = load_model(model, dense)
     chosen = {"method": method_name(method), "densities": flags.parse_densities(densities), **method_options(options)}
     with opened(network, options) as (images, ranks):
@@ -66,7 +71,7 @@ def compress(
         settings |= {"model": network, "calibration": images.all, "group": ranks.group}
         if sparsity is None:
             del settings["sparsity"]
-            done: CompressReport = compress_to_agreement(agreement=target, trials=trials, **settings)
+            done: CompressReport = compress_to_agreement(**searched, **settings)
         else:
             done = run(**settings)
         if ranks.rank:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from .. import demo as library
 from ..reports.plots import have_matplotlib
-from ..utils.files import check_writable
+from ..utils.files import check_ending, check_writable
 from .application import app, show
 from .flags import opt
 
@@ -21,6 +21,7 @@ def demo(
 ) -> None:
     """Train a small network on real digits, prune it until it collapses, and repair it: under a minute."""
     if plot:
+        check_ending(output, ".png", ".pdf", ".svg")
         check_writable(output)
     result = library.run(seed=seed, epochs=epochs)
     show(result)

@@ -56,7 +56,12 @@ def build_model(name: str) -> nn.Module:
         remedy = f"; pip install {needs[source]}" if error.name == needs.get(source) else ""
         raise ResuscitateError(f"--model {name} cannot be built: {error}{remedy}") from error
     except Exception as error:  # the user's own code, or a library's, may raise anything
-        raise ResuscitateError(f"--model {name} cannot be built: {type(error).__name__}: {error}") from error
+        remedy = ""
+        if "operator torchvision::" in str(error):
+            remedy = (
+                f"; this torchvision was built for another torch than {torch.__version__}: install the one made for it"
+            )
+        raise ResuscitateError(f"--model {name} cannot be built: {type(error).__name__}: {error}{remedy}") from error
     if not isinstance(network, nn.Module):
         raise ResuscitateError(f"--model {name} gave a {type(network).__name__}, not a torch.nn.Module")
     return network.eval()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..deploy.checkpoints import write_state_dict
+from ..network.masks import Masks
 from ..pruning.sparsify import Indivisible, sparsify
 from ..runtime.options import DEFAULTS
 from . import flags
@@ -38,6 +39,8 @@ def prune(
 ) -> None:
     """Set the smallest weights to zero."""
     options = options_of(locals())
+    if sparsity is None and not densities and ":" not in pattern:
+        raise typer.BadParameter("give --sparsity, such as 0.9, or --densities")
     network = load_model(model, dense)
     images, described = None, []
     if calibration is not None:
@@ -57,4 +60,7 @@ def prune(
     if masks is not None:
         pruned.save(masks, about)
     write_state_dict(output, network.state_dict(), about)
-    show(pruned, *described, f"written to {output}")
+    zeros, notes = Masks.from_zeros(network), list[str]()
+    if len(zeros) and zeros.sparsity > pruned.sparsity + 1e-3:
+        notes = [f"{zeros.sparsity:.2%} of the weights of the network are zero: it had zeros before"]
+    show(pruned, *notes, *described, f"written to {output}")

@@ -21,7 +21,7 @@ def report(
     output: Annotated[Path, opt("The .html file to write.", "--output", "-o")] = Path("report.html"),
 ) -> None:
     """Make one page of HTML from a report, which works offline: figures, tables, and how it was made."""
-    if output.suffix not in (".html", ".htm"):
+    if output.suffix != ".html":
         raise typer.BadParameter(f"a page is written as .html: name it {output.with_suffix('.html')}")
     check_writable(output)
     try:

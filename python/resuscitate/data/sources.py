@@ -72,6 +72,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     except CalibrationError:
         raise
     except Exception as error:  # a broken header may raise anything
+        if path.exists() and path.suffix not in (".npz", ".npy"):
+            known = ".npz, .npy, .parquet, .tar or a folder"
+            raise CalibrationError(f"{path}: holds no images; they are read from {known}") from error
         raise CalibrationError(f"{path}: not a readable .npz, .npy or folder of images ({error})") from error
 
 

@@ -57,12 +57,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             remedy = "if you trust it, load it and save the weights alone"
             call = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
             raise CheckpointError(f"{path}: {problem}; {remedy}: {call}") from error
-    nested = [loaded.get(key) for key in NESTED_UNDER] if isinstance(loaded, Mapping) else []
-    for found in (loaded, *nested):
-        if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
-            return dict(found)
-    keys = " or ".join(map(repr, NESTED_UNDER))
-    raise CheckpointError(f"{path}: holds no state dict, neither at the top nor under {keys}; save model.state_dict()")
+    if _is_state(loaded):
+        return _as_dense(loaded)
+    states = [key for key, value in loaded.items() if _is_state(value)] if isinstance(loaded, Mapping) else []
+    for key in NESTED_UNDER:
+        if key in states:
+            if others := [str(each) for each in states if each != key]:
+                log.warning("%s: the weights under %r are taken, not those under %s", path, key, listed(others))
+            return _as_dense(loaded[key])
+    keys, there = " or ".join(map(repr, NESTED_UNDER)), ""
+    if isinstance(loaded, Mapping):
+        there = f", but {listed([repr(key) for key in loaded])}"
+    remedy = "save model.state_dict()" if not states else f"save what is under {listed(list(map(repr, states)))} alone"
+    raise CheckpointError(f"{path}: holds no state dict, neither at the top nor under {keys}{there}; {remedy}")
+
+
+def _is_state(value: object) -> bool:
+    """Is this a mapping of tensors alone?"""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _as_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with sparse tensors as dense ones."""
+    return {key: value if value.layout is torch.strided else value.to_dense() for key, value in state.items()}
 
 
 @torch.no_grad()
@@ -70,7 +87,7 @@ def load_weights(model: nn.Module, path: str | Path, *, smaller: bool = False) -
     """Load a checkpoint into `model`, strictly: file and model must have the same tensors.
 
     These differences are allowed; all but the last are logged:
-    - the prefixes `module.` and `_orig_mod.` of DataParallel and `torch.compile` are removed from names;
+    - the prefixes `module.` and `_orig_mod.` of DataParallel, AveragedModel and `torch.compile` are removed from names;
     - `weight_orig` and `weight_mask` of `torch.nn.utils.prune` are replaced by their product;
     - a bias of a convolution or linear layer that has none in the model is added to the layer (a repair adds one where
       no BatchNorm can take the shift), as are the `means` of a layer (see `replace_by_means`);
@@ -173,7 +190,9 @@ def _strip_wrappers(path: str | Path, state: dict[str, Tensor], known: Collectio
     bare = {key: name for key, name in bare.items() if name in known or re.sub("_(orig|mask)$", "", name) in known}
     if bare:
         log.info("%s: stripped module. or _orig_mod. from tensor names", path)
-    return {bare.get(key, key): value for key, value in state.items()}
+    # beside these, torch.optim.swa_utils.AveragedModel keeps the number of averaged models
+    unread = {"n_averaged"} - set(known) if bare else set()
+    return {bare.get(key, key): value for key, value in state.items() if key not in unread}
 
 
 def _bake_masks(path: str | Path, state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ..errors import LayerError, called
 from ..network.comparison import output_tensors, relative_difference
 from ..network.copies import plain_copy
 from ..network.layer_checks import CONVOLUTIONS
-from ..network.layers import sharing_layers
+from ..network.layers import gain_and_shift, sharing_layers
 from ..network.snapshot import evaluation_mode
 from ..network.updates import Gain, change_of, write_change
 from ..network.wiring import observe, trace, wiring_of
@@ -120,8 +120,5 @@ def _obstacle(layer: nn.Module, batchnorm: _BatchNorm) -> str:
 
 def _fold(name: str, layer: nn.Module, batchnorm: _BatchNorm) -> None:
     """Write the BatchNorm, which is a gain and a shift in float64, into the layer."""
-    mean, var = (batchnorm.get_buffer(each).double() for each in ("running_mean", "running_var"))
-    gain = torch.rsqrt(var + batchnorm.eps) * (batchnorm.weight.double() if batchnorm.affine else 1)
-    shift = (batchnorm.bias.double() if batchnorm.affine else 0) - gain * mean
-    change = change_of(name, layer, Gain(gain, shift))
+    change = change_of(name, layer, Gain(*gain_and_shift(batchnorm)))
     write_change(change, read_numbers(change.flags))

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import asr_kernels as ak
 
-from ..network.layers import BATCHNORMS
+from ..network.layers import BATCHNORMS, gain_and_shift
 from ..network.runner import has_hooks
 
 EPS = 0.5  # PyTorch 2.11 refuses 0; a variance of 1 - EPS makes the divisor 1 to the bit
@@ -24,14 +24,6 @@ def is_mergeable(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     if type(module) not in BATCHNORMS or not isinstance(module, _BatchNorm):
         return False
     return module.running_mean is not None and not module.training and not has_hooks(module)
-
-
-@torch.no_grad()
-def gain_and_shift(module: _BatchNorm, offset: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Gain and shift, float64 (C,), of a BatchNorm in eval mode: batchnorm(x + offset) = gain * x + shift."""
-    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
-    gain = (var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
-    return gain, (offset - mean) * gain + (0.0 if module.bias is None else module.bias)
 
 
 @dataclass

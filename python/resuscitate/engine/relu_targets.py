@@ -19,11 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from asr_kernels import CrossProducts, PatchMoments, cross_products
 
 from ..network.channels import KeptChannels
+from ..network.layers import gain_and_shift
 from ..network.operands import operands, product, with_batch_axis
 from ..network.runner import Network
 from ..network.wiring import ReluConsumer
 from ..utils.readout import read_numbers
-from .deferred import gain_and_shift, is_mergeable
+from .deferred import is_mergeable
 
 # standard deviations of a channel, from its mean: the bound on a target that the ReLU hides, so that none is infinite.
 # At most one dense output in 10,000 lies beyond it (Chebyshev's inequality). A closer bound would move dense outputs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches, cut, read_share
 from ..data.calibration import hold, is_held
 from ..data.checks import run_first
-from ..errors import DistributedError, ModelMismatchError, called
+from ..errors import DistributedError, LayerError, ModelMismatchError, NonFiniteError, called
 from ..network.channel_matching import find_kept_channels, is_smaller
 from ..network.channels import KeptChannels
 from ..network.runner import Network, check_tensors
@@ -88,8 +88,20 @@ class Session:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.stack.__exit__(kind, error, trace)
+        if isinstance(error, NonFiniteError | LayerError):
+            self._check_weights(error)
+
+    def _check_weights(self, error: BaseException) -> None:
+        """Raise LayerError where the cause of the error may be a parameter, or a BatchNorm's, that is not finite."""
+        for which, model in zip(("the model", "the dense model"), self.models, strict=False):
+            statistics = [each for each in model.named_buffers() if each[0].endswith(("running_mean", "running_var"))]
+            for name, tensor in [*model.named_parameters(), *statistics]:
+                if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                    module, _, part = name.rpartition(".")
+                    problem = f"{part!r} has values in {which} that are NaN or infinite; look at its checkpoint"
+                    raise LayerError(module, problem) from error
 
     def _prepare(self, stack: ExitStack) -> None:
         precision = as_dtype(self.run["dtype"])

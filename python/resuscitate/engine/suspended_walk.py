@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelMismatchError, called
-from ..network.wiring import observe, same_output
+from ..network.wiring import same_output
 from ..runtime.heap import heap
 from ..runtime.passes import Pass, PassRunner, at_a_time, end, threads_kept
 from .interleaved import check_interleaved
@@ -221,9 +221,7 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
         for passes in networks:
             passes.points.hook(stack)
             stack.callback(passes.keep, 0)
-        wirings = [walk.wiring]
-        if dense is not None:
-            wirings.append(observe(dense.model, lambda: dense.run(walk.example)))
+        wirings = [walk.wiring, *([walk.dense_wiring] if dense else [])]
         several = max((each.batches for each in walk.requests), default=0) > 1
         for passes, wiring in zip(networks, wirings, strict=True):
             if several and wiring.keeps_tensors and not wiring.draws_random_numbers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -66,13 +66,20 @@ class Walk:
         names, dense = [each.name for each in self.requests if each.probe.replay], self.beside
         if not names or dense is None:
             return [{}, {}]
-        ours, theirs = self.wiring.relu_consumers, observe(dense.model, lambda: dense.run(self.example)).relu_consumers
+        ours, theirs = self.wiring.relu_consumers, self.dense_wiring.relu_consumers
         alike = [
             name
             for name in names
             if usable(ours, name, self.pruned) and usable(theirs, name, dense) and ours[name].adds == theirs[name].adds
         ]
         return [{name: found[name] for name in alike} for found in (ours, theirs)]
+
+    @cached_property
+    def dense_wiring(self) -> Wiring:
+        """The wiring of the dense network that runs beside the pruned one."""
+        dense = self.beside
+        assert dense is not None
+        return observe(dense.model, lambda: dense.run(self.example))
 
     def measure_apart(self) -> None:
         """Measure the moments of the dense network in passes of its own, unless it runs beside the pruned one."""

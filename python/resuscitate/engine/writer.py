@@ -68,16 +68,11 @@ class Writer:
         """Write an update, or the one that the journal has in its place."""
         name, known = measurement.name, self.journal.entries.get(measurement.name)
         if known is not None:
-            update = unpack(known[0], self.net.device)
-        change = self._change(name, update)
-        numbers = self._read(change, update, None if known else measurement.found)
-        if isinstance(update, Weights) and update.instead is not None and numbers["instead"]:
-            update = update.instead[1]()
+            update, row = unpack(known[0], self.net.device), LayerReport.from_dict(known[1])
             change = self._change(name, update)
-            numbers = self._read(change, update, measurement.found)
-        if known is not None:
-            row = LayerReport.from_dict(known[1])
+            numbers = read_numbers(change.flags)
         else:
+            update, change, numbers = self._chosen(name, update, measurement.found)
             row = self._row(name, update, measurement.found, numbers)
             if row.status == "unchanged":
                 update, change = Unchanged(row.reason), Change(name, change.module)
@@ -123,9 +118,13 @@ class Writer:
         to_mean_layer(module, self._means.get(shared, means))
         self._means[shared] = module.get_parameter("means")
 
-    def _read(self, change: Change, update: Update, found: Statistic | None) -> dict[str, float]:
-        """The flags of a change, and what the row needs of a new update, in one piece from the device."""
-        return read_numbers({**change.flags, **({} if found is None else self._numbers(change.name, update, found))})
+    def _chosen(self, name: str, update: Update, found: Statistic) -> tuple[Update, Change, dict[str, float]]:
+        """The update, or the one in its place; its change; what both say, in one piece from the device."""
+        change = self._change(name, update)
+        numbers = read_numbers({**change.flags, **self._numbers(name, update, found)})
+        if isinstance(update, Weights) and update.instead is not None and numbers["instead"]:
+            return self._chosen(name, update.instead[1](), found)
+        return update, change, numbers
 
     def _numbers(self, name: str, update: Update, found: Statistic) -> dict[str, Tensor]:
         """What the row needs that is still on the device."""

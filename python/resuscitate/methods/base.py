@@ -19,7 +19,7 @@ Schedule = Literal["sequential", "parallel"]
 
 
 class DenseAccess(Enum):
-    """What a method needs of the dense network."""
+    """What a method needs of the dense network: nothing, the moments of its outputs, or the network itself."""
 
     NONE = "nothing"
     STATISTICS = "the moments of its outputs"
@@ -113,6 +113,8 @@ def registered() -> Mapping[str, type[Method]]:
 def method_named(name: object) -> type[Method]:
     """The class of this name. Raises ValueError, listing the names, where there is none."""
     if not isinstance(name, str) or name not in _METHODS:
+        if isinstance(name, type) and issubclass(name, Method):
+            raise ValueError(f"method={name.__name__} is a class: pass an object, {name.__name__}()")
         known = ", ".join(map(repr, [AUTO, *_METHODS]))
         raise ValueError(f"method={name!r} is unknown; there are {known}{did_you_mean(str(name), _METHODS)}")
     return _METHODS[name]
@@ -138,15 +140,15 @@ def make_method(method: Method | str, options: Mapping[str, Any], auto: str) -> 
         if option not in own:
             chosen = ", which 'auto' stands for here," if method == AUTO else ""
             others = [name for name, each in _METHODS.items() if option in {field.name for field in fields(each)}]
-            where = f"; it is for {listed('method', others)}" if others else f"; it has {', '.join(own) or 'none'}"
+            where = f"; it is for {_named(others)}" if others else f"; it has {', '.join(own) or 'none'}"
             raise TypeError(f"method {kind.name!r}{chosen} has no option {option!r}{where}")
     return kind(**options)
 
 
-def listed(noun: str, names: Collection[str]) -> str:
+def _named(methods: Collection[str]) -> str:
     """method 'a'; methods 'a', 'b' and 'c'."""
-    *others, last = map(repr, names)
-    return f"{noun}s {', '.join(others)} and {last}" if others else f"{noun} {last}"
+    *others, last = map(repr, methods)
+    return f"methods {', '.join(others)} and {last}" if others else f"method {last}"
 
 
 def check_number(

@@ -80,10 +80,14 @@ def width(module: nn.Module, side: Side) -> int:
         return out_channels(module) if side == "out" else int(inputs)
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[0])
-    counts = {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
-    return int(
-        getattr(module, next((name for kind, name in counts.items() if isinstance(module, kind)), "num_features"))
-    )
+    return int(getattr(module, counted(module)))
+
+
+def counted(module: nn.Module) -> str:
+    """The attribute with the number of channels of a norm or a PReLU."""
+    if isinstance(module, nn.PReLU):
+        return "num_parameters"
+    return "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
 
 
 def full_weight(layer: nn.Module, weight: Tensor) -> Tensor:

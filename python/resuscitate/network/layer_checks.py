@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..errors import LayerError, ModelMismatchError, called
-from .layers import LAYERS, channel_dim, effective_weight, out_channels, qualified, refuse_means, with_weight
+from ..errors import LayerError, ModelMismatchError, called, listed
+from .layers import (
+    LAYERS,
+    channel_dim,
+    effective_weight,
+    find_layers,
+    out_channels,
+    qualified,
+    refuse_means,
+    with_weight,
+)
 from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -69,6 +78,14 @@ def same_layers(layers: Mapping[str, nn.Module], dense: nn.Module, *, smaller: b
             raise ModelMismatchError(f"{called(name)} shares its weight with the dense model; pass a deep copy")
         same = same and torch.equal(weight, original.to(weight.device))
     return same
+
+
+def check_no_further(model: nn.Module, dense: nn.Module) -> None:
+    """Raise ModelMismatchError where the dense model has layers that the model lacks."""
+    own = find_layers(model)
+    if further := [name for name in find_layers(dense) if name not in own]:
+        remedy = "pass the network that was pruned, or remove these layers from it"
+        raise ModelMismatchError(f"the dense model has layers that the pruned one lacks: {listed(further)}; {remedy}")
 
 
 def check_not_swapped(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:

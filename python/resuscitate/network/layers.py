@@ -157,6 +157,14 @@ def sharing_layers(model: nn.Module) -> dict[str, str]:
     return found
 
 
+@torch.no_grad()
+def gain_and_shift(module: _BatchNorm, offset: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Gain and shift, float64 (C,), of a BatchNorm in eval mode: batchnorm(x + offset) = gain * x + shift."""
+    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    gain = (var.double() + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
+    return gain, (offset - mean) * gain + (0.0 if module.bias is None else module.bias)
+
+
 def refuse_means(layers: Mapping[str, nn.Module]) -> None:
     """Raise LayerError for a layer with means of its pruned weights: it computes with more than its weight."""
     for name, layer in layers.items():

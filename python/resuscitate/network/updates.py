@@ -28,17 +28,20 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero."""
+    """New weights of a layer, in the shape of its weight, float64; those that are pruned stay zero.
+
+    bias: (C,), added to the output; None: the bias stays. means: (O, 1 or I, 1, ...), make it a mean layer. status,
+    reason: for the report. details: fields of its row, such as `explained`; a tensor of one element is read together
+    with others, and NaN is None. instead: a flag on the device, which is read together with others, and what gives the
+    weights in place of these if it is set, or raises.
+    """
 
     weight: Tensor
-    bias: Tensor | None = None  # (C,), added to the output; None: the bias stays
-    means: Tensor | None = None  # (O, 1 or I, 1, ...), make it a mean layer
-    status: str = "refitted"  # this and `reason` are for the report
+    bias: Tensor | None = None
+    means: Tensor | None = None
+    status: str = "refitted"
     reason: str = ""
-    # fields of its row, such as `explained`; a tensor of one element is read together with others, and NaN is None
     details: Mapping[str, Any] = field(default_factory=dict)
-    # a flag on the device, which is read together with others, and what gives the weights in place of these if it is
-    # set, or raises
     instead: tuple[Tensor, Callable[[], Weights]] | None = None
 
 

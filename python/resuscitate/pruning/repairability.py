@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 import asr_kernels as ak
@@ -104,14 +103,10 @@ def by_repairability(units: Mapping[str, Units], budget: int, measured: Repairab
     return by_curves(units, budget, {name: measured.curve(name) for name in units})
 
 
-@torch.no_grad()
 def _times_kept(name: str, layer: nn.Module, grid: list[float]) -> Tensor:
-    """int32, weight's shape: the number of densities of `grid`, which descends, at which each weight is kept."""
+    """Int16, in the weight's shape and on its device: at how many densities each weight is kept."""
     units = units_of(name, layer)
-    times_kept = torch.zeros(units.count, dtype=torch.int32)
-    for density in grid:
-        times_kept += ~units.smallest(min(units.count - round(density * units.count), units.removable))
-    return times_kept.view(units.shape).to(effective_weight(name, layer).device)
+    return units.times_kept(grid).view(units.shape).to(effective_weight(name, layer).device)
 
 
 def _compare(

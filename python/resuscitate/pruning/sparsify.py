@@ -80,8 +80,8 @@ def sparsify(
     sparsity: float in [0, 1), the fraction of the *original* weights of the selected layers that is removed. Exactly
         round(sparsity * total) are removed, ties by position. Weights that are zero already are removed first, so 0.5
         twice is 0.5. None: only the layers named in `densities` lose weights.
-    allocation: how many weights each layer loses: "global", "uniform", "erk", "lamp" or "rr"; see `allocate`, also for
-        calibration (of "rr" only), densities, min_per_layer and min_per_channel.
+    allocation: how many weights each layer loses: "global", "uniform", "erk", "lamp", "rr" or "measured"; see
+        `allocate`, also for calibration (of the last two only), densities, min_per_layer and min_per_channel.
     pattern:
         "unstructured": any weights.
         "n:m": n weights *kept* of every m consecutive input channels (of one group) at each kernel position. The

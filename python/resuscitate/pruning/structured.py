@@ -35,16 +35,22 @@ SIZES = {"in_channels", "out_channels", "groups", "in_features", "out_features"}
 
 @dataclass(frozen=True)
 class Shrinkage(Report):
-    """Result of `shrink`."""
+    """Result of `shrink`.
+
+    `removed`: by group of coupled channels, the number of units removed. `kept` and `kept_inputs`: by layer or
+    BatchNorm of which some were removed, the original output and input channels that are left, int64. `parameters` of
+    the model and `flops` for one image, before and after; a multiplication and an addition count as two. `error`: the
+    largest difference of the outputs, over the largest output. `notes`: masked channels that were not removed, and why.
+    """
 
     columns: ClassVar[Sequence[str]] = ("group", "removed")
-    removed: dict[str, int]  # group -> number of units removed
-    kept: dict[str, Tensor]  # layer or BatchNorm -> int64, original output channels kept, if some were removed
-    kept_inputs: dict[str, Tensor]  # layer -> int64, original input channels kept, if some were removed
-    parameters: tuple[int, int]  # of the whole model, before and after
-    flops: tuple[int, int]  # for one image, before and after
-    error: float  # largest difference between the outputs before and after, relative to the largest output
-    notes: list[str]  # masked channels that were not removed, with the reason
+    removed: dict[str, int]
+    kept: dict[str, Tensor]
+    kept_inputs: dict[str, Tensor]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    error: float
+    notes: list[str]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each group."""

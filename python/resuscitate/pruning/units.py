@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +81,13 @@ class Units:
     def removable(self) -> int:
         """Number of units that may be removed."""
         return self.count - int(self.protected.sum())
+
+    def times_kept(self, densities: Iterable[float]) -> Tensor:
+        """Int16 (units,): at how many of the densities each unit is kept, by magnitude."""
+        found = torch.zeros(self.count, dtype=torch.int16)
+        for density in densities:
+            found += ~self.smallest(min(self.count - round(density * self.count), self.removable))
+        return found
 
     def smallest(self, count: int) -> Tensor:
         """Boolean (units,), True at the `count` removable units of smallest score; among equals the earlier ones."""

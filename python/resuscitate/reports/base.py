@@ -68,8 +68,9 @@ class UndoableReport(Report):
     def undo(self) -> None:
         """Restore what the change has changed, bit for bit; what was changed later, elsewhere, stays.
 
-        Where the change was undone already, because it made the outputs worse, nothing is left to do. Raises
-        RuntimeError the second time, ModelMismatchError for a module that has been replaced since.
+        Undo several changes from the last to the first. Where the change was undone already, because it made the
+        outputs worse, nothing is left to do. Raises RuntimeError the second time, ModelMismatchError for a module that
+        has been replaced, or a parameter that has been removed since.
         """
         if self._undo is None:
             raise RuntimeError(f"this {self.work} has been undone already")

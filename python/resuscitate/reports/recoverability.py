@@ -38,26 +38,33 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True)
 class RecoverabilityMap(Report):
-    """The cells of a map, in the order of sparsity."""
+    """The cells of a map, in the order of sparsity.
+
+    `dense`: the score of the dense network; `chance`: that of guessing. `images`: how many were read; a column may use
+    fewer.
+    """
 
     columns: ClassVar[Sequence[str]] = *(each.name for each in fields(Cell)), "dense", "chance", "pattern", "images"
 
     cells: list[Cell]
-    dense: float  # the score of the dense network
-    chance: float  # the score of guessing
+    dense: float
+    chance: float
     pattern: str
-    images: int  # how many were read; a column may use fewer
+    images: int
 
     @property
     def sparsities(self) -> list[float]:
+        """The sparsities of the cells, ascending."""
         return sorted({cell.sparsity for cell in self.cells})
 
     @property
     def allocations(self) -> list[str]:
+        """The allocations, in the order of the cells."""
         return list(dict.fromkeys(cell.allocation for cell in self.cells))
 
     @property
     def methods(self) -> list[str]:
+        """The labels of the methods, in the order of the cells."""
         return list(dict.fromkeys(cell.method for cell in self.cells))
 
     def curve(self, allocation: str, method: str) -> dict[float, float]:

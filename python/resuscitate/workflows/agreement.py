@@ -57,7 +57,8 @@ class Judge:
         same, logits, difference, power, images = session.ranks.add(sums).tolist()
         if isnan(logits) or not power:
             return None
-        if not isfinite(power) and session.run["on_nonfinite"] == "raise":
+        # of images that are not held out the walk will name the layer
+        if self.held_out and not isfinite(power) and session.run["on_nonfinite"] == "raise":
             check_finite("", powers)
         error = (difference / power) ** 0.5
         held_out = self.held_out > 0

@@ -18,7 +18,7 @@ from ..engine.probes import Measurement, Probe, Request
 from ..engine.reference import Dense, DenseStatistics, Target, as_target, fill_reference, identify
 from ..engine.session import Session
 from ..engine.writer import Writer
-from ..errors import CalibrationError, ModelMismatchError, ResuscitateError, listed
+from ..errors import CalibrationError, ModelMismatchError, ResuscitateError, called, listed
 from ..methods.base import DenseAccess
 from ..methods.batchnorm import EMA, batchnorms_to_estimate
 from ..network.layers import Selection, running_statistics, sharing_layers, unwrap
@@ -90,6 +90,10 @@ def carry_out(
         last = plan.method.skips_last(plan.schedule, active) if skip_last is None else skip_last
         sharing = sharing_layers(model) if plan.method.measures_layers else {}
         layers = layers_to_repair(layers, wiring, report, first, last, running=target == "running", sharing=sharing)
+        if selected and not layers and not batchnorms:
+            row = report.layers[0]
+            remedy = "; pass skip_first=False, or skip_last=False" if row.status == "skipped" else ""
+            raise ResuscitateError(f"no layer is left to repair: {called(row.name)}: {row.reason}{remedy}")
         zeros = in_use(model, layers, masks)
         seen = session.layers(layers, zeros, curvatures)
         plan.method.prepare(seen)
@@ -174,7 +178,7 @@ def _identity(
 ) -> dict[str, object]:
     """What a journal, and the other ranks, must agree with."""
     run, ranks, model = session.run, session.ranks, session.net.model
-    options |= {"images": images.totals, **identity_of(run)}
+    options = {**options, "images": images.totals, **identity_of(run)}
     if ranks.size > 1:
         ranks.check_same("a model or options", f"{digest_model(model)} {identify(target)} {options}")
     if not resumes:

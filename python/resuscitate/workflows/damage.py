@@ -11,7 +11,7 @@ from torch import nn
 import asr_kernels as ak
 
 from ..engine.session import Session
-from ..network.layer_checks import same_layers
+from ..network.layer_checks import check_no_further, same_layers
 from ..network.layers import find_layers, unwrap
 from ..reports.damage import LayerDamage
 from ..runtime.distributed import fails_on_all
@@ -34,6 +34,7 @@ def damage(
     check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))
     run = run_options("damage()", options)
     model, dense = unwrap(model), unwrap(dense)
+    check_no_further(model, dense)
     same_layers(find_layers(model), dense)
     with Session([model, dense], run) as session, torch.no_grad():
         found = session.compare(session.stream(calibration), find_layers(model), OutputCovariances)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ..engine.kept import KeptStatistics
@@ -14,7 +13,8 @@ from ..network.copies import deep_copy
 from ..network.layers import Selection, effective_weight, with_weight
 from ..pruning.allocation import fixed_densities
 from ..pruning.layer_scales import LayerScales
-from ..pruning.units import ChannelFloors, Units, channel_floors, prunable_layers, units_of
+from ..pruning.repairability import DENSITIES
+from ..pruning.units import ChannelFloors, channel_floors, prunable_layers, units_of
 from ..runtime.distributed import Ranks
 from ..statistics.fitting import fit, lost_variance
 from ..statistics.patches import PatchCovariances, input_blocks
@@ -22,7 +22,6 @@ from ..statistics.second_moments import Moments, merged
 from .agreement import Judge
 from .steps import Steps
 
-DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 ALONE = 0.2  # each layer alone is pruned so far that about this part of the variance of its outputs is lost
 
 
@@ -62,7 +61,7 @@ def measure_scales(
             if not isinstance(found, PatchCovariances) or input_blocks(layer) > 1:
                 continue
             moments, weight = merged(found.folds.values()), effective_weight(name, layer)
-            kept_at = _kept_at(units[name]).to(weight.device).view(len(weight), -1)
+            kept_at = units[name].times_kept(DENSITIES).to(weight.device).view(len(weight), -1)
             parts = lost_variance(moments, weight.flatten(1), kept_at, len(DENSITIES), steps.ranks).tolist()
             if not parts[-1]:  # constant outputs
                 continue
@@ -86,14 +85,6 @@ def in_its_place(layer: nn.Module, changed: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _kept_at(units: Units) -> Tensor:
-    """int8 (weights,): at how many of the densities, from the first on, the layer keeps each weight."""
-    found = torch.zeros(units.count, dtype=torch.int8)
-    for density in DENSITIES:
-        found += ~units.smallest(min(units.count - round(density * units.count), units.removable))
-    return found
 
 
 def _refitted(layer: nn.Module, moments: Moments, weight: Tensor, support: Tensor, ranks: Ranks) -> nn.Module:

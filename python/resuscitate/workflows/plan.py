@@ -17,7 +17,13 @@ from ..engine.reference import DenseStatistics, Target
 from ..errors import ModelMismatchError, ResuscitateError, called, listed
 from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, option_names
 from ..methods.batchnorm import EMA, Exact, make_recalibration
-from ..network.layer_checks import check_not_swapped, different_elsewhere, same_layers, split_by_objections
+from ..network.layer_checks import (
+    check_no_further,
+    check_not_swapped,
+    different_elsewhere,
+    same_layers,
+    split_by_objections,
+)
 from ..network.layers import (
     Selection,
     effective_weight,
@@ -118,7 +124,7 @@ class Plan:
             remedy = "pass dense as a model, not its statistics, and schedule='sequential'"
             raise ValueError(f"diagnostics compares both networks image by image: {remedy}")
         if method.dense is not DenseAccess.NONE and dense is None:
-            remedy = "pass dense, or use method 'bn' or dense='running'"
+            remedy = "pass dense, or dense='running', or call recalibrate_batchnorm(model, images)"
             raise ModelMismatchError(f"method {method.name!r} matches the dense model's outputs: {remedy}")
 
 
@@ -192,6 +198,7 @@ def matching_layers(
         if same_layers(layers, dense, smaller=True):
             report.notes.append("the weights of the two models' layers are equal: no layer was pruned")
             log.warning(report.notes[-1])
+        check_no_further(model, dense)
         check_not_swapped(layers, dense)
         if elsewhere := different_elsewhere(model, dense):
             kinds = "only convolutions, linear layers and BatchNorm are repaired"
@@ -248,12 +255,7 @@ def layers_to_repair(
     if skip_first and first is not None:
         reasons[first] = "skipped", "its input is the image"
     report.layers += [left_out(name, layer, *reasons[name]) for name, layer in layers.items() if name in reasons]
-    chosen = {name: layers[name] for name in run if name in layers and name not in reasons}
-    if layers and not chosen:
-        name, (status, reason) = next(iter(reasons.items()))
-        remedy = "; pass skip_first=False, or skip_last=False" if status == "skipped" else ""
-        raise ResuscitateError(f"no layer is left to repair: {called(name)}: {reason}{remedy}")
-    return chosen
+    return {name: layers[name] for name in run if name in layers and name not in reasons}
 
 
 def left_out(name: str, layer: nn.Module, status: str, reason: str) -> LayerReport:

@@ -46,14 +46,18 @@ Pattern = Literal["unstructured", "channels"]
 
 @dataclass(frozen=True)
 class GrowthRound:
-    """One round of `regrow`."""
+    """One round of `regrow`.
 
-    sparsity: float  # after the round
-    regrown: dict[str, int]  # layer (or group of channels) -> number of weights (or units of channels) regrown
-    # by layer, before the round: the part of the outputs' variance that is lost, or 1 - SSIM; empty if not measured
+    `sparsity` and `score`, of `evaluate`, after the round; `report` of its repair. `regrown`: by layer the number of
+    weights, or by group the number of units of channels. `damage`: by layer, before the round, the part of the outputs'
+    variance that is lost, or 1 - SSIM; empty if not measured.
+    """
+
+    sparsity: float
+    regrown: dict[str, int]
     damage: dict[str, float]
-    score: float | None = None  # of `evaluate`, after the round
-    report: RepairReport | None = None  # of the repair in the round
+    score: float | None = None
+    report: RepairReport | None = None
 
 
 @dataclass(kw_only=True, eq=False)

@@ -58,6 +58,7 @@ FAILURES = [
     (["-m", "users_networks:broken"], "RuntimeError: out of networks"),
     (["-m", "users_networks:number"], "gave a int, not a torch.nn.Module"),
     (["-c", "none.npz"], "none.npz"),
+    (["-c", "dense.safetensors"], "dense.safetensors: holds no images; they are read from .npz, .npy, .parquet"),
     (["-c", "grey.npz"], "grey.npz: the model cannot run on its images of 1x10x12"),
     (["-c", "gap.npz"], "are NaN or infinite"),
     (["--recalibrate", "ema"], "20 batches of 128 need 2560 images"),
@@ -107,7 +108,15 @@ class TestFailing:
     def test_an_impossible_sparsity_is_2(self):
         options = ["--dense", "dense.safetensors", "-o", "out.safetensors"]
         assert "not in [0, 1)" in invoke("prune", "-m", MODEL, "--sparsity", 1.5, *options, code=2).stderr
-        assert "sparsity is missing" in invoke("prune", "-m", MODEL, *options, code=2).stderr
+        assert "give --sparsity, such as 0.9, or --densities" in unframed(
+            invoke("prune", "-m", MODEL, *options, code=2).stderr
+        )
+
+    def test_an_option_without_effect_and_a_picture_of_no_known_kind_are_2(self):
+        options = ["--dense", "dense.safetensors", "-c", "images.npz", "-o", "out.safetensors"]
+        done = invoke("compress", "-m", MODEL, "--sparsity", 0.5, "--trials", 3, *options, code=2)
+        assert "--trials is for --target-agreement" in unframed(done.stderr)
+        assert "written as .png or .pdf or .svg" in unframed(invoke("demo", "-o", "demo.xyz", code=2).stderr)
 
     def test_a_disk_that_fills_up_leaves_nothing(self, monkeypatch):
         def fill(tensors, path, metadata):

@@ -36,6 +36,11 @@ class TestPrune:
         resuscitate.sparsify(expected, pattern="2:4")
         assert same_state(load_file("out.safetensors"), expected.state_dict())
 
+    def test_zeros_that_the_network_had_before_are_said(self, user):
+        options = ["--sparsity", 0.5, "--dense", "pruned.safetensors", "-o", "out.safetensors"]
+        done = invoke("prune", "-m", MODEL, *options)
+        assert "70.01% of the weights of the network are zero: it had zeros before" in done.stdout
+
     def test_the_dense_weights_are_not_written_over(self, user):
         before = Path("dense.safetensors").read_bytes()
         options = ["--sparsity", 0.5, "--dense", "dense.safetensors", "-o", "out.safetensors"]

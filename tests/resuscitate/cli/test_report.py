@@ -32,7 +32,8 @@ class TestCommand:
 
     def test_another_ending_is_refused(self, tmp_path):
         (tmp_path / "run.json").write_text("{}")
-        assert "name it page.html" in unframed(invoke("report", "run.json", "-o", "page.pdf", code=2).stderr)
+        for name in ("page.pdf", "page.htm"):
+            assert "name it page.html" in unframed(invoke("report", "run.json", "-o", name, code=2).stderr)
 
 
 def test_repair_reports_accuracy_and_channels_where_they_are_asked_for(user):

@@ -95,7 +95,8 @@ class TestArraysFromDisk:
     def test_other_files_are_refused_by_name(self, tmp_path, pixels):
         (tmp_path / "a.txt").write_text("no array")
         np.savez(tmp_path / "b.npz", left=pixels, right=pixels)
-        for name, problem in (("a.txt", "not a readable"), ("missing.npz", "not a readable"), ("b.npz", "left, right")):
+        said = {"a.txt": "holds no images; they are read", "missing.npz": "not a readable", "b.npz": "left, right"}
+        for name, problem in said.items():
             with pytest.raises(CalibrationError, match=rf"{name}: .*{problem}"):
                 load_images(tmp_path / name)
         with pytest.raises(CalibrationError, match="none of images, x, data"):

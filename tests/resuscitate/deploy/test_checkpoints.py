@@ -35,6 +35,25 @@ class TestReading:
         torch.save(state if under is None else {"epoch": 3, under: state}, tmp_path / f"a{suffix}")
         assert same_state(read_state_dict(tmp_path / f"a{suffix}"), state)
 
+    def test_sparse_tensors_are_read_as_dense_ones(self, tmp_path):
+        state = seeded(chain).state_dict()
+        torch.save(
+            {key: value.to_sparse() if value.dim() == 2 else value for key, value in state.items()}, tmp_path / "a.pt"
+        )
+        assert same_state(read_state_dict(tmp_path / "a.pt"), state)
+
+    @pytest.mark.parametrize("under", ["state_dict", "model"])
+    def test_other_weights_beside_those_that_are_taken_are_named(self, tmp_path, under, caplog):
+        state = seeded(chain).state_dict()
+        torch.save({under: state, "state_dict_ema": seeded(chain, 1).state_dict(), "epoch": 3}, tmp_path / "a.pt")
+        assert same_state(read_state_dict(tmp_path / "a.pt"), state)
+        assert f"the weights under '{under}' are taken, not those under state_dict_ema" in caplog.text
+
+    def test_a_file_with_weights_under_another_key_is_told_what_it_has(self, tmp_path):
+        torch.save({"epoch": 3, "ema": seeded(chain).state_dict()}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match="but 'epoch', 'ema'; save what is under 'ema' alone"):
+            read_state_dict(tmp_path / "a.pt")
+
     def test_a_pickle_is_refused_and_does_not_run(self, tmp_path):
         class Bomb:
             def __reduce__(self):
@@ -72,6 +91,13 @@ class TestLoading:
             load_weights(model, tmp_path / "a.safetensors")
         assert same_state(model.state_dict(), source.state_dict())
         assert len(caplog.records) == 1
+
+    def test_an_averaged_model_is_unwrapped(self, tmp_path):
+        model = seeded(chain)
+        torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "a.pt")
+        fresh = seeded(chain, 1)
+        load_weights(fresh, tmp_path / "a.pt")
+        assert same_state(fresh.state_dict(), model.state_dict())
 
     def test_only_prefixes_that_the_model_does_not_have_are_stripped(self, tmp_path):
         def build():

@@ -261,3 +261,19 @@ def test_a_layer_that_contains_others_is_unchanged(method):
     rows = {row.name: (row.status, row.reason) for row in report.layers}
     assert rows["3"] == ("unchanged", "it contains another layer, '3.down'")
     assert rows["1"][0] != "unchanged"
+
+
+@pytest.mark.parametrize("function", [resuscitate.repair, resuscitate.damage])
+def test_a_dense_network_with_further_layers_is_refused(function):
+    dense = seeded(lambda: nn.Sequential(*chain(), nn.ReLU(), nn.Linear(10, 10)))
+    with pytest.raises(resuscitate.ModelMismatchError, match="layers that the pruned one lacks: 13; pass the"):
+        function(pruned_copy(seeded(chain)), dense, images())
+
+
+@pytest.mark.parametrize("which", ["the model", "the dense model"])
+def test_a_weight_that_is_not_finite_is_named_and_not_the_images(which):
+    dense = seeded(chain)
+    model = pruned_copy(dense)
+    (model if which == "the model" else dense)[3].weight.data[2, 1] = torch.nan
+    with pytest.raises(LayerError, match=f"layer '3': 'weight' has values in {which} that are NaN or infinite"):
+        resuscitate.repair(model, dense, images())

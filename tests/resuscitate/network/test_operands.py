@@ -33,11 +33,11 @@ class Halved(nn.Conv2d):
         return F.conv2d(input=0.5 * x, weight=self.weight, bias=self.bias, stride=2, padding=[1], groups=self.groups)
 
 
-class Skipping(nn.Conv2d):
-    """Adds its input, so that its output is not a product of its weight."""
+class Cropped(nn.Conv2d):
+    """Leaves out a column, so that its output is not the product of its weight."""
 
     def forward(self, x):
-        return super().forward(x) + x
+        return super().forward(x)[..., 1:]
 
 
 class Twice(nn.Conv2d):
@@ -113,12 +113,12 @@ def test_a_layer_that_never_multiplies_its_own_weight_is_named():
 
 def test_one_forward_pass_shows_which_layers_are_products():
     layers = {name: copy.deepcopy(layer) for name, layer in CONVOLUTIONS.items()}
-    layers |= {"linear": nn.Linear(9, 5), "skipping": Skipping(4, 4, 3, padding=1), "twice": Twice(4, 4, 3)}
+    layers |= {"linear": nn.Linear(9, 5), "cropped": Cropped(4, 4, 3, padding=1), "twice": Twice(4, 4, 3)}
     layers |= {"transposed": nn.ConvTranspose2d(4, 4, 3)}
     model = nn.ModuleDict({name.replace(".", ""): layer for name, layer in layers.items()})
     nn.utils.prune.l1_unstructured(model["plain"], "weight", 0.5)
     wiring = observe(model, lambda: [layer(torch.randn(2, 4, 9, 9)) for layer in model.values()])
-    assert wiring.products == layers.keys() - {"skipping", "twice", "transposed"}
+    assert wiring.products == layers.keys() - {"cropped", "twice", "transposed"}
 
 
 def test_a_layer_is_no_product_if_one_of_its_calls_is_not():
@@ -157,7 +157,7 @@ def test_padding_in_forward_and_by_attributes_gives_the_same_repair(method):
 
 
 def test_a_refit_corrects_a_layer_that_is_no_product_by_a_gain():
-    dense = with_third_layer(Skipping(8, 8, 3, padding=1, bias=False))
+    dense = with_third_layer(Cropped(8, 8, 3, padding=1, bias=False))
     report = resuscitate.repair(pruned_copy(dense), dense, images(), method="refit")
     row = next(row for row in report.layers if row.name == "3")
     assert row.gain is not None

@@ -100,7 +100,7 @@ class TestConversion:
         model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
         model[2].weight = model[1].weight
         names = [name for name, _ in model.named_parameters()]
-        with pytest.raises(LayerError, match=r"layer '1': its weight is that of '2' too.*exclude both"):
+        with pytest.raises(LayerError, match=r"layer '1': it shares a parameter with '2'.*exclude both"):
             to_hyperspherical(model)
         assert [name for name, _ in model.named_parameters()] == names
         assert to_hyperspherical(model, exclude=["1", "2"]) == ["0"]
