@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = "the kernels"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 # a failure of these tests is no error of the kernels: the kernels are timed all the same
-OTHERS, SEMI_STRUCTURED = "the other backends", "2:4"
+OTHERS, REPAIRS, SEMI_STRUCTURED = "the other backends", "repairs", "2:4"
 OTHERS_SECONDS = 240
 SANITIZER, SANITIZER_SECONDS = "compute-sanitizer", 120
 REPAIR_SECONDS = 180
@@ -88,6 +88,7 @@ def tests(dry_run: bool, passed: Path) -> dict[str, list[str]]:
     found = {KERNELS: pytest("tests/asr_kernels", "-k", f"({ours}) and {aside}", *rest, processes=processes)}
     if not dry_run:
         found[OTHERS] = pytest("tests/asr_kernels", "-k", f"not ({ours}) and {aside}", *rest, processes=processes // 3)
+        found[REPAIRS] = pytest("tests/promises/test_devices.py", *rest)
         found[SEMI_STRUCTURED] = pytest("tests/resuscitate/deploy/test_semistructured.py", *rest)
     return found
 
