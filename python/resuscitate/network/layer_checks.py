@@ -6,6 +6,7 @@ gain and replaces zeros by minus the mean; a layer with a built-in activation do
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -28,6 +29,8 @@ from .snapshot import autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CLEARLY_MORE = 0.1  # of the weights
+ALIKE = 0.03  # cosine of the angle between all weights of two networks, of which one was made from the other
+log = logging.getLogger("resuscitate")
 
 
 def objections(layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -88,20 +91,30 @@ def check_no_further(model: nn.Module, dense: nn.Module) -> None:
         raise ModelMismatchError(f"the dense model has layers that the pruned one lacks: {listed(further)}; {remedy}")
 
 
-def check_not_swapped(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
-    """Raise ModelMismatchError where the dense model clearly has more zeros: the two models seem to be swapped."""
-    originals, zeros, total = dict(dense.named_modules()), [], 0
+def check_origin(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
+    """Does the dense model seem to be the one that was pruned?
+
+    Raises ModelMismatchError where it clearly has more zeros: the two models seem to be swapped. Warns where its
+    weights are not at all like those of the layers.
+    """
+    originals, found, total = dict(dense.named_modules()), [], 0
     for name, layer in layers.items():
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
         if weight.shape == original.shape:
-            zeros.append(torch.stack([(weight == 0).sum(), (original == 0).sum().to(weight.device)]))
+            ours, theirs = weight.flatten().float(), original.flatten().to(weight.device, torch.float32)
+            zeros = [(each == 0).sum() for each in (ours, theirs)]
+            found.append(torch.stack([*zeros, ours @ theirs, ours @ ours, theirs @ theirs]))
             total += weight.numel()
-    if not zeros:
+    if not found:
         return
-    ours, theirs = (torch.stack(zeros).sum(0) / total).tolist()
-    if theirs > ours + CLEARLY_MORE:
-        shares = f"{theirs:.0%} of the dense model's weights are zero, and {ours:.0%} of the pruned one's"
+    ours, theirs, product, *squares = torch.stack(found).sum(0).tolist()
+    if theirs > ours + CLEARLY_MORE * total:
+        shares = (
+            f"{theirs / total:.0%} of the dense model's weights are zero, and {ours / total:.0%} of the pruned one's"
+        )
         raise ModelMismatchError(f"{shares}: they seem to be swapped; pass the pruned model first")
+    if product < ALIKE * (squares[0] * squares[1]) ** 0.5:
+        log.warning("the dense model's weights are not at all like the pruned one's: was its checkpoint loaded?")
 
 
 def different_elsewhere(model: nn.Module, dense: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from ..methods.base import AUTO, DenseAccess, Method, Schedule, make_method, opt
 from ..methods.batchnorm import EMA, Exact, make_recalibration
 from ..network.layer_checks import (
     check_no_further,
-    check_not_swapped,
+    check_origin,
     different_elsewhere,
     same_layers,
     split_by_objections,
@@ -199,7 +199,7 @@ def matching_layers(
             report.notes.append("the weights of the two models' layers are equal: no layer was pruned")
             log.warning(report.notes[-1])
         check_no_further(model, dense)
-        check_not_swapped(layers, dense)
+        check_origin(layers, dense)
         if elsewhere := different_elsewhere(model, dense):
             kinds = "only convolutions, linear layers and BatchNorm are repaired"
             report.notes.append(f"unchanged, but not as in the dense network: {listed(elsewhere)}; {kinds}")

@@ -1,6 +1,7 @@
 """Layers whose output does not follow a change of weight or bias are found by experiment, and stay unchanged."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -277,3 +278,10 @@ def test_a_weight_that_is_not_finite_is_named_and_not_the_images(which):
     (model if which == "the model" else dense)[3].weight.data[2, 1] = torch.nan
     with pytest.raises(LayerError, match=f"layer '3': 'weight' has values in {which} that are NaN or infinite"):
         resuscitate.repair(model, dense, images())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_dense_network_whose_weights_are_of_another_one_is_warned_of(seed, caplog):
+    wide = partial(chain, width=32)
+    resuscitate.repair(pruned_copy(seeded(wide), 0.9), seeded(wide, seed), images(), method="asr")
+    assert ("was its checkpoint loaded?" in caplog.text) == (seed == 1)
