@@ -34,8 +34,8 @@ def damage(
     check_places("damage(model, dense, images)", **places, calibration=(calibration, IMAGES))
     run = run_options("damage()", options)
     model, dense = unwrap(model), unwrap(dense)
-    check_no_further(model, dense)
     same_layers(find_layers(model), dense)
+    check_no_further(model, dense)
     with Session([model, dense], run) as session, torch.no_grad():
         found = session.compare(session.stream(calibration), find_layers(model), OutputCovariances)
     layers = {}
