@@ -147,11 +147,19 @@ def modules_by_parameter(model: nn.Module) -> dict[object, list[str]]:
 
 
 def sharing_layers(model: nn.Module) -> dict[str, str]:
-    """By name, the layers of which another module has a parameter too, each with the name of that module."""
-    owners, found = modules_by_parameter(model), dict[str, str]()
-    for name, layer in find_layers(model).items():
-        parameters = [each for each in layer._parameters.values() if each is not None]
-        others = (other for each in parameters for other in owners[memory_of(each)] if other != name)
+    """By name, the layers that share a parameter, each with the name of a module that has it too.
+
+    That is any other module for a weight, and another layer for a bias, which modules around a layer may have as well.
+    """
+    owners, layers, found = modules_by_parameter(model), find_layers(model), dict[str, str]()
+    for name, layer in layers.items():
+        parameters = {key: each for key, each in layer._parameters.items() if each is not None}
+        others = (
+            other
+            for key, each in parameters.items()
+            for other in owners[memory_of(each)]
+            if other != name and (key.startswith("weight") or other in layers)
+        )
         if (other := next(others, None)) is not None:
             found[name] = other
     return found

@@ -79,6 +79,13 @@ def test_layers_that_share_a_bias_stay_unchanged(method):
     assert torch.equal(model.a.bias, dense.a.bias)
 
 
+def test_a_bias_that_a_module_around_the_layer_has_too_is_not_shared():
+    head = nn.Module()
+    head.decoder = nn.Linear(4, 5)
+    head.bias = head.decoder.bias
+    assert not sharing_layers(nn.ModuleDict({"head": head}))
+
+
 def one_memory():
     """Two layers with parameters of their own that have one memory, and a BatchNorm behind each."""
     layers = [nn.Conv2d(3, 3, 3, bias=False) for _ in range(2)]
