@@ -6,6 +6,7 @@ side. A pass is suspended within a hook, before or after a layer, or at the sum 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -39,6 +40,7 @@ class SuspendedPasses:
         self.shared: SharedStore | None = None
         self.foreign, self.unread = set[int](), dict[str, Unread]()
         self.passes: dict[int, tuple[Pass, Position]] = {}
+        self.closed, self.lock = False, threading.Lock()
 
     def run_trial(self, example: Any, shared: SharedStore) -> int:
         """Find with a small batch which values are not read after a suspension; returns the peak bytes of activations.
@@ -97,15 +99,24 @@ class SuspendedPasses:
         """Cancel the passes of all but the first batches."""
         end(self.passes.pop(index)[0] for index in list(self.passes) if index >= count)
 
+    def close(self) -> None:
+        """Cancel all passes, and begin no other: after an interrupt some chains of passes still go on."""
+        with self.lock:
+            self.closed = True
+        self.keep(0)
+
     def _pass(self, index: int, whole: bool = False) -> tuple[Pass, Position]:
         """The pass of a batch. whole: it frees no value, whatever the trial found."""
-        if index not in self.passes:
-            unread = {} if whole else self.unread
-            live = None if self.shared is None else PassStorages(self.foreign, self.shared, unread)
-            here = Position(live)
-            run = partial(self.points.run, here, partial(self.batches.__getitem__, index))
-            self.passes[index] = Pass(run, here, self.threads, None if live is None else live.finish), here
-        return self.passes[index]
+        with self.lock:
+            if index not in self.passes:
+                if self.closed:
+                    raise RuntimeError("the walk has ended")
+                unread = {} if whole else self.unread
+                live = None if self.shared is None else PassStorages(self.foreign, self.shared, unread)
+                here = Position(live)
+                run = partial(self.points.run, here, partial(self.batches.__getitem__, index))
+                self.passes[index] = Pass(run, here, self.threads, None if live is None else live.finish), here
+            return self.passes[index]
 
 
 class SuspendedWalk:
@@ -220,7 +231,7 @@ def suspended_walk(walk: Walk) -> Iterator[Measurement]:
         networks = [SuspendedPasses(walk, is_dense) for is_dense in ([False, True] if dense else [False])]
         for passes in networks:
             passes.points.hook(stack)
-            stack.callback(passes.keep, 0)
+            stack.callback(passes.close)
         wirings = [walk.wiring, *([walk.dense_wiring] if dense else [])]
         several = max((each.batches for each in walk.requests), default=0) > 1
         for passes, wiring in zip(networks, wirings, strict=True):
