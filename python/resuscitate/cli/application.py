@@ -108,7 +108,8 @@ def options_of(found: Mapping[str, Any]) -> Options:
 def _check_written(options: Options) -> None:
     """Refuse to write over a file that the command reads, but for the pruned weights, which their repair replaces."""
     files = {name: Path(value).resolve() for name, value in options.items() if isinstance(value, str | Path)}
-    written = {"output", "report", "write_masks"} | ({"masks"} if "pruned" not in options else set())
+    # the commands that take pruned weights read --masks, the others write them
+    written = {"output", "report", "write_masks" if "pruned" in options else "masks"}
     for name, other in product(files.keys() & written, files):
         if files[name] == files[other] and name != other and {name, other} != {"output", "pruned"}:
             both = " and ".join(f"--{each.replace('_', '-')}" for each in (other, name))

@@ -94,7 +94,7 @@ class Session:
             self._check_weights(error)
 
     def _check_weights(self, error: BaseException) -> None:
-        """Raise LayerError where the cause of the error may be a parameter, or a BatchNorm's, that is not finite."""
+        """Raise LayerError for a parameter or a running statistic that is not finite: that is the likely cause."""
         for which, model in zip(("the model", "the dense model"), self.models, strict=False):
             statistics = [each for each in model.named_buffers() if each[0].endswith(("running_mean", "running_var"))]
             for name, tensor in [*model.named_parameters(), *statistics]:

@@ -80,11 +80,11 @@ def width(module: nn.Module, side: Side) -> int:
         return out_channels(module) if side == "out" else int(inputs)
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[0])
-    return int(getattr(module, counted(module)))
+    return int(getattr(module, channels_attribute(module)))
 
 
-def counted(module: nn.Module) -> str:
-    """The attribute with the number of channels of a norm or a PReLU."""
+def channels_attribute(module: nn.Module) -> str:
+    """The name of the attribute of a norm or a PReLU that is its number of channels."""
     if isinstance(module, nn.PReLU):
         return "num_parameters"
     return "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"

@@ -92,7 +92,7 @@ def check_no_further(model: nn.Module, dense: nn.Module) -> None:
 
 
 def check_origin(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
-    """Does the dense model seem to be the one that was pruned?
+    """Check that the dense model seems to be the one that was pruned.
 
     Raises ModelMismatchError where it clearly has more zeros: the two models seem to be swapped. Warns where its
     weights are not at all like those of the layers.
@@ -101,19 +101,17 @@ def check_origin(layers: Mapping[str, nn.Module], dense: nn.Module) -> None:
     for name, layer in layers.items():
         weight, original = effective_weight(name, layer), effective_weight(name, originals[name])
         if weight.shape == original.shape:
-            ours, theirs = weight.flatten().float(), original.flatten().to(weight.device, torch.float32)
-            zeros = [(each == 0).sum() for each in (ours, theirs)]
-            found.append(torch.stack([*zeros, ours @ theirs, ours @ ours, theirs @ theirs]))
+            w, o = weight.flatten().float(), original.flatten().to(weight.device, torch.float32)
+            found.append(torch.stack([(w == 0).sum(), (o == 0).sum(), w @ o, w @ w, o @ o]))
             total += weight.numel()
     if not found:
         return
-    ours, theirs, product, *squares = torch.stack(found).sum(0).tolist()
-    if theirs > ours + CLEARLY_MORE * total:
-        shares = (
-            f"{theirs / total:.0%} of the dense model's weights are zero, and {ours / total:.0%} of the pruned one's"
-        )
+    *zeros, product, ours_squared, theirs_squared = torch.stack(found).sum(0).tolist()
+    ours, theirs = (count / total for count in zeros)
+    if theirs > ours + CLEARLY_MORE:
+        shares = f"{theirs:.0%} of the dense model's weights are zero, and {ours:.0%} of the pruned one's"
         raise ModelMismatchError(f"{shares}: they seem to be swapped; pass the pruned model first")
-    if product < ALIKE * (squares[0] * squares[1]) ** 0.5:
+    if product < ALIKE * (ours_squared * theirs_squared) ** 0.5:
         log.warning("the dense model's weights are not at all like the pruned one's: was its checkpoint loaded?")
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import called
-from .channels import counted
+from .channels import channels_attribute
 from .layers import LAYERS, is_depthwise, out_channels
 from .wiring import trace, wiring_of
 
@@ -89,5 +89,5 @@ def _sizes(module: nn.Module, depthwise: bool) -> dict[str, Any]:
         return {"in_features": weight.shape[1], "out_features": len(weight)}
     if isinstance(module, nn.LayerNorm) and weight is not None:
         return {"normalized_shape": tuple(weight.shape)}
-    per_channel, name = weight if weight is not None else tensors.get("running_mean"), counted(module)
+    per_channel, name = weight if weight is not None else tensors.get("running_mean"), channels_attribute(module)
     return {name: len(per_channel)} if name in vars(module) and per_channel is not None else {}
