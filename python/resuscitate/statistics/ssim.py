@@ -32,7 +32,8 @@ class Ssim(Statistic):
 
     def finish(self, batches: int) -> None:
         check_finite(self.place.name, self.found)
-        self.sums = torch.tensor([sum(float(each) for _, each in self.found), self.count], dtype=torch.float64)
+        total = float(torch.stack([each for _, each in self.found]).sum()) if self.found else 0.0
+        self.sums = torch.tensor([total, self.count], dtype=torch.float64)
 
     @property
     def dissimilarity(self) -> float:
